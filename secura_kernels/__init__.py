@@ -1,0 +1,25 @@
+"""SECURA's products and norm as functional ops: tensors in, tensors out; torch and triton alone."""
+
+from .activation import activation_norm
+from .additive import lowrank_add, lowrank_linear
+from .channel import channel_product, row_norms
+from .cur import important_channels, init_a, projection, select
+from .gain import NormOptions, Restrain, resolve_norm
+from .weight import normed_weight, weight_norm_linear
+
+__all__ = [
+    "NormOptions",
+    "Restrain",
+    "activation_norm",
+    "channel_product",
+    "important_channels",
+    "init_a",
+    "lowrank_add",
+    "lowrank_linear",
+    "normed_weight",
+    "projection",
+    "resolve_norm",
+    "row_norms",
+    "select",
+    "weight_norm_linear",
+]

@@ -1,0 +1,219 @@
+"""The ops against the oracle: values and every gradient, each space, form and combination."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Layer
+from secura_kernels import (
+    NormOptions,
+    activation_norm,
+    channel_product,
+    lowrank_add,
+    lowrank_linear,
+    normed_weight,
+    reference,
+    row_norms,
+    weight_norm_linear,
+)
+from torch.nn.functional import linear
+
+
+def run_op(layer: Layer, x, p, delta_bias, options, p_base, z_scale, restrain, fused=True):
+    """The op that serves a space."""
+    if options.norm == "weight":
+        return weight_norm_linear(
+            x, layer.weight, layer.bias, layer.rows, p, options,
+            p_base=p_base, delta_bias=delta_bias, restrain=restrain,
+        )  # fmt: skip
+    if options.norm == "activation":
+        return activation_norm(
+            linear(x, layer.weight, layer.bias), layer.bias, layer.rows, p, options,
+            p_base=p_base, delta_bias=delta_bias, z_scale=z_scale, restrain=restrain,
+        )  # fmt: skip
+    q, share = (p, None) if p_base is None else (p + p_base, None)
+    if options.norm == "channel":
+        gram, norms = row_norms(layer.weight, layer.rows, p_base)
+        q, share = channel_product(p, p_base, gram, norms, options, restrain)
+    kwargs = {"share": share, "delta_bias": delta_bias, "z_scale": z_scale}
+    if fused:
+        return lowrank_linear(x, layer.weight, layer.bias, layer.rows, q, **kwargs)
+    y0 = linear(x, layer.weight, layer.bias)
+    return lowrank_add(y0, layer.bias, layer.rows, q, **kwargs)
+
+
+def both(layer: Layer, options, *, folded, dropout, restrain, bias=True, fused=True):
+    """Outputs and gradients (x, P, δb) of the op and of the oracle."""
+    p_base = layer.p_base if folded else None
+    z_scale = layer.z_scale if dropout else None
+    restrain = layer.restrain if restrain and options.norm != "none" else None
+    results = []
+    for which in ("op", "oracle"):
+        leaves = [layer.x, layer.p, layer.delta_bias]
+        x, p, db = (leaf.clone().requires_grad_() for leaf in leaves)
+        delta_bias = db if bias else None
+        if which == "op":
+            out = run_op(layer, x, p, delta_bias, options, p_base, z_scale, restrain, fused)
+        else:
+            out = reference.linear(
+                x, layer.weight, layer.bias, layer.rows, p, options,
+                p_base=p_base, delta_bias=delta_bias, z_scale=z_scale, restrain=restrain,
+            )  # fmt: skip
+        out.backward(layer.grad)
+        results.append((out, x.grad, p.grad, db.grad))
+    return results
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["fresh", "folded"])
+@pytest.mark.parametrize("restrain", [False, True], ids=["free", "restrained"])
+def test_matches_oracle(layer, options, folded, restrain):
+    got, expected = both(layer, options, folded=folded, dropout=False, restrain=restrain)
+    for value, reference_value in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference_value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_scales_z_of_the_change_alone(layer, norm, fused):
+    got, expected = both(
+        layer, NormOptions(norm), folded=norm == "activation", dropout=True, restrain=False,
+        fused=fused,
+    )  # fmt: skip
+    for value, reference_value in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference_value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("combine", ["averaged", "gated"])
+def test_add_on_a_given_output_matches_oracle(layer, combine):
+    options = NormOptions("channel", "calibrated", combine)
+    got, expected = both(
+        layer, options, folded=True, dropout=False, restrain=True, fused=False, bias=False
+    )
+    for value, reference_value in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(value, reference_value, rtol=1e-10, atol=1e-10)
+
+
+def test_relative_eps(layer, options):
+    got, expected = both(
+        layer, options._replace(eps=0.05, eps_relative=True), folded=True, dropout=False,
+        restrain=False,
+    )  # fmt: skip
+    for value, reference_value in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference_value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["none", "weight", "channel", "activation"])
+def test_dtypes_err_no_more_than_plain_torch(norm, dtype):
+    """Error against the fp64 oracle ≤ 2 × that of plain torch in the same dtype + a floor."""
+    low = Layer(33, 40, 8, 16, 29, dtype=dtype)
+    wide = Layer(33, 40, 8, 16, 29)
+    for name in ("weight", "bias", "x", "p", "grad"):
+        setattr(wide, name, getattr(low, name).double())
+    got, _ = both(low, NormOptions(norm), folded=False, dropout=False, restrain=False, bias=False)
+    _, exact = both(
+        wide, NormOptions(norm), folded=False, dropout=False, restrain=False, bias=False
+    )
+    x, p = low.x.clone().requires_grad_(), low.p.clone().requires_grad_()
+    r = low.weight[low.rows]
+    plain = linear(x, low.weight, low.bias) + (x @ r.T) @ p.T
+    plain.backward(low.grad)
+    x64, p64 = low.x.double().requires_grad_(), low.p.double().requires_grad_()
+    w64 = low.weight.double()
+    true = linear(x64, w64, low.bias.double()) + (x64 @ w64[low.rows].T) @ p64.T
+    true.backward(low.grad.double())
+    floor = 4 * torch.finfo(dtype).eps
+    pairs = zip(
+        got[:3], exact[:3], (plain, x.grad, p.grad), (true, x64.grad, p64.grad), strict=True
+    )
+    for ours, oracle, same_dtype, ideal in pairs:
+        error = (ours.double() - oracle).norm() / oracle.norm()
+        yardstick = (same_dtype.double() - ideal).norm() / ideal.norm()
+        assert error <= 2 * yardstick + floor
+        assert ours.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (2, 0, 3)], ids=str)
+def test_leading_dimensions(shape, options):
+    layer = Layer()
+    x = torch.randn(*shape, 11, dtype=torch.float64, requires_grad=True)
+    p = layer.p.clone().requires_grad_()
+    out = run_op(layer, x, p, None, options, None, None, None)
+    assert out.shape == (*shape, 13)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and p.grad.isfinite().all()
+
+
+def test_strided_inputs(options):
+    layer = Layer()
+    expected, _ = both(layer, options, folded=True, dropout=False, restrain=False)
+    layer.weight = layer.weight.t().contiguous().t()
+    layer.x = layer.x.repeat_interleave(2, 1)[:, ::2]
+    layer.grad = layer.grad.t().contiguous().t()
+    got, _ = both(layer, options, folded=True, dropout=False, restrain=False)
+    for value, reference_value in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, reference_value, rtol=1e-10, atol=1e-10)
+
+
+def test_expanded_gradient(options):
+    layer = Layer()
+    x = layer.x.clone().requires_grad_()
+    run_op(layer, x, layer.p, None, options, layer.p_base, None, None).sum().backward()
+    grad, x.grad = x.grad, None
+    out = run_op(layer, x, layer.p, None, options, layer.p_base, None, None)
+    out.backward(torch.ones_like(out))
+    torch.testing.assert_close(x.grad, grad)
+
+
+def test_partial_gradients(options):
+    layer = Layer()
+    for index in range(3):
+        leaves = [layer.x.clone(), layer.p.clone(), layer.delta_bias.clone()]
+        leaves[index].requires_grad_()
+        out = run_op(layer, *leaves, options, layer.p_base, None, None)
+        out.backward(layer.grad)
+        assert [leaf.grad is not None for leaf in leaves] == [i == index for i in range(3)]
+
+
+def test_double_backward_is_refused(layer, options):
+    x = layer.x.clone().requires_grad_()
+    out = run_op(layer, x, layer.p, None, options, None, None, None)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("norm", ["none", "weight", "channel", "activation"])
+def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
+    layer = Layer(dtype=torch.float32)
+    x, p = layer.x.clone().requires_grad_(), layer.p.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run_op(layer, x, p, None, NormOptions(norm), None, None, None)
+    assert out.dtype == torch.bfloat16
+    out.backward(layer.grad.bfloat16())
+    assert x.grad.dtype == p.grad.dtype == torch.float32
+
+
+def test_weight_chunks_do_not_change_the_result(layer, options, monkeypatch):
+    if options.norm != "weight":
+        pytest.skip("chunks belong to the space weight")
+    arguments = (layer.weight, layer.rows, layer.p, options)
+    keywords = {"p_base": layer.p_base, "restrain": layer.restrain}
+    whole = normed_weight(*arguments, **keywords)
+    monkeypatch.setattr("secura_kernels.weight.WORKSPACE_MIB", 1e-9)
+    torch.testing.assert_close(normed_weight(*arguments, **keywords), whole)
+
+
+def test_shapes_that_do_not_fit_are_refused(layer):
+    with pytest.raises(ValueError, match="must be"):
+        lowrank_linear(layer.x, layer.weight, None, layer.rows, layer.p[:, 1:])
+    with pytest.raises(ValueError, match="does not fit"):
+        lowrank_linear(layer.x[:, 1:], layer.weight, None, layer.rows, layer.p)
+    with pytest.raises(ValueError, match="does not fit"):
+        weight_norm_linear(
+            layer.x[:, 1:], layer.weight, None, layer.rows, layer.p, NormOptions("weight")
+        )
+    with pytest.raises(ValueError, match="must be"):
+        activation_norm(
+            layer.x @ layer.weight.T, None, layer.rows, layer.p[1:], NormOptions("activation")
+        )
