@@ -4,7 +4,8 @@
     out  = (2 base + Δ) / M · f   or   (base + Δ / M) · f
 
     ∂Δ = ḡ f / M,  ∂base = 2 ḡ f / M  or  ḡ f     (M and the factors f are constants)
-    ∂P = ∂Δᵀ (z · z_scale)   ∂δb = Σ ∂Δ   ∂y0 = ∂base,  ∂y0[:, rows] += ∂Δ P · z_scale + ∂base P_base
+    ∂P = ∂Δᵀ (z · z_scale)   ∂δb = Σ ∂Δ
+    ∂y0 = ∂base,  ∂y0[:, rows] += ∂Δ P · z_scale + ∂base P_base
 
 | tensor    | shape    | dtype                          |
 |-----------|----------|--------------------------------|
@@ -13,7 +14,7 @@
 | rows      | [m]      | int64                          |
 
 Saved for backward: y0, z, P; Δ, ρ and M are recomputed. ρ and M are computed in fp32 or wider.
-``paper`` and ``released`` look at the whole batch first (see the docs: tokens influence each other).
+``paper`` and ``released`` look at the whole batch first, so that tokens influence each other.
 """
 
 from __future__ import annotations

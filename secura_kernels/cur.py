@@ -17,6 +17,8 @@ from torch import Tensor
 SELECTIONS = ("least_norm", "inverse_sampling")
 INITS = ("svd", "kaiming", "orthogonal")
 
+_CHUNK_ROWS = 256
+
 
 def select(
     weight: Tensor, r: int, selection: str = "least_norm", generator: torch.Generator | None = None
@@ -55,10 +57,12 @@ def select(
 
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared L2 norms of the rows ``[N]`` and columns ``[K]`` of ``weight [N, K]``, fp32 or wider."""
+    """Squared L2 norms of the rows ``[N]`` and columns ``[K]`` of a weight, fp32 or wider."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     rows = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-    cols = torch.linalg.vector_norm(weight, dim=0, dtype=dtype).square()
+    cols = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
+    for part in weight.split(_CHUNK_ROWS):
+        cols += part.to(dtype).square().sum(0)
     return rows, cols
 
 
@@ -78,8 +82,8 @@ def _choose(
     else:
         if norms.numel() - count < r:
             raise ValueError(
-                f"only {norms.numel() - count} {what}s of the weight are not zero, fewer than r={r}: "
-                "lower r or exclude the layer"
+                f"only {norms.numel() - count} {what}s of the weight are not zero, fewer than "
+                f"r={r}: lower r or exclude the layer"
             )
         # stable: the same weight gives the same indices on every device
         order = norms.masked_fill(zeros, math.inf).sort(stable=True).indices

@@ -94,7 +94,7 @@ def needs_peak(form: str) -> bool:
 
 
 def effective_eps(base: Tensor, eps: float, relative: bool) -> Tensor:
-    """ε as a 0-dim tensor, fp32 or wider, on ``base``'s device: ``eps``, or ``eps`` times the RMS of ``base``."""
+    """ε as a 0-dim tensor: ``eps``, or ``eps`` times the root mean square of ``base``."""
     dtype = torch.promote_types(base.dtype, torch.float32)
     if not relative or base.numel() == 0:
         return torch.full((), eps, dtype=dtype, device=base.device)

@@ -6,12 +6,14 @@ from itertools import product
 
 import pytest
 import torch
+
 from secura_kernels import NormOptions, important_channels, init_a, projection, select
 from secura_kernels.gain import COMBINES, FORMS, Restrain
 
-NORM_GRID = [("none", None, None)] + list(
-    product(("weight", "channel", "activation"), FORMS, COMBINES)
-)
+NORM_GRID = [
+    ("none", None, None),
+    *product(("weight", "channel", "activation"), FORMS, COMBINES),
+]
 
 
 @pytest.fixture(params=NORM_GRID, ids=lambda grid: "-".join(str(part) for part in grid))

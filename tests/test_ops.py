@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import linear
+
 from conftest import Layer
 from secura_kernels import (
     NormOptions,
@@ -16,7 +18,6 @@ from secura_kernels import (
     row_norms,
     weight_norm_linear,
 )
-from torch.nn.functional import linear
 
 
 def run_op(layer: Layer, x, p, delta_bias, options, p_base, z_scale, restrain, fused=True):

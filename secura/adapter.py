@@ -1,0 +1,314 @@
+"""CABR: the state of one adapted layer and what it computes, whichever module wraps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secura_kernels import (
+    Restrain,
+    activation_norm,
+    channel_product,
+    effective_weight,
+    important_channels,
+    init_a,
+    lowrank_add,
+    lowrank_linear,
+    projection,
+    row_norms,
+    select,
+    weight_norm_linear,
+)
+
+from . import bases
+from .config import AdapterConfig
+from .integrity import check_state, checksum, fingerprint
+
+
+class CABR(nn.Module):
+    """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (DESIGN sections 3 to 5).
+
+    The module holds no weight of the base: methods take the base layer. C and R are gathered from
+    it, and z = x Rᵀ from its output.
+
+    Args:
+        config: the adapter's settings.
+        base: the linear layer; read, never written.
+        r: CUR rank m of this layer; None takes the config's.
+        dtype: of A, B and bias. ``core`` stays fp32 whatever the module is cast to.
+
+    Attributes:
+        A: ``[m, r]`` parameter.
+        B: ``[r, m]`` parameter, 0 at first.
+        bias: ``[N]`` parameter, or None.
+        rows: ``[m]`` int64, R = W[rows].
+        cols: ``[m]`` int64, C = W[:, cols].
+        core: ``[m, m]`` fp32, U_acc, what was folded.
+        fingerprint: ``[8, 8]`` fp32, of the base weight.
+
+    Raises:
+        TypeError: for a base that is no linear layer.
+        ValueError: for a rank that does not fit, or a weight that cannot be decomposed.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    rows: Tensor
+    cols: Tensor
+    core: Tensor
+    fingerprint: Tensor
+    columns: Tensor
+    gram: Tensor
+    base_norms: Tensor
+    important: Tensor | None
+
+    _KEEP_FP32 = ("core", "fingerprint", "gram", "base_norms")
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        base: nn.Module,
+        *,
+        r: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        bases.check_linear(base)
+        weight = bases.weight(base)
+        m = config.r if r is None else r
+        inner = config.inner_r or 2 * m
+        generator = torch.Generator().manual_seed(config.seed)
+        rows, cols = select(weight, m, config.selection, generator)
+        self.config = config
+        self.scaling = float(config.scaling)
+        self.out_features, self.in_features = weight.shape
+        a = init_a(weight, m, inner, config.init, generator)
+        self.A = nn.Parameter(a.to(dtype))
+        self.B = nn.Parameter(torch.zeros(inner, m, dtype=dtype, device=weight.device))
+        bias = torch.zeros(self.out_features, dtype=dtype, device=weight.device)
+        self.bias = nn.Parameter(bias) if config.train_bias else None
+        self.register_buffer("rows", rows)
+        self.register_buffer("cols", cols)
+        self.register_buffer("core", torch.zeros(m, m, device=weight.device))
+        self.register_buffer("fingerprint", fingerprint(weight))
+        self.folded = False
+        for name in ("columns", "gram", "base_norms", "important"):
+            self.register_buffer(name, None, persistent=False)
+        self._derive(base, weight)
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """The adapted layer's output ``[..., N]`` for ``x [..., K]``.
+
+        Raises:
+            TypeError: for integer or complex inputs, or a dtype that is not the weight's.
+            ValueError: for another last dimension.
+        """
+        self._check_input(base, x)
+        norm = self.config.norm
+        if norm == "weight":
+            return self._weight_space(base, x)
+        if norm == "activation":
+            p, p_base = self.projections(base)
+            return activation_norm(
+                base(x),
+                bases.bias(base),
+                self.rows,
+                p,
+                self.config.norm_options,
+                p_base=p_base,
+                delta_bias=self.bias,
+                z_scale=self.dropout_mask(x),
+                restrain=self._restrain(),
+            )
+        q, share = self.product(base)
+        kwargs = {"share": share, "delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        if bases.runs_as_product(base):
+            weight = bases.dense_weight(base)
+            return lowrank_linear(x, weight, bases.bias(base), self.rows, q, **kwargs)
+        return lowrank_add(base(x), bases.bias(base), self.rows, q, **kwargs)
+
+    def _weight_space(self, base: nn.Module, x: Tensor) -> Tensor:
+        p, p_base = self.projections(base)
+        return weight_norm_linear(
+            x,
+            bases.weight(base),
+            bases.bias(base),
+            self.rows,
+            p,
+            self.config.norm_options,
+            p_base=p_base,
+            delta_bias=self.bias,
+            restrain=self._restrain(),
+        )
+
+    def projections(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """``(P, P_base)``, each ``[N, m]``: what the norm counts as Δ, and as base (M1) or None."""
+        self._refresh(base)
+        dense = bases.dense_weight(base)
+        columns = self.columns if dense is None else dense.detach().index_select(1, self.cols)
+        u = self.update()
+        if not self.folded:
+            return projection(columns, u), None
+        if self.config.norm == "none" or self.config.norm_reference == "pretrained":
+            return projection(columns, u + self.core), None
+        return projection(columns, u), projection(columns, self.core)
+
+    def update(self) -> Tensor:
+        """``s · A B [m, m]``, fp32 or wider, autocast or not."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.scaling * (self.A.to(dtype) @ self.B.to(dtype))
+
+    def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
+        p, p_base = self.projections(base)
+        if self.config.norm == "none":
+            return p, None
+        options, restrain = self.config.norm_options, self._restrain()
+        return channel_product(p, p_base, self.gram, self.base_norms, options, restrain)
+
+    def dropout_mask(self, x: Tensor) -> Tensor | None:
+        """``[..., m]`` of 0 and 1/(1 − p) while training with dropout, else None."""
+        if not (self.training and self.config.dropout):
+            return None
+        ones = x.new_ones(*x.shape[:-1], self.rows.numel())
+        return nn.functional.dropout(ones, self.config.dropout)
+
+    @torch.no_grad()
+    def fold(self, base: nn.Module) -> None:
+        """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not written."""
+        self.core += self.update().to(self.core.dtype)
+        self.B.zero_()
+        self.folded = True
+        self._derive(base, None)
+
+    @torch.no_grad()
+    def delta_weight(self, base: nn.Module) -> Tensor:
+        """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
+        weight = bases.weight(base)
+        columns = weight.index_select(1, self.cols)
+        p = projection(columns, self.update() + self.core)
+        return p @ weight.index_select(0, self.rows).to(p.dtype)
+
+    @torch.no_grad()
+    def effective_weight(self, base: nn.Module, *, allow_inexact: bool = False) -> Tensor:
+        """The weight ``[N, K]``, in W's dtype, with which a plain layer computes the same.
+
+        Args:
+            base: the linear layer.
+            allow_inexact: for ``norm="activation"``, return W + ΔW as the released code merges.
+
+        Raises:
+            ValueError: for ``norm="activation"`` unless ``allow_inexact``.
+        """
+        options = self.config.norm_options
+        if options.norm == "activation":
+            if not (allow_inexact or self.config.allow_inexact_merge):
+                raise ValueError(
+                    "norm='activation' is not linear in x, so no merged weight is exact: keep the "
+                    "adapter, or merge W + ΔW as the released code does with allow_inexact=True "
+                    "(allow_inexact_merge=True in the config)"
+                )
+            weight = bases.weight(base)
+            return (weight + self.delta_weight(base)).to(weight.dtype)
+        p, p_base = self.projections(base)
+        return effective_weight(
+            bases.weight(base), self.rows, p, options, p_base=p_base, restrain=self._restrain()
+        )
+
+    def extra_repr(self) -> str:
+        """The adapter in one line."""
+        config = self.config
+        parts = [f"r={self.rows.numel()}", f"inner_r={self.A.shape[1]}", f"norm={config.norm!r}"]
+        if config.norm != "none":
+            parts.append(f"form={config.norm_form or 'default'}")
+        return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
+
+    def _restrain(self) -> Restrain | None:
+        config = self.config
+        if self.important is None:
+            return None
+        return Restrain(
+            self.important, config.restrain_percent, config.restrain_edge, config.restrain_decay
+        )
+
+    def _refresh(self, base: nn.Module) -> None:
+        if self._stale:
+            self._derive(base, None)
+
+    @torch.no_grad()
+    def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
+        """Form what follows from the base weight and the indices but is not worth saving."""
+        config, dense = self.config, bases.dense_weight(base)
+        self._stale = False
+        if config.norm != "channel" and not config.restrain and dense is not None:
+            return
+        weight = bases.weight(base) if weight is None else weight
+        if dense is None:
+            self.columns = weight.index_select(1, self.cols)
+        if config.restrain:
+            self.important = important_channels(weight, self.rows.numel())
+        if config.norm == "channel":
+            p_base = None
+            if self.folded and config.norm_reference == "folded":
+                p_base = projection(weight.index_select(1, self.cols), self.core)
+            self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
+
+    def _check_input(self, base: nn.Module, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"SECURA layers take floating inputs, not {x.dtype}")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input's last dimension is {x.shape[-1]}, the layer's in_features "
+                f"{self.in_features}"
+            )
+        dense = bases.dense_weight(base)
+        if dense is None or dense.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return
+        raise TypeError(
+            f"the input is {x.dtype} and the base weight {dense.dtype}: cast one of them, or run "
+            "under torch.autocast"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CABR:
+        kept = {name: getattr(self, name) for name in self._KEEP_FP32}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if tensor is not None and moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = _own(destination, prefix)
+        if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
+            destination[prefix + "checksum"] = checksum(own)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        state_dict.pop(prefix + "checksum", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.folded = not self.core.is_meta and bool(self.core.any())
+        self._stale = True
+
+    def check_loadable(self, state_dict: Any, prefix: str) -> None:
+        """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded."""
+        own = None if self.fingerprint.is_meta or not self.config.check_base else self.fingerprint
+        shape = (self.out_features, self.in_features)
+        check_state(prefix.rstrip("."), _own(state_dict, prefix), shape, own)
+
+
+def _own(state_dict: Any, prefix: str) -> dict[str, Tensor]:
+    skip = len(prefix)
+    return {
+        name[skip:]: tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(prefix) and "." not in name[skip:]
+    }
+
+
+__all__ = ["CABR"]

@@ -1,0 +1,123 @@
+"""The adapter's settings, with no dependency beyond the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from secura_kernels.cur import INITS, SELECTIONS
+from secura_kernels.gain import REFERENCES, NormOptions, resolve_norm
+
+
+@dataclass
+class AdapterConfig:
+    """How one linear layer is adapted. :class:`secura.SecuraConfig` adds what PEFT needs.
+
+    Args:
+        r: CUR rank m: rows and columns of the frozen weight that span the change.
+        inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m.
+        scaling: s of ΔW = s · C A B R.
+        selection: ``"least_norm"`` (released) or ``"inverse_sampling"`` (CURLoRA, seeded).
+        init: how A starts: ``"svd"`` (released; a slice of W), ``"kaiming"`` or ``"orthogonal"``.
+        norm: space of S-MagNorm: ``"weight"`` (the paper's), ``"channel"``, ``"activation"`` (the
+            released code's) or ``"none"`` (CABR alone).
+        norm_form: ``"paper"``, ``"released"``, ``"calibrated"``, or None for the space's default:
+            ``paper`` in ``weight``, ``calibrated`` elsewhere.
+        norm_combine: ``"averaged"``, ``"gated"``, or None for the space's default: ``averaged`` in
+            ``weight``, ``gated`` elsewhere.
+        norm_reference: ``"folded"`` (M1: the norm measures against the folded weight) or
+            ``"pretrained"`` (M2: against the original one).
+        norm_scale: k of the sigmoid.
+        norm_eps: ε of ρ = |Δ| / (|base| + ε). With the released 1e-10 one near-zero base entry sets
+            ρ_max of form ``paper`` and leaves every other gain near 2.
+        norm_eps_relative: whether ``norm_eps`` is a multiple of the base's root mean square.
+        fold_every: optimizer steps between folds; 0 folds only when called.
+        train_bias: whether a bias ``[N]`` is trained too.
+        dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.
+        restrain: the released code's suppression of the most important output channels.
+        restrain_percent: share of small gains above which it acts.
+        restrain_edge: a gain up to this is small.
+        restrain_decay: factor of the suppressed channels.
+        seed: of every random choice, the same in each layer.
+        check_base: whether loading on another base weight is an error.
+        allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW.
+
+    Raises:
+        ValueError: for a setting out of range; the message says what is allowed.
+    """
+
+    r: int = 64
+    inner_r: int | None = None
+    scaling: float = 1.0
+    selection: str = "least_norm"
+    init: str = "svd"
+    norm: str = "weight"
+    norm_form: str | None = None
+    norm_combine: str | None = None
+    norm_reference: str = "folded"
+    norm_scale: float = 6.0
+    norm_eps: float = 1e-10
+    norm_eps_relative: bool = False
+    fold_every: int = 0
+    train_bias: bool = False
+    dropout: float = 0.0
+    restrain: bool = False
+    restrain_percent: float = 0.9
+    restrain_edge: float = 1.2
+    restrain_decay: float = 0.99
+    seed: int = 0
+    check_base: bool = True
+    allow_inexact_merge: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank("r", self.r)
+        if self.inner_r is not None:
+            check_rank("inner_r", self.inner_r)
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("init", self.init, INITS)
+        _check_choice("norm_reference", self.norm_reference, REFERENCES)
+        resolve_norm(self.norm, self.norm_form, self.norm_combine)
+        for name in ("scaling", "norm_scale", "norm_eps"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r} must be a finite number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
+        if self.dropout and self.norm == "weight":
+            raise ValueError(
+                "dropout acts on z = x Rᵀ, which norm='weight' never forms: set dropout=0 or "
+                "choose norm='channel', 'activation' or 'none'"
+            )
+        if isinstance(self.fold_every, bool) or not isinstance(self.fold_every, int):
+            raise ValueError(f"fold_every={self.fold_every!r} must be an integer")
+        if self.fold_every < 0:
+            raise ValueError(f"fold_every={self.fold_every} must be 0 or more optimizer steps")
+        if self.restrain and self.norm == "none":
+            raise ValueError("restrain needs a gain to count: choose a norm other than 'none'")
+
+    @property
+    def norm_options(self) -> NormOptions:
+        """The norm as the kernels take it."""
+        return NormOptions(
+            self.norm,
+            self.norm_form,
+            self.norm_combine,
+            float(self.norm_scale),
+            float(self.norm_eps),
+            self.norm_eps_relative,
+        )
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {known}")
+
+
+__all__ = ["AdapterConfig", "check_rank"]

@@ -1,0 +1,115 @@
+"""What an adapter file is checked for: whose weight it belongs to, and that it is whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SKETCH = 8
+"""A fingerprint is ``[SKETCH, SKETCH]``."""
+
+TOLERANCE = 0.01
+"""Relative distance up to which two weights count as the same; a cast to bf16 makes 0.002."""
+
+_CHUNK_ROWS = 1024
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """A sketch of ``weight [N, K]``: ``S₁ᵀ W S₂ [8, 8]`` in fp32, with fixed random signs S.
+
+    Its squared norm estimates ``64 ‖W‖²``, and that of a difference of two sketches 64 times the
+    squared distance of their weights, so it can tell another weight from the same one in another
+    dtype. One pass over W.
+    """
+    n, k = weight.shape
+    right = _signs(k, 1, weight.device)
+    left = _signs(n, 2, weight.device)
+    mixed = torch.zeros(SKETCH, k, device=weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, n, _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            mixed.addmm_(left[part].t(), weight[part].float())
+        return mixed @ right
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    """Estimated ``‖W₁ − W₂‖ / ‖W₂‖`` of the weights behind two fingerprints."""
+    first, second = first.double().cpu(), second.double().cpu()
+    scale = float(second.norm())
+    gap = float((first - second).norm())
+    return gap / scale if scale else (0.0 if gap == 0 else math.inf)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A 64-bit sum over names, shapes and bytes of ``tensors``, as a 0-dim int64 tensor."""
+    total = torch.zeros((), dtype=torch.int64)
+    for name, tensor in sorted(tensors.items()):
+        header = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
+        for data in (
+            torch.frombuffer(bytearray(header), dtype=torch.uint8),
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8),
+        ):
+            position = torch.arange(1, data.numel() + 1)
+            total = total * 1_000_003 + (data.long() * (position * 2_654_435_761 % 65_521)).sum()
+    return total
+
+
+def check_state(
+    layer: str, state: Mapping[str, Tensor], shape: tuple[int, int], own_fingerprint: Tensor | None
+) -> None:
+    """Check what is about to be loaded into one layer, before anything is.
+
+    Args:
+        layer: the layer's name, for messages.
+        state: tensors by attribute name (``A``, ``rows``, …, ``checksum``); may be partial.
+        shape: ``(N, K)`` of the base weight.
+        own_fingerprint: of the base weight the adapter is loaded on, or None to skip that check.
+
+    Raises:
+        ValueError: for a file that was damaged or written for another weight.
+    """
+    own = {name: tensor for name, tensor in state.items() if name != "checksum"}
+    if "checksum" in state and int(state["checksum"]) != int(checksum(own)):
+        raise ValueError(
+            f"{layer}: the adapter's tensors do not match their checksum: the file was damaged or "
+            "changed after it was saved; save or download it again"
+        )
+    for name, limit in (("rows", shape[0]), ("cols", shape[1])):
+        index = state.get(name)
+        if index is not None and (
+            index.is_floating_point()
+            or bool((index < 0).any() | (index >= limit).any())
+            or index.unique().numel() != index.numel()
+        ):
+            raise ValueError(
+                f"{layer}: {name} must be distinct integers in [0, {limit}): the file was damaged "
+                "or belongs to a layer of another shape"
+            )
+    for name in ("A", "B", "core", "bias"):
+        if name in state and not bool(torch.isfinite(state[name]).all()):
+            raise ValueError(f"{layer}: {name} holds NaN or inf: the adapter file is damaged")
+    if own_fingerprint is None or "fingerprint" not in state:
+        return
+    gap = distance(state["fingerprint"], own_fingerprint)
+    if not gap <= TOLERANCE:
+        raise ValueError(
+            f"{layer}: this adapter was trained on another base weight (they differ by about "
+            f"{gap:.1%}), and its C and R would be taken from the wrong one. Load it on the model "
+            "it was trained on, or pass check_base=False in the config to use it all the same"
+        )
+
+
+def _signs(count: int, salt: int, device: torch.device) -> Tensor:
+    """``[count, SKETCH]`` of ±1 from an integer hash, the same on every machine and version."""
+    mask = 0xFFFFFFFF
+    value = torch.arange(count * SKETCH, device=device) + salt * 0x9E3779B9
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        value = ((value ^ (value >> shift)) * factor) & mask
+    value ^= value >> 16
+    return (1 - 2 * (value & 1)).float().view(count, SKETCH)
+
+
+__all__ = ["SKETCH", "TOLERANCE", "check_state", "checksum", "distance", "fingerprint"]

@@ -1,0 +1,154 @@
+"""``SECURALinear``: a frozen linear layer and its adapter in one module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import bases
+from .adapter import CABR
+from .config import AdapterConfig
+
+
+class MergedState:
+    """What a merge put in the place of: enough to undo it bit for bit."""
+
+    def __init__(self, base: nn.Module, weight: Tensor, delta_bias: Tensor | None) -> None:
+        self.weight, self.bias = base.weight.data, base.bias
+        bases.set_weight(base, weight)
+        if delta_bias is not None:
+            old = 0 if self.bias is None else self.bias.data
+            bias = (old + delta_bias).to(self.weight.dtype)
+            base.bias = nn.Parameter(bias, requires_grad=False)
+
+    def undo(self, base: nn.Module) -> None:
+        """Restore the weight and the bias that were there."""
+        base.weight.data, base.bias = self.weight, self.bias
+
+
+class SECURALinear(CABR):
+    """A linear layer fine-tuned with SECURA.
+
+    Example:
+        >>> layer = SECURALinear(nn.Linear(64, 32), AdapterConfig(r=8, norm="channel"))
+        >>> layer(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 32])
+
+    Args:
+        base: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer PEFT knows; it
+            is frozen (``requires_grad_(False)``) and otherwise left alone.
+        config: the settings; :class:`secura.SecuraConfig` serves too.
+
+    Attributes:
+        base: the frozen layer. The others are :class:`secura.adapter.CABR`'s: ``A``, ``B``,
+            ``bias``, ``rows``, ``cols``, ``core``, ``fingerprint``.
+
+    Raises:
+        TypeError: for a base that is no linear layer.
+        ValueError: for a rank that does not fit the weight, or a weight with NaN or inf.
+    """
+
+    is_secura_layer = True
+
+    def __init__(self, base: nn.Module, config: AdapterConfig | None = None) -> None:
+        super().__init__(config or AdapterConfig(), base)
+        self.base = base.requires_grad_(False)
+        self._merged: MergedState | None = None
+
+    @classmethod
+    def from_linear(cls, base: nn.Module, **settings: Any) -> SECURALinear:
+        """``SECURALinear(base, AdapterConfig(**settings))``."""
+        return cls(base, AdapterConfig(**settings))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter."""
+        return self._merged is not None
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """The adapted output ``[..., N]`` for ``x [..., K]``, in the base layer's dtype.
+
+        Raises:
+            TypeError: for integer or complex inputs, or a dtype that is not the weight's.
+            ValueError: for another last dimension.
+            RuntimeError: when trained while merged.
+        """
+        if self.merged:
+            check_not_training(self)
+            return self.base(x)
+        return super().forward(self.base, x)
+
+    def fold(self) -> None:  # type: ignore[override]
+        """Move what was learned into ``core`` and start B at 0 again (DESIGN section 5).
+
+        Raises:
+            RuntimeError: while merged.
+        """
+        if self.merged:
+            raise RuntimeError("the adapter is merged into the base weight: unmerge() it to fold")
+        super().fold(self.base)
+
+    def delta_weight(self) -> Tensor:  # type: ignore[override]
+        """``ΔW = C (core + s · A B) R  [N, K]``, fp32, before any norm."""
+        self._check_unmerged()
+        return super().delta_weight(self.base)
+
+    def effective_weight(self, *, allow_inexact: bool = False) -> Tensor:  # type: ignore[override]
+        """The plain weight ``[N, K]`` that computes this layer, in W's dtype.
+
+        Raises:
+            ValueError: for ``norm="activation"`` unless ``allow_inexact``.
+        """
+        self._check_unmerged()
+        return super().effective_weight(self.base, allow_inexact=allow_inexact)
+
+    def merge(self, *, allow_inexact: bool = False) -> None:
+        """Write the effective weight (and bias) into the base; :meth:`unmerge` undoes it.
+
+        Raises:
+            RuntimeError: when merged already.
+            ValueError: for ``norm="activation"`` unless ``allow_inexact``, a quantised base, or a
+                weight that would hold NaN or inf; the base is left as it was.
+        """
+        self._check_unmerged()
+        weight = self.effective_weight(allow_inexact=allow_inexact)
+        check_finite(weight)
+        self._merged = MergedState(self.base, weight, None if self.bias is None else self.bias.data)
+
+    def unmerge(self) -> None:
+        """Restore the base weight, bit for bit.
+
+        Raises:
+            RuntimeError: when not merged.
+        """
+        if self._merged is None:
+            raise RuntimeError("nothing to undo: the adapter is not merged")
+        self._merged.undo(self.base)
+        self._merged = None
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise RuntimeError("the adapter is merged already: unmerge() first")
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ``ValueError`` for a merged weight with NaN or inf."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "the merged weight would hold NaN or inf, so nothing was merged: training diverged, or "
+            "the adapter file is damaged"
+        )
+
+
+def check_not_training(module: nn.Module) -> None:
+    """Raise ``RuntimeError`` where a merged adapter would be trained in vain."""
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "the adapter is merged into the base weight, so training would not reach it: unmerge() "
+            "first, or call eval()"
+        )
+
+
+__all__ = ["SECURALinear"]
