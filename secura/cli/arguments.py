@@ -1,0 +1,304 @@
+"""The flags of `secura train`: the model's, the data's, the adapter's, and those of `SFTConfig`.
+
+Flags are fields of dataclasses, named as TRL's and transformers' are. The adapter's are the fields
+of `AdapterConfig`, with the text of its docstring, so they are written down once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from secura._extras import require
+from secura.cli.errors import Parser, UserError, one_line, refuse_unknown, suggest
+from secura.cli.models import DTYPES
+
+PROG = "secura train"
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
+COMMON_TRAINER_FLAGS = (
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "use_cpu",
+    "seed",
+    "report_to",
+)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--model"],
+            "help": "Hub name, local folder, or the packaged model smollm2-135m.",
+        },
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a hub model."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the frozen weights: bfloat16 with --bf16, else float32, unless set.",
+            "choices": DTYPES,
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation, such as flash_attention_2."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data, and where results go."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--dataset"],
+            "help": "Hub name, local folder, .jsonl, .json, .csv or .parquet file, or the packaged "
+            "data set gsm8k. Columns: messages, or prompt and completion, or text, or question "
+            "and answer.",
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, such as main."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; slices such as train[:500] work."}
+    )
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, with --eval_strategy."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Use an --output_dir that is not empty; its old checkpoints go."},
+    )
+
+
+def _targeting() -> list[tuple[str, Any, Any]]:
+    def optional(kind: Any, text: str) -> tuple[Any, Any]:
+        return kind | None, field(default=None, metadata={"help": text})
+
+    everything = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the layers to adapt, one regular expression, or all-linear."},
+    )
+    return [
+        ("target_modules", list[str], everything),
+        ("exclude_modules", *optional(list[str], "Names of layers to leave out.")),
+        ("layers_to_transform", *optional(list[int], "Indices of the decoder layers to adapt.")),
+        ("layers_pattern", *optional(list[str], "Name of the list of decoder layers.")),
+        ("modules_to_save", *optional(list[str], "Modules to train in full and to save.")),
+        ("rank_pattern", *optional(str, 'r by layer name, in JSON: {"down_proj": 128}.')),
+    ]
+
+
+@cache
+def adapter_arguments() -> type:
+    """A dataclass of the adapter's flags. `seed` is not among them: the trainer's serves both."""
+    from secura.config import AdapterConfig
+
+    types = get_type_hints(AdapterConfig)
+    texts = _docstring_entries(AdapterConfig.__doc__ or "")
+    own = [
+        (entry.name, types[entry.name], _with_help(entry.default, texts[entry.name]))
+        for entry in fields(AdapterConfig)
+        if entry.name != "seed"
+    ]
+    return make_dataclass("AdapterArguments", [*own, *_targeting()])
+
+
+def _with_help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def _docstring_entries(docstring: str) -> dict[str, str]:
+    """The entries of a Google-style docstring's `Args:`, each on one line."""
+    section = re.search(r"^ *Args:\n(.*?)(?:\n\n|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    body = textwrap.dedent(section[1]) if section else ""
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", body, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+
+
+def print_help() -> None:
+    """Prints the flags SECURA adds and names the common ones of `SFTConfig`, without loading it."""
+    listing = Parser(
+        prog=PROG,
+        usage=f"{PROG} --model MODEL --dataset DATA --output_dir DIR [flags] [--config FILE.yaml]",
+        description="Fine-tunes a causal language model with SECURA, on TRL's SFTTrainer.",
+        epilog="Every field of TRL's SFTConfig is a flag too, among them: "
+        + ", ".join(f"--{name}" for name in COMMON_TRAINER_FLAGS)
+        + f". '{PROG} --help_all' describes all of them.",
+    )
+    general = listing.add_argument_group("general")
+    general.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given win.")
+    general.add_argument("--output_dir", metavar="DIR", help="Where checkpoints and adapter go.")
+    general.add_argument(
+        "--resume_from_checkpoint",
+        metavar="PATH",
+        help="Go on from this checkpoint folder, or without a value from the last complete one.",
+    )
+    groups = (
+        ("model", ModelArguments),
+        ("data", DataArguments),
+        ("adapter", adapter_arguments()),
+    )
+    for title, arguments in groups:
+        group = listing.add_argument_group(title)
+        types = get_type_hints(arguments)
+        for entry in fields(arguments):
+            group.add_argument(
+                f"--{entry.name}",
+                *entry.metadata.get("aliases", ()),
+                metavar=_metavar(types[entry.name]),
+                help=entry.metadata["help"] + _default_of(entry),
+            )
+    listing.print_help()
+
+
+def _metavar(kind: Any) -> str:
+    word = str(kind)
+    if "list" in word:
+        return "ITEM ..."
+    return next((name.upper() for name in ("bool", "int", "float") if name in word), "TEXT")
+
+
+def _default_of(entry: Any) -> str:
+    default = entry.default
+    return f" [{default}]" if default is not None and isinstance(default, str | int | float) else ""
+
+
+def make_parser() -> Any:
+    """TRL's parser over the four groups of flags, with errors on one line."""
+    trl = require("trl", "train")
+    for package in ("transformers", "peft", "accelerate", "datasets"):
+        require(package, "train")
+
+    class TrainParser(trl.TrlParser):  # type: ignore[name-defined,misc]
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message} (see '{PROG} --help')")
+
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            parsed, unknown = super().parse_known_args(args, namespace)
+            refuse_unknown(unknown, self._option_string_actions, PROG)
+            settle(parsed)
+            return parsed, unknown
+
+    groups = (trl.SFTConfig, ModelArguments, DataArguments, adapter_arguments())
+    parser = TrainParser(groups, prog=PROG, allow_abbrev=False)
+    resume = parser._option_string_actions["--resume_from_checkpoint"]
+    resume.nargs, resume.const = "?", "true"
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[Any, Any, Any, Any]:
+    """The four groups: `SFTConfig`, `ModelArguments`, `DataArguments`, the adapter's.
+
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong kind, a required flag missing.
+    """
+    parser = make_parser()
+    argv, config_file = take_config_flag(argv)
+    if config_file is not None:
+        config = read_config(config_file)
+        known = {action.dest for action in parser._actions}
+        for key in config:
+            if key not in known:
+                raise UserError(f"{config_file}: unknown key {key!r}{suggest(key, known)}")
+        parser.set_defaults_with_config(**config)
+    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+
+
+def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE` or `--config=FILE`, and the file."""
+    rest, config = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            config = next(words, None)
+            if config is None:
+                raise UserError("--config needs a YAML file")
+        elif word.startswith("--config="):
+            config = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, config
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A YAML mapping of flags. Its `env`, as TRL's, is set in the environment."""
+    yaml = require("yaml", "train")
+    try:
+        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {name}: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--config {name}: wanted a mapping of flags to values")
+    environment = config.pop("env", None) or {}
+    if not isinstance(environment, dict):
+        raise UserError(f"--config {name}: 'env' must be a mapping of variables to values")
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    return {ALIASES.get(str(key), str(key)): value for key, value in config.items()}
+
+
+def settle(parsed: Any) -> None:
+    """Checks what is required, and chooses what the machine decides: `use_cpu` and `bf16`."""
+    missing = [f"--{name}" for name in REQUIRED if not getattr(parsed, name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing; give flags, or keys of a --config file")
+    torch = require("torch", "train")
+    if not torch.accelerator.is_available():
+        parsed.use_cpu = True
+    if parsed.bf16 is None:
+        from transformers.utils import is_torch_bf16_gpu_available
+
+        parsed.bf16 = not parsed.fp16 and not parsed.use_cpu and is_torch_bf16_gpu_available()
+
+
+def to_secura_config(arguments: Any, seed: int) -> Any:
+    """The `SecuraConfig` of the adapter's flags; its errors say what is allowed."""
+    values = vars(arguments).copy()
+    for name in ("target_modules", "exclude_modules"):
+        values[name] = _module_names(values[name])
+    pattern = values.pop("rank_pattern") or {}
+    if isinstance(pattern, str):
+        try:
+            pattern = json.loads(pattern)
+        except ValueError as error:
+            raise UserError(f"--rank_pattern {pattern!r} is not JSON: {error}") from error
+    config = require("secura.tuner", "train").SecuraConfig
+    return config(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
+
+
+def _module_names(names: list[str] | str | None) -> list[str] | str | None:
+    """PEFT reads a list as names and a string as `all-linear` or a regular expression."""
+    if names is None:
+        return None
+    names = [names] if isinstance(names, str) else names
+    if len(names) == 1 and (names[0] == "all-linear" or re.search(r"[^\w.]", names[0])):
+        return names[0]
+    return names

