@@ -125,8 +125,8 @@ class CABR(nn.Module):
             )
         q, share = self.product(base)
         kwargs = {"share": share, "delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
-        if bases.runs_as_product(base):
-            weight = bases.dense_weight(base)
+        weight = bases.dense_weight(base)
+        if weight is not None and bases.runs_as_product(base):
             return lowrank_linear(x, weight, bases.bias(base), self.rows, q, **kwargs)
         return lowrank_add(base(x), bases.bias(base), self.rows, q, **kwargs)
 
@@ -178,7 +178,7 @@ class CABR(nn.Module):
         return nn.functional.dropout(ones, self.config.dropout)
 
     @torch.no_grad()
-    def fold(self, base: nn.Module) -> None:
+    def fold_core(self, base: nn.Module) -> None:
         """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not written."""
         self.core += self.update().to(self.core.dtype)
         self.B.zero_()
@@ -186,7 +186,7 @@ class CABR(nn.Module):
         self._derive(base, None)
 
     @torch.no_grad()
-    def delta_weight(self, base: nn.Module) -> Tensor:
+    def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
         weight = bases.weight(base)
         columns = weight.index_select(1, self.cols)
@@ -194,7 +194,7 @@ class CABR(nn.Module):
         return p @ weight.index_select(0, self.rows).to(p.dtype)
 
     @torch.no_grad()
-    def effective_weight(self, base: nn.Module, *, allow_inexact: bool = False) -> Tensor:
+    def effective_of(self, base: nn.Module, *, allow_inexact: bool = False) -> Tensor:
         """The weight ``[N, K]``, in W's dtype, with which a plain layer computes the same.
 
         Args:
@@ -213,7 +213,7 @@ class CABR(nn.Module):
                     "(allow_inexact_merge=True in the config)"
                 )
             weight = bases.weight(base)
-            return (weight + self.delta_weight(base)).to(weight.dtype)
+            return (weight + self.delta_of(base)).to(weight.dtype)
         p, p_base = self.projections(base)
         return effective_weight(
             bases.weight(base), self.rows, p, options, p_base=p_base, restrain=self._restrain()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -18,7 +20,9 @@ def fold(model: nn.Module) -> int:
         RuntimeError: where an adapter is merged.
         ValueError: where the model has no SECURA layer.
     """
-    layers = [module for module in model.modules() if getattr(module, "is_secura_layer", False)]
+    layers: list[Any] = [
+        module for module in model.modules() if getattr(module, "is_secura_layer", False)
+    ]
     if not layers:
         raise ValueError("the model has no SECURA layer to fold: add an adapter first")
     for layer in layers:

@@ -15,7 +15,7 @@ from .config import AdapterConfig
 class MergedState:
     """What a merge put in the place of: enough to undo it bit for bit."""
 
-    def __init__(self, base: nn.Module, weight: Tensor, delta_bias: Tensor | None) -> None:
+    def __init__(self, base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
         self.weight, self.bias = base.weight.data, base.bias
         bases.set_weight(base, weight)
         if delta_bias is not None:
@@ -23,7 +23,7 @@ class MergedState:
             bias = (old + delta_bias).to(self.weight.dtype)
             base.bias = nn.Parameter(bias, requires_grad=False)
 
-    def undo(self, base: nn.Module) -> None:
+    def undo(self, base: Any) -> None:
         """Restore the weight and the bias that were there."""
         base.weight.data, base.bias = self.weight, self.bias
 
@@ -80,7 +80,7 @@ class SECURALinear(CABR):
             return self.base(x)
         return super().forward(self.base, x)
 
-    def fold(self) -> None:  # type: ignore[override]
+    def fold(self) -> None:
         """Move what was learned into ``core`` and start B at 0 again (DESIGN section 5).
 
         Raises:
@@ -88,21 +88,21 @@ class SECURALinear(CABR):
         """
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge() it to fold")
-        super().fold(self.base)
+        self.fold_core(self.base)
 
-    def delta_weight(self) -> Tensor:  # type: ignore[override]
+    def delta_weight(self) -> Tensor:
         """``ΔW = C (core + s · A B) R  [N, K]``, fp32, before any norm."""
         self._check_unmerged()
-        return super().delta_weight(self.base)
+        return self.delta_of(self.base)
 
-    def effective_weight(self, *, allow_inexact: bool = False) -> Tensor:  # type: ignore[override]
+    def effective_weight(self, *, allow_inexact: bool = False) -> Tensor:
         """The plain weight ``[N, K]`` that computes this layer, in W's dtype.
 
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
         """
         self._check_unmerged()
-        return super().effective_weight(self.base, allow_inexact=allow_inexact)
+        return self.effective_of(self.base, allow_inexact=allow_inexact)
 
     def merge(self, *, allow_inexact: bool = False) -> None:
         """Write the effective weight (and bias) into the base; :meth:`unmerge` undoes it.

@@ -104,7 +104,7 @@ def _base_and_delta(
 
 class _ActivationNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, y0, bias, rows, p, p_base, delta_bias, z_scale, options, restrain
     ) -> Tensor:
         ctx.p_dtype, ctx.bias_dtype = p.dtype, None if delta_bias is None else delta_bias.dtype
@@ -130,7 +130,7 @@ class _ActivationNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         y0, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)

@@ -140,9 +140,7 @@ def _thin_gradients(ctx: Any, g: Tensor, z: Tensor, q_index: int, bias_index: in
 
 class _LowrankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale
-    ) -> Tensor:
+    def forward(ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale) -> Tensor:
         ctx.q_dtype, ctx.bias_dtype = q.dtype, None if delta_bias is None else delta_bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             q = q.to(x.dtype)
@@ -154,7 +152,7 @@ class _LowrankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         z, weight, rows, q, share, z_scale = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             dx = None
@@ -168,9 +166,7 @@ class _LowrankLinear(torch.autograd.Function):
 
 class _LowrankAdd(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale
-    ) -> Tensor:
+    def forward(ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale) -> Tensor:
         ctx.q_dtype, ctx.bias_dtype = q.dtype, None if delta_bias is None else delta_bias.dtype
         with torch.autocast(y0.device.type, enabled=False):
             q = q.to(y0.dtype)
@@ -181,7 +177,7 @@ class _LowrankAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         z, rows, q, share, z_scale = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             dy0 = None

@@ -167,7 +167,7 @@ def _chunks(
 
 class _WeightNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x, weight, bias, rows, p, p_base, delta_bias, options, restrain
     ) -> Tensor:
         ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
@@ -183,7 +183,7 @@ class _WeightNormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         x, weight, rows, p, p_base, *scalars = ctx.saved_tensors
         norm = _Norm(ctx.form, ctx.combine, *scalars)
         with torch.autocast(g.device.type, enabled=False):

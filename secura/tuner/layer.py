@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +21,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
     Several adapters may be active at once where the layer is additive (``norm="none"``).
     """
+
+    base_layer: nn.Module
+    active_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    set_adapter: Any
+    get_base_layer: Any
 
     adapter_layer_names: tuple[str, ...] = ("secura_adapter",)
     other_param_names: tuple[str, ...] = ()
@@ -89,28 +96,32 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         return self._sum(active, x)
 
     def _active(self) -> list[CABR]:
-        names = [name for name in self.active_adapters if name in self.secura_adapter]
-        adapters = [self.secura_adapter[name] for name in names]
+        adapters = self._named(self.active_adapters)
         if len(adapters) > 1 and any(adapter.config.norm != "none" for adapter in adapters):
             raise ValueError(
-                f"adapters {names} are active together, but only norm='none' adds up: activate one "
-                "with set_adapter()"
+                f"adapters {self.active_adapters} are active together, but only norm='none' adds "
+                "up: activate one with set_adapter()"
             )
         return adapters
+
+    def _named(self, names: list[str]) -> list[CABR]:
+        return [
+            cast(CABR, self.secura_adapter[name]) for name in names if name in self.secura_adapter
+        ]
 
     def _sum(self, adapters: list[CABR], x: Tensor) -> Tensor:
         masks = [adapter.dropout_mask(x) for adapter in adapters]
         if any(mask is not None for mask in masks):
-            ones = [x.new_ones(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
-            masks = [one if mask is None else mask for one, mask in zip(ones, masks, strict=True)]
-        biases = [adapter.bias for adapter in adapters if adapter.bias is not None]
+            shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
+            pairs = zip(masks, shapes, strict=True)
+            masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
         return lowrank_add(
             self.base_layer(x),
-            self.base_layer.bias,
+            bases.bias(self.base_layer),
             torch.cat([adapter.rows for adapter in adapters]),
             torch.cat([adapter.product(self.base_layer)[0] for adapter in adapters], dim=1),
-            delta_bias=sum(biases[1:], start=biases[0]) if biases else None,
-            z_scale=None if masks[0] is None else torch.cat(masks, dim=-1),
+            delta_bias=_sum_biases(adapters),
+            z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
         )
 
     def fold(self) -> None:
@@ -122,11 +133,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge it to fold")
         for adapter in self._active():
-            adapter.fold(self.base_layer)
+            adapter.fold_core(self.base_layer)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D)."""
-        delta = self.secura_adapter[adapter].delta_weight(self.base_layer)
+        delta = self._named([adapter])[0].delta_of(self.base_layer)
         return delta.t() if bases.is_conv1d(self.base_layer) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -156,19 +167,18 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"adapters {self.merged_adapters} are merged already: unmerge first")
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.secura_adapter]
-        adapters = [self.secura_adapter[name] for name in names]
+        adapters = self._named(names)
         base = self.base_layer
         if len(adapters) == 1:
-            inexact = adapters[0].config.allow_inexact_merge
-            weight = adapters[0].effective_weight(base, allow_inexact=inexact)
+            weight = adapters[0].effective_of(base)
         else:
             if any(adapter.config.norm != "none" for adapter in adapters):
                 raise ValueError(f"adapters {names} have a norm and do not add up: merge one alone")
             dense = bases.weight(base)
-            deltas = (adapter.delta_weight(base) for adapter in adapters)
+            deltas = (adapter.delta_of(base) for adapter in adapters)
             weight = sum(deltas, start=dense.float()).to(dense.dtype)
-        biases = [adapter.bias.data for adapter in adapters if adapter.bias is not None]
-        return weight, sum(biases[1:], start=biases[0]) if biases else None, names
+        bias = _sum_biases(adapters)
+        return weight, None if bias is None else bias.detach(), names
 
     def unmerge(self) -> None:
         """Restore the base weight.
@@ -184,13 +194,18 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        adapter = self.secura_adapter[adapter_name]
+        (adapter,) = self._named([adapter_name])
         device = self.get_base_layer().weight.device if device is None else device
         if not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(device)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()
+
+
+def _sum_biases(adapters: list[CABR]) -> Tensor | None:
+    biases: list[Tensor] = [adapter.bias for adapter in adapters if adapter.bias is not None]
+    return torch.stack(biases).sum(0) if biases else None
 
 
 __all__ = ["SecuraLayer"]

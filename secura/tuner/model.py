@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -63,7 +63,8 @@ class SecuraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
         super()._check_merge_allowed()
-        for name, module in self.model.named_modules():
+        model = cast(nn.Module, self.model)
+        for name, module in model.named_modules():
             if not isinstance(module, SecuraLayer):
                 continue
             if module.merged:
