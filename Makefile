@@ -41,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/secura demo --output_dir $(DEMO_OUTPUT) $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,19 @@
-"""Skips, visibly, what a machine cannot run."""
+"""For every test: no hub, its own cache of data sets; `gpu` is skipped where there is none."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the one of the process that began them
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="secura-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -198,7 +198,7 @@ def make_parser() -> Any:
     for package in ("transformers", "peft", "accelerate", "datasets"):
         require(package, "train")
 
-    class TrainParser(trl.TrlParser):  # type: ignore[name-defined,misc]
+    class TrainParser(trl.TrlParser):  # type: ignore[name-defined]
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message} (see '{PROG} --help')")
 
@@ -210,8 +210,11 @@ def make_parser() -> Any:
 
     groups = (trl.SFTConfig, ModelArguments, DataArguments, adapter_arguments())
     parser = TrainParser(groups, prog=PROG, allow_abbrev=False)
-    resume = parser._option_string_actions["--resume_from_checkpoint"]
-    resume.nargs, resume.const = "?", "true"
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "true"
+        elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
     return parser
 
 

@@ -31,6 +31,8 @@ def load_split(name: str, config: str | None, split: str) -> Any:
     datasets = require("datasets", "train")
     try:
         dataset = _load(datasets, name, config, split)
+    except StopIteration:  # the JSON reader's answer to a file without a line
+        dataset = ()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise UserError(f"data set {name!r}, split {split!r}: {one_line(cause)}") from error
