@@ -439,6 +439,41 @@ def test_bad_generation(flags, part, base, capfd):
     fails(["generate", *flags.format(base=base).split()], capfd, part)
 
 
+# doctor
+
+
+def test_doctor_checks_every_op(capfd):
+    assert main(["doctor"]) == 0
+    shown = capfd.readouterr().out
+    ops = ("lowrank_linear", "lowrank_add", "weight_norm_linear", "activation_norm")
+    assert all(op in shown for op in (*ops, "torch", "16 of 16 checks passed", "because"))
+
+
+def test_doctor_notices_a_wrong_or_failing_op(capfd, monkeypatch):
+    from secura_kernels import doctor
+
+    def wrong(layer, options):
+        return doctor._weight(layer, options) * 1.01
+
+    def broken(layer, options):
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(doctor, "OPS", (("wrong", "weight", wrong), ("broken", "none", broken)))
+    assert main(["doctor"]) == 1
+    shown = capfd.readouterr().out
+    assert shown.count("FAILED") == 3 and "it broke" in shown
+    assert "1 of 4 checks passed" in shown  # 1% lies within what bf16 may err
+
+
+def test_doctor_when_an_implementation_is_forced(capfd, monkeypatch):
+    monkeypatch.setenv("SECURA_IMPL", "fastest")
+    fails(["doctor"], capfd, "unknown impl 'fastest'")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("SECURA_IMPL", "triton")
+        assert main(["doctor"]) == 1
+        assert "no implementation can run" in capfd.readouterr().out
+
+
 # the rest
 
 

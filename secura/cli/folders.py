@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from secura.cli.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -79,6 +77,8 @@ def why_incomplete(checkpoint: Path) -> str | None:
     A trainer writes `trainer_state.json` last, so a run that was stopped while it saved is
     recognised by its absence.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not checkpoint.is_dir():
         return "no such folder"
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "trainer_state.json"):

@@ -1,0 +1,117 @@
+"""`secura doctor`: versions, devices, and each op's implementation and error on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from secura.cli.errors import Parser
+
+PACKAGES = {
+    "secura": "",
+    "torch": "",
+    "triton": "",
+    "numpy": "",
+    "safetensors": "",
+    "transformers": "train",
+    "peft": "train",
+    "trl": "train",
+    "accelerate": "train",
+    "datasets": "train",
+    "gguf": "demo",
+    "matplotlib": "demo",
+    "bitsandbytes": "quant",
+}
+
+
+def make_parser() -> Parser:
+    """The flags of `secura doctor`."""
+    return Parser(
+        prog="secura doctor",
+        description=__doc__,
+        epilog="SECURA_IMPL=reference|triton|auto steers the choice. Needs torch alone. The exit "
+        "status is 1 where a check fails.",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Prints the findings; 1 if an op fails its check."""
+    make_parser().parse_args(argv)
+    import torch
+
+    print(f"Python {platform.python_version()}, {platform.platform()}")
+    print_table(("package", "version", ""), versions())
+    print_table(("device", "", ""), devices(torch))
+    print(f"SECURA_IMPL={os.environ.get('SECURA_IMPL', 'auto')}\n")
+    checks = run_checks(torch)
+    print_table(
+        ("op", "norm", "device", "dtype", "takes", "error", "limit", ""),
+        [
+            (
+                check.op,
+                check.norm,
+                check.device,
+                check.dtype,
+                check.impl or "-",
+                "-" if check.failure else f"{check.error:.1e}",
+                f"{check.limit:.0e}",
+                "ok" if check.passed else f"FAILED {check.failure}".rstrip(),
+            )
+            for check in checks
+        ],
+    )
+    print("error: largest over output and gradients, relative to the fp64 oracle")
+    for device, dtype, impl, reason in dict.fromkeys(
+        (check.device, check.dtype, check.impl, check.reason) for check in checks
+    ):
+        print(f"{device} {dtype}: {impl or 'nothing'}, because {reason}")
+    failed = sum(not check.passed for check in checks)
+    print(f"\n{len(checks) - failed} of {len(checks)} checks passed")
+    return 1 if failed else 0
+
+
+def versions() -> list[tuple[str, str, str]]:
+    """Each package's version, or how to get it."""
+    rows = []
+    for package, extra in PACKAGES.items():
+        try:
+            rows.append((package, importlib.metadata.version(package), ""))
+        except importlib.metadata.PackageNotFoundError:
+            hint = f"pip install 'secura[{extra}]'" if extra else ""
+            rows.append((package, "-", hint))
+    return rows
+
+
+def devices(torch: Any) -> list[tuple[str, str, str]]:
+    """Each device torch can use, its name, and what is worth knowing of it."""
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
+    rows = [("cpu", platform.processor() or platform.machine(), threads)]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"
+        rows.append((f"cuda:{index}", found.name, memory))
+    return rows
+
+
+def run_checks(torch: Any) -> list[Any]:
+    """The self-check on CUDA where there is a device, and on the CPU unless kernels are forced."""
+    from secura_kernels.doctor import self_check
+
+    cuda, checks = torch.cuda.is_available(), []
+    if not (cuda and os.environ.get("SECURA_IMPL") == "triton"):
+        checks += self_check("cpu", (torch.float32, torch.bfloat16))
+    if cuda:
+        checks += self_check("cuda", (torch.float32, torch.bfloat16, torch.float16))
+    return checks
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns as wide as their widest cell, and an empty line after them."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    print()
