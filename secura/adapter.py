@@ -60,12 +60,18 @@ class CABR(nn.Module):
     cols: Tensor
     core: Tensor
     fingerprint: Tensor
+    checksum: Tensor
     columns: Tensor
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
 
+    STATE = ("A", "B", "bias", "rows", "cols", "core", "fingerprint", "checksum")
+    """Names of the tensors an adapter file may hold for one layer."""
+
     _KEEP_FP32 = ("core", "fingerprint", "gram", "base_norms")
+    _assigned = False
+    name = "layer"
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class CABR(nn.Module):
         self.register_buffer("cols", cols)
         self.register_buffer("core", torch.zeros(m, m, device=weight.device))
         self.register_buffer("fingerprint", fingerprint(weight))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded = False
         for name in ("columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
@@ -180,7 +187,7 @@ class CABR(nn.Module):
     @torch.no_grad()
     def fold_core(self, base: nn.Module) -> None:
         """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not written."""
-        self.core += self.update().to(self.core.dtype)
+        self.core.add_(self.update())
         self.B.zero_()
         self.folded = True
         self._derive(base, None)
@@ -236,8 +243,20 @@ class CABR(nn.Module):
         )
 
     def _refresh(self, base: nn.Module) -> None:
+        if self._assigned:
+            self._check_assigned(base)
         if self._stale:
             self._derive(base, None)
+
+    def _check_assigned(self, base: nn.Module) -> None:
+        """Take over tensors that were assigned without ``load_state_dict``, at their first use."""
+        own = fingerprint(bases.weight(base))
+        state = {name: getattr(self, name) for name in ("A", "B", "rows", "cols", "core")}
+        state["fingerprint"] = self.fingerprint
+        shape = (self.out_features, self.in_features)
+        check_state(self.name, state, shape, own if self.config.check_base else None)
+        self.fingerprint = own
+        self.folded, self._stale, self._assigned = bool(self.core.any()), True, False
 
     @torch.no_grad()
     def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
@@ -279,36 +298,39 @@ class CABR(nn.Module):
         for name, tensor in kept.items():
             moved = getattr(self, name)
             if tensor is not None and moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
+                self._buffers[name] = tensor.to(moved.device)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("rows", "cols", "core"):
+            self._assigned = True
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = _own(destination, prefix)
+        own = self._own(destination, prefix)
+        del own["checksum"]
         if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
             destination[prefix + "checksum"] = checksum(own)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
-        state_dict.pop(prefix + "checksum", None)
+        state_dict[prefix + "checksum"] = self.checksum
+        if not self.fingerprint.is_meta and prefix + "fingerprint" in state_dict:
+            state_dict[prefix + "fingerprint"] = self.fingerprint
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.folded = not self.core.is_meta and bool(self.core.any())
-        self._stale = True
+        self._stale, self._assigned = True, False
 
     def check_loadable(self, state_dict: Any, prefix: str) -> None:
         """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded."""
         own = None if self.fingerprint.is_meta or not self.config.check_base else self.fingerprint
         shape = (self.out_features, self.in_features)
-        check_state(prefix.rstrip("."), _own(state_dict, prefix), shape, own)
+        check_state(prefix.rstrip("."), self._own(state_dict, prefix), shape, own)
 
-
-def _own(state_dict: Any, prefix: str) -> dict[str, Tensor]:
-    skip = len(prefix)
-    return {
-        name[skip:]: tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(prefix) and "." not in name[skip:]
-    }
+    def _own(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self.STATE if prefix + name in state_dict]
+        return {name: state_dict[prefix + name] for name in names}
 
 
 __all__ = ["CABR"]

@@ -53,7 +53,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
             tensor.detach().cpu().contiguous().flatten().view(torch.uint8),
         ):
             position = torch.arange(1, data.numel() + 1)
-            total = total * 1_000_003 + (data.long() * (position * 2_654_435_761 % 65_521)).sum()
+            factor = position * 2_654_435_761 % 65_521 + 1
+            total = total * 1_000_003 + (data.long() * factor).sum()
     return total
 
 

@@ -73,6 +73,23 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SecuraConfig:
+        """Read ``adapter_config.json`` of a folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository.
+            subfolder: where in it.
+            **kwargs: ``check_base`` in the place of the file's; others are for the download.
+        """
+        choices = {"check_base": kwargs.pop("check_base")} if "check_base" in kwargs else {}
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        for name, value in choices.items():
+            setattr(config, name, value)
+        return config
+
+    @classmethod
     def released(cls, kind: str = "M1", **settings: Any) -> SecuraConfig:
         """The settings of the released experiments.
 
