@@ -34,7 +34,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     is_secura_layer = True
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: SecuraConfig, r: int
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SecuraConfig,
+        r: int,
+        *,
+        name: str = "layer",
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -43,17 +49,20 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._merged: MergedState | None = None
-        self.update_layer(adapter_name, config, r)
+        self.update_layer(adapter_name, config, r, name=name)
         first = self.secura_adapter[adapter_name]
         self.in_features, self.out_features = first.in_features, first.out_features
 
-    def update_layer(self, adapter_name: str, config: SecuraConfig, r: int) -> None:
+    def update_layer(
+        self, adapter_name: str, config: SecuraConfig, r: int, *, name: str = "layer"
+    ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             config: its settings.
             r: its CUR rank on this layer.
+            name: the layer's, for messages.
 
         Raises:
             RuntimeError: while an adapter is merged.
@@ -66,7 +75,9 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         dense = bases.dense_weight(base)
         dtype = torch.float32 if dense is None else dense.dtype
-        self.secura_adapter[adapter_name] = CABR(config, base, r=r, dtype=dtype)
+        adapter = CABR(config, base, r=r, dtype=dtype)
+        adapter.name = name
+        self.secura_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,10 +88,6 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             ValueError: for another last dimension, or several active adapters with a norm.
             RuntimeError: when trained while merged.
         """
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "SECURA does not mix adapters within a batch: run one adapter at a time"
-            )
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -169,6 +176,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name in self.secura_adapter]
         adapters = self._named(names)
         base = self.base_layer
+        if bases.dense_weight(base) is None:
+            raise ValueError("a quantised weight takes no merge: load the model in full precision")
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
@@ -176,7 +185,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"adapters {names} have a norm and do not add up: merge one alone")
             dense = bases.weight(base)
             deltas = (adapter.delta_of(base) for adapter in adapters)
-            weight = sum(deltas, start=dense.float()).to(dense.dtype)
+            wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+            weight = sum(deltas, start=wide).to(dense.dtype)
         bias = _sum_biases(adapters)
         return weight, None if bias is None else bias.detach(), names
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -11,6 +13,7 @@ from torch import nn
 
 from secura import bases
 from secura.adapter import CABR
+from secura.linear import check_finite
 
 from .config import SecuraConfig
 from .layer import SecuraLayer
@@ -36,6 +39,40 @@ class SecuraModel(BaseTuner):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_before_loading)
 
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Put the adapter on every targeted layer, or on none where one of them refuses it.
+
+        Raises:
+            ValueError: for a rank that does not fit, a weight that cannot be decomposed, or a
+                name that is also a tensor's.
+            TypeError: for a target that is no linear layer.
+        """
+        if adapter_name in CABR.STATE:
+            raise ValueError(
+                f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
+                f"another than {CABR.STATE}"
+            )
+        before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for name, layer in _secura_layers(model):
+                if layer in before:
+                    layer.secura_adapter = nn.ModuleDict(before[layer])
+                else:
+                    model.set_submodule(name, layer.base_layer)
+            raise
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SECURA does not mix adapters within a batch: run one adapter at a time"
+            )
+        yield
+
     def _create_and_replace(
         self,
         peft_config: SecuraConfig,
@@ -50,42 +87,30 @@ class SecuraModel(BaseTuner):
         rank = peft_config.rank_pattern.get(pattern, peft_config.r)
         try:
             if isinstance(target, SecuraLayer):
-                target.update_layer(adapter_name, peft_config, rank)
+                target.update_layer(adapter_name, peft_config, rank, name=current_key)
                 return
             bases.check_linear(target)
-            layer = SecuraLayer(target, adapter_name, peft_config, rank)
+            layer = SecuraLayer(target, adapter_name, peft_config, rank, name=current_key)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_merge_allowed(self) -> None:
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
-        super()._check_merge_allowed()
-        model = cast(nn.Module, self.model)
-        for name, module in model.named_modules():
-            if not isinstance(module, SecuraLayer):
-                continue
-            if module.merged:
-                raise RuntimeError(
-                    f"{name}: adapters {module.merged_adapters} are merged already: "
-                    "unmerge_adapter() first, or unload() to keep the merged weights"
-                )
-            if bases.dense_weight(module.get_base_layer()) is None:
-                raise ValueError(
-                    f"{name} holds a quantised weight: load the model in full precision to merge"
-                )
-            for adapter in module._active():
-                config = adapter.config
-                if config.norm == "activation" and not config.allow_inexact_merge:
-                    raise ValueError(
-                        "norm='activation' is not linear in x, so no merged weight is exact: keep "
-                        "the adapter, or merge W + ΔW as the released code does by setting "
-                        "allow_inexact_merge=True in its config"
-                    )
-                if not all(bool(value.isfinite().all()) for value in adapter.parameters()):
-                    raise ValueError(f"{name}: the adapter holds NaN or inf: training diverged")
+        for name, layer in _secura_layers(self.model):
+            try:
+                check_finite(layer.merged_weight(adapter_names)[0])
+            except (RuntimeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -96,14 +121,45 @@ class SecuraModel(BaseTuner):
             RuntimeError: when merged already.
             ValueError: see :meth:`SecuraLayer.merge`.
         """
-        self._check_merge_allowed()
+        self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore every base weight that holds an adapter, bit for bit.
+
+        Raises:
+            RuntimeError: when nothing is merged.
+        """
+        merged = [layer for _, layer in _secura_layers(self.model) if layer.merged]
+        if not merged:
+            raise RuntimeError("nothing to undo: no adapter is merged")
+        for layer in merged:
+            layer.unmerge()
 
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *_: Any) -> None:
-    for name, adapter in module.named_modules():
-        if isinstance(adapter, CABR):
-            adapter.check_loadable(state_dict, f"{prefix}{name}.")
+    """Refuse before the first tensor is copied, so that no adapter is left half loaded."""
+    lacking: dict[str, list[str]] = {}
+    loading = set()
+    for name, part in module.named_modules():
+        if not isinstance(part, CABR):
+            continue
+        layer, _, adapter = f"{prefix}{name}".rpartition(".")
+        part.check_loadable(state_dict, f"{prefix}{name}.")
+        if any(f"{prefix}{name}.{tensor}" in state_dict for tensor in CABR.STATE):
+            loading.add(adapter)
+        else:
+            lacking.setdefault(adapter, []).append(layer.removesuffix(".secura_adapter"))
+    for adapter in loading & lacking.keys():
+        layers = lacking[adapter]
+        raise ValueError(
+            f"{layers[0]}: the file has nothing for this layer ({len(layers)} such in all) of "
+            f"adapter {adapter!r}: it was damaged, or its adapter_config.json is another's"
+        )
+
+
+def _secura_layers(model: Any) -> list[tuple[str, SecuraLayer]]:
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, SecuraLayer)]
 
 
 __all__ = ["SecuraModel"]
