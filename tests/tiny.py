@@ -1,0 +1,106 @@
+"""Tiny random models and token data for the tests that run transformers, PEFT and TRL."""
+
+from __future__ import annotations
+
+import torch
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from secura import SecuraConfig
+from secura.tuner import SecuraLayer
+
+VOCAB = 32
+NORMS = ("none", "channel", "weight", "activation")
+
+
+def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, bias: bool = True):
+    """Two decoder layers, hidden 24, grouped heads; the same weights for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        attention_bias=bias, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    return model.to(dtype).eval()
+
+
+def gpt2(seed: int = 0):
+    """Two blocks whose linear layers are transformers' ``Conv1D``."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, initializer_range=0.1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def config(**settings) -> SecuraConfig:
+    """Small ranks on q and v unless told otherwise."""
+    return SecuraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings))
+
+
+def adapted(model=None, *, seed: int = 0, **settings):
+    """``model`` (a fresh tiny Llama) with an adapter that changes what it computes, in eval."""
+    model = get_peft_model(llama() if model is None else model, config(**settings))
+    perturb(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def perturb(model, seed: int = 0, adapter: str | None = None) -> None:
+    """Draw B, and the bias where there is one, of the adapter (of every one) at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers(model).values():
+        for name, part in layer.secura_adapter.items():
+            if adapter in (None, name):
+                for value in (part.B, part.bias):
+                    if value is not None:
+                        value.copy_(torch.randn(value.shape, generator=generator) * 0.5)
+
+
+def layers(model) -> dict[str, SecuraLayer]:
+    """Every adapted layer by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SecuraLayer)}
+
+
+def parts(model, adapter: str = "default") -> list:
+    """The adapter's modules, in order."""
+    return [layer.secura_adapter[adapter] for layer in layers(model).values()]
+
+
+def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """``[count, length]`` random token ids, none special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (count, length), generator=generator)
+
+
+def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """The model's logits, without gradients."""
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids).logits
+
+
+def snapshot(module) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of the module's state."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    """A copy of every tensor that is no adapter's, by its name in the plain model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value.clone()
+        for name, value in model.state_dict().items()
+        if "secura_adapter" not in name
+    }
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Same names, same shapes, same bits."""
+    assert first.keys() == second.keys()
+    changed = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not changed
