@@ -20,13 +20,6 @@ def adapted_names(model) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in tiny.layers(model)}
 
 
-def gradients(model, ids=None) -> dict[str, torch.Tensor]:
-    ids = tiny.tokens() if ids is None else ids
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize(
     ("target_modules", "expected"),
     [
@@ -82,7 +75,9 @@ def test_conv1d_of_gpt2():
     assert (part.out_features, part.in_features) == (72, 24)
     delta = next(iter(tiny.layers(model).values())).get_delta_weight("default")
     assert delta.shape == (24, 72)
-    assert gradients(model).keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert tiny.gradients(model).keys() == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     adapted = tiny.logits(model)
     assert not torch.equal(adapted, tiny.logits(tiny.gpt2()))
     torch.testing.assert_close(tiny.logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5)
@@ -127,7 +122,7 @@ def test_save_and_load(norm, low_cpu_mem_usage, tmp_path):
     tiny.assert_same(tiny.snapshot(loaded), tiny.snapshot(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     trainable = PeftModel.from_pretrained(tiny.llama(), tmp_path, is_trainable=True)
-    assert gradients(trainable).keys() == gradients(model).keys() != set()
+    assert tiny.gradients(trainable).keys() == tiny.gradients(model).keys() != set()
 
 
 @pytest.mark.parametrize("norm", tiny.NORMS)
@@ -141,7 +136,7 @@ def test_bf16_base_keeps_fp32_adapters(norm):
     base_error = (tiny.logits(tiny.llama(dtype=torch.bfloat16)) - tiny.logits(tiny.llama())).abs()
     error = (tiny.logits(model) - tiny.logits(exact)).abs()
     assert error.max() <= 3 * base_error.max()
-    assert all(g.dtype == torch.float32 for g in gradients(model).values())
+    assert all(g.dtype == torch.float32 for g in tiny.gradients(model).values())
 
 
 @pytest.mark.parametrize("norm", ["none", "channel"])
@@ -169,94 +164,10 @@ def test_disable_adapter_is_the_base():
     assert not torch.equal(adapted, tiny.logits(tiny.llama()))
 
 
-def two_adapters(norm="none", **second):
-    model = tiny.adapted(norm=norm)
-    model.add_adapter("second", tiny.config(**({"norm": norm, "seed": 1, "r": 6} | second)))
-    tiny.perturb(model, 1, "second")
-    return model
-
-
-@pytest.mark.parametrize("norm", tiny.NORMS)
-def test_adding_switching_and_deleting_adapters(norm):
-    first = tiny.logits(tiny.adapted(norm=norm))
-    model = two_adapters(norm)
-    assert torch.equal(tiny.logits(model), first)
-    model.set_adapter("second")
-    second = tiny.logits(model)
-    assert not torch.equal(second, first)
-    grads = gradients(model)
-    assert grads
-    assert all(".second." in name for name in grads)
-    model.set_adapter("default")
-    assert all(".default." in name for name in gradients(model))
-    assert torch.equal(tiny.logits(model), first)
-    model.set_adapter("second")
-    model.delete_adapter("default")
-    assert torch.equal(tiny.logits(model), second)
-    assert not any(".default." in name for name in model.state_dict())
-
-
-def test_two_active_additive_adapters_add_up():
-    model = two_adapters(train_bias=True)
-    tiny.perturb(model, 1, "second")
-    base = tiny.llama()
-    for name, layer in tiny.layers(model).items():
-        plain = base.get_submodule(name.removeprefix("base_model.model."))
-        for adapter in ("default", "second"):
-            plain.weight.data += layer.get_delta_weight(adapter)
-        plain.bias.data += layer.secura_adapter["second"].bias
-    model.base_model.set_adapter(["default", "second"])
-    torch.testing.assert_close(tiny.logits(model), tiny.logits(base), rtol=0, atol=1e-5)
-    grads = gradients(model)
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in grads} == {"default", "second"}
-
-
-def test_dropout_of_one_of_two_active_adapters():
-    model = two_adapters(dropout=0.5).train()
-    model.base_model.set_adapter(["default", "second"])
-    torch.manual_seed(0)
-    first = tiny.logits(model)
-    assert not torch.equal(tiny.logits(model), first)
-    with torch.no_grad():
-        for part in tiny.parts(model, "second"):
-            part.B.zero_()
-    assert torch.equal(tiny.logits(model), tiny.logits(model))
-
-
-@pytest.mark.parametrize("norm", ["channel", "weight", "activation"])
-def test_two_active_adapters_with_a_norm_are_an_error(norm):
-    model = two_adapters(norm)
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="only norm='none' adds up"):
-        tiny.logits(model)
-
-
-def test_adapters_within_one_batch_are_an_error():
-    model = two_adapters()
-    with pytest.raises(ValueError, match="within a batch"):
-        model(input_ids=tiny.tokens(2), adapter_names=["default", "second"])
-
-
-def test_adapters_on_different_layers_may_be_active_together():
-    model = tiny.adapted(norm="channel", target_modules=["q_proj"])
-    model.add_adapter("second", tiny.config(norm="weight", target_modules=["v_proj"]))
-    tiny.perturb(model, 1, "second")
-    first = tiny.logits(model)
-    model.base_model.set_adapter(["default", "second"])
-    assert not torch.equal(tiny.logits(model), first)
-
-
-def test_an_adapter_name_that_is_also_a_tensors_is_an_error():
-    model = tiny.adapted()
-    with pytest.raises(ValueError, match="adapter name 'B' is a tensor's name"):
-        model.add_adapter("B", tiny.config())
-    assert set(model.peft_config) == {"default"}
-
-
 def test_modules_to_save(tmp_path):
     model = tiny.adapted(modules_to_save=["lm_head"])
     head = model.base_model.model.lm_head.modules_to_save.default.weight
-    grads = gradients(model)
+    grads = tiny.gradients(model)
     assert any("lm_head" in name for name in grads)
     with torch.no_grad():
         head += 1
@@ -280,12 +191,12 @@ def test_dropout_acts_in_training_alone():
 def test_gradient_checkpointing_gives_the_same_gradients(norm, reentrant):
     model = tiny.adapted(norm=norm, dropout=0.0 if norm == "weight" else 0.3).train()
     torch.manual_seed(0)
-    expected = gradients(model)
+    expected = tiny.gradients(model)
     calls = count_forwards(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.manual_seed(0)
-    got = gradients(model)
+    got = tiny.gradients(model)
     assert len(calls) == 2 * len(tiny.layers(model))
     assert got.keys() == expected.keys()
     for name in got:
@@ -303,9 +214,9 @@ def count_forwards(model) -> list:
 def test_autocast(norm):
     model = tiny.adapted(norm=norm, train_bias=True)
     exact, plain = tiny.logits(model), tiny.logits(tiny.llama())
-    grads = gradients(model)
+    grads = tiny.gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
-        got, cast_grads = tiny.logits(model), gradients(model)
+        got, cast_grads = tiny.logits(model), tiny.gradients(model)
         base_error = (tiny.logits(tiny.llama()) - plain).abs().max()
         layer = next(iter(tiny.layers(model).values()))
         assert layer(torch.randn(2, 24)).dtype == torch.bfloat16

@@ -85,6 +85,14 @@ def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
         return model(input_ids=tokens() if ids is None else ids).logits
 
 
+def gradients(model, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Gradients of the language-model loss by parameter name."""
+    ids = tokens() if ids is None else ids
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def snapshot(module) -> dict[str, torch.Tensor]:
     """A copy of every tensor of the module's state."""
     return {name: value.clone() for name, value in module.state_dict().items()}

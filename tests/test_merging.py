@@ -1,0 +1,195 @@
+"""Merging through PEFT: exact where it can be, refused where it cannot, undone bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+
+EXACT = ("none", "channel", "weight")
+
+
+def folded(model):
+    """The model after a fold and another round of learning."""
+    for layer in tiny.layers(model).values():
+        layer.fold()
+    tiny.perturb(model, 1)
+    return model
+
+
+@pytest.mark.parametrize("norm", EXACT)
+@pytest.mark.parametrize("combine", ["averaged", "gated"])
+@pytest.mark.parametrize("reference", ["folded", "pretrained"])
+def test_merge_and_unload_is_exact(norm, combine, reference):
+    model = tiny.adapted(
+        norm=norm, norm_combine=combine, norm_reference=reference, train_bias=True,
+        restrain=norm == "weight", restrain_percent=0.1, restrain_edge=1.9, restrain_decay=0.5,
+    )  # fmt: skip
+    adapted = tiny.logits(folded(model))
+    plain = model.merge_and_unload()
+    assert not tiny.layers(plain)
+    assert [type(part) for part in plain.modules()] == [
+        type(part) for part in tiny.llama().modules()
+    ]
+    torch.testing.assert_close(tiny.logits(plain), adapted, rtol=0, atol=1e-5)
+    assert (adapted - tiny.logits(tiny.llama())).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("norm", EXACT)
+def test_merge_into_bf16_is_the_rounded_exact_weight(norm):
+    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm=norm)
+    exact = {}
+    for name, layer in tiny.layers(model).items():
+        base = torch.nn.Linear(24, layer.out_features).to(torch.float32)
+        base.weight.data = layer.base_layer.weight.data.float()
+        part = layer.secura_adapter["default"]
+        exact[name] = part.effective_of(base)
+    adapted = tiny.logits(model)
+    model.merge_adapter()
+    for name, layer in tiny.layers(model).items():
+        assert layer.base_layer.weight.dtype == torch.bfloat16
+        error = (layer.base_layer.weight.float() - exact[name]).abs()
+        assert (error <= exact[name].abs() * 2**-7 + 1e-6).all()
+    torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=0.05)
+
+
+def test_merge_without_a_base_bias_makes_one():
+    model = tiny.adapted(tiny.llama(bias=False), norm="channel", train_bias=True)
+    adapted = tiny.logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert all(layer.base_layer.bias is None for layer in tiny.layers(model).values())
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_activation_refuses_and_leaves_every_weight(merge):
+    model = tiny.adapted(norm="activation")
+    before, adapted = tiny.snapshot(model), tiny.logits(model)
+    with pytest.raises(ValueError, match=r"q_proj: .*no merged weight is exact.*allow_inexact"):
+        getattr(model, merge)()
+    tiny.assert_same(tiny.snapshot(model), before)
+    assert torch.equal(tiny.logits(model), adapted)
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_one_layer_that_refuses_keeps_the_others_from_merging(merge):
+    model = tiny.adapted(norm="none", target_modules=["q_proj"])
+    model.add_adapter("second", tiny.config(norm="activation", target_modules=["v_proj"]))
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match="v_proj"):
+        getattr(model, merge)(adapter_names=["default", "second"])
+    tiny.assert_same(tiny.snapshot(model), before)
+    model.merge_adapter()
+
+
+def test_allow_inexact_merge_writes_the_released_codes_weight():
+    model = tiny.adapted(norm="activation", allow_inexact_merge=True)
+    expected = {
+        name: layer.base_layer.weight + layer.get_delta_weight("default")
+        for name, layer in tiny.layers(model).items()
+    }
+    adapted = tiny.logits(model)
+    model.merge_adapter()
+    for name, layer in tiny.layers(model).items():
+        torch.testing.assert_close(layer.base_layer.weight, expected[name])
+    assert not torch.allclose(tiny.logits(model), adapted, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", EXACT)
+def test_unmerge_is_bit_for_bit(norm, dtype):
+    model = tiny.adapted(tiny.llama(dtype=dtype), norm=norm, train_bias=True)
+    before, adapted = tiny.snapshot(model), tiny.logits(model)
+    model.merge_adapter()
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.unmerge_adapter()
+    tiny.assert_same(tiny.snapshot(model), before)
+    assert torch.equal(tiny.logits(model), adapted)
+    with pytest.raises(RuntimeError, match="nothing to undo"):
+        model.unmerge_adapter()
+
+
+def test_unmerge_where_some_layers_hold_nothing():
+    model = tiny.adapted(norm="channel", target_modules=["q_proj"])
+    model.add_adapter("second", tiny.config(target_modules=["k_proj", "v_proj"]))
+    before = tiny.snapshot(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_twice_is_an_error(merge):
+    model = tiny.adapted(norm="channel")
+    model.merge_adapter()
+    before = tiny.snapshot(model)
+    with pytest.raises(RuntimeError, match=r"q_proj: .*merged already: unmerge"):
+        getattr(model, merge)()
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_a_merged_adapter_can_not_be_trained_folded_or_joined():
+    model = tiny.adapted(norm="channel")
+    adapted = tiny.logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=1e-5)
+    model.train()
+    with pytest.raises(RuntimeError, match="training would not reach it"):
+        model(input_ids=tiny.tokens())
+    with pytest.raises(RuntimeError, match="unmerge"):
+        next(iter(tiny.layers(model).values())).fold()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        model.add_adapter("second", tiny.config())
+    assert set(model.peft_config) == {"default"}
+    assert torch.equal(tiny.logits(model), tiny.logits(model.eval()))
+
+
+def test_disabling_a_merged_adapter_restores_the_base():
+    model = tiny.adapted(norm="weight")
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(tiny.logits(model), tiny.logits(tiny.llama()))
+
+
+def test_diverged_adapters_are_not_merged():
+    model = tiny.adapted(norm="none")
+    with torch.no_grad():
+        tiny.parts(model)[-1].B[0, 0] = float("nan")
+    before = {name: value for name, value in tiny.base_weights(model).items()}
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: .*NaN or inf"):
+        model.merge_and_unload()
+    tiny.assert_same(tiny.base_weights(model), before)
+
+
+def test_unload_gives_the_base_back():
+    model = tiny.adapted(norm="weight")
+    plain = model.unload()
+    tiny.assert_same(tiny.snapshot(plain), tiny.snapshot(tiny.llama()))
+
+
+def test_two_additive_adapters_merge_together():
+    model = tiny.adapted(norm="none", train_bias=True)
+    model.add_adapter("second", tiny.config(norm="none", r=6, train_bias=True))
+    tiny.perturb(model, 1, "second")
+    model.base_model.set_adapter(["default", "second"])
+    adapted = tiny.logits(model)
+    torch.testing.assert_close(tiny.logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5)
+
+
+def test_the_merged_checkpoint_is_plain(tmp_path):
+    model = tiny.adapted(norm="channel", train_bias=True)
+    adapted = tiny.logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    plain = type(tiny.llama()).from_pretrained(tmp_path)
+    torch.testing.assert_close(tiny.logits(plain), adapted, rtol=0, atol=1e-5)
+
+
+def test_a_loaded_adapter_merges_to_the_same_bits(tmp_path):
+    model = folded(tiny.adapted(norm="channel"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    tiny.assert_same(
+        tiny.snapshot(loaded.merge_and_unload()), tiny.snapshot(model.merge_and_unload())
+    )
