@@ -150,11 +150,11 @@ def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *_:
             loading.add(adapter)
         else:
             lacking.setdefault(adapter, []).append(layer.removesuffix(".secura_adapter"))
-    for adapter in loading & lacking.keys():
-        layers = lacking[adapter]
+    for incomplete in loading & lacking.keys():
+        layers = lacking[incomplete]
         raise ValueError(
             f"{layers[0]}: the file has nothing for this layer ({len(layers)} such in all) of "
-            f"adapter {adapter!r}: it was damaged, or its adapter_config.json is another's"
+            f"adapter {incomplete!r}: it was damaged, or its adapter_config.json is another's"
         )
 
 
