@@ -325,8 +325,13 @@ class CABR(nn.Module):
     def check_loadable(self, state_dict: Any, prefix: str) -> None:
         """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded."""
         own = None if self.fingerprint.is_meta or not self.config.check_base else self.fingerprint
+        state = self._own(state_dict, prefix)
+        if not state:
+            return
         shape = (self.out_features, self.in_features)
-        check_state(prefix.rstrip("."), self._own(state_dict, prefix), shape, own)
+        expected = {name: getattr(self, name) for name in self.STATE[:-1]}
+        expected = {name: tensor for name, tensor in expected.items() if tensor is not None}
+        check_state(prefix.rstrip("."), state, shape, own, expected)
 
     def _own(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
         names = [name for name in self.STATE if prefix + name in state_dict]

@@ -59,15 +59,21 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_state(
-    layer: str, state: Mapping[str, Tensor], shape: tuple[int, int], own_fingerprint: Tensor | None
+    layer: str,
+    state: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    own_fingerprint: Tensor | None,
+    expected: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Check what is about to be loaded into one layer, before anything is.
 
     Args:
         layer: the layer's name, for messages.
-        state: tensors by attribute name (``A``, ``rows``, …, ``checksum``); may be partial.
+        state: tensors by attribute name (``A``, ``rows``, …). ``checksum`` may be missing: a
+            sharded model gathers its state without one.
         shape: ``(N, K)`` of the base weight.
         own_fingerprint: of the base weight the adapter is loaded on, or None to skip that check.
+        expected: the tensors they take the place of, or None to skip that check.
 
     Raises:
         ValueError: for a file that was damaged or written for another weight.
@@ -75,9 +81,19 @@ def check_state(
     own = {name: tensor for name, tensor in state.items() if name != "checksum"}
     if "checksum" in state and int(state["checksum"]) != int(checksum(own)):
         raise ValueError(
-            f"{layer}: the adapter's tensors do not match their checksum: the file was damaged or "
-            "changed after it was saved; save or download it again"
+            f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
+            "adapter_config.json) was damaged or changed after it was saved; save or download it "
+            "again"
         )
+    if expected is not None:
+        found, taken = _shapes(own), _shapes(expected)
+        if found != taken:
+            names = sorted(n for n in found | taken if found.get(n) != taken.get(n))
+            raise ValueError(
+                f"{layer}: the file has {', '.join(f'{n} {found.get(n)}' for n in names)}, this "
+                f"layer takes {', '.join(f'{n} {taken.get(n)}' for n in names)}: the file was "
+                "damaged, or saved with other settings (r, inner_r, train_bias) than these"
+            )
     for name, limit in (("rows", shape[0]), ("cols", shape[1])):
         index = state.get(name)
         if index is not None and (
@@ -101,6 +117,10 @@ def check_state(
             f"{gap:.1%}), and its C and R would be taken from the wrong one. Load it on the model "
             "it was trained on, or pass check_base=False in the config to use it all the same"
         )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _signs(count: int, salt: int, device: torch.device) -> Tensor:

@@ -51,6 +51,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     format_version: int = FORMAT
 
     def __post_init__(self) -> None:
+        check_rank("format_version", self.format_version)
         if self.format_version > FORMAT:
             raise ValueError(
                 f"the adapter was written in format {self.format_version}, this version of secura "

@@ -65,6 +65,19 @@ class SecuraModel(BaseTuner):
                     model.set_submodule(name, layer.base_layer)
             raise
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Any
+    ) -> Any:
+        if not any(cls.prefix in name for name in state_dict):
+            raise ValueError(
+                f"the file of adapter {adapter_name!r} holds no tensor of SECURA's: it was damaged "
+                "or emptied; save or download it again"
+            )
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
