@@ -1,0 +1,280 @@
+"""Adapter files: what is in them, and that a wrong or damaged one is one clear error."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from secura import SecuraConfig
+from secura.integrity import checksum
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved adapter."""
+    tiny.adapted(norm="channel", train_bias=True).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewrite(folder, change, *, fix_checksum=False) -> None:
+    """Change the tensors of a saved adapter."""
+    state = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    change(state)
+    if fix_checksum:
+        own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
+        own.pop("checksum")
+        state[FIRST + "checksum"] = checksum(own)
+    (folder / WEIGHTS).unlink()
+    save_file(state, folder / WEIGHTS)
+
+
+def refused(folder, message: str, *, error: type[Exception] = ValueError) -> None:
+    """Loading fails on a new base, whose weights stay, and into an existing adapter alike."""
+    base = tiny.llama()
+    before = tiny.snapshot(base)
+    with pytest.raises(error, match=message):
+        PeftModel.from_pretrained(base, folder)
+    tiny.assert_same(tiny.base_weights(base), before)
+    model = tiny.adapted(norm="channel", train_bias=True, seed=5)
+    before = tiny.snapshot(model)
+    with pytest.raises(error, match=message):
+        model.load_adapter(folder, "default")
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_contents(folder):
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "README.md"}
+    state = load_file(folder / WEIGHTS)
+    layers = [f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in ("q_proj", "v_proj")]
+    names = ("A", "B", "bias", "rows", "cols", "core", "fingerprint", "checksum")
+    assert state.keys() == {
+        f"base_model.model.{layer}.secura_adapter.{name}" for layer in layers for name in names
+    }
+    shapes = {name: tuple(state[FIRST + name].shape) for name in names}
+    assert shapes == {
+        "A": (4, 8), "B": (8, 4), "bias": (24,), "rows": (4,), "cols": (4,), "core": (4, 4),
+        "fingerprint": (8, 8), "checksum": (),
+    }  # fmt: skip
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["peft_type"], config["format_version"]) == ("SECURA", 1)
+
+
+@pytest.mark.parametrize("norm", ["channel", "activation"])
+def test_a_layer_takes_at_most_350_kb(norm, tmp_path):
+    class Model(nn.Sequential):
+        config = None
+
+    model = get_peft_model(
+        Model(nn.Linear(512, 1024, bias=False)),
+        SecuraConfig(r=128, inner_r=256, norm=norm, restrain=True, target_modules=["0"]),
+    )
+    model.base_model.model[0].fold()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_size <= 0.35e6
+
+
+def test_another_base_is_an_error_that_names_the_layer_and_the_override(folder):
+    base = tiny.llama(1)
+    before = tiny.snapshot(base)
+    for low_cpu_mem_usage in (False, True):
+        with pytest.raises(
+            ValueError, match=r"layers\.0\.self_attn\.q_proj.*another base weight.*check_base=False"
+        ):
+            PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        tiny.assert_same(tiny.base_weights(base), before)
+    model = get_peft_model(base, tiny.config(norm="channel", train_bias=True))
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match="another base weight"):
+        model.load_adapter(folder, "default")
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_one_other_layer_is_enough_and_nothing_is_loaded(folder):
+    base = tiny.llama()
+    with torch.no_grad():
+        base.model.layers[1].self_attn.v_proj.weight.mul_(1.1)
+    model = get_peft_model(base, tiny.config(norm="channel", train_bias=True))
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj.*about 9\.\d%"):
+        model.load_adapter(folder, "default")
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_check_base_false_overrides(folder):
+    base = tiny.llama(1)
+    first = PeftModel.from_pretrained(base, folder, check_base=False)
+    config = SecuraConfig.from_pretrained(folder, check_base=False)
+    assert not config.check_base
+    second = PeftModel.from_pretrained(tiny.llama(1), folder, config=config)
+    assert torch.equal(tiny.logits(first), tiny.logits(second))
+    state = load_file(folder / WEIGHTS)
+    assert torch.equal(tiny.parts(first)[0].A, state[FIRST + "A"])
+    assert SecuraConfig.from_pretrained(folder).check_base
+
+
+def test_after_a_refusal_the_same_model_takes_the_override(folder):
+    base = tiny.llama(1)
+    with pytest.raises(ValueError, match="another base weight"):
+        PeftModel.from_pretrained(base, folder)
+    model = PeftModel.from_pretrained(base, folder, check_base=False)
+    fresh = PeftModel.from_pretrained(tiny.llama(1), folder, check_base=False)
+    assert torch.equal(tiny.logits(model), tiny.logits(fresh))
+
+
+def test_an_adapter_keeps_the_fingerprint_of_the_weight_it_sits_on(folder, tmp_path):
+    model = PeftModel.from_pretrained(tiny.llama(1), folder, check_base=False)
+    model.peft_config["default"].check_base = True
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(1), tmp_path)
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    with pytest.raises(ValueError, match="another base weight"):
+        PeftModel.from_pretrained(tiny.llama(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_dtype_is_accepted(folder, dtype):
+    loaded = PeftModel.from_pretrained(tiny.llama(dtype=dtype), folder)
+    exact = tiny.logits(PeftModel.from_pretrained(tiny.llama(), folder))
+    torch.testing.assert_close(tiny.logits(loaded).float(), exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.02, 0.0], ids=["tensors", "header", "empty"])
+def test_truncated(folder, keep):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: int(len(data) * keep)])
+    refused(folder, "header|file", error=Exception)
+
+
+def test_every_bit_of_the_tensors_is_guarded(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    base = tiny.adapted(norm="channel", train_bias=True)
+    before = tiny.snapshot(base)
+    positions = torch.randint(start, len(data), (60,), generator=torch.Generator().manual_seed(0))
+    for position in positions.tolist():
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(ValueError, match="do not match their checksum"):
+            base.load_adapter(folder, "default")
+    tiny.assert_same(tiny.snapshot(base), before)
+
+
+def test_the_checksum_counts_every_byte():
+    zeros = torch.zeros(200_000, dtype=torch.uint8)
+    plain = int(checksum({"A": zeros}))
+    for position in (0, 65_520, 65_521, 131_041, 199_999):
+        changed = zeros.clone()
+        changed[position] = 1
+        assert int(checksum({"A": changed})) != plain
+    assert int(checksum({"B": zeros})) != plain
+    assert int(checksum({"A": zeros.view(2, -1)})) != plain
+
+
+def test_a_flipped_bit_is_named_with_its_layer(folder):
+    def flip(state):
+        state[FIRST + "A"].view(torch.int32)[1, 2] ^= 1
+
+    rewrite(folder, flip)
+    refused(folder, r"layers\.0\.self_attn\.q_proj.*do not match their checksum")
+
+
+@pytest.mark.parametrize("name", ["A", "core", "fingerprint", "bias"])
+def test_a_missing_tensor(folder, name):
+    rewrite(folder, lambda state: state.pop(FIRST + name))
+    refused(folder, r"layers\.0\.self_attn\.q_proj.*checksum")
+    rewrite(folder, lambda state: state.pop(FIRST + "checksum"))
+    refused(folder, rf"layers\.0\.self_attn\.q_proj.*the file has {name} None, this layer takes")
+
+
+def test_a_file_without_tensors(folder):
+    rewrite(folder, lambda state: state.clear())
+    refused(folder, "adapter 'default' holds no tensor of SECURA's")
+
+
+def test_a_missing_layer(folder):
+    def drop(state):
+        for name in [name for name in state if "layers.1.self_attn.v_proj" in name]:
+            del state[name]
+
+    rewrite(folder, drop)
+    refused(folder, r"layers\.1\.self_attn\.v_proj: the file has nothing for this layer \(1 such")
+
+
+@pytest.mark.parametrize("name", ["rows", "cols"])
+@pytest.mark.parametrize("value", [24, -1, "repeated"])
+def test_indices_out_of_range_or_repeated(folder, name, value):
+    def change(state):
+        index = state[FIRST + name]
+        index[1] = index[0] if value == "repeated" else value
+
+    rewrite(folder, change, fix_checksum=True)
+    refused(folder, rf"q_proj.*{name} must be distinct integers in \[0, 24\)")
+
+
+@pytest.mark.parametrize("name", ["A", "B", "core", "bias"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_no_numbers(folder, name, value):
+    def change(state):
+        state[FIRST + name].view(-1)[0] = value
+
+    rewrite(folder, change, fix_checksum=True)
+    refused(folder, rf"q_proj.*{name} holds NaN or inf")
+
+
+def test_another_shape(folder):
+    def change(state):
+        state[FIRST + "A"] = state[FIRST + "A"][:, :-1].clone()
+
+    rewrite(folder, change, fix_checksum=True)
+    refused(folder, r"the file has A \[4, 7\], this layer takes A \[4, 8\]: .*inner_r")
+
+
+def test_a_newer_format(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    config["format_version"] = 2
+    config["gate"] = "a setting this version does not know"
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"format 2.*reads up to 1: upgrade"):
+        PeftModel.from_pretrained(tiny.llama(), folder)
+    with pytest.raises(ValueError, match="format 2"):
+        SecuraConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", ["1", None, 1.5, True, 0])
+def test_a_format_that_is_no_version(folder, value):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"format_version": value}))
+    with pytest.raises(ValueError, match="format"):
+        SecuraConfig.from_pretrained(folder)
+
+
+def test_a_setting_that_was_tampered_with(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"norm": "nosuch"}))
+    with pytest.raises(ValueError, match="nosuch"):
+        PeftModel.from_pretrained(tiny.llama(), folder)
+
+
+def test_another_rank_in_the_config(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"r": 5}))
+    with pytest.raises(ValueError, match=r"q_proj.*A \[4, 8\].*this layer takes A \[5, 10\]"):
+        PeftModel.from_pretrained(tiny.llama(), folder)
+
+
+def test_a_bias_the_config_does_not_mention(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"train_bias": False}))
+    with pytest.raises(ValueError, match=r"q_proj.*adapter_config\.json"):
+        PeftModel.from_pretrained(tiny.llama(), folder)
