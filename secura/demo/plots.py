@@ -66,18 +66,21 @@ def _draw_plane(axes: Axes, results: dict[str, Any]) -> None:
         path = [(point["gsm8k"], point["news"]) for point in points]
         axes.plot(*zip(*path, strict=True), "-o", color=COLOURS[name], markersize=5, linewidth=2)
         axes.plot(*path[-1], "o", color=COLOURS[name], markersize=11, mec="white")
+        forgot = path[-1][1] > base["news"]
         axes.annotate(
             method["title"],
             path[-1],
-            xytext=(0, 11),
+            xytext=(0, 11 if forgot else -11),
             textcoords="offset points",
             ha="center",
+            va="bottom" if forgot else "top",
             color=COLOURS[name],
             weight="bold",
         )
+    axes.axhline(base["news"], color=BASE_COLOUR, linewidth=1, linestyle=":", zorder=1)
     axes.plot(base["gsm8k"], base["news"], "*", color=BASE_COLOUR, markersize=16, mec="white")
-    axes.annotate("base", (base["gsm8k"], base["news"]), (8, 8), textcoords="offset points")
-    axes.margins(0.18, 0.18)
+    axes.annotate("base", (base["gsm8k"], base["news"]), (-12, 10), textcoords="offset points")
+    axes.margins(0.18, 0.25)
     axes.invert_xaxis()
     axes.set(
         xlabel="held-out GSM8K loss (further right: learned more)",
