@@ -1,6 +1,7 @@
 """SECURA: fine-tuning with a CUR adapter and a norm that holds important weights back.
 
-``SecuraConfig``, ``SecuraModel`` and ``FoldCallback`` load PEFT and transformers when first used.
+Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel`` and ``FoldCallback``,
+which load PEFT and transformers, need torch alone.
 """
 
 from __future__ import annotations
@@ -8,20 +9,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import AdapterConfig
-from .folding import fold
-from .linear import SECURALinear
-
 if TYPE_CHECKING:
     from .callbacks import FoldCallback
+    from .config import AdapterConfig
+    from .folding import fold
+    from .linear import SECURALinear
     from .tuner import SecuraConfig, SecuraModel
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AdapterConfig": "secura.config",
     "FoldCallback": "secura.callbacks",
+    "SECURALinear": "secura.linear",
     "SecuraConfig": "secura.tuner",
     "SecuraModel": "secura.tuner",
+    "fold": "secura.folding",
 }
 
 
@@ -29,6 +32,10 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'secura' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 __all__ = [

@@ -8,12 +8,12 @@ and a mistyped flag answer at once. What a user can get wrong is told in one lin
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from secura import __version__
 from secura.cli.errors import USER_ERRORS, Parser, one_line
 
 COMMANDS = {
@@ -62,7 +62,7 @@ def _run(arguments: list[str]) -> int:
         description="SECURA: CUR-decomposition adapters with a sigmoid magnitude norm.",
         epilog="'secura COMMAND --help' lists a command's flags.",
     )
-    parser.add_argument("--version", action="version", version=f"secura {_version()}")
+    parser.add_argument("--version", action="version", version=f"secura {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
@@ -73,10 +73,3 @@ def _run(arguments: list[str]) -> int:
         return 2
     module = importlib.import_module(COMMANDS[command][0])
     return module.main(arguments[1:]) or 0
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("secura")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
