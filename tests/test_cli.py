@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from secura.cli import main
+from secura.cli import arguments, main
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError
 
@@ -208,6 +208,20 @@ def test_bad_config_files(text, parts, base, data, tmp_path, capfd):
     argv = ["train", "--model", base, "--dataset", data, "--output_dir", output]
     fails([*argv, "--config", config], capfd, *parts)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "checkpointing", "bf16"),
+    [
+        ("", False, False),
+        ("--gradient_checkpointing --bf16", True, True),
+        ("--gradient_checkpointing False --bf16 False", False, False),
+    ],
+)
+def test_what_a_cpu_does_unless_told(flags, checkpointing, bf16, tmp_path):
+    argv = f"--model m --dataset d --output_dir {tmp_path} --use_cpu {flags}".split()
+    training = arguments.parse(argv)[0]
+    assert (training.gradient_checkpointing, training.bf16) == (checkpointing, bf16)
 
 
 def test_required_flags(capfd):
