@@ -1,0 +1,225 @@
+"""Training with Trainer and TRL: folding, resuming, what is written and what is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from secura import FoldCallback, fold
+
+STEPS = 6
+
+
+class Recorder(TrainerCallback):
+    """After each step, before a FoldCallback that comes later in the list: B and the core."""
+
+    def __init__(self) -> None:
+        self.zero_b: list[bool] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.zero_b.append(all(not part.B.any() for part in tiny.parts(model)))
+
+
+def data(count: int = 24) -> Dataset:
+    """Walks around a circle of four tokens: soon learnt."""
+    starts = torch.randint(0, 4, (count, 1), generator=torch.Generator().manual_seed(0))
+    ids = (starts + torch.arange(8)) % 4 + 3
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+LEARNS = {"r": 8, "target_modules": "all-linear", "train_bias": True}
+
+
+def trainer(folder, model, callbacks=(), **settings) -> Trainer:
+    arguments = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4,
+        "learning_rate": 3e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return Trainer(
+        model=model, args=TrainingArguments(**(arguments | settings)), train_dataset=data(),
+        eval_dataset=data(4), callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_loss_goes_down_and_the_base_stays(norm, gradient_checkpointing, tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(norm=norm, **LEARNS))
+    run = trainer(tmp_path, model, max_steps=12, gradient_checkpointing=gradient_checkpointing)
+    run.train()
+    first, last = sum(losses(run)[:3]), sum(losses(run)[-3:])
+    assert last < 0.85 * first
+    tiny.assert_same(tiny.base_weights(model), tiny.snapshot(tiny.llama()))
+    assert all(part.B.any() and part.bias.any() for part in tiny.parts(model))
+    assert all(math.isfinite(loss) for loss in losses(run))
+
+
+def test_bf16_training_keeps_fp32_adapters_and_the_bf16_base(tmp_path):
+    model = get_peft_model(tiny.llama(dtype=torch.bfloat16), tiny.config(**LEARNS))
+    before = tiny.base_weights(model)
+    run = trainer(tmp_path, model, max_steps=12, bf16=True)
+    run.train()
+    assert sum(losses(run)[-3:]) < 0.85 * sum(losses(run)[:3])
+    tiny.assert_same(tiny.base_weights(model), before)
+    assert {part.B.dtype for part in tiny.parts(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("source", ["config", "argument"])
+def test_the_callback_folds_every_few_optimizer_steps(source, tmp_path):
+    model = get_peft_model(
+        tiny.llama(), tiny.config(norm="channel", fold_every=2 if source == "config" else 0)
+    )
+    before, after = Recorder(), Recorder()
+    callback = FoldCallback() if source == "config" else FoldCallback(2)
+    run = trainer(tmp_path, model, [before, callback, after], gradient_accumulation_steps=2)
+    run.train()
+    assert before.zero_b == [False] * STEPS
+    assert after.zero_b == [False, True] * (STEPS // 2)
+    assert all(part.core.any() for part in tiny.parts(model))
+    tiny.assert_same(tiny.base_weights(model), tiny.snapshot(tiny.llama()))
+
+
+def test_without_fold_every_the_callback_does_nothing(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(norm="channel"))
+    trainer(tmp_path, model, [FoldCallback()]).train()
+    assert not any(part.core.any() for part in tiny.parts(model))
+    with pytest.raises(ValueError, match="fold_every=-1"):
+        FoldCallback(-1)
+
+
+def test_the_callback_on_a_model_without_adapters(tmp_path):
+    with pytest.raises(ValueError, match="no SECURA layer to fold"):
+        trainer(tmp_path, tiny.llama(), [FoldCallback(1)]).train()
+
+
+@pytest.mark.parametrize("reference", ["folded", "pretrained"])
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_fold_keeps_the_additive_weight(norm, reference):
+    model = tiny.adapted(norm=norm, norm_reference=reference)
+    layers = tiny.layers(model).values()
+    before = [layer.get_delta_weight("default") for layer in layers]
+    outputs = tiny.logits(model)
+    assert fold(model) == len(before)
+    for layer, delta in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    if norm == "none" or reference == "pretrained":
+        torch.testing.assert_close(tiny.logits(model), outputs, rtol=0, atol=1e-5)
+    else:
+        assert not torch.allclose(tiny.logits(model), outputs, atol=1e-3)
+
+
+def test_fold_touches_the_active_adapter_alone():
+    model = tiny.adapted(norm="none")
+    model.add_adapter("second", tiny.config(norm="none"))
+    tiny.perturb(model, 1)
+    fold(model)
+    assert all(part.core.any() and not part.B.any() for part in tiny.parts(model))
+    assert not any(part.core.any() or not part.B.any() for part in tiny.parts(model, "second"))
+
+
+def test_released_settings_leave_a_without_gradient(tmp_path):
+    settings = {"r": 4, "inner_r": 6}
+    model = get_peft_model(tiny.llama(), type(tiny.config()).released("M1", **settings))
+    before = [part.A.clone() for part in tiny.parts(model)]
+    trainer(tmp_path, model, [FoldCallback()], weight_decay=0.0).train()
+    for part, a in zip(tiny.parts(model), before, strict=True):
+        assert torch.equal(part.A, a)
+        assert part.core.any()
+
+
+@pytest.mark.parametrize("fold_every", [0, 2])
+@pytest.mark.parametrize("norm", ["channel", "weight", "activation"])
+def test_resuming_equals_an_uninterrupted_run(norm, fold_every, tmp_path):
+    settings = {
+        "norm": norm, "fold_every": fold_every, "train_bias": True,
+        "dropout": 0.0 if norm == "weight" else 0.1,
+    }  # fmt: skip
+
+    def run(folder, resume=None, **more):
+        model = get_peft_model(tiny.llama(), tiny.config(**settings))
+        one = trainer(folder, model, [FoldCallback()], **more)
+        one.train(resume_from_checkpoint=resume)
+        return one
+
+    whole = run(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    tiny.assert_same(tiny.snapshot(resumed.model), tiny.snapshot(whole.model))
+    trained = tiny.snapshot(whole.model)
+    start = tiny.snapshot(get_peft_model(tiny.llama(), tiny.config(**settings)))
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_trainer_saves_what_peft_loads(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(norm="channel", fold_every=2))
+    run = trainer(tmp_path, model, [FoldCallback()])
+    run.train()
+    run.save_model(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("adapter_model.bin"))
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model.eval()))
+
+
+def test_the_chosen_checkpoint_is_loaded_at_the_end(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.config(norm="channel", fold_every=2, **LEARNS))
+    run = trainer(
+        tmp_path, model, [FoldCallback()], load_best_model_at_end=True, save_strategy="steps",
+        save_steps=2, eval_strategy="steps", eval_steps=2, metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    first = PeftModel.from_pretrained(tiny.llama(), tmp_path / "checkpoint-2")
+    last = PeftModel.from_pretrained(tiny.llama(), tmp_path / f"checkpoint-{STEPS}")
+    assert torch.equal(tiny.logits(model.eval()), tiny.logits(first))
+    assert not torch.equal(tiny.logits(last), tiny.logits(first))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words ``t0`` … as tokens."""
+    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
+    vocab = {special.get(index, f"t{index}"): index for index in range(tiny.VOCAB)}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("norm", ["weight", "channel"])
+def test_sft_trainer_takes_the_config(norm, tokenizer, tmp_path):
+    rows = [" ".join(f"t{token}" for token in row) for row in data()["input_ids"]]
+    run = SFTTrainer(
+        model=tiny.llama(),
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4,
+            learning_rate=3e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+            bf16=False, disable_tqdm=True, max_length=16,
+        ),
+        train_dataset=Dataset.from_dict({"text": rows}),
+        processing_class=tokenizer,
+        peft_config=tiny.config(norm=norm, fold_every=4, **LEARNS),
+        callbacks=[FoldCallback()],
+    )  # fmt: skip
+    assert isinstance(run.model, PeftModel)
+    run.train()
+    assert sum(losses(run)[-3:]) < 0.9 * sum(losses(run)[:3])
+    assert all(part.core.any() for part in tiny.parts(run.model))
+    tiny.assert_same(tiny.base_weights(run.model), tiny.snapshot(tiny.llama()))
+    run.save_model(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
+    assert torch.equal(tiny.logits(loaded), tiny.logits(run.model.eval()))
