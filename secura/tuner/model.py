@@ -150,7 +150,7 @@ class SecuraModel(BaseTuner):
             layer.unmerge()
 
 
-def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *_: Any) -> None:
+def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:
     """Refuse before the first tensor is copied, so that no adapter is left half loaded."""
     lacking: dict[str, list[str]] = {}
     loading = set()
