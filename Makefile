@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/secura demo --output_dir $(DEMO_OUTPUT) $(ARGS)
+	$(BIN)/secura demo --output_dir $(DEMO_OUTPUT) --overwrite_output_dir $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
