@@ -46,6 +46,11 @@ def weight(base: nn.Module) -> Tensor:
             raise TypeError(
                 f"{type(base).__name__} has no floating weight and no known quantisation"
             )
+        state = getattr(base.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            # bitsandbytes' layout for inference on a CPU: dequantising it gives another weight.
+            # Its state_dict() puts the ordinary one back.
+            base.state_dict()
         return backend.get_base_weight(base).detach()
     if dense.device.type == "meta":
         raise ValueError(

@@ -13,11 +13,13 @@ VOCAB = 32
 NORMS = ("none", "channel", "weight", "activation")
 
 
-def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, bias: bool = True):
-    """Two decoder layers, hidden 24, grouped heads; the same weights for the same seed."""
+def llama(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, bias: bool = True, hidden: int = 24
+):
+    """Two decoder layers, grouped heads; the same weights for the same seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         attention_bias=bias, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         initializer_range=0.1,
