@@ -20,10 +20,12 @@ from secura.cli.errors import Parser, UserError, one_line, refuse_unknown, sugge
 from secura.cli.models import DTYPES
 
 PROG = "secura train"
+LEARNING_RATE = 2e-4
+"""Unless set; `SFTConfig`'s own 2e-5 is meant for training every weight."""
+
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 COMMON_TRAINER_FLAGS = (
-    "learning_rate",
     "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -163,6 +165,9 @@ def print_help() -> None:
         metavar="PATH",
         help="Go on from this checkpoint folder, or without a value from the last complete one.",
     )
+    general.add_argument(
+        "--learning_rate", metavar="FLOAT", help=f"Peak learning rate. [{LEARNING_RATE:g}]"
+    )
     groups = (
         ("model", ModelArguments),
         ("data", DataArguments),
@@ -216,6 +221,7 @@ def make_parser() -> Any:
             action.nargs, action.const = "?", "true"
         elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
+    parser.set_defaults(learning_rate=LEARNING_RATE)
     parser.set_defaults(bf16=None, gradient_checkpointing=None)  # for `settle` to choose
     return parser
 
