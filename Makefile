@@ -12,11 +12,13 @@ THREADS ?= 1
 DEMO_OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean distclean
+.PHONY: help install demo test bench table lint format clean distclean
 
 help:
 	@echo "make demo     fine-tune a real model with SECURA and LoRA, report in $(DEMO_OUTPUT)/"
 	@echo "make test     the tests (those that need a GPU are skipped where there is none)"
+	@echo "make bench    one layer on this machine: SECURA, LoRA, DoRA, the released way; 2 minutes"
+	@echo "make table    the README's tables and the plots, from benchmarks/results/"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make install  only the environment, in $(VENV)"
@@ -42,6 +44,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.layer $(ARGS)
+
+table: $(STAMP)
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

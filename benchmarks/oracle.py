@@ -1,0 +1,169 @@
+"""What a provider should give, in fp64, and how far it is from that. No figure without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secura import SECURALinear
+from secura_kernels import NormOptions, reference
+
+from .rivals import ReleasedWay
+
+# ‖got − expected‖ / ‖expected‖, largest allowed: output and dx, then the adapters' gradients
+TOLERANCES = {
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (1e-2, 5e-2),
+    torch.float16: (1e-2, 5e-2),
+}
+CHANGE = 0.1
+"""‖ΔW‖ / ‖W‖ of the adapters under test: enough that a lost Δ breaks every tolerance."""
+
+
+def delta_weight(module: nn.Module, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``ΔW [N, K]`` in fp64 of the parameters given, before any norm."""
+    if isinstance(module, SECURALinear | ReleasedWay):
+        p = _projection(module, weight, parameters)
+        return p @ weight[module.rows]
+    a, b = _one(parameters, "lora_A"), _one(parameters, "lora_B")
+    return _scaling(module) * (b @ a)
+
+
+def expected(
+    module: nn.Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+) -> Tensor:
+    """``out [T, N]`` in fp64, differentiable in x and the parameters.
+
+    Args:
+        module: a provider's layer.
+        weight: ``W [N, K]`` fp64.
+        bias: ``b [N]`` fp64 or None.
+        parameters: the layer's trainable parameters by name, fp64.
+        x: ``[T, K]`` fp64.
+    """
+    if not parameters:
+        return nn.functional.linear(x, weight, bias)
+    if isinstance(module, SECURALinear | ReleasedWay):
+        options = NormOptions("activation", "released", "averaged")
+        if isinstance(module, SECURALinear):
+            options = module.config.norm_options
+        p = _projection(module, weight, parameters)
+        return reference.linear(x, weight, bias, module.rows, p, options)
+    direction = weight + delta_weight(module, weight, parameters)
+    if any("magnitude" in name for name in parameters):
+        norm = direction.detach().norm(dim=1)
+        direction = direction * (_one(parameters, "magnitude") / norm)[:, None]
+    return nn.functional.linear(x, direction, bias)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, weight: Tensor) -> None:
+    """Give a fresh adapter, which changes nothing, a ΔW of ``CHANGE · ‖W‖``."""
+    parameters = trainable(module)
+    if not parameters:
+        return
+    second = _one(parameters, "lora_B" if any("lora_B" in name for name in parameters) else "B")
+    second.normal_()
+    wide = {name: parameter.double() for name, parameter in parameters.items()}
+    size = delta_weight(module, weight.double(), wide).norm()
+    second.mul_((CHANGE * weight.double().norm() / size).to(second.dtype))
+    for name, parameter in parameters.items():
+        if "magnitude" in name:
+            parameter.mul_(1 + CHANGE * torch.randn_like(parameter))
+
+
+def errors(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor, grad: Tensor
+) -> dict[str, float]:
+    """Relative errors of a layer's output, dx and parameter gradients, dropout off.
+
+    Args:
+        module: the layer, on ``weight [N, K]``.
+        weight: frozen, in the compute dtype, as are bias, x and grad.
+        bias: ``[N]`` or None.
+        x: ``[T, K]``.
+        grad: ``∂loss/∂out [T, N]``.
+
+    Returns:
+        ``{"out", "dx", "parameters"}``, the last the worst of them (0 where there are none).
+    """
+    parameters = trainable(module)
+    was_training = module.training
+    module.eval()
+    leaf = x.detach().clone().requires_grad_()
+    out = module(leaf)
+    got = torch.autograd.grad(out, [leaf, *parameters.values()], grad)
+    module.train(was_training)
+    out = out.detach()
+    wide = {
+        name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()
+    }
+    leaf64 = x.detach().double().requires_grad_()
+    bias64 = None if bias is None else bias.detach().double()
+    right = expected(module, weight.detach().double(), bias64, wide, leaf64)
+    right_grads = torch.autograd.grad(right, [leaf64, *wide.values()], grad.double())
+    pairs = zip(got[1:], right_grads[1:], strict=True)
+    return {
+        "out": relative_error(out, right.detach()),
+        "dx": relative_error(got[0], right_grads[0]),
+        "parameters": max((relative_error(*pair) for pair in pairs), default=0.0),
+    }
+
+
+def wrong(found: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """What is out of tolerance, in words, or None."""
+    most, most_parameters = TOLERANCES[dtype]
+    allowed = {"out": most, "dx": most, "parameters": most_parameters}
+    bad = [
+        f"{name} {found[name]:.1e} > {limit:.0e}"
+        for name, limit in allowed.items()
+        if not found[name] <= limit
+    ]
+    return ", ".join(bad) or None
+
+
+def relative_error(got: Tensor, right: Tensor) -> float:
+    """``‖got − right‖ / ‖right‖``; infinite for NaN, so that it compares."""
+    value = ((got.double() - right).norm() / right.norm()).item()
+    return value if math.isfinite(value) else math.inf
+
+
+def trainable(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def _projection(
+    module: SECURALinear | ReleasedWay, weight: Tensor, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    core = parameters["A"] @ parameters["B"]
+    return module.scaling * (weight[:, module.cols] @ core)
+
+
+def _scaling(module: nn.Module) -> float:
+    scaling: Any = module.scaling
+    return scaling["default"] if isinstance(scaling, dict) else scaling
+
+
+def _one(parameters: Mapping[str, Tensor], part: str) -> Tensor:
+    (found,) = (value for name, value in parameters.items() if part in name)
+    return found
+
+
+__all__ = [
+    "delta_weight",
+    "errors",
+    "expected",
+    "randomise",
+    "relative_error",
+    "trainable",
+    "wrong",
+]

@@ -1,0 +1,131 @@
+"""The one schema of every benchmark's results.
+
+A file holds where and how it was made (commit, date, machine, versions, dtype, settings, measured
+ceilings) and one row for each case and provider: what happened (``status``) and the figures. It is
+written anew, atomically, after each finished case, so an interrupted run keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("ok", "missing", "wrong", "failed", "out of memory", "skipped")
+
+
+@dataclass
+class Row:
+    """One provider on one case.
+
+    Attributes:
+        case: what was measured: T, N, K, m, r, or model, sequence, batch, …
+        provider: whose implementation.
+        status: one of ``STATUSES``; figures stand only where it is ``"ok"``.
+        note: why the status is not ``"ok"``, or what to know about the figures.
+        figures: times in ``*_ms`` as ``{"median", "q20", "q80", "samples"}``, memory in ``*_mib``,
+            shares and errors as plain numbers.
+    """
+
+    case: dict[str, Any]
+    provider: str
+    status: str = "ok"
+    note: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"unknown status {self.status!r}: choose one of {STATUSES}")
+
+
+@dataclass
+class Result:
+    """A benchmark's run. Times are UTC, ``complete`` says whether every case was reached."""
+
+    benchmark: str
+    preset: str
+    command: str
+    commit: str
+    date: str
+    dtype: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    complete: bool = False
+    schema: int = SCHEMA
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The cases that have rows, those the time budget cut short left out."""
+        return [row.case for row in self.rows if row.status != "skipped"]
+
+    def save(self, path: Path) -> None:
+        """Write the file at once or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read a file.
+
+        Raises:
+            ValueError: for another schema.
+        """
+        data = json.loads(path.read_text(encoding="utf-8"))
+        known = {entry.name for entry in fields(cls)}
+        if data.get("schema") != SCHEMA or not data.keys() <= known:
+            raise ValueError(
+                f"{path} is not of schema {SCHEMA}: run its benchmark again ("
+                f"{data.get('command', 'see benchmarks/README.md')})"
+            )
+        return cls(**data | {"rows": [Row(**row) for row in data["rows"]]})
+
+
+class Recorder:
+    """Keeps the file equal to the rows that are finished.
+
+    Args:
+        result: what to record.
+        path: the file, or None to keep the rows in memory alone.
+        resume: go on from the file at ``path`` where its settings are this run's.
+
+    Raises:
+        ValueError: where the file to resume is of other settings, code or machine.
+    """
+
+    def __init__(self, result: Result, path: Path | None, *, resume: bool = False) -> None:
+        self.result, self.path = result, path
+        if resume and path is not None and path.exists():
+            earlier = Result.load(path)
+            for name in ("benchmark", "commit", "dtype", "machine", "versions", "settings"):
+                if getattr(earlier, name) != getattr(result, name):
+                    raise ValueError(
+                        f"{path} was made with another {name}: give another --out, or run without "
+                        "--resume to start it anew"
+                    )
+            result.rows = [row for row in earlier.rows if row.status != "skipped"]
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Take the rows of a finished case."""
+        self.result.rows.extend(rows)
+        self._save()
+
+    def close(self) -> None:
+        """Mark the run complete unless something was skipped for time."""
+        self.result.complete = all(row.status != "skipped" for row in self.result.rows)
+        self._save()
+
+    def _save(self) -> None:
+        if self.path is not None:
+            self.result.save(self.path)
+
+
+__all__ = ["SCHEMA", "STATUSES", "Recorder", "Result", "Row"]

@@ -1,0 +1,136 @@
+"""The models whose layers are measured, by their published dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+
+class Projection(NamedTuple):
+    """A linear layer ``K → N`` and how many of them one decoder block has."""
+
+    name: str
+    k: int
+    n: int
+    per_block: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a decoder-only model."""
+
+    name: str
+    architecture: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    def projections(self) -> list[Projection]:
+        """The linear layers of one block, those of equal shape taken together."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        single = [
+            ("q", self.hidden, q),
+            ("k", self.hidden, kv),
+            ("v", self.hidden, kv),
+            ("o", q, self.hidden),
+            ("gate", self.hidden, self.intermediate),
+            ("up", self.hidden, self.intermediate),
+            ("down", self.intermediate, self.hidden),
+        ]
+        grouped: dict[tuple[int, int], list[str]] = {}
+        for name, k, n in single:
+            grouped.setdefault((k, n), []).append(name)
+        return [Projection("+".join(names), *shape, len(names)) for shape, names in grouped.items()]
+
+
+MODELS = {
+    shape.name: shape
+    for shape in (
+        ModelShape("llama3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
+        ModelShape("qwen2-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
+        ModelShape("qwen2-1.5b", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936),
+        ModelShape("gemma2-2b", "gemma2", 2304, 9216, 26, 8, 4, 256, 256000),
+        ModelShape("smollm2-135m", "llama", 576, 1536, 30, 9, 3, 64, 49152),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One adapted layer: ``T`` tokens, ``K → N``, CUR rank ``m`` against LoRA rank ``r``."""
+
+    model: str
+    projection: str
+    count: int
+    T: int
+    N: int
+    K: int
+    m: int
+    r: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result's row."""
+        return asdict(self)
+
+
+class LayerPreset(NamedTuple):
+    """Cases of ``benchmarks.layer``; ``headline_t`` is what tables show."""
+
+    cases: list[LayerCase]
+    headline_t: int
+
+
+RANKS = (8, 16, 64, 128, 256)
+TOKENS = (512, 2048, 4096, 8192, 16384)
+FULL_MODELS = ("llama3-8b", "qwen2-7b", "qwen2-1.5b", "gemma2-2b")
+
+
+def model_cases(model: str, t: int, m: int, r: int) -> list[LayerCase]:
+    """Every projection of a model."""
+    return [
+        LayerCase(model, projection.name, projection.per_block, t, projection.n, projection.k, m, r)
+        for projection in MODELS[model].projections()
+    ]
+
+
+def layer_preset(name: str) -> LayerPreset:
+    """The cases of a preset, the most important first.
+
+    ``quick`` is one square layer, small enough for a CPU; ``llama3-8b`` every projection of
+    Llama-3-8B at T=8192; ``full`` every model and every T, and the ranks on one layer: hours, to be
+    run in parts (``--models``, ``--tokens``, ``--resume``).
+    """
+    if name == "quick":
+        return LayerPreset(
+            [LayerCase("square", "linear", 1, t, 1024, 1024, 32, 16) for t in (2048, 512)], 2048
+        )
+    if name == "llama3-8b":
+        return LayerPreset(model_cases("llama3-8b", 8192, 128, 16), 8192)
+    if name == "full":
+        cases = [
+            case
+            for model in FULL_MODELS
+            for t in sorted(TOKENS, key=lambda t: t != 8192)
+            for case in model_cases(model, t, 128, 16)
+        ]
+        square = next(case for case in cases if case.K == case.N == 4096 and case.T == 8192)
+        sweep = [LayerCase(**square.as_dict() | {"m": rank, "r": rank}) for rank in RANKS]
+        return LayerPreset(cases + sweep, 8192)
+    raise ValueError(f"unknown preset {name!r}: choose quick, llama3-8b or full")
+
+
+__all__ = [
+    "MODELS",
+    "RANKS",
+    "TOKENS",
+    "LayerCase",
+    "LayerPreset",
+    "ModelShape",
+    "Projection",
+    "layer_preset",
+    "model_cases",
+]

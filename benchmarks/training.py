@@ -1,0 +1,89 @@
+"""What whole-model benchmarks share: random models, and layers put in place of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .shapes import ModelShape
+
+TARGETS = {
+    "q,v": ("q_proj", "v_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def random_model(
+    shape: ModelShape, blocks: int, device: torch.device, dtype: torch.dtype, tokens: int
+) -> nn.Module:
+    """A frozen causal language model of a shape, its weights drawn at random on the device.
+
+    Args:
+        shape: the dimensions.
+        blocks: decoder blocks to build.
+        device: where.
+        dtype: of every weight.
+        tokens: positions it must reach.
+
+    Raises:
+        ImportError: without transformers.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[shape.architecture](
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        max_position_embeddings=max(tokens, 2048),
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False).train()
+
+
+def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Linear]:
+    """The linear layers to adapt, by full name; ``targets`` is a key of ``TARGETS``."""
+    names = TARGETS[targets]
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in names
+    }
+
+
+@contextmanager
+def adapted(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, ``layers`` stand in the place of the model's own of the same names."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in originals.items():
+            model.set_submodule(name, layer)
+
+
+def flop_per_token(shape: ModelShape, blocks: int, sequence: int) -> float:
+    """Operations one token's training step needs where the weights are frozen.
+
+    Two products with each weight (forward, ∂x) and causal attention forward and backward; the
+    adapters' own and anything recomputed are not counted.
+    """
+    linear = blocks * sum(part.k * part.n * part.per_block for part in shape.projections())
+    linear += shape.hidden * shape.vocab
+    attention = blocks * 6 * sequence * shape.heads * shape.head_dim
+    return 4.0 * linear + attention
+
+
+__all__ = ["TARGETS", "adapted", "flop_per_token", "random_model", "target_layers"]

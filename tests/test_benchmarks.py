@@ -1,0 +1,314 @@
+"""The benchmarks' own promises: nothing is timed unchecked, nothing finished is lost or hidden."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import costs, layer, measure, model, oracle, plots, report, shapes, startup
+from benchmarks.providers import (
+    MissingError,
+    Provider,
+    Ranks,
+    catalogue,
+    choose,
+    frozen_linear,
+)
+from benchmarks.rivals import StrongLoRA
+from benchmarks.schema import Recorder, Result, Row
+
+TINY = shapes.LayerCase("square", "linear", 1, T=24, N=40, K=56, m=6, r=3)
+OTHER = shapes.LayerCase("square", "linear", 1, T=12, N=40, K=56, m=6, r=3)
+CPU = torch.device("cpu")
+
+
+def runnable(dtype: torch.dtype) -> list[Provider]:
+    return [entry for entry in catalogue(dtype) if entry.impl != "triton" and not entry.compiled]
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    """``quick`` is two tiny layers, and nothing measures the machine."""
+    preset = shapes.LayerPreset([TINY, OTHER], headline_t=TINY.T)
+    monkeypatch.setattr(layer, "layer_preset", lambda name: preset)
+    monkeypatch.setattr(
+        measure,
+        "raise_ceilings",
+        lambda found, *_: found.update(copy_gb_s=10.0, gemm_tflop_s=0.1),
+    )
+
+
+def run_layer(path, *flags) -> Result:
+    arguments = ["--providers", "frozen,strong lora,secura channel", "--rounds", "1"]
+    arguments += ["--commit", "test", "--device", "cpu", "--out", str(path), *flags]
+    assert layer.main(arguments) == 0
+    return Result.load(path)
+
+
+def test_a_result_survives_its_file(tmp_path):
+    row = Row(TINY.as_dict(), "frozen", figures={"both_ms": measure.timing([1.0, 2.0, 4.0])})
+    result = Result("layer", "quick", "cmd", "abc", "now", "fp32", {}, {}, rows=[row])
+    result.save(tmp_path / "deep" / "r.json")
+    assert Result.load(tmp_path / "deep" / "r.json") == result
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.json"]
+
+
+def test_another_schema_is_refused(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"schema": 99}), encoding="utf-8")
+    with pytest.raises(ValueError, match="run its benchmark again"):
+        Result.load(path)
+    with pytest.raises(ValueError, match="unknown status"):
+        Row({}, "frozen", "fast")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_providers_agree_with_fp64(dtype, bias):
+    torch.manual_seed(0)
+    base_bias = torch.randn(TINY.N, dtype=dtype) if bias else None
+    weight = torch.randn(TINY.N, TINY.K, dtype=dtype) / 8
+    x, grad = torch.randn(TINY.T, TINY.K, dtype=dtype), torch.randn(TINY.T, TINY.N, dtype=dtype)
+    for provider in runnable(dtype):
+        module = provider.build(frozen_linear(weight, base_bias), Ranks(TINY.m, TINY.r))
+        oracle.randomise(module, weight)
+        with provider.running():
+            found = oracle.errors(module, weight, base_bias, x, grad)
+        assert oracle.wrong(found, dtype) is None, provider.name
+        if provider.family != "frozen":
+            wide = {name: value.double() for name, value in oracle.trainable(module).items()}
+            change = oracle.delta_weight(module, weight.double(), wide).norm().item()
+            assert change / weight.double().norm() == pytest.approx(oracle.CHANGE, rel=0.02)
+
+
+def test_a_provider_that_is_wrong_has_no_figures():
+    class OffByABit(StrongLoRA):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    broken = Provider("broken lora", "lora", lambda base, ranks: OffByABit(base, ranks.r))
+    (row,) = layer.run_case(TINY, [broken], CPU, torch.float32, rounds=1)
+    assert row.status == "wrong" and "out" in row.note and not row.figures
+
+
+def test_a_provider_that_breaks_does_not_end_the_run():
+    def breaks(base, ranks):
+        raise RuntimeError("no kernel image\nsecond line")
+
+    providers = [Provider("breaks", "lora", breaks), *choose(runnable(torch.float32), "frozen")]
+    rows = layer.run_case(TINY, providers, CPU, torch.float32, rounds=1)
+    assert [row.status for row in rows] == ["failed", "ok"]
+    assert rows[0].note == "RuntimeError: no kernel image"
+
+
+def test_a_missing_provider_is_shown_as_missing(tiny_preset, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = run_layer(tmp_path / "r.json", "--providers", "frozen,peft lora,triton,compiled")
+    status = {row.provider: row.status for row in result.rows if row.case == TINY.as_dict()}
+    assert status["peft lora fp32"] == "missing" and status["frozen"] == "ok"
+    table = report.layer_table(result, "none")
+    for name in ("PEFT LoRA fp32, r=3", "SECURA channel compiled, m=6", "PEFT is not installed"):
+        assert name in table
+    if not torch.cuda.is_available():
+        assert "SECURA weight triton, m=6" in table and "kernels run on cuda" in table
+
+
+def test_every_figure_is_there(tiny_preset, tmp_path):
+    result = run_layer(tmp_path / "r.json")
+    assert result.complete and result.commit == "test" and result.machine["device"] == "cpu"
+    assert {"torch", "python", "triton", "peft"} <= result.versions.keys()
+    good = [row for row in result.rows if row.status == "ok"]
+    assert {row.provider for row in good} == {"frozen", "strong lora", "secura channel reference"}
+    for row in good:
+        assert {"saved_mib", "peak_mib", "error_out", "error_dx"} <= row.figures.keys()
+        for phase in layer.PHASES:
+            time = row.figures[f"{phase}_ms"]
+            assert 0 < time["q20"] <= time["median"] <= time["q80"]
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_resumes(tiny_preset, monkeypatch, tmp_path):
+    path, reached, real = tmp_path / "r.json", [], layer.run_case
+
+    def interrupted(case, *args, **kwargs):
+        reached.append(case.T)
+        if len(reached) == 2:
+            raise KeyboardInterrupt
+        return real(case, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_layer(path)
+    kept = Result.load(path)
+    assert {row.case["T"] for row in kept.rows} == {TINY.T} and not kept.complete
+    result = run_layer(path, "--resume")
+    assert reached == [TINY.T, OTHER.T, OTHER.T] and result.complete
+    assert result.rows[: len(kept.rows)] == kept.rows
+    with pytest.raises(SystemExit):
+        run_layer(path, "--resume", "--seed", "1")
+
+
+def test_a_spent_budget_skips_visibly(tiny_preset, tmp_path):
+    result = run_layer(tmp_path / "r.json", "--max_seconds", "0")
+    assert {row.status for row in result.rows} == {"skipped"} and not result.complete
+    assert "cut short" in report.layer_table(result, "none")
+    assert run_layer(tmp_path / "r.json", "--resume").complete
+
+
+def test_rounds_are_interleaved_and_stop_in_time():
+    order: list[str] = []
+    tasks = {
+        name: measure.Task(
+            lambda name=name: lambda: order.append(name), Provider("", "", id).running
+        )
+        for name in "ab"
+    }
+    found = measure.interleaved(tasks, CPU, rounds=3)
+    assert order == list("ababab") and found["a"]["samples"] == 3
+    assert measure.interleaved(tasks, CPU, rounds=9, deadline=0.0)["b"]["samples"] == 2
+
+
+def test_saved_bytes_are_counted_once_and_without_weights():
+    weight, x = torch.randn(TINY.N, TINY.K), torch.randn(TINY.T, TINY.K)
+    saved = {}
+    for name in ("strong lora", "secura none reference", "secura activation reference"):
+        (provider,) = choose(catalogue(torch.float32), name)
+        module = provider.build(frozen_linear(weight), Ranks(TINY.m, TINY.r))
+        known = [*module.parameters(), *module.buffers(), weight]
+        saved[name] = measure.saved_mib(lambda module=module: module(x), known) * 2**20
+    assert saved["strong lora"] == x.nbytes
+    thin = 4 * (TINY.T * TINY.m + 2 * TINY.N * TINY.m) + 8 * TINY.m + 8 * TINY.m**2
+    assert saved["secura none reference"] <= thin + 4 * TINY.m * TINY.K
+    assert saved["secura activation reference"] >= 4 * TINY.T * TINY.N
+
+
+def test_peak_memory_is_the_allocators():
+    def call():
+        first = torch.empty(2**20)
+        second = torch.empty(2**19)
+        del first, second
+        return torch.empty(2**18)
+
+    assert measure.peak_mib(call, CPU) == pytest.approx(6, abs=0.1)
+
+
+def test_costs_count_by_the_table():
+    case = shapes.LayerCase("square", "linear", 1, T=2, N=3, K=5, m=1, r=1)
+    frozen = costs.work("frozen", case, 2)
+    assert frozen["forward"] == costs.Work(2 * 30, 2 * (6 + 10 + 15))
+    assert frozen["both"] == frozen["forward"] + frozen["backward"]
+    for provider in catalogue(torch.bfloat16):
+        work = costs.work(provider.family, case, 2)["both"]
+        assert work.flop >= frozen["both"].flop and work.bytes >= frozen["both"].bytes
+
+
+def test_shapes_are_the_published_ones():
+    found = {
+        name: {(part.k, part.n) for part in shape.projections()}
+        for name, shape in shapes.MODELS.items()
+    }
+    assert found["llama3-8b"] == {(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)}
+    assert found["qwen2-7b"] == {(3584, 3584), (3584, 512), (3584, 18944), (18944, 3584)}
+    assert found["qwen2-1.5b"] == {(1536, 1536), (1536, 256), (1536, 8960), (8960, 1536)}
+    assert found["gemma2-2b"] == {
+        (2304, 2048), (2304, 1024), (2304, 9216), (2048, 2304), (9216, 2304)
+    }  # fmt: skip
+    for name in ("quick", "llama3-8b", "full"):
+        cases = shapes.layer_preset(name).cases
+        assert len(set(cases)) == len(cases)
+        assert all(2 * case.m <= min(case.K, 1e9) and case.m <= case.N for case in cases)
+
+
+def test_sums_count_every_projection_of_a_block():
+    def row(count, time_ms):
+        time = {"median": time_ms, "q20": time_ms, "q80": time_ms}
+        figures = {f"{phase}_ms": time for phase in layer.PHASES}
+        figures |= {"saved_mib": 1.0, "peak_mib": time_ms, "both_gflop": 1, "both_moved_mib": 1}
+        return Row({"count": count}, "frozen", figures=figures)
+
+    sums = report.summed([row(2, 10.0), row(1, 5.0)])
+    assert sums["time"]["both"]["median"] == 25 and sums["saved_mib"] == 3
+    assert sums["peak_mib"] == 10 and sums["gflop"] == 3
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    shape = shapes.ModelShape("tiny", "qwen2", 32, 48, 2, 4, 2, 8, 64)
+    monkeypatch.setitem(shapes.MODELS, "tiny", shape)
+    return shape
+
+
+def test_training_steps_of_every_contender(tiny_model):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    frozen = model.random_model(tiny_model, 2, CPU, torch.float32, 16)
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    case = model.StepCase("tiny", 2, "all", 16, 1, accumulate=2, checkpointing=True, m=4, r=2)
+    model.set_checkpointing(frozen, True)
+    providers = model.contenders(torch.float32)
+    rows = model.run_case(frozen, case, providers, {"gemm_tflop_s": 0.1}, steps=2)
+    assert {row.provider: row.status for row in rows} == {
+        provider.name: "ok" for provider in providers
+    }
+    assert all(row.figures["tokens_per_s"] > 0 for row in rows)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    result = Result("model", "quick", "cmd", "abc", "now", "fp32", {"device": "cpu", "name": "cpu",
+                    "threads": 1}, {}, rows=rows)  # fmt: skip
+    assert "| 1.00 × |" in report.model_table(result, "none")
+
+
+def test_starting_from_an_svd_gives_the_same_a(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        startup, "startup_preset", lambda name: startup.StartupCase("tiny", 2, m=4, r=2)
+    )
+    path = tmp_path / "r.json"
+    assert startup.main(["--device", "cpu", "--out", str(path), "--providers", "channel"]) == 0
+    rows = {row.provider: row for row in Result.load(path).rows}
+    assert rows["svd init"].status == rows["secura channel"].status == "ok"
+    assert rows["secura channel"].figures["layers"] == 14
+    assert "svd init, m=4" in report.startup_table(Result.load(path), "none")
+
+
+def test_an_unknown_provider_is_an_error():
+    with pytest.raises(ValueError, match="no provider is called 'qlora'"):
+        choose(catalogue(torch.float32), "frozen,qlora")
+
+
+def test_the_recorder_refuses_another_machines_file(tmp_path):
+    def result(name):
+        return Result("layer", "quick", "cmd", "abc", "now", "fp32", {"name": name}, {})
+
+    Recorder(result("one"), tmp_path / "r.json").close()
+    with pytest.raises(ValueError, match="another machine"):
+        Recorder(result("two"), tmp_path / "r.json", resume=True)
+
+
+def test_plots_are_the_same_for_the_same_results(tiny_preset, tmp_path):
+    pytest.importorskip("matplotlib")
+    run_layer(tmp_path / "layer-x.json")
+    first = {path: path.read_bytes() for path in plots.draw_all(tmp_path)}
+    assert {path.stem for path in first} == {f"layer-x-{kind}" for kind in plots.KINDS}
+    for path in first:
+        path.unlink()
+    assert {path: path.read_bytes() for path in plots.draw_all(tmp_path)} == first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_provider_agrees_with_fp64_on_a_gpu(dtype):
+    case = shapes.LayerCase("square", "linear", 1, T=200, N=320, K=264, m=48, r=16)
+    problem = layer.Problem(case, torch.device("cuda"), dtype, 0)
+    for provider in catalogue(dtype):
+        prepared = layer.prepare(provider, problem)
+        assert isinstance(prepared, layer.Runner) or prepared.status == "missing", prepared
+
+
+def test_a_kernel_that_cannot_run_is_missing_with_the_reason():
+    if torch.cuda.is_available():
+        pytest.skip("kernels run here")
+    (provider,) = choose(catalogue(torch.float32), "secura none triton")
+    with pytest.raises(MissingError, match="cpu"):
+        provider.build(frozen_linear(torch.randn(8, 8)), Ranks(2, 2))
