@@ -10,6 +10,8 @@ import tempfile
 import pytest
 import torch
 
+pytest_plugins = ["cli_fixtures"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the one of the process that began them
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="secura-tests-")

@@ -1,0 +1,105 @@
+"""The data `secura train` reads, and the columns it makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from cli_fixtures import fails, train_flags
+from transformers import PreTrainedTokenizerFast
+
+from secura.cli import main
+from secura.cli.data import load_split, to_training_columns
+from secura.cli.errors import UserError
+
+CHAT = (
+    "{% for turn in messages %}{{ turn['role'] }} {{ turn['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def rows_of(path, name="train", **kwargs):
+    options = {"text_field": "text", "chat": False} | kwargs
+    return to_training_columns(load_split(str(path), None, name), str(path), **options)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_files_are_read(suffix, tmp_path):
+    from datasets import Dataset
+
+    path = tmp_path / f"rows{suffix}"
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", "d"], "id": [1, 2]})
+    {
+        ".jsonl": rows.to_json,
+        ".json": rows.to_json,
+        ".csv": rows.to_csv,
+        ".parquet": rows.to_parquet,
+    }[suffix](path)
+    assert rows_of(path)[1] == {"prompt": "b", "completion": "d"}
+    assert len(rows_of(path, "train[:1]")) == 1
+
+
+def test_folders_are_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    assert rows_of(tmp_path, "test")[0] == {"text": "test"}
+    saved = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_dict({"text": ["kept"]})).save_to_disk(saved)
+    assert rows_of(saved)[0] == {"text": "kept"}
+    with pytest.raises(UserError, match="the splits train"):
+        rows_of(saved, "test")
+
+
+def test_columns(tmp_path, data):
+    question = {"prompt": "how many apples are left if ann has 1 and eats 1\n", "completion": "0"}
+    assert rows_of(data)[0] == question
+    assert rows_of(data, chat=True)[0] == {
+        "prompt": [{"role": "user", "content": question["prompt"].rstrip()}],
+        "completion": [{"role": "assistant", "content": "0"}],
+    }
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path.write_text(json.dumps({"messages": turns, "body": "b"}) + "\n")
+    assert rows_of(path)[0] == {"messages": turns}
+    assert rows_of(path, text_field="body")[0] == {"body": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"body": "a", "id": 1}\n', ["'body', 'id'", "'question' and 'answer'"]),
+        ('{"text": "a"}\n{"text": null}\n', ["1 of 2 rows have no 'text'"]),
+        ('{"text": "a"\n', ["rows.jsonl"]),
+        ("", ["rows.jsonl"]),
+    ],
+)
+def test_bad_data(text, parts, base, tmp_path, capfd):
+    path, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text(text)
+    fails(train_flags(base, path, output), capfd, *parts)
+    assert not output.exists()
+
+
+def test_an_unknown_kind_of_file(base, tmp_path, capfd):
+    path = tmp_path / "rows.xlsx"
+    path.write_text("")
+    fails(train_flags(base, path, tmp_path / "out"), capfd, "rows.xlsx", ".jsonl")
+
+
+def test_packaged_data_lists_its_splits():
+    with pytest.raises(UserError, match="splits train, test"):
+        load_split("gsm8k", None, "validation")
+
+
+def test_chat_messages_train(base, tmp_path):
+    model, path = tmp_path / "chat", tmp_path / "rows.jsonl"
+    shutil.copytree(base, model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    turns = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "3"}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    assert main(train_flags(model, path, tmp_path / "out", "--max_steps", 1)) == 0
