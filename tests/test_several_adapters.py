@@ -35,14 +35,15 @@ def test_adding_switching_and_deleting_adapters(norm):
 
 
 def test_two_active_additive_adapters_add_up():
-    model = two_adapters(train_bias=True)
+    model = tiny.adapted(norm="none", train_bias=True)
+    model.add_adapter("second", tiny.config(norm="none", r=6, train_bias=True))
     tiny.perturb(model, 1, "second")
     base = tiny.llama()
     for name, layer in tiny.layers(model).items():
         plain = base.get_submodule(name.removeprefix("base_model.model."))
         for adapter in ("default", "second"):
             plain.weight.data += layer.get_delta_weight(adapter)
-        plain.bias.data += layer.secura_adapter["second"].bias
+            plain.bias.data += layer.secura_adapter[adapter].bias
     model.base_model.set_adapter(["default", "second"])
     torch.testing.assert_close(tiny.logits(model), tiny.logits(base), rtol=0, atol=1e-5)
     grads = tiny.gradients(model)
