@@ -133,7 +133,8 @@ def run_case(
 ) -> list[Row]:
     """Check and time every provider on one case; one row each, in the order given."""
     torch.manual_seed(seed)
-    torch._dynamo.reset()
+    if any(provider.compiled for provider in providers):
+        torch._dynamo.reset()
     problem = Problem(case, device, dtype, seed)
     prepared: list[Runner | Row] = []
     for provider in providers:

@@ -73,8 +73,10 @@ class Provider:
         """
         layer = self.make(base, ranks).train()
         if self.compiled:
+            import torch._functorch.config as functorch
+
             # a graph is kept to time its backward alone, which donated buffers forbid
-            torch._functorch.config.donated_buffer = False
+            functorch.donated_buffer = False
             layer.compile(dynamic=False)
         return layer
 

@@ -101,8 +101,8 @@ def layer_preset(name: str) -> LayerPreset:
     """The cases of a preset, the most important first.
 
     ``quick`` is one square layer, small enough for a CPU; ``llama3-8b`` every projection of
-    Llama-3-8B at T=8192; ``full`` every model and every T, and the ranks on one layer: hours, to be
-    run in parts (``--models``, ``--tokens``, ``--resume``).
+    Llama-3-8B at T=8192; ``full`` every model and every T, and ``ranks``, m = r on one layer of
+    Llama-3-8B: hours, to be run in parts (``--models``, ``--tokens``, ``--resume``).
     """
     if name == "quick":
         return LayerPreset(
@@ -118,7 +118,8 @@ def layer_preset(name: str) -> LayerPreset:
             for case in model_cases(model, t, 128, 16)
         ]
         square = next(case for case in cases if case.K == case.N == 4096 and case.T == 8192)
-        sweep = [LayerCase(**square.as_dict() | {"m": rank, "r": rank}) for rank in RANKS]
+        alone = square.as_dict() | {"model": "ranks", "projection": "q", "count": 1}
+        sweep = [LayerCase(**alone | {"m": rank, "r": rank}) for rank in RANKS]
         return LayerPreset(cases + sweep, 8192)
     raise ValueError(f"unknown preset {name!r}: choose quick, llama3-8b or full")
 

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import costs, layer, measure, model, oracle, plots, report, shapes, startup
+from benchmarks import costs, layer, measure, model, oracle, plots, report, shapes, startup, targets
 from benchmarks.providers import (
     MissingError,
     Provider,
@@ -294,6 +293,21 @@ def test_plots_are_the_same_for_the_same_results(tiny_preset, tmp_path):
     for path in first:
         path.unlink()
     assert {path: path.read_bytes() for path in plots.draw_all(tmp_path)} == first
+
+
+def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
+    figures = {"a": {"time": 8.0}, "b": {"time": 10.0}}
+    most, least = (
+        targets.Target("time", "a", "b", 0.85),
+        targets.Target("time", "b", "a", 1.3, True),
+    )
+    absent = targets.Target("time", "a", "c", 1.0)
+    lines = targets.compare([most, least, absent], figures)[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["reached", "missed", "not measured"]
+    run_layer(tmp_path / "r.json")
+    capsys.readouterr()
+    targets.main([str(tmp_path / "r.json")])
+    assert "| time | secura channel reference | strong lora | ≤ 1 × |" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
