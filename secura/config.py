@@ -40,7 +40,8 @@ class AdapterConfig:
         restrain_edge: a gain up to this is small.
         restrain_decay: factor of the suppressed channels.
         seed: of every random choice, the same in each layer.
-        check_base: whether loading on another base weight is an error. To load there all the same,
+        check_base: whether loading on another base weight is an error; a saved config always says
+            so. To load there all the same,
             ``PeftModel.from_pretrained(model, folder, check_base=False)``, or give it a config from
             ``SecuraConfig.from_pretrained(folder, check_base=False)``.
         allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SKETCH = 8
@@ -56,6 +58,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
             factor = position * 2_654_435_761 % 65_521 + 1
             total = total * 1_000_003 + (data.long() * factor).sum()
     return total
+
+
+def check_file(path: Path) -> None:
+    """Raise ``ValueError`` where a file that is there cannot be read as safetensors."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} was cut short or is no safetensors file ({error}): save or download it again"
+        ) from error
 
 
 def check_state(
@@ -133,4 +148,12 @@ def _signs(count: int, salt: int, device: torch.device) -> Tensor:
     return (1 - 2 * (value & 1)).float().view(count, SKETCH)
 
 
-__all__ = ["SKETCH", "TOLERANCE", "check_state", "checksum", "distance", "fingerprint"]
+__all__ = [
+    "SKETCH",
+    "TOLERANCE",
+    "check_file",
+    "check_state",
+    "checksum",
+    "distance",
+    "fingerprint",
+]

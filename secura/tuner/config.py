@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from secura.config import AdapterConfig, check_rank
+from secura.integrity import check_file
 
 from .registration import peft_type
 
@@ -82,13 +85,21 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         Args:
             pretrained_model_name_or_path: the folder or the repository.
             subfolder: where in it.
-            **kwargs: ``check_base`` in the place of the file's; others are for the download.
+            **kwargs: ``check_base`` for this loading; others are for the download.
+
+        Raises:
+            ValueError: where the folder's adapter file was cut short or is no safetensors file.
         """
-        choices = {"check_base": kwargs.pop("check_base")} if "check_base" in kwargs else {}
+        check_base = kwargs.pop("check_base", True)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        for name, value in choices.items():
-            setattr(config, name, value)
+        config.check_base = check_base
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_file(folder / SAFETENSORS_WEIGHTS_NAME)
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved; an override of ``check_base`` is for one loading."""
+        return super().to_dict() | {"check_base": True}
 
     @classmethod
     def released(cls, kind: str = "M1", **settings: Any) -> SecuraConfig:
