@@ -82,7 +82,7 @@ def run_python(code):
 
 
 def test_torch_alone_is_enough():
-    blocked = (*OPTIONAL, "triton", "safetensors", "yaml")
+    blocked = (*OPTIONAL, "triton", "yaml")
     said = run_python(
         f"""
 import sys
