@@ -97,6 +97,7 @@ def prepare(provider: Provider, problem: Problem) -> Runner | Row:
                 return row
             runner = Runner(provider, layer, problem, row.figures)
             runner.both()
+            runner.backward_call()()
             row.figures |= memory(runner)
             return runner
     except MissingError as error:

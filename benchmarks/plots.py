@@ -72,7 +72,9 @@ def speed(result: Result) -> Any:
             curves.setdefault(name, {}).setdefault(t, ratio)
     if max((len(curve) for curve in curves.values()), default=0) < 2:
         return None
-    figure, axes = _figure(f"Forward + backward, times the frozen layer's: {model}", result)
+    first = result.rows[0].case
+    what = f"{first['K']}→{first['N']}" if model == "square" else f"the projections of {model}"
+    figure, axes = _figure(f"Forward + backward over the frozen layer's: {what}", result)
     for name, curve in curves.items():
         tokens = sorted(curve)
         values = [curve[t] for t in tokens]

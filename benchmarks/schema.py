@@ -112,6 +112,9 @@ class Recorder:
                         "--resume to start it anew"
                     )
             result.rows = [row for row in earlier.rows if row.status != "skipped"]
+            result.ceilings = earlier.ceilings
+            result.command = f"{earlier.command} && {result.command}"
+            result.date = earlier.date
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take the rows of a finished case."""

@@ -146,6 +146,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes(tiny_preset, monkeypat
     result = run_layer(path, "--resume")
     assert reached == [TINY.T, OTHER.T, OTHER.T] and result.complete
     assert result.rows[: len(kept.rows)] == kept.rows
+    assert result.command.startswith(f"{kept.command} && python -m benchmarks.layer")
     with pytest.raises(SystemExit):
         run_layer(path, "--resume", "--seed", "1")
 
