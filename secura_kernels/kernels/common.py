@@ -17,7 +17,6 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there
 
 
@@ -29,7 +28,7 @@ def inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT: tl.constexpr):
     one exp2 and one division besides ρ's. An offset of −inf (nothing moves) gives 1/w.
     """
     rho = relative_change(base, delta, eps)
-    power = tl.minimum(-_LOG2E * (slope * rho + offset), _LARGEST_POWER)
+    power = tl.minimum((slope * rho + offset) * -1.4426950408889634, _LARGEST_POWER)
     e = tl.exp2(power)
     return (1.0 + e) / (1.0 + SIGMOID_WEIGHT * e)
 
