@@ -18,13 +18,13 @@ x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x
 
 Bytes, s of them an element, beside the frozen layer's own two products:
 
-| step                    | moves                    | note                                         |
-|-------------------------|--------------------------|----------------------------------------------|
-| z                       | 32 T m, then s T m       | one 32-byte sector of y0 an element          |
-| out, in place of y0     | 2 s T N                  | cuBLAS addmm where share and biases are None |
-| ∂x by W'                | 2 s N K                  | :func:`rebuilds_weight` chooses              |
-| ∂x by ∂y0 (the gather)  | 2 s T N                  |                                              |
-| ∂Q                      | s T N                    | cuBLAS, fp32 out                             |
+| step                   | moves            | note                                         |
+|------------------------|------------------|----------------------------------------------|
+| z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
+| out, in place of y0    | 2 s T N          | cuBLAS addmm where share and biases are None |
+| ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
+| ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
+| ∂Q                     | s T N            | cuBLAS, fp32 out                             |
 
 W' is not an option for the forward: rounded to bf16 it would drop every change smaller than half a
 unit in W's last place. In ∂x the same rounding is that of any bf16 product.
@@ -283,7 +283,7 @@ def _output_gradient(
     z_scale: Tensor | None,
     impl: str | None,
 ) -> Tensor:
-    """``∂y0 = share · ḡ`` with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is not written."""
+    """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
     if resolve(impl, g) == "triton":
         return _kernels().output_gradient(g, rows, q, share, z_scale)
     h = g @ q

@@ -41,8 +41,10 @@ def why_not_triton(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda" and not interpreting():
         return f"the tensor is on {tensor.device.type}, kernels run on cuda"
     if tensor.dtype not in TRITON_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
-        return f"no kernel takes {tensor.dtype}, only {names}"
+        taken, *names = (
+            str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *TRITON_DTYPES)
+        )
+        return f"no kernel takes {taken}, only {', '.join(names)}"
     return None
 
 
@@ -67,7 +69,7 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """``torch.library.custom_op("secura::<name>")`` whose body runs with autocast off.
+    """``torch.library.custom_op("secura::<name>")`` with autocast off and its device current.
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
     the tensors are real and no compiler looks on. The first argument must be a tensor.
@@ -76,7 +78,8 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     def register(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
         def without_autocast(tensor: Tensor, *args: Any) -> Any:
-            with torch.autocast(tensor.device.type, enabled=False):
+            device = tensor.device
+            with torch.cuda.device_of(tensor), torch.autocast(device.type, enabled=False):
                 return body(tensor, *args)
 
         return torch.library.custom_op(f"secura::{name}", without_autocast, mutates_args=())
