@@ -9,7 +9,7 @@
 |---------------------------|----------|-------------------------------------|
 | y0, g, out, dΔ, ∂y0       | [T, N]   | bf16, fp16, fp32 / fp32 / the same  |
 | z, zd, h                  | [T, m]   | as y0 / fp32 / as y0                |
-| P, P_base                 | [N, m]   | as y0; ∂P as y0, cast by the op     |
+| P, P_base                 | [N, m]   | as y0; ∂P in fp32                   |
 | kept (``save="8bit"``)    | [T, N]   | uint8: 255 (2/M − 1), to nearest    |
 | eps, slope, offset        | []       | fp32, loaded by pointer             |
 | factor f, δb              | [N]      | fp32, any                           |
@@ -38,6 +38,7 @@ Source: DESIGN sections 3, 4 and 6; SECURA (arXiv 2502.18168).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -79,10 +80,14 @@ def forward_tile(machine: Machine, dtype: torch.dtype, m: int, has_base: bool) -
         return Tile(32, 32, 4, 2)
     if machine.shared_bytes < _LARGE_SHARED:
         return Tile(64, 64, 8, 2)
-    return Tile(128, 64, 8, 2 if has_base and m <= LARGEST_M_IN_REGISTERS else 3)
+    if not has_base:
+        return Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 2) if m <= LARGEST_M_IN_REGISTERS else Tile(64, 64, 8, 3)
 
 
-def backward_tile(machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool) -> Tile:
+def backward_tile(
+    machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool, keeps: bool
+) -> Tile:
     """A program owns its tokens for all of N: shorter tiles where there are few tokens."""
     if dtype == torch.float32:
         return Tile(32, 32, 4, 2)
@@ -91,7 +96,8 @@ def backward_tile(machine: Machine, dtype: torch.dtype, t: int, m: int, has_base
         return Tile(64, 64, 8, 3 if large else 2)
     if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large):
         return Tile(32, 32, 4, 2)
-    return Tile(64, 32, 8, 2 if has_base or not large else 3)
+    stages = 2 if has_base or not large else 3
+    return Tile(64, 64 if keeps and not has_base else 32, 8, stages)
 
 
 @functools.cache
@@ -212,7 +218,7 @@ def backward(
     averaged = combine_how == "averaged"
     thin = _Operands(z, p, p_base, z_scale)
     machine = _machine(g.device.index if g.is_cuda else None)
-    tile = backward_tile(machine, g.dtype, t, thin.m_rows, p_base is not None)
+    tile = backward_tile(machine, g.dtype, t, thin.m_rows, p_base is not None, kept is not None)
     programs = triton.cdiv(t, tile.block_t)
     if y0 is not None:
         y0 = unit_stride(y0)
@@ -247,35 +253,82 @@ def backward(
     return dbase if needs[0] else None, dp, None if dbias is None else dbias.sum(0)
 
 
-# What the launchers pass, for the ahead-of-time tables: a case, and the chips whose tile it takes.
-_LARGE, _SMALL = ("sm_80", "sm_90", "sm_100"), ("sm_89", "sm_120", "gfx942")
-_MACHINES = ((Machine(163 * 1024, 108), _LARGE), (Machine(99 * 1024, 128), _SMALL))
+# What the launchers pass, for the ahead-of-time table: every case on the chips that share its tile.
+_FAMILIES = (
+    (Machine(163 * 1024, 108), ("sm_80", "sm_90", "sm_100")),
+    (Machine(99 * 1024, 108), ("sm_89", "sm_120", "gfx942")),
+)
 _ALIGNED = ("n", "m", "m_rows", "stride_y0", "stride_g")
+_TYPES = {
+    **dict.fromkeys(
+        ("y0", "g", "z", "zd", "z_scale", "p", "p_base", "out", "ddelta", "dbase", "h"), None
+    ),
+    **dict.fromkeys(
+        ("delta_bias", "factor", "eps", "slope", "offset", "partial", "dbias"), "*fp32"
+    ),
+    "kept": "*u8",
+    "rows": "*i64",
+}
 
 
 def _config(
-    kernel: Any, name: str, tile: Tile, dtype: str, m: int, absent: str, more: dict
-) -> Config:
+    name: str, kernel: Any, tile: Tile, targets: tuple[str, ...], m: int, dtype: str, none: str,
+    **constexprs: Any,
+) -> Config:  # fmt: skip
     block_m, chunks = _blocks_m(m)
-    types = dict.fromkeys(
-        ("y0_ptr", "g_ptr", "z_ptr", "zd_ptr", "z_scale_ptr", "p_ptr", "p_base_ptr", "out_ptr",
-         "ddelta_ptr", "dbase_ptr", "h_ptr"),
-        f"*{dtype}",
-    )  # fmt: skip
-    types |= dict.fromkeys(
-        ("delta_bias_ptr", "factor_ptr", "eps_ptr", "slope_ptr", "offset_ptr", "partial_ptr",
-         "dbias_ptr"),
-        "*fp32",
-    )  # fmt: skip
-    types |= {"kept_ptr": "*u8", "rows_ptr": "*i64", "edge": "fp32"}
-    types |= dict.fromkeys(("t", "tiles", "programs_n", *_ALIGNED), "i32")
-    constexprs = {f"{pointer}_ptr": None for pointer in absent.split()} | more | {
-        "SIGMOID_WEIGHT": 3.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-        "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_M": block_m, "CHUNKS": chunks,
-        "STAGES": tile.num_stages,
-    }  # fmt: skip
-    stores = 0 if more.get("PASS", "out") != "out" else 1
+    columns = constexprs.get("HAS_H") and not constexprs["AVERAGED"]
+    absent = {f"{pointer}_ptr": None for pointer in none.split()}
     return Config(
-        name, kernel, types, constexprs, _ALIGNED, tile.num_warps, tile.num_stages,
-        wide_stores=stores, mma=dtype != "fp32",
+        f"{name} {dtype} m={m}",
+        kernel,
+        {f"{name}_ptr": kind or f"*{dtype}" for name, kind in _TYPES.items()}
+        | dict.fromkeys(("t", "tiles", "programs_n", *_ALIGNED), "i32") | {"edge": "fp32"},
+        absent | constexprs | {
+            "SIGMOID_WEIGHT": 3.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_M": block_m, "CHUNKS": chunks,
+            "STAGES": tile.num_stages,
+        },
+        _ALIGNED, tile.num_warps, tile.num_stages,
+        wide_stores=int(constexprs.get("PASS", "out") == "out"),
+        narrow=tile.block_t * block_m // (16 * tile.num_warps) if columns else 0, mma=dtype != "fp32",
+        targets=targets,
     )  # fmt: skip
+
+
+def _configs() -> Iterator[Config]:
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    forward_cases = (
+        ("", 128, "bf16", "z p_base delta_bias factor kept partial", "out", False),
+        (" peak", 128, "bf16", "z p_base delta_bias factor kept out slope offset", "peak", False),
+        ("", 512, "bf16", "z p_base delta_bias factor kept partial", "out", False),
+        (" all", 128, "bf16", "partial", "out", True),
+        (" all", 512, "bf16", "partial", "out", True),
+        (" all", 128, "fp32", "partial", "out", True),
+    )
+    backward_cases = (
+        ("", 8192, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
+        (" few tokens", 64, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
+        (" all", 8192, 128, "bf16", "kept h", False),
+        (" averaged all", 8192, 128, "bf16", "kept ddelta", True),
+        (" 8bit", 8192, 128, "bf16", "y0 z z_scale p_base delta_bias factor h dbias", False),
+        (" averaged 8bit all", 8192, 128, "bf16", "y0 ddelta delta_bias", True),
+        (" all", 8192, 512, "bf16", "kept h", False),
+        (" all", 8192, 128, "fp32", "kept h", False),
+    )
+    for machine, targets in _FAMILIES:
+        for name, m, dtype, none, which, averaged in forward_cases:
+            tile = forward_tile(machine, kinds[dtype], m, "p_base" not in none)
+            yield _config(
+                f"activation forward{name}", activation_fwd_kernel, tile, targets, m, dtype, none,
+                PASS=which, AVERAGED=averaged,
+            )  # fmt: skip
+        for name, t, m, dtype, none, averaged in backward_cases:
+            has_base, keeps = "p_base" not in none, "kept" not in none
+            tile = backward_tile(machine, kinds[dtype], t, m, has_base, keeps)
+            yield _config(
+                f"activation backward{name}", activation_bwd_kernel, tile, targets, m, dtype, none,
+                AVERAGED=averaged, HAS_H=_blocks_m(m)[1] == 1 and dtype != "fp32",
+            )  # fmt: skip
+
+
+CONFIGS = list(_configs())

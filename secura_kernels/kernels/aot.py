@@ -60,6 +60,7 @@ class Config:
         wide_loads: how many 16-byte loads the code must hold at least.
         wide_stores: how many 16-byte stores the code must hold at least, on CUDA; on AMD Triton
             stores from the matrix layout, which is its own choice.
+        narrow: how many global accesses of one or two bytes the code may hold, None for any.
         mma: whether matrix instructions must be there.
         targets: the chips it ships for.
     """
@@ -73,6 +74,7 @@ class Config:
     num_stages: int = 3
     wide_loads: int = 1
     wide_stores: int = 1
+    narrow: int | None = None
     mma: bool = True
     targets: tuple[str, ...] = field(default=tuple(TARGETS))
 
@@ -88,6 +90,7 @@ class Report:
     shared_bytes: int
     wide_loads: int
     wide_stores: int
+    narrow: int
     mma: int
 
     def problems(self, config: Config) -> list[str]:
@@ -101,6 +104,10 @@ class Report:
             (
                 cuda and self.wide_stores < config.wide_stores,
                 f"{self.wide_stores} 16-byte stores",
+            ),
+            (
+                config.narrow is not None and self.narrow > config.narrow,
+                f"{self.narrow} accesses of one or two bytes",
             ),
             (config.mma and not self.mma, "no matrix instruction"),
         )
@@ -116,6 +123,10 @@ _WIDE_STORE = {
     "cuda": r"st\.global[\w.:]*\.(?:v4\.[bfus]32|v2\.[bfus]64|v8\.[bfus]32|v4\.[bfus]64)"
     r"|cp\.async\.bulk\S*global\.shared",
     "hip": r"(?:global|buffer)_store_(?:dwordx4|b128)",
+}
+_NARROW = {
+    "cuda": r"(?:ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*\.[bus](?:8|16)\s",
+    "hip": r"(?:global|buffer)_(?:load|store)_(?:u|s)?(?:byte|short)",
 }
 _MMA = {"cuda": r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", "hip": r"v_mfma_\w+"}
 
@@ -161,6 +172,7 @@ def inspect_config(config: Config, target: Target | str) -> Report:
         shared_bytes=compiled.metadata.shared,
         wide_loads=len(re.findall(_WIDE_LOAD[backend], text)),
         wide_stores=len(re.findall(_WIDE_STORE[backend], text)),
+        narrow=len(re.findall(_NARROW[backend], text)),
         mma=len(re.findall(_MMA[backend], text)),
     )
 
