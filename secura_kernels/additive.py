@@ -41,6 +41,9 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import absent, compute_dtype, op, resolve, wide
 
+# The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
+MAX_RANK = 512
+
 
 def lowrank_linear(
     x: Tensor,
@@ -284,7 +287,7 @@ def _output_gradient(
     impl: str | None,
 ) -> Tensor:
     """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
-    if resolve(impl, g) == "triton":
+    if resolve(impl, g) == "triton" and q.shape[1] <= MAX_RANK:
         return _kernels().output_gradient(g, rows, q, share, z_scale)
     h = g @ q
     if z_scale is not None:

@@ -87,40 +87,51 @@ def draw(shape, dtype=torch.float32, device="cpu", seed=0) -> Case:
     )
 
 
-def run(
-    case: Case, options: NormOptions, impl: str | None, *, folded=False, biased=True,
-    delta_bias=True, dropout=False, restrain=False, fused=True,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Output and gradients (x, P, δb) of a space's op; of the oracle where ``impl`` is None."""
-    x, p, db = (leaf.clone().requires_grad_() for leaf in (case.x, case.p, case.delta_bias))
+def forward(
+    case: Case, options: NormOptions, impl: str | None, x: Tensor, p: Tensor,
+    delta_bias: Tensor | None, *, folded=False, biased=True, dropout=False, restrain=False,
+    fused=True,
+) -> Tensor:  # fmt: skip
+    """The op that serves a space on the leaves given; the oracle for ``impl="oracle"``."""
     keywords = {
         "p_base": case.p_base if folded else None,
-        "delta_bias": db if delta_bias else None,
+        "delta_bias": delta_bias,
         "restrain": case.restrain if restrain else None,
     }
     if options.norm != "weight":
         keywords["z_scale"] = case.z_scale if dropout else None
     bias = case.bias if biased else None
-    if impl is None:
-        out = reference.linear(x, case.weight, bias, case.rows, p, options, **keywords)
-    elif options.norm == "weight":
-        out = weight_norm_linear(x, case.weight, bias, case.rows, p, options, impl=impl, **keywords)
-    elif options.norm == "activation":
+    if impl == "oracle":
+        return reference.linear(x, case.weight, bias, case.rows, p, options, **keywords)
+    keywords["impl"] = impl
+    if options.norm == "weight":
+        return weight_norm_linear(x, case.weight, bias, case.rows, p, options, **keywords)
+    if options.norm == "activation":
         y0 = linear(x, case.weight, bias)
-        out = activation_norm(y0, bias, case.rows, p, options, impl=impl, **keywords)
-    else:
-        p_base, limits = keywords.pop("p_base"), keywords.pop("restrain")
-        q = p if p_base is None else p + p_base
-        if options.norm == "channel":
-            gram, norms = row_norms(case.weight, case.rows, p_base)
-            q, keywords["share"] = channel_product(
-                p, p_base, gram, norms, options, limits, impl=impl
-            )
-        if fused:
-            out = lowrank_linear(x, case.weight, bias, case.rows, q, impl=impl, **keywords)
-        else:
-            y0 = linear(x, case.weight, bias)
-            out = lowrank_add(y0, bias, case.rows, q, impl=impl, **keywords)
+        return activation_norm(y0, bias, case.rows, p, options, **keywords)
+    p_base, limits = keywords.pop("p_base"), keywords.pop("restrain")
+    q = p if p_base is None else p + p_base
+    if options.norm == "channel":
+        gram, norms = row_norms(case.weight, case.rows, p_base)
+        q, share = channel_product(p, p_base, gram, norms, options, limits, impl=impl)
+        keywords["share"] = share
+    if fused:
+        return lowrank_linear(x, case.weight, bias, case.rows, q, **keywords)
+    return lowrank_add(linear(x, case.weight, bias), bias, case.rows, q, **keywords)
+
+
+def loss_of(case: Case, options: NormOptions, x: Tensor, p: Tensor, delta_bias: Tensor) -> Tensor:
+    """A scalar of the plain-torch op's output."""
+    out = forward(case, options, "reference", x, p, delta_bias)
+    return (out * torch.linspace(-1, 1, out.shape[1], dtype=out.dtype)).sum()
+
+
+def run(
+    case: Case, options: NormOptions, impl: str | None, *, delta_bias: bool = True, **flags
+) -> tuple[Tensor, ...]:
+    """Output and gradients (x, P, δb) of :func:`forward`."""
+    x, p, db = (leaf.clone().requires_grad_() for leaf in (case.x, case.p, case.delta_bias))
+    out = forward(case, options, impl, x, p, db if delta_bias else None, **flags)
     leaves = (x, p, db) if delta_bias else (x, p)
     return out.detach(), *torch.autograd.grad(out, leaves, case.grad.to(out.dtype))
 
@@ -145,6 +156,6 @@ def check(shape, options: NormOptions, dtype=torch.float32, device="cpu", **flag
     ours = run(case, options, "triton", **flags)
     plain = run(case, options, "reference", **flags)
     flags.pop("fused", None)
-    exact = run(case.to(torch.float64), options, None, **flags)
+    exact = run(case.to(torch.float64), options, "oracle", **flags)
     assert_no_worse(ours, plain, exact, dtype)
     assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in plain]
