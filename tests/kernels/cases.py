@@ -120,10 +120,14 @@ def forward(
     return lowrank_add(linear(x, case.weight, bias), bias, case.rows, q, **keywords)
 
 
-def loss_of(case: Case, options: NormOptions, x: Tensor, p: Tensor, delta_bias: Tensor) -> Tensor:
-    """A scalar of the plain-torch op's output."""
-    out = forward(case, options, "reference", x, p, delta_bias)
-    return (out * torch.linspace(-1, 1, out.shape[1], dtype=out.dtype)).sum()
+def loss_of(
+    case: Case, options: NormOptions, x: Tensor, p: Tensor, delta_bias: Tensor,
+    impl: str = "reference",
+) -> Tensor:  # fmt: skip
+    """A scalar of an op's output."""
+    out = forward(case, options, impl, x, p, delta_bias)
+    weights = torch.linspace(-1, 1, out.shape[1], dtype=out.dtype, device=out.device)
+    return (out * weights).sum()
 
 
 def run(
