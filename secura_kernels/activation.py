@@ -27,6 +27,7 @@ y0 is an input that its producer need not keep: in 8-bit mode it may be freed af
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,9 +96,9 @@ def activation_norm(
         raise ValueError(f"unknown save {save!r}: choose one of {SAVES}")
     form, combine = resolve_norm(options.norm, options.form, options.combine)
     options = options._replace(form=form, combine=combine)
-    flat = y0.reshape(-1, y0.shape[-1])
+    flat = y0.reshape(math.prod(y0.shape[:-1]), y0.shape[-1])
     bias = None if bias is None else bias.to(y0.dtype)
-    z_scale = None if z_scale is None else z_scale.reshape(-1, z_scale.shape[-1])
+    z_scale = None if z_scale is None else z_scale.reshape(flat.shape[0], rows.numel())
     out = _ActivationNorm.apply(
         flat, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
     )

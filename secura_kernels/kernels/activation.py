@@ -94,7 +94,7 @@ def backward_tile(
     large = machine.shared_bytes >= _LARGE_SHARED
     if m > LARGEST_M_IN_REGISTERS:
         return Tile(64, 64, 8, 3 if large else 2)
-    if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large):
+    if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large and not keeps):
         return Tile(32, 32, 4, 2)
     stages = 2 if has_base or not large else 3
     return Tile(64, 64 if keeps and not has_base else 32, 8, stages)
@@ -290,8 +290,8 @@ def _config(
         },
         _ALIGNED, tile.num_warps, tile.num_stages,
         wide_stores=int(constexprs.get("PASS", "out") == "out"),
-        narrow=tile.block_t * block_m // (16 * tile.num_warps) if columns else 0, mma=dtype != "fp32",
-        targets=targets,
+        narrow=tile.block_t * block_m // (16 * tile.num_warps) if columns else 0,
+        mma=dtype != "fp32", targets=targets,
     )  # fmt: skip
 
 

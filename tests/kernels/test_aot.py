@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from secura_kernels.doctor import COLUMNS, kernel_configs, kernel_reports, kernel_table
 from secura_kernels.kernels.aot import TARGETS, Report, compile_config, inspect_config
 
