@@ -168,7 +168,7 @@ def restrain_rows(gains: Iterable[Tensor], numel: int, restrain: Restrain | None
 def restrained(small: Tensor | int, numel: int, restrain: Restrain) -> Tensor:
     """``[N]`` fp32 factors of the output channels, from how many of ``numel`` gains are small."""
     crowded = small > restrain.percent * numel
-    factor = torch.ones(restrain.important.shape, device=restrain.important.device)
+    factor = torch.ones_like(restrain.important, dtype=torch.float32)
     return factor.masked_fill(restrain.important & crowded, restrain.decay)
 
 
