@@ -18,13 +18,17 @@ CASE = draw((9, 37, 21, 5))
 Y0 = CASE.x @ CASE.weight.T + CASE.bias
 
 
-def run(options, save, folded=False, restrain=False):
-    leaves = [x.clone().requires_grad_() for x in (Y0, CASE.p, CASE.delta_bias)]
-    out = activation_norm(
-        leaves[0], CASE.bias, CASE.rows, leaves[1], options,
-        p_base=CASE.p_base if folded else None, delta_bias=leaves[2], z_scale=CASE.z_scale,
-        restrain=CASE.restrain if restrain else None, save=save,
+def norm(y0, p, delta_bias, options, save, folded=False, restrain=False):
+    return activation_norm(
+        y0, CASE.bias, CASE.rows, p, options, p_base=CASE.p_base if folded else None,
+        delta_bias=delta_bias, z_scale=CASE.z_scale, restrain=CASE.restrain if restrain else None,
+        save=save,
     )  # fmt: skip
+
+
+def run(options, save, folded=False, restrain=False, forward=norm):
+    leaves = [x.clone().requires_grad_() for x in (Y0, CASE.p, CASE.delta_bias)]
+    out = forward(*leaves, options, save, folded, restrain)
     return out.detach(), *torch.autograd.grad(out, leaves, CASE.grad)
 
 
@@ -84,9 +88,11 @@ def test_operators_that_keep_eight_bits_pass_opcheck_and_compile_whole():
             (out, None, kept, z, CASE.rows, CASE.p, CASE.p_base, None, CASE.z_scale, *scalars,
              factor, "paper", "gated", needs, "reference"),
         )  # fmt: skip
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     options = NormOptions("activation", "paper", "averaged")
-    for got, wanted in zip(compiled(options, "8bit"), run(options, "8bit"), strict=True):
+    for got, wanted in zip(
+        run(options, "8bit", forward=compiled), run(options, "8bit"), strict=True
+    ):
         torch.testing.assert_close(got, wanted)
 
 
