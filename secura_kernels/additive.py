@@ -21,7 +21,7 @@ Bytes, s of them an element, beside the frozen layer's own two products:
 | step                   | moves            | note                                         |
 |------------------------|------------------|----------------------------------------------|
 | z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
-| out, in place of y0    | 2 s T N          | cuBLAS addmm where share and biases are None |
+| out, in place of y0    | 2 s T N          | cuBLAS addmm_ without share and biases       |
 | ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
 | ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
 | ∂Q                     | s T N            | cuBLAS, fp32 out                             |
@@ -314,7 +314,7 @@ def _thin_gradients_fake(g: Tensor, rows: Tensor, needs: list[bool]) -> tuple[Te
 def product_wide(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded."""
     dtype = wide(a.dtype)
-    if a.dtype != dtype and a.is_cuda and torch.version.hip is None:
+    if a.dtype != dtype and a.is_cuda and a.numel() and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 

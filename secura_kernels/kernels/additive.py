@@ -194,7 +194,8 @@ def add_product(
 ) -> Tensor:
     """``share · y + z Qᵀ + b + δb``, or with ``b · (1 − share)`` where y includes the bias.
 
-    With share and biases None it is one cuBLAS ``addmm``, which moves no byte more than a kernel.
+    In place with share and biases None it is one cuBLAS ``addmm_``, which moves no byte more than
+    the kernel does; into a new tensor cuBLAS would copy y first, so the kernel it is.
 
     Args:
         y: ``[T, N]``, any strides.
@@ -206,8 +207,8 @@ def add_product(
     """
     if bias_inside and share is None:
         bias = None
-    if share is None and bias is None and delta_bias is None:
-        return torch.addmm(y, z, q.t()) if out is None else torch.addmm(y, z, q.t(), out=out)
+    if out is y and share is None and bias is None and delta_bias is None:
+        return y.addmm_(z, q.t())
     if out is None:
         column_major = y.stride(0) == 1 and y.stride(1) != 1
         out = torch.empty_like(y.t() if column_major else y, memory_format=torch.contiguous_format)

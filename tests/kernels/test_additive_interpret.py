@@ -123,9 +123,11 @@ def test_product_works_in_place_and_on_transposed_layouts():
     plain = kernels.add_product(case.grad, z, case.p)
     torch.testing.assert_close(plain, case.grad + z @ case.p.t())
     weight, r = case.weight, case.weight[case.rows]
-    fused = kernels.add_product(weight.t(), r.t(), case.p, case.bias).t()
-    assert fused.is_contiguous()
-    torch.testing.assert_close(fused, weight * case.bias[:, None] + case.p @ r)
+    for share in (None, case.bias):
+        fused = kernels.add_product(weight.t(), r.t(), case.p, share).t()
+        assert fused.is_contiguous()
+        scaled = weight if share is None else weight * share[:, None]
+        torch.testing.assert_close(fused, scaled + case.p @ r)
 
 
 def test_same_bits_twice():

@@ -10,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from secura_kernels import NormOptions, lowrank_linear
+from secura_kernels import NormOptions, additive, lowrank_linear
+from secura_kernels.dispatch import interpreting
 from secura_kernels.merge import effective_weight
 
 from .cases import draw, loss_of, run
@@ -180,7 +181,7 @@ def test_saved_tensors_go_through_hooks_and_are_never_written(options):
     assert saved and all(torch.equal(tensor, copy) for tensor, copy in saved)
 
 
-def kept_bytes_per_token(options, dtype=torch.bfloat16, **keywords) -> float:
+def kept_bytes_per_token(dtype=torch.bfloat16, **keywords) -> float:
     """Bytes an op keeps for backward a token, beyond its inputs, from two batch sizes."""
     kept = []
     for t in (64, 128):
@@ -206,7 +207,39 @@ def kept_bytes_per_token(options, dtype=torch.bfloat16, **keywords) -> float:
 @pytest.mark.parametrize("share", [None, torch.rand(SHAPE[1])], ids=["none", "channel"])
 def test_additive_spaces_keep_z_alone(share):
     m = SHAPE[3]
-    assert kept_bytes_per_token(NormOptions("none"), share=share) == 2 * m
+    assert kept_bytes_per_token(share=share) == 2 * m
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=name)
+def test_both_routes_of_the_input_gradient(options, rebuild, monkeypatch):
+    monkeypatch.setattr(additive, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
+    case = draw(SHAPE).to(torch.float64)
+    for got, exact in zip(
+        run(case, options, "reference"), run(case, options, "oracle"), strict=True
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_route_is_the_one_that_moves_fewer_bytes():
+    assert additive.rebuilds_weight(8192, 4096, 4096, None)
+    assert not additive.rebuilds_weight(512, 4096, 4096, None)
+    assert not additive.rebuilds_weight(8192, 4096, 4096, torch.ones(8192, 4))
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
+def test_an_implementation_that_cannot_run_is_an_error(monkeypatch):
+    case = draw(SHAPE)
+    arguments = (case.x, case.weight, None, case.rows, case.p)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
+        lowrank_linear(*arguments, impl="triton")
+    with pytest.raises(ValueError, match="unknown impl 'cuda'"):
+        lowrank_linear(*arguments, impl="cuda")
+    monkeypatch.setenv("SECURA_IMPL", "triton")
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
+        lowrank_linear(*arguments)
+    monkeypatch.setenv("SECURA_IMPL", "reference")
+    assert lowrank_linear(*arguments).shape == case.grad.shape
 
 
 @every_option
