@@ -24,12 +24,13 @@ thin tensors add m/N of a unit each, and reading z's scattered columns up to 32 
 | backward averaged                        | 3     | 3 + 1 (∂P reads dbase) + the m columns  |
 | backward gated                           | 3     | 4 + 1 (∂P reads dΔ), columns included   |
 | backward with 8bit                       | −½    | kept instead of y0                      |
-| backward with m > 128                    |       | + 1 (h = dΔ P by cuBLAS) + the columns  |
+| backward with m > 128, or fp32           |       | + 1 (h = dΔ P by cuBLAS) + the columns  |
 
 P is read once a block of tokens, from L2: T N m / BLOCK_T elements, hence tall tiles. A backward
 program owns BLOCK_T tokens and walks N with its h in registers, so h is complete without atomics
 or partial sums; gated, it then writes the m columns of its tokens itself. There ∂y0 is g outside
 the m columns; g may have other readers, so ∂y0 is written in the same pass (1 unit, no read).
+On ROCm the columns are added after the pass, as they are when averaged.
 Every sum runs in a fixed order: equal inputs give equal bits on one kind of GPU.
 
 Source: DESIGN sections 3, 4 and 6; SECURA (arXiv 2502.18168).
@@ -56,6 +57,8 @@ LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
 _LARGE_SHARED = 160 * 1024
 _TILES_A_PROGRAM = 8
+# A CUDA barrier orders a program's stores to one address; on ROCm the code does not wait for them.
+_ORDERS_STORES = torch.version.hip is None
 
 
 class Tile(NamedTuple):
@@ -156,6 +159,7 @@ def forward(
     Every measuring pass the options ask for reads y0 once; the last one writes.
     """
     y0 = unit_stride(y0)
+    delta_bias = None if delta_bias is None else delta_bias.contiguous()
     t, n = y0.shape
     thin = _Operands(z, p, p_base, z_scale)
     machine = _machine(y0.device.index if y0.is_cuda else None)
@@ -213,7 +217,8 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(∂y0, ∂P, ∂δb)``, None where not needed; 1/M from ``kept`` where that is given."""
-    g = unit_stride(g)
+    g, rows = unit_stride(g), rows.contiguous()
+    delta_bias = None if delta_bias is None else delta_bias.contiguous()
     t, n = g.shape
     averaged = combine_how == "averaged"
     thin = _Operands(z, p, p_base, z_scale)
@@ -227,9 +232,10 @@ def backward(
         return torch.empty(*shape, dtype=dtype, device=g.device) if wanted else None
 
     has_h = needs[0] and thin.chunks == 1 and g.dtype != torch.float32
+    writes_columns = has_h and not averaged and _ORDERS_STORES
     dbase = empty(needs[0] or (averaged and needs[1]), t, n)
     ddelta = empty(not averaged and (needs[1] or (needs[0] and not has_h)), t, n)
-    h = empty(has_h and averaged, t, thin.m)
+    h = empty(has_h and not writes_columns, t, thin.m)
     dbias = empty(needs[2], programs, n, dtype=torch.float32)
     activation_bwd_kernel[(programs,)](
         g, y0, kept, *thin.padded[:2], _padded(z_scale), *thin.padded[2:], delta_bias,
@@ -242,7 +248,7 @@ def backward(
     )  # fmt: skip
     change, share = (dbase, 0.5) if averaged else (ddelta, 1.0)
     dp = product_wide(change.t(), thin.zd).mul_(share) if needs[1] else None
-    if needs[0] and not (has_h and not averaged):
+    if needs[0] and not writes_columns:
         if h is None:
             h = (change @ p).mul_(share)
             if z_scale is not None:
@@ -254,9 +260,11 @@ def backward(
 
 
 # What the launchers pass, for the ahead-of-time table: every case on the chips that share its tile.
+_ROCM = ("gfx942",)
 _FAMILIES = (
     (Machine(163 * 1024, 108), ("sm_80", "sm_90", "sm_100")),
-    (Machine(99 * 1024, 108), ("sm_89", "sm_120", "gfx942")),
+    (Machine(99 * 1024, 108), ("sm_89", "sm_120")),
+    (Machine(64 * 1024, 304), _ROCM),
 )
 _ALIGNED = ("n", "m", "m_rows", "stride_y0", "stride_g")
 _TYPES = {
@@ -276,8 +284,10 @@ def _config(
     **constexprs: Any,
 ) -> Config:  # fmt: skip
     block_m, chunks = _blocks_m(m)
-    columns = constexprs.get("HAS_H") and not constexprs["AVERAGED"]
+    columns = constexprs.get("HAS_H") and not constexprs["AVERAGED"] and targets != _ROCM
     absent = {f"{pointer}_ptr": None for pointer in none.split()}
+    if targets == _ROCM:
+        absent.pop("h_ptr", None)
     return Config(
         f"{name} {dtype} m={m}",
         kernel,

@@ -44,6 +44,9 @@ class Case:
         self.delta_bias = (0.1 * draw(n)).requires_grad_()
         self.z_scale = (torch.rand(t, m, generator=generator) > 0.3).float() / 0.7
         self.important = torch.rand(n, generator=generator) > 0.5
+        if strided:
+            self.rows = self.rows.repeat_interleave(2)[::2]
+            self.delta_bias = self.delta_bias.detach().repeat_interleave(2)[::2].requires_grad_()
         self.grad = draw(t, 2 * n).to(dtype)[:, ::2] if strided else draw(t, n).to(dtype)
 
     def leaves(self):
@@ -163,6 +166,12 @@ def test_tall_tiles_of_few_processors(combine, monkeypatch):
     monkeypatch.setattr(activation, "_machine", lambda index: machine)
     how = flags(folded=True)
     check(Case(131, 530, 9, torch.float16), NormOptions("activation", None, combine), how)
+
+
+def test_columns_added_after_the_pass_as_on_rocm(monkeypatch):
+    monkeypatch.setattr(activation, "_ORDERS_STORES", False)
+    how = flags(folded=True, dropout=True, restrain=(0.1, 1.9, 0.5))
+    check(Case(40, 70, 9, torch.float16), NormOptions("activation", "calibrated", "gated"), how)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

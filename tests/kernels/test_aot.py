@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from secura_kernels.doctor import COLUMNS, kernel_configs, kernel_reports, kernel_table
+
+pytest.importorskip("triton")
 from secura_kernels.kernels.aot import TARGETS, Report, compile_config, inspect_config
 
 CASES = [(config, target) for config in kernel_configs() for target in config.targets]
