@@ -114,6 +114,15 @@ def test_shapes_and_strides_of_each_kernel(t, n, m, layouts):
         assert torch.equal(tensor, before)
 
 
+@pytest.mark.parametrize("m", [100, 130, 300, 512])
+def test_every_block_of_the_rank(m):
+    case = draw((5, 520, 3, m), torch.bfloat16)
+    got = kernels.output_gradient(case.grad, case.rows, case.p.bfloat16(), case.bias, None)
+    wide, p = case.grad.double(), case.p.bfloat16().double()
+    exact = (wide * case.bias.double()).index_add(1, case.rows, wide @ p)
+    assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
 def test_product_works_in_place_and_on_transposed_layouts():
     case = draw((33, 70, 12, 5))
     y, z = case.grad.clone(), case.z_scale
