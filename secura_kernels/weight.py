@@ -294,6 +294,7 @@ def linear_backward(
         else:
             fused = norm.apply(weight, rows, p, p_base, g.dtype)
         dx = g @ fused
+        del fused
     if needs[1] and x is not None:
         if kernels is not None:
             dp = kernels.grad_p(g, x, weight, rows, p, p_base, scalars, factor, form)

@@ -30,7 +30,8 @@ Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K
   byte the bytes are a tenth of gᵀx's time if none of them stays in L2, so it pays only where
   Triton's product comes closer than that to cuBLAS. Not written.
 
-Deterministic: tile maxima, sums and counts are written to their own places and reduced by torch.
+Deterministic: tile maxima, sums and counts are written to their own places; one program of
+``weight_scalars_kernel`` turns the maxima into slope and offset, torch adds the rest.
 Source: DESIGN sections 4 and 6.
 """
 
@@ -43,15 +44,19 @@ from torch import Tensor
 from ..additive import product_wide
 from ..gain import (
     Restrain,
-    coefficients,
     effective_eps,
     needs_peak,
     restrained,
     sigmoid_weight,
 )
-from .aot import TARGETS, Config
+from .aot import Config
 from .common import block_of, dot_precision
-from .weight_jit import weight_bwd_kernel, weight_fwd_kernel, weight_stat_kernel
+from .weight_jit import (
+    weight_bwd_kernel,
+    weight_fwd_kernel,
+    weight_scalars_kernel,
+    weight_stat_kernel,
+)
 
 WORKSPACE_MIB = 16
 _ROWS_OF_A_TILE = 128
@@ -115,29 +120,27 @@ def measure(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The global part of the norm, on the device: ``([ε, slope, offset], f [N] or None)``."""
     weight = tiles.weight
-    if eps_relative and tiles.p_base is not None and weight.numel():
-        scalars = weight.new_empty(3, dtype=torch.float32)
-        mean = _stat("square", tiles, scalars, form).sum() / weight.numel()
-        small = eps * mean.sqrt()
-    else:
-        small = effective_eps(weight, eps, eps_relative)
-    peak = None
-    if needs_peak(form):
-        peak = small.new_zeros(())
-        if weight.numel():
-            peak = _stat("peak", tiles, small, form).amax()
-    scalars = torch.stack([small, *coefficients(form, scale, peak, weight)])
+    scalars = torch.full((3,), eps, dtype=torch.float32, device=weight.device)
+    if eps_relative and weight.numel():
+        if tiles.p_base is None:
+            scalars[0] = effective_eps(weight, eps, True)
+        else:
+            square = _stat("square", tiles, scalars, form).sum() / weight.numel()
+            scalars[0] = eps * square.sqrt()
+    peaks = _stat("peak", tiles, scalars, form) if needs_peak(form) else scalars
+    with torch.cuda.device_of(weight):
+        weight_scalars_kernel[(1,)](peaks, scalars, peaks.numel(), scale, FORM=form, BLOCK=1024)
     if important is None:
         return scalars, None
     restrain = Restrain(important, *limits)
-    count = scalars.new_zeros(())
-    if weight.numel():
-        count = _stat("count", tiles, scalars, form, restrain.edge).sum(dtype=torch.float64)
+    count = _stat("count", tiles, scalars, form, restrain.edge).sum(dtype=torch.float64)
     return scalars, restrained(count, weight.numel(), restrain)
 
 
 def _stat(what: str, tiles: Tiles, scalars: Tensor, form: str, edge: float = 0.0) -> Tensor:
     out = scalars.new_empty(tiles.grid[0] * tiles.grid[1])
+    if out.numel() == 0:
+        return out
     with torch.cuda.device_of(tiles.weight):
         weight_stat_kernel[tiles.grid](
             *tiles.tensors, scalars, out, edge, *tiles.sizes,
@@ -174,9 +177,9 @@ def grad_p(
 ) -> Tensor:  # fmt: skip
     """``∂P = ((f · gᵀx) / M) Rᵀ [N, m]``, fp32, in chunks of W's rows."""
     n, k = weight.shape
-    dp = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+    dp = torch.empty(p.shape, dtype=torch.float32, device=p.device)
     if weight.numel() == 0:
-        return dp
+        return dp.zero_()
     r, g = weight.index_select(0, rows).to(x.dtype), g.contiguous()
     p, p_base = p.to(x.dtype), parts(p_base, x.dtype)
     step = chunk_rows(n, k, x.element_size())
@@ -208,7 +211,6 @@ def chunk_rows(n: int, k: int, itemsize: int) -> int:
 def _config(kernel, name: str, dtype: str = "bf16", *, folded: bool, **flags) -> Config:
     """A launch of ``kernel`` at m a multiple of 16 and W of ``dtype``, K its unit stride."""
     transposed, compute = flags.pop("transposed", False), flags.pop("compute", dtype)
-    targets = flags.pop("targets", tuple(TARGETS))
     blocks = dict(BLOCKS_32BIT if compute == "fp32" else BLOCKS_16BIT)
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
     measures = kernel is weight_stat_kernel
@@ -240,20 +242,15 @@ def _config(kernel, name: str, dtype: str = "bf16", *, folded: bool, **flags) ->
         constexprs={key: value for key, value in constexprs.items() if key in names},
         multiples_of_16=tuple(key for key in integers if key not in constexprs),
         num_warps=warps, num_stages=stages,
-        wide_stores=0 if measures or targets == _AMD else 1,
+        wide_stores=0 if measures else 1,
+        narrow=None if transposed else 0,
         mma=compute != "fp32",
-        targets=targets,
     )  # fmt: skip
 
 
-_AMD = ("gfx942",)
-_NVIDIA = tuple(name for name in TARGETS if name not in _AMD)
-
 # A folded launch holds a second accumulator, so it bounds the plain one's registers and memory.
-# The matrix layout of gfx942 stores 16-bit entries 8 bytes at a time.
 CONFIGS = [
-    _config(kernel, name, dtype, folded=folded, targets=targets, **flags)
-    for targets in (_NVIDIA, _AMD)
+    _config(kernel, name, dtype, folded=folded, **flags)
     for kernel, name, dtype, folded, flags in (
         (weight_fwd_kernel, "W'", "bf16", False, {}),
         (weight_fwd_kernel, "W'", "bf16", True, {}),
@@ -270,3 +267,14 @@ CONFIGS = [
         (weight_bwd_kernel, "∂W' / M", "fp32", True, {}),
     )
 ]
+CONFIGS.append(
+    Config(
+        name="weight slope and offset",
+        kernel=weight_scalars_kernel,
+        types={"peaks_ptr": "*fp32", "scalars_ptr": "*fp32", "count": "i32", "scale": "fp32"},
+        constexprs={"FORM": "paper", "BLOCK": 1024},
+        wide_loads=0,
+        wide_stores=0,
+        mma=False,
+    )
+)

@@ -85,6 +85,27 @@ def weight_stat_kernel(
 
 
 @triton.jit
+def weight_scalars_kernel(
+    peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Slope and offset of the gain (see ``gain.coefficients``) after ε; one program."""
+    slope, offset = scale, 0.0
+    if FORM != "calibrated":
+        peak = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
+        peak = tl.max(peak)
+        if FORM == "paper":
+            slope = scale / tl.maximum(peak, 1e-30)
+            offset = -0.5 * scale
+        slope = tl.where(peak == 0.0, 0.0, slope)
+        offset = tl.where(peak == 0.0, float("-inf"), offset)
+    tl.store(scalars_ptr + 1, slope)
+    tl.store(scalars_ptr + 2, offset)
+
+
+@triton.jit
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
     seed, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
