@@ -28,6 +28,7 @@ y0 is an input that its producer need not keep: in 8-bit mode it may be freed af
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,16 +142,17 @@ def activation_forward(
         from .kernels import additive as thin
 
         z = thin.gather(y0, bias, rows, None)
-        out, kept, *scalars, factor = kernels.forward(
+        out, kept, eps_used, slope, offset, factor = kernels.forward(
             y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
         )
     else:
         z = gather(y0, bias, rows)
-        out, kept, *scalars, factor = _forward(
+        out, kept, eps_used, slope, offset, factor = _forward(
             y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
         )
     kept = absent(y0, torch.uint8) if kept is None else kept
-    return out, z, kept, *scalars, absent(y0, torch.float32) if factor is None else factor
+    factor = absent(y0, torch.float32) if factor is None else factor
+    return out, z, kept, eps_used, slope, offset, factor
 
 
 @activation_forward.register_fake
@@ -188,7 +190,7 @@ def activation_backward(
 
     One of ``y0`` and ``kept`` is given, and says where 1/M comes from.
     """
-    run = _backward
+    run: Callable[..., tuple] = _backward
     if _runs_triton(impl, g, rows):
         from .kernels import activation as kernels
 
@@ -282,7 +284,7 @@ def _backward(
 
 class _ActivationNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, y0, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
     ) -> Tensor:
         ctx.p_dtype, ctx.bias_dtype = p.dtype, None if delta_bias is None else delta_bias.dtype
@@ -306,7 +308,7 @@ class _ActivationNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
         dy0, dp, dbias = activation_backward(g, *ctx.saved_tensors, *ctx.how, needs, ctx.impl)
         return (

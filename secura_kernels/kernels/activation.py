@@ -135,7 +135,7 @@ class _Operands:
         self.block_m, self.chunks = _blocks_m(self.m_rows)
         same = p_base is None or (z_scale is None and self.chunks == 1)
         self.padded = _padded(None if same else z), _padded(self.zd), _padded(p), _padded(p_base)
-        self.m = self.padded[2].shape[1]
+        self.m = self.m_rows + -self.m_rows % 16
 
 
 def scaled(z: Tensor, z_scale: Tensor | None) -> Tensor:
@@ -167,30 +167,31 @@ def forward(
     blocks_t, blocks_n = triton.cdiv(t, tile.block_t), triton.cdiv(n, tile.block_n)
     tiles = min(_TILES_A_PROGRAM, max(1, blocks_t * blocks_n // (4 * machine.processors)))
     programs_n = triton.cdiv(blocks_n, tiles)
-    eps = slope = offset = factor = None
+    form, eps, slope, offset, factor = options.form or "calibrated", None, None, None, None
 
-    def launch(which, out=None, kept=None, edge=0.0) -> Tensor | None:
-        partial = None
-        if which != "out":
-            partial = torch.empty(blocks_t * programs_n, dtype=torch.float32, device=y0.device)
+    def launch(which, out=None, kept=None, partial=None, edge=0.0) -> None:
         activation_fwd_kernel[(blocks_t * programs_n,)](
             y0, *thin.padded, delta_bias, factor, eps, slope, offset, out, kept, partial,
             t, n, thin.m, tiles, programs_n, y0.stride(0), edge,
             PASS=which, AVERAGED=options.combine == "averaged",
-            SIGMOID_WEIGHT=sigmoid_weight(options.form), PRECISION=dot_precision(y0.dtype),
+            SIGMOID_WEIGHT=sigmoid_weight(form), PRECISION=dot_precision(y0.dtype),
             BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=thin.block_m, CHUNKS=thin.chunks,
             STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+
+    def measure(which, edge=0.0) -> Tensor:
+        partial = torch.empty(blocks_t * programs_n, dtype=torch.float32, device=y0.device)
+        launch(which, partial=partial, edge=edge)
         return partial
 
     if options.eps_relative:
-        eps = options.eps * (launch("square").sum() / y0.numel()).sqrt()
+        eps = options.eps * (measure("square").sum() / y0.numel()).sqrt()
     else:
         eps = torch.full((), options.eps, dtype=torch.float32, device=y0.device)
-    peak = launch("peak").amax() if needs_peak(options.form) else None
-    slope, offset = coefficients(options.form, options.scale, peak, eps)
+    peak = measure("peak").amax() if needs_peak(form) else None
+    slope, offset = coefficients(form, options.scale, peak, eps)
     if restrain is not None:
-        small = launch("count", edge=restrain.edge).sum(dtype=torch.float64)
+        small = measure("count", edge=restrain.edge).sum(dtype=torch.float64)
         factor = restrained(small, y0.numel(), restrain)
     out = torch.empty_like(y0, memory_format=torch.contiguous_format)
     kept = torch.empty_like(out, dtype=torch.uint8) if keep else None
@@ -247,9 +248,12 @@ def backward(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     change, share = (dbase, 0.5) if averaged else (ddelta, 1.0)
-    dp = product_wide(change.t(), thin.zd).mul_(share) if needs[1] else None
-    if needs[0] and not writes_columns:
+    dp = None
+    if needs[1] and change is not None:
+        dp = product_wide(change.t(), thin.zd).mul_(share)
+    if dbase is not None and needs[0] and not writes_columns:
         if h is None:
+            assert change is not None
             h = (change @ p).mul_(share)
             if z_scale is not None:
                 h.mul_(z_scale)
@@ -342,3 +346,6 @@ def _configs() -> Iterator[Config]:
 
 
 CONFIGS = list(_configs())
+
+
+__all__ = ["CONFIGS", "backward", "backward_tile", "forward", "forward_tile"]

@@ -200,3 +200,6 @@ def activation_bwd_kernel(
             if factor_ptr is not None:
                 g *= tl.load(factor_ptr + rows)[None, :]
             tl.store(dbase_ptr + offs_t[:, None] * n + rows[None, :], cast(g + h, dtype), mask=mask)
+
+
+__all__ = ["activation_bwd_kernel", "activation_fwd_kernel"]
