@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
 
 
 def _add_blocks(dtype: torch.dtype) -> Blocks:
-    return Blocks(32, 64, 32, 4, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
+    return Blocks(32, 64, 32, 8, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
 
 
 def _gradient_blocks(dtype: torch.dtype, m: int) -> Blocks:
@@ -48,8 +48,8 @@ def _gradient_blocks(dtype: torch.dtype, m: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(16, 32, m, 4 if m <= 256 else 8, 1)
     if m <= 128:
-        return Blocks(64, 64, m, 4 if m <= 64 else 8, 2)
-    return Blocks(64 if m == 256 else 32, 32, m, 8, 2)
+        return Blocks(64, 64, m, 4 if m <= 64 else 8, 4)
+    return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
 
 
 _GATHER = Blocks(32, 0, 128, 4, 1)
