@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import NormOptions, Restrain, activation_norm, reference
-from secura_kernels.activation import SAVES
+from secura_kernels.activation import SAVES, activation_backward
 from secura_kernels.gain import COMBINES, FORMS
 from secura_kernels.kernels import activation
 
@@ -157,6 +157,20 @@ def test_kept_gain_is_within_half_a_step_and_y0_is_not_saved():
         rho = delta.abs() / (y0.abs() + 1e-10)
         exact = 1 / reference.magnitude_gain(rho, "calibrated", 6.0)
         assert (0.5 + large[0].double() / 510 - exact).abs().max() <= 0.5 / 510 + 1e-6
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_kept_levels_are_read_as_plain_torch_reads_them(combine):
+    case = Case(20, 40, 5, torch.float32)
+    levels = torch.arange(800).remainder(256).to(torch.uint8).view(20, 40)
+    z = case.y0.detach()[:, case.rows].contiguous()
+    thin = (z, case.rows, case.p.detach(), case.p_base, None, case.z_scale)
+    scalars, how = [torch.zeros(())] * 3, ("calibrated", combine, [True, True, True])
+    plain, ours = (
+        activation_backward(case.grad, None, levels, *thin, *scalars, None, *how, impl)
+        for impl in ("reference", "triton")
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("combine", COMBINES)
