@@ -138,16 +138,18 @@ def weight_fwd_kernel(
         out = base + delta
     if STOCHASTIC:
         out = _round_stochastically(out, seed, offs_n[:, None] * K + offs_k[None, :])
+    else:
+        out = cast(out, out_ptr.dtype.element_ty)
     tl.store(
         out_ptr + offs_n[:, None] * stride_on + offs_k[None, :] * stride_ok,
-        cast(out, out_ptr.dtype.element_ty),
+        out,
         mask_n[:, None] & (offs_k < K)[None, :],
     )
 
 
 @triton.jit
 def _round_stochastically(x, seed, offset):
-    """fp32 to a bf16 neighbour (still in fp32), up with the probability of the part cut off.
+    """fp32 to a bf16 neighbour, up with the probability of the part cut off.
 
     The draw depends on the seed and the entry's place alone, not on the tiles; values that bf16
     holds exactly stay, as do inf and NaN.
@@ -156,7 +158,7 @@ def _round_stochastically(x, seed, offset):
     noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) >> 16
     rounded = ((bits + noise) >> 16) << 16
     finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
+    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import NormOptions, normed_weight, reference, weight_norm_linear
-from secura_kernels.gain import COMBINES, FORMS
+from secura_kernels.gain import COMBINES, FORMS, coefficients
 from secura_kernels.kernels import weight as kernels
 from secura_kernels.merge import effective_weight
 
@@ -77,12 +77,24 @@ def test_nothing_moves_nothing_changes(form):
     torch.testing.assert_close(fused, case.weight)
 
 
-def test_the_restraint_acts_only_where_enough_gains_are_small():
-    case = draw((3, 70, 37, 5))
-    for percent in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("largest", [0.0, 3.0])
+def test_slope_and_offset_come_from_all_maxima(form, largest):
+    peaks, scalars = torch.zeros(37), torch.full((3,), 0.25)
+    peaks[[5, 36]] = torch.tensor([largest / 2, largest])
+    kernels.weight_scalars_kernel[(1,)](peaks, scalars, 37, 6.0, FORM=form, BLOCK=16)
+    expected = torch.stack([scalars[0], *coefficients(form, 6.0, peaks.amax(), peaks)])
+    torch.testing.assert_close(scalars, expected)
+    assert scalars[0] == 0.25
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_restraint_acts_only_where_enough_gains_are_small(form):
+    case, options = draw((3, 70, 37, 5)), NormOptions("weight", form)
+    for percent in (0.0, 0.4, 0.8, 1.0):
         limits = case.restrain._replace(percent=percent)
         got, expected = (
-            normed_weight(case.weight, case.rows, case.p, WEIGHT, restrain=limits, impl=impl)
+            normed_weight(case.weight, case.rows, case.p, options, restrain=limits, impl=impl)
             for impl in ("triton", "reference")
         )
         torch.testing.assert_close(got, expected)
@@ -238,6 +250,27 @@ def test_stochastic_rounding_keeps_what_bf16_holds(impl):
             stochastic_rounding=True, impl=impl,
         )  # fmt: skip
         assert torch.equal(got, case.weight)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_stochastic_rounding_draws_anew_for_each_entry(impl):
+    weight = torch.ones(24, 20, dtype=torch.bfloat16)
+    got = effective_weight(
+        weight, torch.arange(4), torch.full((24, 4), 2.0**-10), NormOptions("none"),
+        stochastic_rounding=True, impl=impl,
+    ).float()  # fmt: skip
+    assert (got.std(0) > 0).all() and (got.std(1) > 0).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_stochastic_rounding_keeps_nan_of_every_payload(impl):
+    weight = torch.ones(64, 8)
+    weight[4:] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    got = effective_weight(
+        weight, torch.arange(4), torch.zeros(64, 4), NormOptions("none"),
+        dtype=torch.bfloat16, stochastic_rounding=True, impl=impl,
+    )  # fmt: skip
+    assert got[4:].isnan().all() and torch.equal(got[:4], weight[:4].bfloat16())
 
 
 def test_stochastic_rounding_does_not_depend_on_the_tiles(monkeypatch):
