@@ -129,9 +129,14 @@ class CABR(nn.Module):
                 delta_bias=self.bias,
                 z_scale=self.dropout_mask(x),
                 restrain=self._restrain(),
+                save=self.config.norm_save,
             )
         q, share = self.product(base)
-        kwargs = {"share": share, "delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        kwargs: dict[str, Any] = {
+            "share": share,
+            "delta_bias": self.bias,
+            "z_scale": self.dropout_mask(x),
+        }
         weight = bases.dense_weight(base)
         if weight is not None and bases.runs_as_product(base):
             return lowrank_linear(x, weight, bases.bias(base), self.rows, q, **kwargs)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from secura_kernels.activation import SAVES
 from secura_kernels.cur import INITS, SELECTIONS
 from secura_kernels.gain import REFERENCES, NormOptions, resolve_norm
 
@@ -32,6 +33,8 @@ class AdapterConfig:
         norm_eps: ε of ρ = |Δ| / (|base| + ε). With the released 1e-10 one near-zero base entry sets
             ρ_max of form ``paper`` and leaves every other gain near 2.
         norm_eps_relative: whether ``norm_eps`` is a multiple of the base's root mean square.
+        norm_save: what ``norm="activation"`` keeps for its backward pass: ``"recompute"`` the base
+            layer's output, ``"8bit"`` one byte of 1/M an element, off by at most 0.1%.
         fold_every: optimizer steps between folds; 0 folds only when called.
         train_bias: whether a bias ``[N]`` is trained too.
         dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.
@@ -62,6 +65,7 @@ class AdapterConfig:
     norm_scale: float = 6.0
     norm_eps: float = 1e-10
     norm_eps_relative: bool = False
+    norm_save: str = "recompute"
     fold_every: int = 0
     train_bias: bool = False
     dropout: float = 0.0
@@ -79,6 +83,7 @@ class AdapterConfig:
             check_rank("inner_r", self.inner_r)
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("init", self.init, INITS)
+        _check_choice("norm_save", self.norm_save, SAVES)
         _check_choice("norm_reference", self.norm_reference, REFERENCES)
         resolve_norm(self.norm, self.norm_form, self.norm_combine)
         for name in ("scaling", "norm_scale", "norm_eps"):

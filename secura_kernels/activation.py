@@ -4,28 +4,39 @@
     out  = (2 base + Δ) / M · f   or   (base + Δ / M) · f
 
     ∂Δ = ḡ f / M,  ∂base = 2 ḡ f / M  or  ḡ f     (M and the factors f are constants)
-    ∂P = ∂Δᵀ (z · z_scale)   ∂δb = Σ ∂Δ
+    ∂P = ∂Δᵀ (z · z_scale)    ∂δb = Σ ∂Δ
     ∂y0 = ∂base,  ∂y0[:, rows] += ∂Δ P · z_scale + ∂base P_base
 
 | tensor    | shape    | dtype                          |
 |-----------|----------|--------------------------------|
 | y0, out   | [..., N] | compute dtype                  |
 | P, P_base | [N, m]   | fp32 in, cast once; ∂P in fp32 |
-| rows      | [m]      | int64                          |
+| rows      | [m]      | int64, distinct                |
 
-Saved for backward: y0, z, P; Δ, ρ and M are recomputed. ρ and M are computed in fp32 or wider.
-``paper`` and ``released`` look at the whole batch first, so that tokens influence each other.
+Saved for backward, besides z ``[T, m]``, P and scalars:
+
+| ``save``        | tensor      | bytes an output element | 1/M in the backward pass            |
+|-----------------|-------------|-------------------------|-------------------------------------|
+| ``"recompute"`` | y0          | that of its dtype: 2, 4 | as in the forward                   |
+| ``"8bit"``      | uint8 1/M   | 1                       | in [½, 1], off by at most 1/1020    |
+
+y0 is an input that its producer need not keep: in 8-bit mode it may be freed after the forward.
+ρ and M are computed in fp32 or wider. ``paper`` and ``released`` look at the whole batch first
+(tokens then influence each other), as do ``restrain`` and a relative ε: one more read of y0 each.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .additive import gather
+from .additive import gather, product_wide
+from .dispatch import absent, op, resolve, wide
 from .gain import (
     NormOptions,
     Restrain,
@@ -40,6 +51,9 @@ from .gain import (
     restrain_factor,
 )
 
+SAVES = ("recompute", "8bit")
+_LEVELS = 255
+
 
 def activation_norm(
     y0: Tensor,
@@ -52,35 +66,157 @@ def activation_norm(
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
     restrain: Restrain | None = None,
+    save: str = "recompute",
+    impl: str | None = None,
 ) -> Tensor:
     """S-MagNorm between a base layer's output and the adapter's change of it.
 
     Args:
         y0: ``[..., N]``, the base layer's output, its bias included; never written.
         bias: the ``b [N]`` that ``y0`` includes, or None.
-        rows: ``[m]`` int64.
+        rows: ``[m]`` int64, distinct.
         p: ``P [N, m]``.
         options: the norm, ``norm="activation"``.
         p_base: ``[N, m]``, what was folded into the base, or None.
         delta_bias: trainable bias ``[N]``, part of Δ, or None.
         z_scale: ``[..., m]`` (dropout, Δ alone) or None.
         restrain: the suppression, or None.
+        save: ``"recompute"`` keeps y0 for the backward pass, ``"8bit"`` one byte of 1/M an element.
+        impl: ``"auto"``, ``"triton"``, ``"reference"``, or None for what ``SECURA_IMPL`` says.
 
     Returns:
         ``[..., N]`` in y0's dtype. Gradients reach y0, p and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit, or for an unknown form.
+        ValueError: where shapes do not fit, or for an unknown form, ``save`` or ``impl``.
+        RuntimeError: for ``impl="triton"`` where no kernel can take ``y0``.
     """
     if p.shape != (y0.shape[-1], rows.numel()):
         raise ValueError(f"p {list(p.shape)} must be [N, m] = [{y0.shape[-1]}, {rows.numel()}]")
+    if save not in SAVES:
+        raise ValueError(f"unknown save {save!r}: choose one of {SAVES}")
     form, combine = resolve_norm(options.norm, options.form, options.combine)
     options = options._replace(form=form, combine=combine)
-    flat = y0.reshape(-1, y0.shape[-1])
+    flat = y0.reshape(math.prod(y0.shape[:-1]), y0.shape[-1])
     bias = None if bias is None else bias.to(y0.dtype)
-    z_scale = None if z_scale is None else z_scale.reshape(-1, z_scale.shape[-1])
-    out = _ActivationNorm.apply(flat, bias, rows, p, p_base, delta_bias, z_scale, options, restrain)
+    z_scale = None if z_scale is None else z_scale.reshape(flat.shape[0], rows.numel())
+    out = _ActivationNorm.apply(
+        flat, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
+    )
     return out.view(y0.shape)
+
+
+def _runs_triton(impl: str | None, tensor: Tensor, rows: Tensor) -> bool:
+    """Whether the kernels take this call: where there is nothing to launch, torch does."""
+    return resolve(impl, tensor) == "triton" and tensor.numel() > 0 and rows.numel() > 0
+
+
+@op("activation_norm")
+def activation_forward(
+    y0: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    p: Tensor,
+    p_base: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    important: Tensor | None,
+    restrain: list[float],
+    form: str,
+    combine: str,
+    scale: float,
+    eps: float,
+    eps_relative: bool,
+    keep: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(out [T, N], z [T, m], kept [T, N], eps, slope, offset, factor [N])`` of flat inputs.
+
+    ``kept`` (uint8) is empty without ``keep``, ``factor`` without ``important``; ``restrain`` is
+    ``[percent, edge, decay]``; P and P_base are in y0's dtype; form and combine are resolved.
+    """
+    options = NormOptions("activation", form, combine, scale, eps, eps_relative)
+    limits = None if important is None else Restrain(important, *restrain)
+    if _runs_triton(impl, y0, rows):
+        from .kernels import activation as kernels
+        from .kernels import additive as thin
+
+        z = thin.gather(y0, bias, rows, None)
+        out, kept, eps_used, slope, offset, factor = kernels.forward(
+            y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
+        )
+    else:
+        z = gather(y0, bias, rows)
+        out, kept, eps_used, slope, offset, factor = _forward(
+            y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
+        )
+    kept = absent(y0, torch.uint8) if kept is None else kept
+    factor = absent(y0, torch.float32) if factor is None else factor
+    return out, z, kept, eps_used, slope, offset, factor
+
+
+@activation_forward.register_fake
+def _activation_forward_fake(
+    y0, bias, rows, p, p_base, delta_bias, z_scale, important, restrain, form, combine, scale, eps,
+    eps_relative, keep, impl,
+):  # fmt: skip
+    kept = y0.new_empty(y0.shape, dtype=torch.uint8) if keep else absent(y0, torch.uint8)
+    scalars = [y0.new_empty((), dtype=wide(y0.dtype)) for _ in range(3)]
+    factor = y0.new_empty(0 if important is None else y0.shape[1], dtype=torch.float32)
+    return y0.new_empty(y0.shape), y0.new_empty(y0.shape[0], rows.shape[0]), kept, *scalars, factor
+
+
+@op("activation_norm_backward")
+def activation_backward(
+    g: Tensor,
+    y0: Tensor | None,
+    kept: Tensor | None,
+    z: Tensor,
+    rows: Tensor,
+    p: Tensor,
+    p_base: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    eps: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    factor: Tensor | None,
+    form: str,
+    combine: str,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(∂y0, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
+
+    One of ``y0`` and ``kept`` is given, and says where 1/M comes from.
+    """
+    run: Callable[..., tuple] = _backward
+    if _runs_triton(impl, g, rows):
+        from .kernels import activation as kernels
+
+        run = kernels.backward
+    dy0, dp, dbias = run(
+        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
+        combine, needs,
+    )  # fmt: skip
+    return (
+        absent(g) if dy0 is None else dy0,
+        absent(g, wide(g.dtype)) if dp is None else dp,
+        absent(g, wide(g.dtype)) if dbias is None else dbias,
+    )
+
+
+@activation_backward.register_fake
+def _activation_backward_fake(
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    needs, impl,
+):  # fmt: skip
+    dtype = wide(g.dtype)
+    return (
+        g.new_empty(g.shape) if needs[0] else absent(g),
+        g.new_empty(p.shape, dtype=dtype) if needs[1] else absent(g, dtype),
+        g.new_empty(g.shape[1], dtype=dtype) if needs[2] else absent(g, dtype),
+    )
 
 
 def _base_and_delta(
@@ -91,67 +227,95 @@ def _base_and_delta(
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(y0.dtype, torch.float32)
-    z = z.to(wide)
-    base = y0.to(wide)
+    dtype = wide(y0.dtype)
+    z = z.to(dtype)
+    base = y0.to(dtype)
     if p_base is not None:
-        base = torch.addmm(base, z, p_base.to(wide).t())
-    delta = (z if z_scale is None else z * z_scale) @ p.to(wide).t()
+        base = torch.addmm(base, z, p_base.to(dtype).t())
+    delta = (z if z_scale is None else z * z_scale) @ p.to(dtype).t()
     if delta_bias is not None:
         delta += delta_bias
     return base, delta
 
 
+def _forward(y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep) -> tuple:
+    base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
+    eps = effective_eps(base, options.eps, options.eps_relative)
+    rho = relative_change(base, delta, eps)
+    peak = largest(rho) if needs_peak(options.form) else None
+    slope, offset = coefficients(options.form, options.scale, peak, rho)
+    m = gain(rho, slope, offset, options.form)
+    factor = restrain_factor(m, restrain)
+    share = base_share(m, options.combine)
+    delta.div_(m)
+    out = delta.add_(base) if share is None else delta.addcmul_(base, share)
+    out = out if factor is None else out.mul_(factor)
+    kept = (2 / m).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
+    return out.to(y0.dtype), kept, eps, slope, offset, factor
+
+
+def _backward(
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    needs,
+) -> tuple:  # fmt: skip
+    dtype = wide(g.dtype)
+    if kept is None:
+        base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
+        inverse = gain(relative_change(base, delta, eps), slope, offset, form).reciprocal_()
+    else:
+        inverse = kept.to(dtype).mul_(0.5 / _LEVELS).add_(0.5)
+    wide_g = g.to(dtype) if factor is None else g.to(dtype) * factor
+    ddelta = wide_g * inverse
+    dbase = (wide_g if combine == "gated" else 2 * ddelta).to(g.dtype)
+    dbias = ddelta.sum(0) if needs[2] else None
+    ddelta = ddelta.to(g.dtype)
+    dy0 = dp = None
+    if needs[0]:
+        h = ddelta @ p
+        if z_scale is not None:
+            h.mul_(z_scale)
+        if p_base is not None:
+            h.addmm_(dbase, p_base)
+        dy0 = dbase.index_add(1, rows, h)
+    if needs[1]:
+        dp = product_wide(ddelta.t(), z if z_scale is None else (z * z_scale).to(g.dtype))
+    return dy0, dp, dbias
+
+
 class _ActivationNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y0, bias, rows, p, p_base, delta_bias, z_scale, options, restrain
+        ctx: Any, y0, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
     ) -> Tensor:
         ctx.p_dtype, ctx.bias_dtype = p.dtype, None if delta_bias is None else delta_bias.dtype
-        ctx.options = options
-        with torch.autocast(y0.device.type, enabled=False):
-            p = p.to(y0.dtype)
-            p_base = None if p_base is None else p_base.to(y0.dtype)
-            z = gather(y0, bias, rows)
-            base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
-            eps = effective_eps(base, options.eps, options.eps_relative)
-            rho = relative_change(base, delta, eps)
-            peak = largest(rho) if needs_peak(options.form) else None
-            slope, offset = coefficients(options.form, options.scale, peak, rho)
-            m = gain(rho, slope, offset, options.form)
-            factor = restrain_factor(m, restrain)
-            ctx.save_for_backward(
-                y0, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor
-            )
-            share = base_share(m, options.combine)
-            delta.div_(m)
-            out = delta.add_(base) if share is None else delta.addcmul_(base, share)
-            return (out if factor is None else out.mul_(factor)).to(y0.dtype)
+        ctx.how = options.form, options.combine
+        ctx.impl = impl
+        p = p.to(y0.dtype)
+        p_base = None if p_base is None else p_base.to(y0.dtype)
+        important, *limits = (None,) if restrain is None else restrain
+        keep = save == "8bit"
+        out, z, kept, eps, slope, offset, factor = activation_forward(
+            y0, bias, rows, p, p_base, delta_bias, z_scale, important, [float(x) for x in limits],
+            options.form, options.combine, options.scale, options.eps, options.eps_relative, keep,
+            impl,
+        )  # fmt: skip
+        y0, kept, delta_bias = (None, kept, None) if keep else (y0, None, delta_bias)
+        factor = None if restrain is None else factor
+        ctx.save_for_backward(
+            y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor
+        )
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
-        y0, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
-            m = gain(relative_change(base, delta, eps), slope, offset, ctx.options.form)
-            g = g.to(m.dtype) if factor is None else g.to(m.dtype) * factor
-            dbase = g if ctx.options.combine == "gated" else 2 * g / m
-            ddelta = (g / m).to(y0.dtype)
-            dbase = dbase.to(y0.dtype)
-            dy0 = dp = dbias = None
-            if ctx.needs_input_grad[0]:
-                h = ddelta @ p
-                if z_scale is not None:
-                    h.mul_(z_scale)
-                if p_base is not None:
-                    h.addmm_(dbase, p_base)
-                dy0 = dbase.index_add(1, rows, h)
-            if ctx.needs_input_grad[3]:
-                dp = (ddelta.t() @ (z if z_scale is None else z * z_scale)).to(ctx.p_dtype)
-            if ctx.needs_input_grad[5]:
-                dbias = ddelta.sum(0).to(ctx.bias_dtype)
-        return dy0, None, None, dp, None, dbias, None, None, None
+        needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
+        dy0, dp, dbias = activation_backward(g, *ctx.saved_tensors, *ctx.how, needs, ctx.impl)
+        return (
+            dy0 if needs[0] else None, None, None,
+            dp.to(ctx.p_dtype) if needs[1] else None, None,
+            dbias.to(ctx.bias_dtype) if needs[2] else None, *[None] * 5,
+        )  # fmt: skip
 
 
-__all__ = ["activation_norm"]
+__all__ = ["SAVES", "activation_norm"]

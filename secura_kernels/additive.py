@@ -3,7 +3,7 @@
     out = share · (y0 − b) + b + z Qᵀ + δb,   y0 = x Wᵀ + b,   z = (y0[:, rows] − b[rows]) · z_scale
 
     ∂Q = ḡᵀ z          ∂δb = Σ ḡ          ∂y0 = share · ḡ,  ∂y0[:, rows] += (ḡ Q) · z_scale
-    ∂x = ∂y0 W = (share · ḡ) W + ((ḡ Q) · z_scale) R
+    ∂x = ∂y0 W = ḡ W',  W' = share · W + Q R (where there is no z_scale)
 
 | tensor      | shape    | dtype                           |
 |-------------|----------|---------------------------------|
@@ -13,8 +13,21 @@
 | share       | [N]      | fp32, or None for 1             |
 | rows        | [m]      | int64                           |
 
-Saved for backward: z ``[T, m]``, Q, share and the frozen W itself; never x or y0. R's rows are rows
-of W, so z costs a gather of y0 and no product with x (DESIGN section 3).
+Saved for backward: z ``[T, m]`` (only where Q is trained), Q, share and the frozen W itself; never
+x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x (DESIGN section 3).
+
+Bytes, s of them an element, beside the frozen layer's own two products:
+
+| step                   | moves            | note                                         |
+|------------------------|------------------|----------------------------------------------|
+| z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
+| out, in place of y0    | 2 s T N          | cuBLAS addmm_ without share and biases       |
+| ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
+| ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
+| ∂Q                     | s T N            | cuBLAS, fp32 out                             |
+
+W' is not an option for the forward: rounded to bf16 it would drop every change smaller than half a
+unit in W's last place. In ∂x the same rounding is that of any bf16 product.
 """
 
 from __future__ import annotations
@@ -26,7 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import compute_dtype
+from .dispatch import absent, compute_dtype, op, resolve, wide
+
+# The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
+MAX_RANK = 512
 
 
 def lowrank_linear(
@@ -39,6 +55,7 @@ def lowrank_linear(
     share: Tensor | None = None,
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """A frozen linear layer and the additive adapter on it, in one op.
 
@@ -46,17 +63,19 @@ def lowrank_linear(
         x: ``[..., K]``.
         weight: ``W [N, K]``, frozen, any strides.
         bias: ``b [N]``, frozen, or None.
-        rows: ``[m]`` int64, the rows of W that are R.
+        rows: ``[m]`` int64, distinct, the rows of W that are R.
         q: ``Q [N, m]``.
         share: ``[N]``, scales ``y0 − b``, or None for 1.
         delta_bias: trainable bias ``[N]`` or None.
         z_scale: ``[..., m]`` (dropout) or None.
+        impl: ``"auto"``, ``"triton"``, ``"reference"``, or None for what ``SECURA_IMPL`` says.
 
     Returns:
         ``[..., N]`` in the compute dtype. Gradients reach x, q and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit.
+        ValueError: where shapes do not fit, or for an unknown ``impl``.
+        RuntimeError: for ``impl="triton"`` where no kernel can take ``x``.
     """
     _check_shapes(weight.shape[0], rows, q)
     if x.shape[-1] != weight.shape[1]:
@@ -65,7 +84,7 @@ def lowrank_linear(
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     out = _LowrankLinear.apply(
-        _flat(x).to(dtype), weight, bias, rows, q, share, delta_bias, _flat(z_scale)
+        _flat(x).to(dtype), weight, bias, rows, q, share, delta_bias, _flat(z_scale), impl
     )
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -79,23 +98,25 @@ def lowrank_add(
     share: Tensor | None = None,
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """The additive adapter on the output of any frozen base, quantised ones included.
 
     Args:
         y0: ``[..., N]``, the base layer's output, its bias included; never written.
         bias: the ``b [N]`` that ``y0`` includes, or None.
-        rows, q, share, delta_bias, z_scale: as in :func:`lowrank_linear`.
+        rows, q, share, delta_bias, z_scale, impl: as in :func:`lowrank_linear`.
 
     Returns:
         ``[..., N]`` in y0's dtype. Gradients reach y0, q and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit.
+        ValueError: where shapes do not fit, or for an unknown ``impl``.
+        RuntimeError: for ``impl="triton"`` where no kernel can take ``y0``.
     """
     _check_shapes(y0.shape[-1], rows, q)
     bias = None if bias is None else bias.to(y0.dtype)
-    out = _LowrankAdd.apply(_flat(y0), bias, rows, q, share, delta_bias, _flat(z_scale))
+    out = _LowrankAdd.apply(_flat(y0), bias, rows, q, share, delta_bias, _flat(z_scale), impl)
     return out.view(y0.shape)
 
 
@@ -107,6 +128,14 @@ def gather(y0: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None
     return z if z_scale is None else z.mul_(z_scale)
 
 
+def rebuilds_weight(t: int, n: int, k: int, z_scale: Tensor | None) -> bool:
+    """Whether ∂x comes from W' (2 N K elements moved) rather than from ∂y0 (2 T N elements).
+
+    With a ``z_scale`` each token has a W' of its own, so ∂y0 it is.
+    """
+    return z_scale is None and 2 * n * k <= 2 * t * n
+
+
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
@@ -116,77 +145,224 @@ def _check_shapes(n: int, rows: Tensor, q: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)} must be [N, m] = [{n}, {rows.numel()}]")
 
 
-def _add_product_(
-    y0: Tensor,
-    z: Tensor,
+def _kernels() -> Any:
+    from .kernels import additive
+
+    return additive
+
+
+@op("lowrank_linear")
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor,
     q: Tensor,
     share: Tensor | None,
     delta_bias: Tensor | None,
-) -> Tensor:
+    z_scale: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """``(out [T, N], z [T, m])`` of flat inputs in one dtype; share and δb may be wider."""
+    # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
+    y0 = F.linear(x, weight)
+    if resolve(impl, x) == "triton":
+        z = _kernels().gather(y0, None, rows, z_scale)
+        out = _kernels().add_product(y0, z, q, share, bias, delta_bias, out=y0)
+        return out, z
+    z = gather(y0, None, rows, z_scale)
     if share is not None:
         y0.mul_(share)
+    return _add_(y0.addmm_(z, q.t()), bias, delta_bias), z
+
+
+@linear_forward.register_fake
+def _linear_forward_fake(x, weight, bias, rows, q, share, delta_bias, z_scale, impl):
+    t, n = x.shape[0], weight.shape[0]
+    return x.new_empty(t, n), x.new_empty(t, rows.shape[0])
+
+
+@op("lowrank_linear_backward")
+def linear_backward(
+    g: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    rows: Tensor,
+    q: Tensor,
+    share: Tensor | None,
+    z_scale: Tensor | None,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(∂x, ∂Q, ∂δb)``, those not needed empty; ∂Q and ∂δb in fp32 or wider."""
+    dx = absent(g)
+    if needs[0]:
+        t, (n, k) = g.shape[0], weight.shape
+        kernels = _kernels() if resolve(impl, g) == "triton" else None
+        if rebuilds_weight(t, n, k, z_scale):
+            r = weight.index_select(0, rows)
+            if kernels is not None:
+                fused = kernels.add_product(weight.t(), r.t(), q, share).t()
+            else:
+                fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
+                fused = torch.addmm(fused, q, r)
+            dx = g @ fused
+        else:
+            dx = _output_gradient(g, rows, q, share, z_scale, impl) @ weight
+    return dx, *_thin_gradients(g, z, needs)
+
+
+@linear_backward.register_fake
+def _linear_backward_fake(g, z, weight, rows, q, share, z_scale, needs, impl):
+    dx = g.new_empty(g.shape[0], weight.shape[1]) if needs[0] else absent(g)
+    return dx, *_thin_gradients_fake(g, rows, needs)
+
+
+@op("lowrank_add")
+def add_forward(
+    y0: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    q: Tensor,
+    share: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """``(out [T, N], z [T, m])`` of flat inputs in one dtype; y0 includes the bias."""
+    if resolve(impl, y0) == "triton":
+        z = _kernels().gather(y0, bias, rows, z_scale)
+        out = _kernels().add_product(y0, z, q, share, bias, delta_bias, bias_inside=True)
+        return out, z
+    z = gather(y0, bias, rows, z_scale)
+    out = y0.clone(memory_format=torch.contiguous_format)
+    if share is not None:
+        out.mul_(share)
+        bias = None if bias is None else (1 - share) * bias
+    else:
+        bias = None
+    return _add_(out.addmm_(z, q.t()), bias, delta_bias), z
+
+
+@add_forward.register_fake
+def _add_forward_fake(y0, bias, rows, q, share, delta_bias, z_scale, impl):
+    return y0.new_empty(y0.shape), y0.new_empty(y0.shape[0], rows.shape[0])
+
+
+@op("lowrank_add_backward")
+def add_backward(
+    g: Tensor,
+    z: Tensor | None,
+    rows: Tensor,
+    q: Tensor,
+    share: Tensor | None,
+    z_scale: Tensor | None,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(∂y0, ∂Q, ∂δb)``, those not needed empty; ∂Q and ∂δb in fp32 or wider."""
+    dy0 = _output_gradient(g, rows, q, share, z_scale, impl) if needs[0] else absent(g)
+    return dy0, *_thin_gradients(g, z, needs)
+
+
+@add_backward.register_fake
+def _add_backward_fake(g, z, rows, q, share, z_scale, needs, impl):
+    dy0 = g.new_empty(g.shape) if needs[0] else absent(g)
+    return dy0, *_thin_gradients_fake(g, rows, needs)
+
+
+def _add_(out: Tensor, *biases: Tensor | None) -> Tensor:
+    for bias in biases:
         if bias is not None:
-            y0.add_((1 - share) * bias)
-    y0.addmm_(z, q.t())
-    return y0 if delta_bias is None else y0.add_(delta_bias)
+            out.add_(bias)
+    return out
 
 
-def _thin_gradients(ctx: Any, g: Tensor, z: Tensor, q_index: int, bias_index: int) -> tuple:
-    dq = (g.t() @ z).to(ctx.q_dtype) if ctx.needs_input_grad[q_index] else None
-    dbias = g.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[bias_index] else None
+def _output_gradient(
+    g: Tensor,
+    rows: Tensor,
+    q: Tensor,
+    share: Tensor | None,
+    z_scale: Tensor | None,
+    impl: str | None,
+) -> Tensor:
+    """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
+    if resolve(impl, g) == "triton" and q.shape[1] <= MAX_RANK:
+        return _kernels().output_gradient(g, rows, q, share, z_scale)
+    h = g @ q
+    if z_scale is not None:
+        h.mul_(z_scale)
+    dy0 = g.clone(memory_format=torch.contiguous_format)
+    if share is not None:
+        dy0.mul_(share)
+    return dy0.index_add_(1, rows, h)
+
+
+def _thin_gradients(g: Tensor, z: Tensor | None, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    dtype = wide(g.dtype)
+    dq = product_wide(g.t(), z) if needs[1] and z is not None else absent(g, dtype)
+    dbias = g.sum(0, dtype=dtype) if needs[2] else absent(g, dtype)
     return dq, dbias
+
+
+def _thin_gradients_fake(g: Tensor, rows: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    dtype, n = wide(g.dtype), g.shape[1]
+    dq = g.new_empty(n, rows.shape[0], dtype=dtype) if needs[1] else absent(g, dtype)
+    return dq, g.new_empty(n, dtype=dtype) if needs[2] else absent(g, dtype)
+
+
+def product_wide(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded."""
+    dtype = wide(a.dtype)
+    if a.dtype != dtype and a.is_cuda and a.numel() and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 class _LowrankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale) -> Tensor:
-        ctx.q_dtype, ctx.bias_dtype = q.dtype, None if delta_bias is None else delta_bias.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            q = q.to(x.dtype)
-            share = None if share is None else share.to(x.dtype)
-            y0 = F.linear(x, weight, bias)
-            z = gather(y0, bias, rows, z_scale)
-            ctx.save_for_backward(z, weight, rows, q, share, z_scale)
-            return _add_product_(y0, z, bias, q, share, delta_bias)
+    def forward(ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale, impl) -> Tensor:
+        ctx.impl, ctx.q_dtype = impl, q.dtype
+        ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
+        q = q.to(x.dtype)
+        out, z = linear_forward(x, weight, bias, rows, q, share, delta_bias, z_scale, impl)
+        z = z if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(z, weight, rows, q, share, z_scale)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
-        z, weight, rows, q, share, z_scale = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            dx = None
-            if ctx.needs_input_grad[0]:
-                h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
-                dx = (g if share is None else g * share) @ weight
-                dx.addmm_(h, weight.index_select(0, rows))
-            dq, dbias = _thin_gradients(ctx, g, z, 4, 6)
-        return dx, None, None, None, dq, None, dbias, None
+        needs = [ctx.needs_input_grad[index] for index in (0, 4, 6)]
+        dx, dq, dbias = linear_backward(g, *ctx.saved_tensors, needs, ctx.impl)
+        return (
+            dx if needs[0] else None, None, None, None,
+            dq.to(ctx.q_dtype) if needs[1] else None, None,
+            dbias.to(ctx.bias_dtype) if needs[2] else None, None, None,
+        )  # fmt: skip
 
 
 class _LowrankAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale) -> Tensor:
-        ctx.q_dtype, ctx.bias_dtype = q.dtype, None if delta_bias is None else delta_bias.dtype
-        with torch.autocast(y0.device.type, enabled=False):
-            q = q.to(y0.dtype)
-            share = None if share is None else share.to(y0.dtype)
-            z = gather(y0, bias, rows, z_scale)
-            ctx.save_for_backward(z, rows, q, share, z_scale)
-            return _add_product_(y0.clone(), z, bias, q, share, delta_bias)
+    def forward(ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale, impl) -> Tensor:
+        ctx.impl, ctx.q_dtype = impl, q.dtype
+        ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
+        q = q.to(y0.dtype)
+        out, z = add_forward(y0, bias, rows, q, share, delta_bias, z_scale, impl)
+        z = z if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(z, rows, q, share, z_scale)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
-        z, rows, q, share, z_scale = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            dy0 = None
-            if ctx.needs_input_grad[0]:
-                h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
-                dy0 = g.clone() if share is None else g * share
-                dy0.index_add_(1, rows, h)
-            dq, dbias = _thin_gradients(ctx, g, z, 3, 5)
-        return dy0, None, None, dq, None, dbias, None
+        needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
+        dy0, dq, dbias = add_backward(g, *ctx.saved_tensors, needs, ctx.impl)
+        return (
+            dy0 if needs[0] else None, None, None,
+            dq.to(ctx.q_dtype) if needs[1] else None, None,
+            dbias.to(ctx.bias_dtype) if needs[2] else None, None, None,
+        )  # fmt: skip
 
 
-__all__ = ["gather", "lowrank_add", "lowrank_linear"]
+__all__ = ["gather", "lowrank_add", "lowrank_linear", "product_wide", "rebuilds_weight"]

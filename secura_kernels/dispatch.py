@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +41,10 @@ def why_not_triton(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda" and not interpreting():
         return f"the tensor is on {tensor.device.type}, kernels run on cuda"
     if tensor.dtype not in TRITON_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
-        return f"no kernel takes {tensor.dtype}, only {names}"
+        taken, *names = (
+            str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *TRITON_DTYPES)
+        )
+        return f"no kernel takes {taken}, only {', '.join(names)}"
     return None
 
 
@@ -64,6 +68,35 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     return "reference"
 
 
+def op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.custom_op("secura::<name>")`` with autocast off and its device current.
+
+    The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
+    the tensors are real and no compiler looks on. The first argument must be a tensor.
+    """
+
+    def register(body: Callable[..., Any]) -> Any:
+        @functools.wraps(body)
+        def without_autocast(tensor: Tensor, *args: Any) -> Any:
+            device = tensor.device
+            with torch.cuda.device_of(tensor), torch.autocast(device.type, enabled=False):
+                return body(tensor, *args)
+
+        return torch.library.custom_op(f"secura::{name}", without_autocast, mutates_args=())
+
+    return register
+
+
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The empty tensor that stands for "not asked for" among an op's outputs."""
+    return like.new_empty(0, dtype=dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or ``dtype`` where that is wider: what sums and small gradients are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype matrix products run in: autocast's where it is on, ``x``'s own otherwise."""
     device = x.device.type
@@ -72,4 +105,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-__all__ = ["IMPLS", "compute_dtype", "interpreting", "resolve", "triton_missing", "why_not_triton"]
+__all__ = [
+    "IMPLS",
+    "absent",
+    "compute_dtype",
+    "interpreting",
+    "op",
+    "resolve",
+    "triton_missing",
+    "why_not_triton",
+    "wide",
+]

@@ -162,9 +162,13 @@ def restrain_rows(gains: Iterable[Tensor], numel: int, restrain: Restrain | None
     """
     if restrain is None:
         return None
-    small = sum((part <= restrain.edge).sum() for part in gains)
+    return restrained(sum((part <= restrain.edge).sum() for part in gains), numel, restrain)
+
+
+def restrained(small: Tensor | int, numel: int, restrain: Restrain) -> Tensor:
+    """``[N]`` fp32 factors of the output channels, from how many of ``numel`` gains are small."""
     crowded = small > restrain.percent * numel
-    factor = torch.ones(restrain.important.shape, device=restrain.important.device)
+    factor = torch.ones_like(restrain.important, dtype=torch.float32)
     return factor.masked_fill(restrain.important & crowded, restrain.decay)
 
 
@@ -190,5 +194,6 @@ __all__ = [
     "resolve_norm",
     "restrain_factor",
     "restrain_rows",
+    "restrained",
     "sigmoid_weight",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from secura.cli.errors import Parser
@@ -29,17 +29,27 @@ PACKAGES = {
 
 def make_parser() -> Parser:
     """The flags of `secura doctor`."""
-    return Parser(
+    parser = Parser(
         prog="secura doctor",
         description=__doc__,
         epilog="SECURA_IMPL=reference|triton|auto steers the choice. Needs torch alone. The exit "
         "status is 1 where a check fails.",
     )
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="TARGET",
+        help="instead: compile every kernel's default configuration, for sm_80, gfx942, … or all "
+        "chips, and print registers, spills and shared memory; needs triton but no GPU",
+    )
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """Prints the findings; 1 if an op fails its check."""
-    make_parser().parse_args(argv)
+    targets = make_parser().parse_args(argv).kernels
+    if targets is not None:
+        return print_kernels(targets)
     import torch
 
     print(f"Python {platform.python_version()}, {platform.platform()}")
@@ -71,6 +81,22 @@ def main(argv: list[str]) -> int:
     failed = sum(not check.passed for check in checks)
     print(f"\n{len(checks) - failed} of {len(checks)} checks passed")
     return 1 if failed else 0
+
+
+def print_kernels(targets: list[str]) -> int:
+    """Prints what each kernel costs on each chip; 1 where a configuration breaks a rule."""
+    from secura_kernels.kernel_table import kernel_reports, kernel_table
+
+    problems = []
+
+    def reports() -> Iterator[Any]:
+        for config, report in kernel_reports(targets or None):
+            problems.extend(report.problems(config))
+            yield config, report
+
+    for line in kernel_table(reports()):
+        print(line, flush=True)
+    return 1 if problems else 0
 
 
 def versions() -> list[tuple[str, str, str]]:

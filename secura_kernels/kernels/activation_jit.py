@@ -1,0 +1,205 @@
+"""The jit kernels of the space ``activation``; formulas, bytes and launchers: ``activation.py``."""
+
+# Jit functions have no Python return type.
+# ruff: noqa: ANN201
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import cast, combine, dot, inverse_gain, relative_change, span
+
+
+@triton.jit
+def _load_rows(ptr, offs, offs_m, size, m):
+    """A tile of z [T, m] or P [N, m], both contiguous, m a multiple of 16."""
+    mask = (offs[:, None] < size) & (offs_m[None, :] < m)
+    return tl.load(ptr + offs[:, None] * m + offs_m[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_product(
+    acc, z, z_ptr, p_ptr, offs_t, offs_n, t, n, m,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``acc + z Pᵀ`` of one tile, from the tile ``z`` where m is one chunk, from memory else."""
+    offs_m = tl.arange(0, BLOCK_M)
+    if CHUNKS == 1:
+        acc = dot(z, tl.trans(_load_rows(p_ptr, offs_n, offs_m, n, m)), acc, PRECISION)
+    else:
+        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+            part = _load_rows(z_ptr, offs_t, chunk * BLOCK_M + offs_m, t, m)
+            p = _load_rows(p_ptr, offs_n, chunk * BLOCK_M + offs_m, n, m)
+            acc = dot(part, tl.trans(p), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
+    """This block's z and zd where m is one chunk; ``z_ptr`` is None where nothing reads z alone."""
+    z = 0.0
+    zd = 0.0
+    if CHUNKS == 1:
+        offs_m = tl.arange(0, BLOCK_M)
+        zd = _load_rows(zd_ptr, offs_t, offs_m, t, m)
+        z = zd
+        if z_ptr is not None:
+            z = _load_rows(z_ptr, offs_t, offs_m, t, m)
+    return z, zd
+
+
+@triton.jit
+def _base_and_delta(
+    z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n, t, n, m,
+    stride_y0, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
+    base = tl.load(y0_ptr + offs_t[:, None] * stride_y0 + offs_n[None, :], mask=mask, other=0.0)
+    base = base.to(tl.float32)
+    if p_base_ptr is not None:
+        base = _add_product(
+            base, z, z_ptr, p_base_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
+        )
+    delta = tl.zeros_like(base)
+    delta = _add_product(
+        delta, zd, zd_ptr, p_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
+    )
+    if delta_bias_ptr is not None:
+        delta += tl.load(delta_bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None]
+    return base, delta
+
+
+@triton.jit
+def activation_fwd_kernel(
+    y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, factor_ptr,
+    eps_ptr, slope_ptr, offset_ptr, out_ptr, kept_ptr, partial_ptr,
+    t, n, m, tiles, programs_n, stride_y0, edge,
+    PASS: tl.constexpr, AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``PASS`` is ``out``, or what is measured before it: ``square``, ``peak`` or ``count``."""
+    pid = tl.program_id(0)
+    offs_t = span(pid // programs_n, BLOCK_T)
+    first = (pid % programs_n) * tiles
+    if PASS != "square":
+        eps = tl.load(eps_ptr)
+    if PASS == "out" or PASS == "count":
+        slope = tl.load(slope_ptr)
+        offset = tl.load(offset_ptr)
+    z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
+    if PASS != "out":
+        partial = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for tile in tl.range(0, tiles, num_stages=STAGES if CHUNKS == 1 else 1):
+        offs_n = (first + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
+        base, delta = _base_and_delta(
+            z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
+            t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
+        )  # fmt: skip
+        if PASS == "square":
+            partial += base * base
+        elif PASS == "peak":
+            partial = tl.maximum(partial, tl.where(mask, relative_change(base, delta, eps), 0.0))
+        else:
+            inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+            if PASS == "count":
+                partial += (mask & (inverse * edge >= 1.0)).to(tl.float32)
+            else:
+                out = combine(base, delta, inverse, AVERAGED)
+                if factor_ptr is not None:
+                    out *= tl.load(factor_ptr + offs_n, mask=offs_n < n, other=0.0)[None, :]
+                place = offs_t[:, None] * n + offs_n[None, :]
+                tl.store(out_ptr + place, cast(out, out_ptr.dtype.element_ty), mask=mask)
+                if kept_ptr is not None:
+                    level = (2.0 * inverse - 1.0) * 255.0 + 0.5
+                    tl.store(kept_ptr + place, level.to(tl.int32).to(tl.uint8), mask=mask)
+    if PASS == "peak":
+        tl.store(partial_ptr + pid, tl.max(partial))
+    elif PASS != "out":
+        tl.store(partial_ptr + pid, tl.sum(partial))
+
+
+@triton.jit
+def activation_bwd_kernel(
+    g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
+    factor_ptr, rows_ptr, eps_ptr, slope_ptr, offset_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
+    t, n, m, m_rows, stride_g, stride_y0,
+    AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dΔ and dbase, each where its pointer is given, and h if ``HAS_H``.
+
+    h [BLOCK_T, m] goes to ``h_ptr`` where that is given, else into the columns ``rows`` of dbase,
+    which must then be g itself: gated.
+    """
+    pid = tl.program_id(0)
+    offs_t = span(pid, BLOCK_T)
+    mask_t = offs_t[:, None] < t
+    offs_m = tl.arange(0, BLOCK_M)
+    dtype = g_ptr.dtype.element_ty
+    if kept_ptr is None:
+        eps = tl.load(eps_ptr)
+        slope = tl.load(slope_ptr)
+        offset = tl.load(offset_ptr)
+        z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
+    h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    h_base = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    for start in tl.range(0, n, BLOCK_N, num_stages=STAGES if CHUNKS == 1 else 1):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask = mask_t & (offs_n[None, :] < n)
+        place = offs_t[:, None] * n + offs_n[None, :]
+        g = tl.load(g_ptr + offs_t[:, None] * stride_g + offs_n[None, :], mask=mask, other=0.0)
+        g = g.to(tl.float32)
+        if factor_ptr is not None:
+            g *= tl.load(factor_ptr + offs_n, mask=offs_n < n, other=0.0)[None, :]
+        if kept_ptr is None:
+            base, delta = _base_and_delta(
+                z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
+                t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
+            )  # fmt: skip
+            inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+        else:
+            level = tl.load(kept_ptr + place, mask=mask, other=0).to(tl.float32)
+            inverse = 0.5 + level * (0.5 / 255.0)
+        ddelta = g * inverse
+        low = cast(ddelta, dtype)
+        dbase = cast(2.0 * ddelta if AVERAGED else g, dtype)
+        if ddelta_ptr is not None:
+            tl.store(ddelta_ptr + place, low, mask=mask)
+        if dbase_ptr is not None:
+            tl.store(dbase_ptr + place, dbase, mask=mask)
+        if dbias_ptr is not None:
+            dbias = tl.sum(ddelta, axis=0)
+            tl.store(dbias_ptr + pid.to(tl.int64) * n + offs_n, dbias, mask=offs_n < n)
+        if HAS_H:
+            p = _load_rows(p_ptr, offs_n, offs_m, n, m)
+            h = dot(low, p, h, PRECISION)
+            if p_base_ptr is not None:
+                p_base = _load_rows(p_base_ptr, offs_n, offs_m, n, m)
+                if z_scale_ptr is not None:
+                    h_base = dot(dbase, p_base, h_base, PRECISION)
+                else:
+                    h = dot(dbase, p_base, h, PRECISION)
+    if HAS_H:
+        mask = mask_t & (offs_m[None, :] < m_rows)
+        if z_scale_ptr is not None:
+            z_scale = tl.load(z_scale_ptr + offs_t[:, None] * m + offs_m[None, :], mask, other=0.0)
+            h = h * z_scale.to(tl.float32) + h_base
+        if h_ptr is not None:
+            tl.store(h_ptr + offs_t[:, None] * m + offs_m[None, :], cast(h, dtype), mask=mask)
+        else:
+            # Other threads of this program stored these columns above: theirs come first.
+            tl.debug_barrier()
+            rows = tl.load(rows_ptr + offs_m, mask=offs_m < m_rows, other=0)
+            g = tl.load(g_ptr + offs_t[:, None] * stride_g + rows[None, :], mask=mask, other=0.0)
+            g = g.to(tl.float32)
+            if factor_ptr is not None:
+                g *= tl.load(factor_ptr + rows)[None, :]
+            tl.store(dbase_ptr + offs_t[:, None] * n + rows[None, :], cast(g + h, dtype), mask=mask)
+
+
+__all__ = ["activation_bwd_kernel", "activation_fwd_kernel"]

@@ -1,0 +1,308 @@
+"""Kernels of the additive spaces: the gather, the thin product, the gradient of the output.
+
+    z    = (y[:, rows] − b[rows]) · z_scale                          _gather_kernel
+    out  = share · (y − b) + b + δb + z Qᵀ   (or without the − b)    _add_product_kernel
+    dy   = share · g,  dy[:, rows] += (g Q) · z_scale                _output_gradient_kernel
+
+| tensor       | shape  | dtype          | | in the kernel                               |
+|--------------|--------|----------------|-|---------------------------------------------|
+| y, g, out, dy| [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
+| z            | [T, m] | y's            | | operand of the matrix instructions          |
+| Q            | [N, m] | y's            | | the same                                    |
+| share, b, δb | [N]    | any            | | fp32                                        |
+
+Sums run in fp32 in a fixed order: no atomics, the same bits each time. ``_add_product_kernel`` also
+rebuilds ``W' = share · W + Q R``, transposed: y = Wᵀ, z = Rᵀ, strides swapped. What is saved and
+what rebuilt: :mod:`secura_kernels.additive`. Source: DESIGN sections 3 and 6.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import Config
+from .common import block_of, cast, dot, dot_precision, span
+
+
+class Blocks(NamedTuple):
+    """Tile sizes and launch options: ``t`` tokens by ``n`` outputs, ``m`` of the rank at a time."""
+
+    t: int
+    n: int
+    m: int
+    num_warps: int
+    num_stages: int
+
+
+def _add_blocks(dtype: torch.dtype) -> Blocks:
+    return Blocks(32, 64, 32, 8, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
+
+
+def _gradient_blocks(dtype: torch.dtype, m: int) -> Blocks:
+    m = block_of(m, 16, 512)
+    if dtype == torch.float32:
+        return Blocks(16, 32, m, 4 if m <= 256 else 8, 1)
+    if m <= 128:
+        return Blocks(64, 64, m, 4 if m <= 64 else 8, 4)
+    return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
+
+
+_GATHER = Blocks(32, 0, 128, 4, 1)
+
+
+@triton.jit
+def _gather_kernel(
+    y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
+    T, M, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
+    mask_t, mask_m = offs_t < T, offs_m < M
+    mask = mask_t[:, None] & mask_m[None, :]
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    y = y_ptr + offs_t[:, None] * stride_yt + rows[None, :] * stride_yn
+    z = tl.load(y, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z -= tl.load(bias_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
+        z *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+    out = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :]
+    tl.store(out, cast(z, z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_product_kernel(
+    y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
+    T, N, M, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
+    HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DELTA: tl.constexpr,
+    BIAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_t, offs_n = span(pid // blocks_n, BLOCK_T), span(pid % blocks_n, BLOCK_N)
+    mask_t, mask_n = offs_t < T, offs_n < N
+    mask = mask_t[:, None] & mask_n[None, :]
+    y_block = y_ptr + offs_t[:, None] * stride_yt + offs_n[None, :] * stride_yn
+    y = tl.load(y_block, mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for start in range(0, M, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        z_block = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :] * stride_zm
+        z = tl.load(z_block, mask=mask_t[:, None] & mask_m[None, :], other=0.0)
+        q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        acc = dot(z, tl.trans(q), acc, PRECISION)
+    y = y.to(tl.float32)
+    if HAS_SHARE:
+        share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y *= share[None, :]
+    acc += y
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if BIAS_INSIDE:
+            bias *= 1.0 - share
+        acc += bias[None, :]
+    if HAS_DELTA:
+        acc += tl.load(delta_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    out_block = out_ptr + offs_t[:, None] * stride_ot + offs_n[None, :] * stride_on
+    tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _output_gradient_kernel(
+    g_ptr, q_ptr, rows_ptr, share_ptr, scale_ptr, dy_ptr,
+    T, N, M, stride_gt, stride_gn, stride_qn, stride_st, stride_sm, stride_dt,
+    HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_t = span(tl.program_id(0), BLOCK_T)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_t, mask_m = offs_t < T, offs_m < M
+    h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        mask = mask_t[:, None] & mask_n[None, :]
+        g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :] * stride_gn
+        g = tl.load(g_block, mask=mask, other=0.0)
+        q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        h = dot(g, q, h, PRECISION)
+        dy = g
+        if HAS_SHARE:
+            share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
+        tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
+    # The columns `rows` are written twice, by different threads of this program.
+    tl.debug_barrier()
+    mask = mask_t[:, None] & mask_m[None, :]
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    if HAS_SCALE:
+        scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
+        h *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+    g_columns = g_ptr + offs_t[:, None] * stride_gt + rows[None, :] * stride_gn
+    g = tl.load(g_columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SHARE:
+        g *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    dy_columns = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
+    tl.store(dy_columns, cast(g + h, dy_ptr.dtype.element_ty), mask=mask)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def gather(y: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None) -> Tensor:
+    """``z [T, m]`` of ``y [T, N]``, bias ``[N]``, rows ``[m]`` and z_scale ``[T, m]``."""
+    t, m = y.shape[0], rows.numel()
+    z = y.new_empty(t, m)
+    blocks = _GATHER
+    block_m = block_of(m, 16, blocks.m)
+    grid = (triton.cdiv(t, blocks.t) * triton.cdiv(m, block_m),)
+    if z.numel():
+        _gather_kernel[grid](
+            y, _vector(bias), rows.contiguous(), z_scale, z,
+            t, m, *_strides(y), *_strides(z_scale), m,
+            HAS_BIAS=bias is not None, HAS_SCALE=z_scale is not None,
+            BLOCK_T=blocks.t, BLOCK_M=block_m,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return z
+
+
+def add_product(
+    y: Tensor,
+    z: Tensor,
+    q: Tensor,
+    share: Tensor | None = None,
+    bias: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    bias_inside: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``share · y + z Qᵀ + b + δb``, or with ``b · (1 − share)`` where y includes the bias.
+
+    In place with share and biases None it is one cuBLAS ``addmm_``, which moves no byte more than
+    the kernel does; into a new tensor cuBLAS would copy y first, so the kernel it is.
+
+    Args:
+        y: ``[T, N]``, any strides.
+        z: ``[T, m]``, any strides.
+        q: ``[N, m]``.
+        share, bias, delta_bias: ``[N]`` or None.
+        bias_inside: whether y includes the bias.
+        out: y itself to work in place, or None for a new tensor laid out as y.
+    """
+    if bias_inside and share is None:
+        bias = None
+    if out is y and share is None and bias is None and delta_bias is None:
+        return y.addmm_(z, q.t())
+    if out is None:
+        column_major = y.stride(0) == 1 and y.stride(1) != 1
+        out = torch.empty_like(y.t() if column_major else y, memory_format=torch.contiguous_format)
+        out = out.t() if column_major else out
+    (t, n), m = y.shape, q.shape[1]
+    q = q.contiguous()
+    blocks = _add_blocks(y.dtype)
+    if out.numel():
+        _add_product_kernel[(triton.cdiv(t, blocks.t) * triton.cdiv(n, blocks.n),)](
+            y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out,
+            t, n, m, *_strides(y), *_strides(z), m, *_strides(out),
+            HAS_SHARE=share is not None, HAS_BIAS=bias is not None,
+            HAS_DELTA=delta_bias is not None, BIAS_INSIDE=bias_inside,
+            PRECISION=dot_precision(y.dtype),
+            BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=block_of(m, 16, blocks.m),
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def output_gradient(
+    g: Tensor, rows: Tensor, q: Tensor, share: Tensor | None, z_scale: Tensor | None
+) -> Tensor:
+    """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
+    (t, n), m = g.shape, q.shape[1]
+    dy = torch.empty_like(g, memory_format=torch.contiguous_format)
+    q = q.contiguous()
+    blocks = _gradient_blocks(g.dtype, m)
+    if dy.numel():
+        _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
+            g, q, rows.contiguous(), _vector(share), z_scale, dy,
+            t, n, m, *_strides(g), m, *_strides(z_scale), n,
+            HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
+            PRECISION=dot_precision(g.dtype),
+            BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return dy
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _config(name: str, kernel, element: str, blocks: Blocks, flags: dict, **options) -> Config:
+    """A launch with aligned tensors, with stride 1 in the last dimension unless flags differ."""
+    types = {arg: f"*{element}" for arg in kernel.arg_names if arg.endswith("_ptr")}
+    types |= {"rows_ptr": "*i64", "share_ptr": "*fp32", "delta_ptr": "*fp32"}
+    integers = [arg for arg in kernel.arg_names if arg in "TNM" or arg.startswith("stride_")]
+    constexprs = {
+        "stride_yn": 1, "stride_zm": 1, "stride_gn": 1, "stride_sm": 1, "stride_on": 1,
+        "BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m,
+        "PRECISION": "ieee" if element == "fp32" else "tf32",
+    } | flags  # fmt: skip
+    return Config(
+        name=f"{name} {element}",
+        kernel=kernel,
+        types=types | dict.fromkeys(integers, "i32"),
+        constexprs={
+            arg: value
+            for arg, value in constexprs.items()
+            if arg in kernel.arg_names and value is not None
+        },
+        multiples_of_16=tuple(integers),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **options,
+    )
+
+
+_ELEMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_ADD = {"HAS_SHARE": True, "HAS_BIAS": True, "HAS_DELTA": True, "BIAS_INSIDE": True}
+_REBUILD = dict.fromkeys(_ADD, False) | {"HAS_SHARE": True}
+_REBUILD |= {"stride_yn": None, "stride_zm": None, "stride_on": None}
+_REBUILD |= {"stride_yt": 1, "stride_zt": 1, "stride_ot": 1}
+CONFIGS = [
+    _config("gather", _gather_kernel, "bf16", _GATHER, {"HAS_BIAS": True, "HAS_SCALE": True},
+            wide_loads=0, mma=False),
+    *(
+        _config(
+            name, _add_product_kernel, element, _add_blocks(dtype), flags, mma=element != "fp32"
+        )
+        for element, dtype in _ELEMENTS.items()
+        for name, flags in (("add product", _ADD), ("rebuild weight", _REBUILD))
+    ),
+    *(
+        _config(
+            f"output gradient m={m}", _output_gradient_kernel, element,
+            _gradient_blocks(dtype, m), {"HAS_SHARE": True, "HAS_SCALE": True},
+            wide_stores=m <= 256, mma=element != "fp32",
+        )
+        for element, dtype in _ELEMENTS.items()
+        for m in (64, 128, 256, 512)
+    ),
+]  # fmt: skip
+
+__all__ = ["CONFIGS", "add_product", "gather", "output_gradient"]

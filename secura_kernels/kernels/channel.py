@@ -1,0 +1,185 @@
+"""The kernel of the space ``channel``: from P to Q and share in one launch.
+
+    ‖ΔW_i‖² = P_i (R Rᵀ) P_iᵀ      ρ_i = ‖ΔW_i‖ / (‖W_base,i‖ + ε)      M_i from ρ_i
+    Q_i = f P_i / M_i + share_i P_base,i      share = 2 f / M averaged, f gated
+
+| tensor              | shape  | dtype          | in the kernel                        |
+|---------------------|--------|----------------|--------------------------------------|
+| P, P_base, Q        | [N, m] | bf16 fp16 fp32 | fp32; P is read twice, from the cache |
+| gram = R Rᵀ         | [m, m] | fp32           | products without TF32                |
+| norms, share, f/M   | [N]    | fp32           |                                      |
+
+N·m² multiplications, 8 N m bytes. The forms that look at the largest ρ, and the restraint, which
+counts gains, take two launches with [N] sized work between them. Source: DESIGN section 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import Config
+from .common import block_of, cast, dot, inverse_gain, span
+
+BLOCK_N, BLOCK_M, NUM_WARPS = 16, 32, 4
+
+
+@triton.jit
+def _channel_kernel(
+    p_ptr, base_ptr, gram_ptr, base_norms_ptr, delta_norms_ptr, factor_ptr,
+    eps, slope, offset, q_ptr, share_ptr, inverse_ptr,
+    N, M, stride_pn, stride_bn,
+    MEASURE: tl.constexpr, APPLY: tl.constexpr, POINTERS: tl.constexpr,
+    SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_n = span(tl.program_id(0), BLOCK_N)
+    mask_n = offs_n < N
+    if MEASURE:
+        squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for start in range(0, M, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for inner in range(0, M, BLOCK_M):
+                offs_k = inner + tl.arange(0, BLOCK_M)
+                mask_k = offs_k < M
+                p_block = p_ptr + offs_n[:, None] * stride_pn + offs_k[None, :]
+                p = tl.load(p_block, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+                gram_block = gram_ptr + offs_k[:, None] * M + offs_m[None, :]
+                gram = tl.load(gram_block, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+                acc = dot(p.to(tl.float32), gram, acc, PRECISION)
+            p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
+            p = tl.load(p_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+            squares += tl.sum(acc * p.to(tl.float32), axis=1)
+        delta = tl.sqrt(tl.maximum(squares, 0.0))
+        tl.store(delta_norms_ptr + offs_n, delta, mask=mask_n)
+    if APPLY:
+        if POINTERS:
+            eps = tl.load(eps)
+            slope = tl.load(slope)
+            offset = tl.load(offset)
+        if not MEASURE:
+            delta = tl.load(delta_norms_ptr + offs_n, mask=mask_n, other=0.0)
+        base = tl.load(base_norms_ptr + offs_n, mask=mask_n, other=1.0)
+        inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+        share = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
+        if HAS_FACTOR:
+            share = tl.load(factor_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+            inverse *= share
+        if AVERAGED:
+            share = 2.0 * inverse
+        tl.store(inverse_ptr + offs_n, inverse, mask=mask_n)
+        if AVERAGED or HAS_FACTOR:
+            tl.store(share_ptr + offs_n, share, mask=mask_n)
+        for start in range(0, M, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            mask = mask_n[:, None] & (offs_m < M)[None, :]
+            p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
+            q = tl.load(p_block, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
+            if HAS_BASE:
+                base_block = base_ptr + offs_n[:, None] * stride_bn + offs_m[None, :]
+                q += share[:, None] * tl.load(base_block, mask=mask, other=0.0).to(tl.float32)
+            q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
+            tl.store(q_block, cast(q, q_ptr.dtype.element_ty), mask=mask)
+
+
+def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
+    """``‖ΔW_i‖ [N]`` in fp32, from ``P [N, m]`` and ``gram = R Rᵀ [m, m]``."""
+    out = p.new_empty(p.shape[0], dtype=torch.float32)
+    _launch_channel(p, None, gram, None, out, None, (0.0, 0.0, 0.0), None, None, None, apply=False)
+    return out
+
+
+def channel_product(
+    p: Tensor,
+    p_base: Tensor | None,
+    gram: Tensor | None,
+    base_norms: Tensor,
+    scalars: tuple[Any, Any, Any],
+    sigmoid_weight: float,
+    averaged: bool,
+    norms: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(Q [N, m], share [N] or None, f/M [N])`` in one launch.
+
+    Args:
+        p, p_base: ``[N, m]``.
+        gram: ``[m, m]``; not read where ``norms`` are given.
+        base_norms: ``‖W_base,i‖ [N]``.
+        scalars: ``(ε, slope, offset)``, all numbers or all 0-dim tensors.
+        sigmoid_weight: w of the gain.
+        averaged: whether base and change are averaged.
+        norms: ``‖ΔW_i‖ [N]`` of :func:`delta_norms`, or None to measure them here.
+        factor: ``[N]`` of the restraint, or None.
+    """
+    n = p.shape[0]
+    q = torch.empty_like(p, memory_format=torch.contiguous_format)
+    inverse = p.new_empty(n, dtype=torch.float32)
+    share = torch.empty_like(inverse) if averaged or factor is not None else None
+    measured = torch.empty_like(inverse) if norms is None else norms
+    _launch_channel(
+        p, p_base, gram, base_norms, measured, factor, scalars, q, share, inverse,
+        measure=norms is None, sigmoid_weight=sigmoid_weight, averaged=averaged,
+    )  # fmt: skip
+    return q, share, inverse
+
+
+def _launch_channel(
+    p, p_base, gram, base_norms, norms, factor, scalars, q, share, inverse, *,
+    measure: bool = True, apply: bool = True, sigmoid_weight: float = 0.0, averaged: bool = False,
+) -> None:  # fmt: skip
+    n, m = p.shape
+    p = p if p.stride(1) == 1 else p.contiguous()
+    p_base = None if p_base is None else p_base.contiguous()
+    if n:
+        _channel_kernel[(triton.cdiv(n, BLOCK_N),)](
+            p, p_base, None if gram is None else gram.float().contiguous(),
+            None if base_norms is None else base_norms.float().contiguous(),
+            norms, None if factor is None else factor.contiguous(), *scalars,
+            q, share, inverse, n, m, p.stride(0), m,
+            MEASURE=measure, APPLY=apply, POINTERS=isinstance(scalars[0], Tensor),
+            SIGMOID_WEIGHT=sigmoid_weight, AVERAGED=averaged, HAS_BASE=p_base is not None,
+            HAS_FACTOR=factor is not None, PRECISION="ieee",
+            BLOCK_N=BLOCK_N, BLOCK_M=block_of(m, 16, BLOCK_M),
+            num_warps=NUM_WARPS, num_stages=1,
+        )  # fmt: skip
+
+
+def _config(name: str, **flags: Any) -> Config:
+    kernel = _channel_kernel
+    types = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
+    integers = ("N", "M", "stride_pn", "stride_bn")
+    types |= dict.fromkeys(integers, "i32")
+    types |= dict.fromkeys(("eps", "slope", "offset"), "*fp32" if flags["POINTERS"] else "fp32")
+    return Config(
+        name=name,
+        kernel=kernel,
+        types=types,
+        constexprs={
+            "SIGMOID_WEIGHT": 3.0, "AVERAGED": True, "HAS_BASE": True,
+            "HAS_FACTOR": flags["POINTERS"], "PRECISION": "ieee",
+            "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, **flags,
+        },
+        multiples_of_16=integers,
+        num_warps=NUM_WARPS,
+        num_stages=1,
+        wide_loads=flags["MEASURE"],
+        wide_stores=flags["APPLY"],
+        mma=False,
+    )  # fmt: skip
+
+
+CONFIGS = [
+    _config("channel", MEASURE=True, APPLY=True, POINTERS=False),
+    _config("channel norms", MEASURE=True, APPLY=False, POINTERS=False),
+    _config("channel apply", MEASURE=False, APPLY=True, POINTERS=True),
+]
+
+__all__ = ["CONFIGS", "channel_product", "delta_norms"]

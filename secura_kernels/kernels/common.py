@@ -1,0 +1,109 @@
+"""What every kernel shares: the gain, the dot product, rounding and offsets, each once.
+
+Only ``@triton.jit`` helpers and the few host-side decisions that belong to them stand here.
+Formulas: DESIGN section 4 and :mod:`secura_kernels.gain`.
+"""
+
+# Jit functions have no Python return type; Triton wants plain if/else.
+# ruff: noqa: ANN201, SIM108, SIM300
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+_LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there
+
+
+@triton.jit
+def inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT: tl.constexpr):
+    """``1/M`` from base and Δ, elementwise, fp32.
+
+    ``1/M = (1 + e) / (1 + w e)`` with ``e = exp(−(slope ρ + offset))``, ``ρ = |Δ| / (|base| + ε)``:
+    one exp2 and one division besides ρ's. An offset of −inf (nothing moves) gives 1/w.
+    """
+    rho = relative_change(base, delta, eps)
+    power = tl.minimum((slope * rho + offset) * -1.4426950408889634, _LARGEST_POWER)
+    e = tl.exp2(power)
+    return (1.0 + e) / (1.0 + SIGMOID_WEIGHT * e)
+
+
+@triton.jit
+def relative_change(base, delta, eps):
+    """``ρ = |Δ| / (|base| + ε)``."""
+    return tl.abs(delta) / (tl.abs(base) + eps)
+
+
+@triton.jit
+def combine(base, delta, inverse, AVERAGED: tl.constexpr):
+    """``(2 base + Δ) / M`` when averaged, ``base + Δ / M`` when gated."""
+    if AVERAGED:
+        out = (2.0 * base + delta) * inverse
+    else:
+        out = base + delta * inverse
+    return out
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32; the interpreter multiplies bf16 as bit patterns, so it upcasts."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """fp32 to ``DTYPE``, to nearest even; the interpreter truncates to bf16, so it rounds first."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def span(block, BLOCK: tl.constexpr):
+    """The indices of one block, int64: products with a stride may pass 2³¹."""
+    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a dot: TF32 for fp32 operands only where torch's own setting allows.
+
+    16-bit operands ignore it.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def block_of(size: int, smallest: int, largest: int) -> int:
+    """The power of two that covers ``size``, within ``[smallest, largest]``."""
+    return max(smallest, min(largest, triton.next_power_of_2(max(1, size))))
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+__all__ = [
+    "INTERPRET",
+    "block_of",
+    "cast",
+    "combine",
+    "dot",
+    "dot_precision",
+    "inverse_gain",
+    "relative_change",
+    "span",
+    "unit_stride",
+]
