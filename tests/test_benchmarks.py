@@ -78,6 +78,7 @@ def test_providers_agree_with_fp64(dtype, bias):
         with provider.running():
             found = oracle.errors(module, weight, base_bias, x, grad)
         assert oracle.wrong(found, dtype) is None, provider.name
+        assert all(part.training for part in module.modules()), provider.name
         if provider.family != "frozen":
             wide = {name: value.double() for name, value in oracle.trainable(module).items()}
             change = oracle.delta_weight(module, weight.double(), wide).norm().item()
