@@ -22,7 +22,9 @@ def parser(doc: str, presets: tuple[str, ...]) -> argparse.ArgumentParser:
     made.add_argument("--device", help="default: cuda where there is one, else cpu")
     made.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 elsewhere")
     made.add_argument(
-        "--max_seconds", type=float, help="no case begins later; default 480 on cuda, 120 elsewhere"
+        "--max_seconds",
+        type=float,
+        help="nothing new is begun later; default 480 on cuda, 120 elsewhere",
     )
     made.add_argument("--providers", help="only those whose name holds one of these: lora,dora")
     made.add_argument("--out", type=Path, help="where to keep the figures, as JSON")
@@ -56,9 +58,14 @@ class Clock:
         self.start = time.monotonic()
 
     @property
+    def end(self) -> float:
+        """The ``time.monotonic()`` at which the budget is spent."""
+        return self.start + self.seconds
+
+    @property
     def left(self) -> float:
         """Seconds until the budget is spent."""
-        return self.start + self.seconds - time.monotonic()
+        return self.end - time.monotonic()
 
     def deadline(self, sizes: Sequence[float]) -> float:
         """The ``time.monotonic()`` by which the first of the remaining cases should end.

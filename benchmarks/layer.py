@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import console, costs, measure, oracle
 from .machine import new_result
 from .providers import MissingError, Provider, Ranks, catalogue, choose, frozen_linear
-from .schema import Recorder, Row
+from .schema import SPENT, Recorder, Row
 from .shapes import LayerCase, LayerPreset, layer_preset
 
 PHASES = ("forward", "backward", "both")
@@ -130,15 +130,22 @@ def run_case(
     seed: int = 0,
     rounds: int = 3,
     deadline: float = float("inf"),
+    end: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Check and time every provider on one case; one row each, in the order given."""
+    """Check and time every provider on one case; one row each, in the order given.
+
+    No round begins after ``deadline`` but the first two, no provider is taken up after ``end``.
+    """
     torch.manual_seed(seed)
     if any(provider.compiled for provider in providers):
         torch._dynamo.reset()
     problem = Problem(case, device, dtype, seed)
     prepared: list[Runner | Row] = []
     for provider in providers:
+        if time.monotonic() > end:
+            prepared += _skipped(case, [provider], SPENT)
+            continue
         say(f"checking {provider.name}")
         prepared.append(prepare(provider, problem))
     runners = [entry for entry in prepared if isinstance(entry, Runner)]
@@ -202,12 +209,12 @@ def run(options: argparse.Namespace) -> Recorder:
     recorder = Recorder(result, options.out, resume=options.resume)
     clock = console.Clock(options.max_seconds, device)
     measure.raise_ceilings(result.ceilings, device, dtype)
-    finished = result.finished()
+    finished = [row.case for row in result.rows]
     cases = [case for case in cases if case.as_dict() not in finished]
     progress = console.Progress(len(cases))
     for index, case in enumerate(cases):
         if clock.left <= 0:
-            recorder.add(_skipped(case, providers, "the time budget was spent"))
+            recorder.add(_skipped(case, providers, SPENT))
             continue
         active = [provider for provider in providers if compiled or not provider.compiled]
         rows = run_case(
@@ -218,6 +225,7 @@ def run(options: argparse.Namespace) -> Recorder:
             seed=options.seed,
             rounds=rounds,
             deadline=clock.deadline([float(rest.T * rest.N * rest.K) for rest in cases[index:]]),
+            end=clock.end,
             say=progress.say,
         )
         left_out = [provider for provider in providers if provider not in active]

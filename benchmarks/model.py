@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch import nn
 from . import console, measure, oracle
 from .machine import new_result
 from .providers import MissingError, Provider, Ranks, catalogue, choose, frozen_linear, secura
-from .schema import Recorder, Row
+from .schema import SPENT, Recorder, Row
 from .shapes import MODELS
 from .training import adapted, flop_per_token, random_model, target_layers
 
@@ -184,12 +185,19 @@ def run_case(
     *,
     steps: int = 2,
     deadline: float = float("inf"),
+    end: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Check every provider and time their training steps in turns; one row each."""
+    """Check every provider and time their training steps in turns; one row each.
+
+    No round begins after ``deadline`` but the first two, no provider is taken up after ``end``.
+    """
     rows, tasks = [], {}
     device = next(model.parameters()).device
     for provider in providers:
+        if time.monotonic() > end:
+            rows.append(Row(asdict(case), provider.name, "skipped", SPENT))
+            continue
         say(f"checking {provider.name}")
         row, contender = prepare(model, provider, case)
         rows.append(row)
@@ -244,15 +252,14 @@ def run(options: argparse.Namespace) -> Recorder:
     recorder = Recorder(result, options.out, resume=options.resume)
     clock = console.Clock(options.max_seconds, device)
     measure.raise_ceilings(result.ceilings, device, dtype)
-    finished = result.finished()
+    finished = [row.case for row in result.rows]
     cases = model_preset(options.preset)[: options.cases]
     cases = [case for case in cases if asdict(case) not in finished]
     progress = console.Progress(len(cases))
     model, built = None, None
     for index, case in enumerate(cases):
         if clock.left <= 0:
-            note = "the time budget was spent"
-            recorder.add(Row(asdict(case), entry.name, "skipped", note) for entry in providers)
+            recorder.add(Row(asdict(case), entry.name, "skipped", SPENT) for entry in providers)
             continue
         torch.manual_seed(options.seed)
         if built != (case.model, case.blocks):
@@ -271,6 +278,7 @@ def run(options: argparse.Namespace) -> Recorder:
                 result.ceilings,
                 steps=options.steps,
                 deadline=clock.deadline([1.0] * (len(cases) - index)),
+                end=clock.end,
                 say=progress.say,
             )
         )

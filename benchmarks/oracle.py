@@ -96,12 +96,14 @@ def errors(
         ``{"out", "dx", "parameters"}``, the last the worst of them (0 where there are none).
     """
     parameters = trainable(module)
-    was_training = module.training
-    module.eval()
+    drops = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for part in drops:
+        part.eval()
     leaf = x.detach().clone().requires_grad_()
     out = module(leaf)
     got = torch.autograd.grad(out, [leaf, *parameters.values()], grad)
-    module.train(was_training)
+    for part in drops:
+        part.train()
     out = out.detach()
     wide = {
         name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()

@@ -73,10 +73,7 @@ class Provider:
         """
         layer = self.make(base, ranks).train()
         if self.compiled:
-            import torch._functorch.config as functorch
-
-            # a graph is kept to time its backward alone, which donated buffers forbid
-            functorch.donated_buffer = False
+            _allow_compiling()
             layer.compile(dynamic=False)
         return layer
 
@@ -93,6 +90,16 @@ class Provider:
                 os.environ.pop("SECURA_IMPL", None)
             else:
                 os.environ["SECURA_IMPL"] = before
+
+
+def _allow_compiling() -> None:
+    """Let ``torch.compile`` be measured as it is, never as a silent return to eager."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    dynamo.recompile_limit = 64  # every space runs the same code with another configuration
+    dynamo.fail_on_recompile_limit_hit = True
+    functorch.donated_buffer = False  # a graph is kept to time its backward alone
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

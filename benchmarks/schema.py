@@ -16,6 +16,8 @@ from typing import Any
 
 SCHEMA = 1
 STATUSES = ("ok", "missing", "wrong", "failed", "out of memory", "skipped")
+SPENT = "the time budget was spent"
+"""The note of what was skipped for time."""
 
 
 @dataclass
@@ -60,9 +62,10 @@ class Result:
     complete: bool = False
     schema: int = SCHEMA
 
-    def finished(self) -> list[dict[str, Any]]:
-        """The cases that have rows, those the time budget cut short left out."""
-        return [row.case for row in self.rows if row.status != "skipped"]
+    def finished(self) -> list[Row]:
+        """The rows of the cases that were reached in full, those cut short left out."""
+        cut = [row.case for row in self.rows if row.status == "skipped"]
+        return [row for row in self.rows if row.case not in cut]
 
     def save(self, path: Path) -> None:
         """Write the file at once or not at all."""
@@ -111,7 +114,7 @@ class Recorder:
                         f"{path} was made with another {name}: give another --out, or run without "
                         "--resume to start it anew"
                     )
-            result.rows = [row for row in earlier.rows if row.status != "skipped"]
+            result.rows = earlier.finished()
             result.ceilings = earlier.ceilings
             result.command = f"{earlier.command} && {result.command}"
             result.date = earlier.date
@@ -131,4 +134,4 @@ class Recorder:
             self.result.save(self.path)
 
 
-__all__ = ["SCHEMA", "STATUSES", "Recorder", "Result", "Row"]
+__all__ = ["SCHEMA", "SPENT", "STATUSES", "Recorder", "Result", "Row"]

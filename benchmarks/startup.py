@@ -22,7 +22,7 @@ from . import console, measure
 from .machine import new_result
 from .oracle import relative_error
 from .providers import MissingError, Provider, Ranks, catalogue, choose, frozen_linear, secura
-from .schema import Recorder, Row
+from .schema import SPENT, Recorder, Row
 from .shapes import MODELS
 
 
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> Recorder:
         recorder.add([_provider_row(case, provider, layers, device, clock)])
         progress.step(provider.name)
     if clock.left <= 0:
-        recorder.add([Row(asdict(case), "svd init", "skipped", "the time budget was spent")])
+        recorder.add([Row(asdict(case), "svd init", "skipped", SPENT)])
     else:
         recorder.add([svd_row(case, layers, device, every=options.every_svd)])
     progress.step("svd init")
@@ -152,7 +152,7 @@ def _provider_row(
 ) -> Row:
     row = Row(asdict(case), provider.name)
     if clock.left <= 0:
-        row.status, row.note = "skipped", "the time budget was spent"
+        row.status, row.note = "skipped", SPENT
         return row
     try:
         ranks = Ranks(case.m, case.r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -78,6 +79,7 @@ def test_providers_agree_with_fp64(dtype, bias):
         with provider.running():
             found = oracle.errors(module, weight, base_bias, x, grad)
         assert oracle.wrong(found, dtype) is None, provider.name
+        assert all(part.training for part in module.modules()), provider.name
         if provider.family != "frozen":
             wide = {name: value.double() for name, value in oracle.trainable(module).items()}
             change = oracle.delta_weight(module, weight.double(), wide).norm().item()
@@ -156,6 +158,16 @@ def test_a_spent_budget_skips_visibly(tiny_preset, tmp_path):
     assert {row.status for row in result.rows} == {"skipped"} and not result.complete
     assert "cut short" in report.layer_table(result, "none")
     assert run_layer(tmp_path / "r.json", "--resume").complete
+
+
+def test_a_budget_spent_within_a_case_leaves_the_case_unfinished(monkeypatch):
+    providers = choose(runnable(torch.float32), "frozen,strong lora")
+    clock = itertools.chain([0.0], itertools.repeat(2.0))
+    monkeypatch.setattr(layer.time, "monotonic", lambda: next(clock))
+    rows = layer.run_case(TINY, providers, CPU, torch.float32, rounds=1, end=1.0)
+    assert [row.status for row in rows] == ["ok", "skipped"]
+    result = Result("layer", "quick", "cmd", "abc", "now", "fp32", {}, {}, rows=rows)
+    assert result.finished() == []
 
 
 def test_rounds_are_interleaved_and_stop_in_time():
