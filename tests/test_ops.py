@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import Layer
 from torch.nn.functional import linear
 
-from conftest import Layer
 from secura_kernels import (
     NormOptions,
     activation_norm,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from layers import Layer
 
-from conftest import Layer
 from secura_kernels import NormOptions, reference
 from secura_kernels.gain import COMBINES, FORMS, Restrain
 
