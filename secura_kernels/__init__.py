@@ -5,6 +5,7 @@ from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
 from .cur import important_channels, init_a, projection, select
 from .gain import NormOptions, Restrain, resolve_norm
+from .merge import effective_weight
 from .weight import normed_weight, weight_norm_linear
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Restrain",
     "activation_norm",
     "channel_product",
+    "effective_weight",
     "important_channels",
     "init_a",
     "lowrank_add",
