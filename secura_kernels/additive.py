@@ -321,9 +321,7 @@ def product_wide(a: Tensor, b: Tensor) -> Tensor:
 
 class _LowrankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale, impl
-    ) -> Tensor:
+    def forward(ctx: Any, x, weight, bias, rows, q, share, delta_bias, z_scale, impl) -> Tensor:
         ctx.impl, ctx.q_dtype = impl, q.dtype
         ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
         q = q.to(x.dtype)
@@ -334,7 +332,7 @@ class _LowrankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         needs = [ctx.needs_input_grad[index] for index in (0, 4, 6)]
         dx, dq, dbias = linear_backward(g, *ctx.saved_tensors, needs, ctx.impl)
         return (
@@ -346,9 +344,7 @@ class _LowrankLinear(torch.autograd.Function):
 
 class _LowrankAdd(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale, impl
-    ) -> Tensor:
+    def forward(ctx: Any, y0, bias, rows, q, share, delta_bias, z_scale, impl) -> Tensor:
         ctx.impl, ctx.q_dtype = impl, q.dtype
         ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
         q = q.to(y0.dtype)
@@ -359,7 +355,7 @@ class _LowrankAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         needs = [ctx.needs_input_grad[index] for index in (0, 3, 5)]
         dy0, dq, dbias = add_backward(g, *ctx.saved_tensors, needs, ctx.impl)
         return (

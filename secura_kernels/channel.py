@@ -129,16 +129,16 @@ def product_forward(
     rho = relative_change(base_norms, norms, epsilon)
     peak = largest(rho) if needs_peak(form) else None
     slope, offset = coefficients(form, scale, peak, rho)
-    m = None
-    if restrain is not None or kernels is None:
-        m = gain(rho, slope, offset, form)
-    factor = None if m is None else restrain_factor(m, restrain)
+    factor = None
+    if restrain is not None:
+        factor = restrain_factor(gain(rho, slope, offset, form), restrain)
     if kernels is not None:
         q, share, inverse = kernels.channel_product(
             p, p_base, None, base_norms, (epsilon, slope, offset), sigmoid_weight(form),
             combine == "averaged", norms=norms, factor=factor,
         )  # fmt: skip
         return q, absent(inverse) if share is None else share, inverse
+    m = gain(rho, slope, offset, form)
     share = base_share(m, combine)
     inverse = 1 / m
     if factor is not None:
@@ -169,9 +169,7 @@ def _kernels() -> Any:
 
 class _ChannelProduct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, p, p_base, gram, base_norms, norm, limits, impl
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, p, p_base, gram, base_norms, norm, limits, impl) -> tuple[Tensor, Tensor]:
         q, share, inverse = product_forward(p, p_base, gram, base_norms, *norm, *limits, impl)
         ctx.save_for_backward(inverse)
         ctx.mark_non_differentiable(share)
@@ -179,7 +177,7 @@ class _ChannelProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, _: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dq: Tensor, _: Tensor) -> tuple:
         (inverse,) = ctx.saved_tensors
         dp = (dq * inverse[:, None]).to(dq.dtype)
         return dp, None, None, None, None, None, None
