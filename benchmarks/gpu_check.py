@@ -207,8 +207,8 @@ def time_kernels(check: Check, dtype: torch.dtype, impl: str) -> None:
             continue
         try:
             times = gpu_ops.time_ms(kernel.call, check.device)
-        except Exception as error:
-            check.row(case, kernel.name, "failed", repr(error)[:500])
+        except Exception as reason:
+            check.row(case, kernel.name, "failed", repr(reason)[:500])
             continue
         floor_ms = kernel.bytes_moved / bandwidth / 1e6
         share = floor_ms / times["median"]
@@ -247,8 +247,8 @@ def time_layers(check: Check, dtype: torch.dtype, impl: str) -> None:
                 eager = gpu_ops.time_ms(step, check.device)
                 replay = gpu_ops.graphed(step) if check.device == "cuda" else step
                 times = gpu_ops.time_ms(replay, check.device)
-            except Exception as error:
-                check.row(case, name, "failed", repr(error)[:500])
+            except Exception as reason:
+                check.row(case, name, "failed", repr(reason)[:500])
                 continue
             frozen_ms = times["median"] if name == "linear" else frozen_ms
             ratio = times["median"] / frozen_ms if frozen_ms else None

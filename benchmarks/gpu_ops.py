@@ -8,6 +8,7 @@ and a backward of an adapted projection, P = C A B included, beside the frozen p
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def kernels(size: Size, device: str, dtype: torch.dtype, impl: str) -> Iterator[
         options = NormOptions("channel", form)
         yield Kernel(
             f"channel: Q from P, {form}",
-            lambda options=options: channel_product(p, None, gram, norms, options, impl=impl),
+            functools.partial(channel_product, p, None, gram, norms, options, impl=impl),
             8 * n * m + 4 * m * m, "8 N m + 4 m²",
         )  # fmt: skip
     for save in ("recompute", "8bit"):
@@ -139,7 +140,7 @@ def kernels(size: Size, device: str, dtype: torch.dtype, impl: str) -> Iterator[
         options = NormOptions("weight", form, combine)
         yield Kernel(
             f"weight: W' {form}",
-            lambda options=options: normed_weight(data.weight, data.rows, p, options, impl=impl),
+            functools.partial(normed_weight, data.weight, data.rows, p, options, impl=impl),
             passes * s * n * k, f"{passes} s N K",
         )  # fmt: skip
 

@@ -129,17 +129,16 @@ def product_forward(
     rho = relative_change(base_norms, norms, epsilon)
     peak = largest(rho) if needs_peak(form) else None
     slope, offset = coefficients(form, scale, peak, rho)
-    m = None
-    if restrain is not None or kernels is None:
-        m = gain(rho, slope, offset, form)
-    factor = None if m is None else restrain_factor(m, restrain)
+    factor = None
+    if restrain is not None:
+        factor = restrain_factor(gain(rho, slope, offset, form), restrain)
     if kernels is not None:
         q, share, inverse = kernels.channel_product(
             p, p_base, None, base_norms, (epsilon, slope, offset), sigmoid_weight(form),
             combine == "averaged", norms=norms, factor=factor,
         )  # fmt: skip
         return q, absent(inverse) if share is None else share, inverse
-    assert m is not None
+    m = gain(rho, slope, offset, form)
     share = base_share(m, combine)
     inverse = 1 / m
     if factor is not None:

@@ -280,8 +280,13 @@ def _config(name: str, kernel, element: str, blocks: Blocks, flags: dict, **opti
 
 
 _ELEMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_ADD = {"HAS_SHARE": True, "HAS_BIAS": True, "HAS_DELTA": True, "BIAS_INSIDE": True}
-_REBUILD = dict.fromkeys(_ADD, False) | {"HAS_SHARE": True}
+_ADD: dict[str, int | None] = {
+    "HAS_SHARE": True,
+    "HAS_BIAS": True,
+    "HAS_DELTA": True,
+    "BIAS_INSIDE": True,
+}
+_REBUILD: dict[str, int | None] = {**dict.fromkeys(_ADD, False), "HAS_SHARE": True}
 _REBUILD |= {"stride_yn": None, "stride_zm": None, "stride_on": None}
 _REBUILD |= {"stride_yt": 1, "stride_zt": 1, "stride_ot": 1}
 CONFIGS = [

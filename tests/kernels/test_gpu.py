@@ -87,7 +87,7 @@ def test_folded_with_dropout_and_restraint(options, dtype):
     check((131, 67, 71, 33), options, dtype, "cuda", folded=True, **flags)
 
 
-@pytest.mark.parametrize(("norm", "dropout"), product(["none", "channel"], [False, True]))
+@pytest.mark.parametrize(("norm", "dropout"), list(product(["none", "channel"], [False, True])))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_on_a_given_output(norm, dropout, dtype):
     check(
