@@ -73,7 +73,7 @@ def effective_weight(
         share = None
         if options.norm == "channel":
             gram, norms = row_norms(weight, rows, p_base)
-            q, share = channel_product(p, p_base, gram, norms, options, restrain)
+            q, share = channel_product(p, p_base, gram, norms, options, restrain, impl=impl)
         else:
             q = p if p_base is None else p + p_base
         return merged_weight(weight, rows, q, share, dtype, draw, impl)
