@@ -190,7 +190,8 @@ def model_table(result: Result, name: str) -> str:
     ]
     for row in result.rows:
         case = row.case
-        what = f"{case['model']}, {case['targets']}, {case['sequence']} × {case['batch']}"
+        what = f"{case['model']} ({case['blocks']} blocks), {case['targets']}, "
+        what += f"{case['sequence']} × {case['batch']}"
         what += f" × {case['accumulate']} accumulated" if case["accumulate"] > 1 else ""
         what += ", checkpointing" if case["checkpointing"] else ""
         label = title(row.provider, case)
