@@ -358,7 +358,7 @@ def _normed_weight_fake(weight, rows, p, p_base, important, *norm_dtype_seed_imp
 
 class _WeightNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x, weight, bias, rows, p, p_base, delta_bias, important, *norm_and_impl
     ) -> Tensor:
         ctx.form, ctx.combine, *_, ctx.impl = norm_and_impl
@@ -373,7 +373,7 @@ class _WeightNormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple:
         needs = [ctx.needs_input_grad[index] for index in (0, 4, 6)]
         dx, dp, dbias = linear_backward(
             g, *ctx.saved_tensors, ctx.form, ctx.combine, needs, ctx.impl
