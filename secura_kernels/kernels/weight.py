@@ -278,3 +278,5 @@ CONFIGS.append(
         mma=False,
     )
 )
+
+__all__ = ["CONFIGS", "WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]
