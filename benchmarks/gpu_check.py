@@ -139,7 +139,7 @@ def _machine(device: str) -> dict[str, Any]:
 def run_tests(check: Check) -> None:
     """The gpu-marked tests, round robin over processes; what was not reached counts as failed."""
     pytest = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT)]
-    pytest += ["-p", "no:cacheprovider", "-p", "no:warnings"]
+    pytest += ["--confcutdir", "tests/kernels", "-p", "no:cacheprovider", "-p", "no:warnings"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     listed = subprocess.run(
         [*pytest, "--collect-only", "-q", TESTS],
