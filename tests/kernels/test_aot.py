@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from secura.cli import main
 from secura_kernels.kernel_table import COLUMNS, kernel_configs, kernel_reports, kernel_table
 
 pytest.importorskip("triton")
@@ -52,3 +53,15 @@ def test_compiling_under_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreted"):
         compile_config(CASES[0][0], TARGETS["sm_90"])
+
+
+def test_doctor_kernels_prints_the_table_and_fails_on_a_problem(monkeypatch, capsys):
+    config = CASES[0][0]
+    monkeypatch.setattr("secura_kernels.kernel_table.kernel_configs", lambda: [config])
+    assert main(["doctor", "--kernels", "sm_90"]) == 0
+    assert f"| {config.name} | sm_90 |" in capsys.readouterr().out
+    monkeypatch.setattr(Report, "problems", lambda report, config: ["spills 8 bytes"])
+    assert main(["doctor", "--kernels", "sm_90"]) == 1
+    assert "spills 8 bytes" in capsys.readouterr().out
+    assert main(["doctor", "--kernels", "sm_1"]) == 2
+    assert "unknown target" in capsys.readouterr().err
