@@ -122,8 +122,9 @@ ASSETS: dict[str, Asset] = {
             filename="xsum.jsonl",
             size=2_392_230,
             sha256="2226195615904271ff8308fb1f34d0a0939b69329c9d3872cb96720d6a88b227",
-            licence="Apache-2.0 (the package's)",
+            licence="Apache-2.0",
             title="XSum, 1,000 BBC news articles",
+            note="the licence is the package's, the articles are the BBC's",
         ),
     )
 }

@@ -1,4 +1,10 @@
-"""The two methods of the demo and the settings each is given."""
+"""The two methods of the demo and the settings each is given.
+
+Learning rates: LoRA's is the better of its two usual ones, 2e-4 and 1e-3, in as few steps as these
+(held-out GSM8K after 50 steps: 1.31 and 1.06). SECURA's is the default that also holds on all
+linear layers; 1e-3 learns more on q and v (0.96 against 1.00) and forgets more (news +0.063 against
++0.025).
+"""
 
 from __future__ import annotations
 
@@ -42,8 +48,8 @@ def _secura_config(target_modules: Sequence[str]) -> Any:
 METHODS = {
     method.name: method
     for method in (
-        Method("lora", f"LoRA r={LORA_RANK}", 2e-4, _lora_config),
-        Method("secura", "SECURA", 1e-3, _secura_config),
+        Method("lora", f"LoRA r={LORA_RANK}", 1e-3, _lora_config),
+        Method("secura", "SECURA", 5e-4, _secura_config),
     )
 }
 

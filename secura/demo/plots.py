@@ -66,14 +66,14 @@ def _draw_plane(axes: Axes, results: dict[str, Any]) -> None:
         path = [(point["gsm8k"], point["news"]) for point in points]
         axes.plot(*zip(*path, strict=True), "-o", color=COLOURS[name], markersize=5, linewidth=2)
         axes.plot(*path[-1], "o", color=COLOURS[name], markersize=11, mec="white")
-        forgot = path[-1][1] > base["news"]
+        rising = path[-1][1] > path[-2][1]
         axes.annotate(
             method["title"],
             path[-1],
-            xytext=(0, 11 if forgot else -11),
+            xytext=(0, 11 if rising else -11),
             textcoords="offset points",
             ha="center",
-            va="bottom" if forgot else "top",
+            va="bottom" if rising else "top",
             color=COLOURS[name],
             weight="bold",
         )

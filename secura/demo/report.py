@@ -96,7 +96,8 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             f"Losses are mean cross-entropy in nats a token, on {settings['eval_examples']} GSM8K "
             f"test problems (answers alone) and on the first {settings['news_tokens']} tokens of "
             f"{settings['news_articles']} news articles; in brackets, the change from the base. "
-            "One seed and few steps: differences of a few thousandths mean nothing.",
+            "One seed and few steps: differences of a few thousandths mean nothing. "
+            f"{_finding(results)}",
             "",
             f"![Loss curves and retention]({picture})",
             "",
@@ -144,6 +145,16 @@ def _subject(results: dict[str, Any]) -> str:
     asset = results["assets"][0]
     note = f" ({asset['note']})" if asset["note"] else ""
     return f"{asset['title']}{note} on GSM8K, {results['plan']['steps']} steps"
+
+
+def _finding(results: dict[str, Any]) -> str:
+    """What the two methods' last scores say about each other."""
+    secura, lora = (results["methods"][name]["evaluations"][-1] for name in ("secura", "lora"))
+    learned, kept = (secura[text] - lora[text] for text in ("gsm8k", "news"))
+    return (
+        f"SECURA ends {abs(learned):.3f} {'below' if learned < 0 else 'above'} LoRA on GSM8K and "
+        f"{abs(kept):.3f} {'below' if kept < 0 else 'above'} it on news."
+    )
 
 
 def _settings_line(method: dict[str, Any]) -> str:

@@ -95,7 +95,13 @@ def run(
         "Merged, and loaded by transformers alone: logits differ by at most "
         f"{merge['max_logit_difference']:.1e} (tolerance {merge['tolerance']:.0e})"
     )
-    for title, words in (("Q", results["question"]["question"]), ("A", merge["answer"])):
+    asked = results["question"]
+    said = (
+        ("Question", asked["question"]),
+        ("Answer of the merged model", merge["answer"]),
+        ("Answer of the data set", asked["answer"].rpartition("#### ")[2]),
+    )
+    for title, words in said:
         console.print(f"{title}: {words}", markup=False, highlight=False)
     console.print(f"Report: {output_dir / 'report.md'}", highlight=False, soft_wrap=True)
     return results

@@ -33,7 +33,7 @@ from secura.demo.text import (
 )
 from secura.demo.train import evaluate, native_bf16, train
 
-MAX_STEPS, MIN_STEPS = 50, 8
+MAX_STEPS, MIN_STEPS = 40, 8
 EVAL_BATCH = 8
 ANSWER_UNITS, MERGE_UNITS = 6, 15
 SERVE_SECONDS = 25
