@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura import AdapterConfig, SECURALinear, fold
-from secura.integrity import checksum, distance, fingerprint
 from secura_kernels import NormOptions, activation, additive, channel, reference
 
 N, K, M, T = 40, 56, 4, 23
@@ -391,31 +390,6 @@ def test_bad_inputs():
         layer(torch.ones(2, K + 1))
     with pytest.raises(TypeError, match=r"cast one of them, or run under torch.autocast"):
         layer(torch.ones(2, K, dtype=torch.bfloat16))
-
-
-def test_fingerprint_measures_the_distance_of_weights():
-    torch.manual_seed(0)
-    weight = torch.randn(300, 200)
-    own = fingerprint(weight)
-    for relative in (0.001, 0.03, 0.3):
-        noise = torch.randn_like(weight)
-        noise *= relative * weight.norm() / noise.norm()
-        assert distance(fingerprint(weight + noise), own) == pytest.approx(relative, rel=0.5)
-    assert distance(fingerprint(weight.bfloat16()), own) < 0.005
-    assert distance(fingerprint(weight.half()), own) < 0.005
-    assert distance(fingerprint(weight[torch.randperm(300)]), own) > 0.5
-    assert distance(fingerprint(torch.zeros(3, 4)), fingerprint(torch.zeros(3, 4))) == 0
-
-
-def test_checksum_sees_every_bit():
-    state = {"A": torch.randn(5, 7), "rows": torch.arange(4)}
-    whole = checksum(state)
-    assert checksum({name: tensor.clone() for name, tensor in reversed(state.items())}) == whole
-    for index in range(35):
-        flipped = state["A"].clone()
-        flipped.view(torch.int32).view(-1)[index] ^= 1
-        assert checksum(state | {"A": flipped}) != whole
-    assert checksum({"A": state["A"].t(), "rows": state["rows"]}) != whole
 
 
 def test_options_reach_the_kernels():
