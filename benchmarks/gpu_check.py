@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -23,13 +22,12 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import gpu_ops
+from . import gpu_ops, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/kernels/test_gpu.py"
@@ -57,11 +55,11 @@ class Check:
             "benchmark": "gpu_check",
             "preset": "dry_run" if args.dry_run else "full",
             "command": shlex.join(["python", "-m", "benchmarks.gpu_check", *sys.argv[1:]]),
-            "commit": args.commit or _commit(),
+            "commit": args.commit or machine.commit(),
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
             "dtype": "bf16",
-            "machine": _machine(self.device),
-            "versions": _versions(),
+            "machine": machine.describe(torch.device(self.device)),
+            "versions": machine.versions(),
             "settings": {"t": TOKENS, "m": RANK, "budget_s": args.budget_s},
             "ceilings": {},
             "rows": [],
@@ -101,39 +99,6 @@ class Check:
         self.result["rows"].append(row | {"figures": figures})
         if status in ("wrong", "failed"):
             self.fail(f"{provider} {case}: {status}: {note}")
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "numpy", "pytest"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
-def _machine(device: str) -> dict[str, Any]:
-    if device == "cpu":
-        return {"device": "cpu", "name": platform.processor() or platform.machine()}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": "cuda",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_mib": properties.total_memory // 2**20,
-        "cuda": torch.version.cuda or torch.version.hip,
-    }
 
 
 def run_tests(check: Check) -> None:

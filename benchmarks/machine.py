@@ -15,7 +15,7 @@ import torch
 
 from .schema import Result
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "pytest")
 MEASURED = ("secura", "secura_kernels", "benchmarks/*.py")
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_mib": properties.total_memory // 2**20,
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or torch.version.hip,
         **threads,
     }
 
