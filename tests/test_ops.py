@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from layers import Layer
@@ -18,6 +20,7 @@ from secura_kernels import (
     row_norms,
     weight_norm_linear,
 )
+from secura_kernels.gain import COMBINES, FORMS
 
 
 def run_op(layer: Layer, x, p, delta_bias, options, p_base, z_scale, restrain, fused=True):
@@ -195,9 +198,9 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
     assert x.grad.dtype == p.grad.dtype == torch.float32
 
 
-def test_weight_chunks_do_not_change_the_result(layer, options, monkeypatch):
-    if options.norm != "weight":
-        pytest.skip("chunks belong to the space weight")
+@pytest.mark.parametrize(("form", "combine"), list(product(FORMS, COMBINES)))
+def test_weight_chunks_do_not_change_the_result(layer, form, combine, monkeypatch):
+    options = NormOptions("weight", form, combine)
     arguments = (layer.weight, layer.rows, layer.p, options)
     keywords = {"p_base": layer.p_base, "restrain": layer.restrain}
     whole = normed_weight(*arguments, **keywords)
