@@ -20,7 +20,8 @@ class AdapterConfig:
         inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m.
         scaling: s of ΔW = s · C A B R.
         selection: ``"least_norm"`` (released) or ``"inverse_sampling"`` (CURLoRA, seeded).
-        init: how A starts: ``"svd"`` (released; a slice of W), ``"kaiming"`` or ``"orthogonal"``.
+        init: how A starts: ``"svd"`` (released; a slice of W), ``"kaiming"``, ``"orthogonal"`` or
+            ``"identity"``.
         norm: space of S-MagNorm: ``"weight"`` (the paper's), ``"channel"``, ``"activation"`` (the
             released code's) or ``"none"`` (CABR alone).
         norm_form: ``"paper"``, ``"released"``, ``"calibrated"``, or None for the space's default:

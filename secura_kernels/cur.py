@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SELECTIONS = ("least_norm", "inverse_sampling")
-INITS = ("svd", "kaiming", "orthogonal")
+INITS = ("svd", "kaiming", "orthogonal", "identity")
 
 _CHUNK_ROWS = 256
 
@@ -106,7 +106,8 @@ def init_a(
         inner_r: inner rank.
         init: ``"svd"`` is the released code's ``U[:m] Σ V[:r]ᵀ`` of ``W = U Σ Vᵀ``, which is the
             block ``W[:m, :r]``: a slice, no decomposition. ``"kaiming"`` and ``"orthogonal"`` draw
-            from ``generator``.
+            from ``generator``. With ``"identity"`` and ``inner_r = r``, U = A B starts as B: frozen
+            so, B is CURLoRA's U (arXiv 2408.14572).
         generator: CPU generator.
 
     Raises:
@@ -121,6 +122,8 @@ def init_a(
                 f"{weight.shape[1]}: lower inner_r or use init='kaiming'"
             )
         return weight[:r, :inner_r].to(torch.float32, copy=True).contiguous()
+    if init == "identity":
+        return torch.eye(r, inner_r, device=weight.device)
     a = torch.empty(r, inner_r)
     if init == "kaiming":
         torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)

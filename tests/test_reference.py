@@ -188,6 +188,12 @@ def test_other_inits_are_seeded(init):
         torch.testing.assert_close(draws[0] @ draws[0].T, torch.eye(4), rtol=1e-5, atol=1e-5)
 
 
+def test_identity_makes_u_start_as_b():
+    a = reference.init_a(torch.randn(9, 8), 4, 4, "identity")
+    b = torch.randn(4, 4)
+    assert torch.equal(a @ b, b)
+
+
 def test_least_norm_takes_the_smallest_by_a_loop():
     weight = torch.randn(17, 12)
     rows, cols = reference.select(weight, 5)
