@@ -257,7 +257,7 @@ def demo_table(result: dict[str, Any]) -> str:
         f"Cross-entropy, lower is better. {result['assets'][0]['title']} "
         f"({result['assets'][0]['note']}), {plan['steps']} steps of batch "
         f"{settings['batch_size']} on {' and '.join(settings['target_modules'])}, {plan['dtype']}, "
-        f"one seed; {hardware['cpu']}, {hardware['threads']} threads; {result['seconds']:.0f} "
+        f"one seed; {hardware['name']}, {hardware['threads']} threads; {result['seconds']:.0f} "
         "seconds in all; `make demo`.",
     ]
     return "\n".join(lines) + "\n"

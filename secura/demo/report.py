@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib import metadata
 from typing import Any
 
-import torch
 from rich.table import Table
 
 PACKAGES = ("secura", "torch", "transformers", "peft", "gguf", "numpy", "safetensors")
@@ -19,32 +15,6 @@ COLUMNS = (
     "adapter bytes",
     "seconds a step",
 )
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that made the figures."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """The processor, its visible cores and the threads used."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models = (line.partition(":")[2].strip() for line in lines if "model name" in line)
-            name = next(models, name)
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -88,7 +58,7 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             "# SECURA and LoRA, side by side",
             "",
             f"{_subject(results)}. Everything below was measured in this run, which took "
-            f"{results['seconds']:.0f} s on {machine['cpu']} ({machine['threads']} threads, "
+            f"{results['seconds']:.0f} s on {machine['name']} ({machine['threads']} threads, "
             f"{plan['dtype']}), seed {settings['seed']}.",
             "",
             *rows,

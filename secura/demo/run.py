@@ -109,6 +109,9 @@ def run(
 
 def _measure(output_dir: Path, settings: Settings, sources: Sources, console: Any) -> None:
     """Goes through the stages, then writes picture, report and, last, `results.json`."""
+    import torch
+
+    from secura import machine
     from secura.demo import plots, report, stages
     from secura.demo.board import Board
 
@@ -137,8 +140,8 @@ def _measure(output_dir: Path, settings: Settings, sources: Sources, console: An
         "merge": merge,
         "question": material.question,
         "assets": [_asset(name) for name in sources.assets],
-        "versions": report.versions(),
-        "hardware": report.hardware(),
+        "versions": machine.versions(report.PACKAGES),
+        "hardware": machine.describe(torch.device("cpu")),
     }
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".picture-") as scratch:
         plots.draw(results, Path(scratch) / PICTURE)

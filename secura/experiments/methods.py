@@ -1,0 +1,130 @@
+"""The methods that are compared, each a name in one registry.
+
+M1 and M2 differ in what the norm measures against once something was folded, and ER and EWC act on
+earlier tasks: on the first task they are the same run as another method (`first_as`), which is
+computed once and counts for both.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from secura._extras import require
+
+if TYPE_CHECKING:
+    from secura.experiments.presets import Settings
+
+ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
+FULL_RATES = (1e-5, 3e-5, 1e-4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is trained on one task after another.
+
+    Args:
+        name: in the registry, on the command line and in results.
+        title: for people.
+        make_config: the PEFT config for given settings; None trains every weight.
+        strategy: what is done against forgetting beside the adapter, a key of
+            `secura.experiments.strategies.STRATEGIES`.
+        folds: whether the adapter is folded into its frozen core at each task's end.
+        frozen: names of parameters (the part after the last ``secura_``) that stay as they start.
+        first_as: the method whose run on a first task this one's is.
+        rates: the learning rates its own best is chosen from.
+    """
+
+    name: str
+    title: str
+    make_config: Callable[[Settings], Any] | None
+    strategy: str = "none"
+    folds: bool = False
+    frozen: tuple[str, ...] = ()
+    first_as: str | None = None
+    rates: tuple[float, ...] = ADAPTER_RATES
+
+
+def _lora(**fields: Any) -> Callable[[Settings], Any]:
+    def make(settings: Settings) -> Any:
+        return require("peft", "experiments").LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            target_modules=list(settings.target_modules),
+            **fields,
+        )
+
+    return make
+
+
+def _secura(**fields: Any) -> Callable[[Settings], Any]:
+    def make(settings: Settings) -> Any:
+        chosen = {"r": settings.rank, "inner_r": settings.inner_rank} | fields
+        if fields.get("init") == "identity":
+            chosen["inner_r"] = settings.rank
+        return require("secura.tuner", "experiments").SecuraConfig(
+            task_type="CAUSAL_LM", target_modules=list(settings.target_modules), **chosen
+        )
+
+    return make
+
+
+def _norms() -> list[Method]:
+    """SECURA in every norm space, against the folded weight (M1) and the original one (M2)."""
+    spaces = {"weight": "weight", "channel": "channel", "activation": "activation"}
+    return [
+        Method(
+            name=f"secura-{space}-{kind}",
+            title=f"SECURA {space} {kind.upper()}",
+            make_config=_secura(norm=norm, norm_reference=reference),
+            folds=True,
+            first_as=f"secura-{space}-m1" if kind == "m2" else None,
+        )
+        for space, norm in spaces.items()
+        for kind, reference in (("m1", "folded"), ("m2", "pretrained"))
+    ]
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("lora", "LoRA (SEQ)", _lora()),
+        Method("dora", "DoRA", _lora(use_dora=True)),
+        Method(
+            "cur-lora",
+            "CUR-LoRA",
+            _secura(norm="none", init="identity", selection="inverse_sampling"),
+            frozen=("A",),
+        ),
+        Method("cabr", "CABR only", _secura(norm="none"), folds=True),
+        *_norms(),
+        Method("i-lora", "I-LoRA", _lora(), strategy="long-term"),
+        Method("er", "ER", _lora(), strategy="replay", first_as="lora"),
+        Method("ewc", "EWC", _lora(), strategy="ewc", first_as="lora"),
+        Method("full", "Full fine-tuning", None, rates=FULL_RATES),
+    )
+}
+ALIASES = {"seq": "lora"}
+BASE = "base"
+"""The untouched model's name in results."""
+
+
+def get_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, in the registry's order, each once.
+
+    Raises:
+        ValueError: for a name that is not known, with the nearest that is.
+    """
+    chosen = [ALIASES.get(name, name) for name in names]
+    for name in chosen:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, [*METHODS, *ALIASES], n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"unknown method {name!r}: {hint}choose from {', '.join(METHODS)}")
+    return [method for name, method in METHODS.items() if name in chosen]
+
+
+__all__ = ["ALIASES", "BASE", "METHODS", "Method", "get_methods"]
