@@ -1,0 +1,40 @@
+"""Continual learning for any ``transformers.Trainer``: callbacks and a collator, no subclass.
+
+Each task is one training run; what keeps the earlier tasks is added to that run. The methods work
+on the trainable parameters, whatever they are (LoRA, SECURA, the whole model), and can be combined.
+
+Elastic weight consolidation pulls the parameters that mattered to earlier tasks back to where they
+were::
+
+    trainer = Trainer(model, ..., callbacks=[EWCCallback(Fisher.load(path), ewc_lambda=1e3)])
+    trainer.train()
+    fisher = Fisher.estimate(model, batches_of_one_example, previous=Fisher.load(path))
+    fisher.save(path)
+
+Experience replay mixes a bounded memory of earlier examples into every batch::
+
+    memory = ReplayBuffer([features_of_task_1, features_of_task_2], size=512, seed=0)
+    trainer = Trainer(model, ..., data_collator=ReplayCollator(collator, memory, share=0.2))
+
+I-LoRA adds a slow copy of the adapter, which training stays close to, and which is what one infers
+with; its authors use it together with replay::
+
+    memory = LongTermMemory(ema=0.99, weight=1.0)
+    trainer = Trainer(model, ..., callbacks=[memory])
+    trainer.train()
+    with memory.applied(model):
+        trainer.save_model(path)
+
+The callbacks work under one process and under DDP. Sharded training (FSDP, DeepSpeed) keeps
+parameters and gradients where a callback cannot reach them, and is refused, as is an adapter whose
+config folds during training (``fold_every``): folding moves what was learned out of the parameters
+these methods watch. Fold at the end of a task, before ``Fisher.estimate``.
+"""
+
+from __future__ import annotations
+
+from .ewc import EWCCallback, Fisher
+from .long_term import LongTermMemory
+from .replay import ReplayBuffer, ReplayCollator
+
+__all__ = ["EWCCallback", "Fisher", "LongTermMemory", "ReplayBuffer", "ReplayCollator"]

@@ -1,0 +1,74 @@
+"""Models, data and short Trainer runs for the tests of continual learning."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+ADAPTERS = ("lora", "secura")
+
+
+def adapted(kind: str = "lora", *, dropout: float = 0.0):
+    """A tiny Llama with an adapter on q and v that changes what it computes; always the same."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    if kind == "secura":
+        config = tiny.config(norm="channel", dropout=dropout)
+    else:
+        config = LoraConfig(**settings, lora_dropout=dropout, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.llama(), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                noise = torch.randn(value.shape, generator=generator)
+                value.add_(noise, alpha=0.1 if kind == "lora" else 0.7)
+    return model
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    """A copy of the trainable parameters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def rows(count: int = 24, length: int = 8, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Token ids, of which the first two are read and not scored; lengths differ by one."""
+    ids = tiny.tokens(count, length, seed).tolist()
+    ids = [row[: length - place % 2] for place, row in enumerate(ids)]
+    return [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in ids]
+
+
+def pad(features) -> dict[str, torch.Tensor]:
+    """A collator: right-padded, with a mask."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+
+    def fill(name, value):
+        rows = [feature[name] + [value] * (longest - len(feature[name])) for feature in features]
+        return torch.tensor(rows)
+
+    ids = fill("input_ids", 0)
+    return {
+        "input_ids": ids,
+        "labels": fill("labels", -100),
+        "attention_mask": (ids != 0).long(),
+    }
+
+
+def trainer(folder, model, callbacks=(), *, collator=pad, **settings) -> Trainer:
+    arguments = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return Trainer(
+        model=model, args=TrainingArguments(**(arguments | settings)),
+        train_dataset=Dataset.from_list(rows()), eval_dataset=Dataset.from_list(rows(4)),
+        data_collator=collator, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
