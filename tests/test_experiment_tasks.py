@@ -88,6 +88,7 @@ def test_general_text_is_not_trained_on(packaged, monkeypatch):
     assert (len(data.train), len(data.test)) == (35, 15)
     texts = load_text(15)
     assert load_text(3) == texts[:3]
+    assert set(texts) not in (set(articles[:15]), set(articles[-15:]))
     assert {f"Article: {text}\nSummary:" for text in texts} == {e.prompt for e in data.test}
     with pytest.raises(ValueError, match="from 1 to 15 articles can be had, not 16"):
         load_text(16)
@@ -258,6 +259,9 @@ def test_columns_say_what_a_row_is(name, row, example, tmp_path):
         ("csqa", {"prompt": "1", "completion": "2"}, "no column choices"),
         ("gsm8k", {"prompt": "1", "choices": ["2", "3"], "completion": "2"}, "has choices, but"),
         ("csqa", {"prompt": "1", "choices": ["2", "3"], "completion": "4"}, "makes no example"),
+        ("csqa", {"question": "1", "choices": ["2", "3"], "answer": -1}, "-1 is no index"),
+        ("csqa", {"question": "1", "choices": ["2", "3"], "answer": 2}, "makes no example"),
+        ("en-de", {"translation": None}, "makes no example"),
     ],
 )
 def test_rows_that_do_not_suit_the_task_are_one_error(name, row, told, tmp_path):

@@ -147,7 +147,8 @@ def read_row(row: dict[str, Any]) -> Example | None:
             the completion or answer is one of them, or its index.
 
     Raises:
-        KeyError: it has none of these columns.
+        KeyError, TypeError, AttributeError: it has none of these columns, or no value there.
+        ValueError, IndexError: the answer is not among the choices.
     """
     row = row.get("translation", row)
     if "completion" in row:
@@ -161,6 +162,8 @@ def read_row(row: dict[str, Any]) -> Example | None:
     if "choices" not in row:
         return Example(prompt.strip(), f" {right.strip()}")
     answer = right if isinstance(right, int) else row["choices"].index(right)
+    if answer < 0:
+        raise ValueError(f"the answer {answer} is no index of a choice")
     return choice(prompt, row["choices"], answer)
 
 

@@ -263,7 +263,7 @@ def _read_rows(task: Task, source: str, rows: Iterable[dict]) -> list[Example]:
     for index, row in enumerate(rows):
         try:
             example = sources.read_row(row)
-        except (KeyError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"task {task.name!r}: row {index} of {source} has the columns "
                 f"{', '.join(row)} and makes no example ({error!r}); wanted: 'prompt' and "
