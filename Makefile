@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 		"$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[demo,dev]'
+		--editable '.[experiments,dev]'
 	@touch $@
 
 demo: $(STAMP)

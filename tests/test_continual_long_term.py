@@ -175,6 +175,20 @@ def test_resuming_equals_an_uninterrupted_run(kind, tmp_path):
         run(str(tmp_path / "checkpoint-2"))
 
 
+def test_the_next_task_goes_on_from_the_values_of_the_one_before(tmp_path):
+    first = LongTermMemory()
+    model = adapted()
+    trainer(tmp_path / "first", model, [first], max_steps=2).train()
+    first.save(tmp_path / "kept.safetensors")
+    second = LongTermMemory(start=tmp_path / "kept.safetensors")
+    trainer(tmp_path / "second", model, [second], max_steps=1).train()
+    for name, value in parameters(model).items():
+        expected = 0.99 * first.values[name] + 0.01 * value
+        torch.testing.assert_close(second.values[name], expected)
+    with pytest.raises(ValueError, match="long-term memory in"):
+        trainer(tmp_path / "third", adapted("secura"), [second], max_steps=1).train()
+
+
 def test_the_best_checkpoint_brings_its_long_term_values(tmp_path):
     model, memory = adapted(), LongTermMemory(ema=0.5)
     run = trainer(

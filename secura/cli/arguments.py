@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import textwrap
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from secura._extras import require
+from secura.cli.docstrings import docstring_entries
 from secura.cli.errors import Parser, UserError, one_line, refuse_unknown, suggest
 from secura.cli.models import DTYPES
 
@@ -125,7 +125,7 @@ def adapter_arguments() -> type:
     from secura.config import AdapterConfig
 
     types = get_type_hints(AdapterConfig)
-    texts = _docstring_entries(AdapterConfig.__doc__ or "")
+    texts = docstring_entries(AdapterConfig.__doc__ or "")
     own = [
         (entry.name, types[entry.name], _with_help(entry.default, texts[entry.name]))
         for entry in fields(AdapterConfig)
@@ -136,14 +136,6 @@ def adapter_arguments() -> type:
 
 def _with_help(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text.replace("%", "%%")})
-
-
-def _docstring_entries(docstring: str) -> dict[str, str]:
-    """The entries of a Google-style docstring's `Args:`, each on one line."""
-    section = re.search(r"^ *Args:\n(.*?)(?:\n\n|\Z)", docstring, re.DOTALL | re.MULTILINE)
-    body = textwrap.dedent(section[1]) if section else ""
-    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", body, re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
 
 
 def print_help() -> None:

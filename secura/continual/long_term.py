@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
     Args:
         ema: share of the long-term values that a step keeps, from 0 to 1.
         weight: of the MSE, 0 or more. 0 costs no forward pass: the average alone is kept.
+        start: file of :meth:`save` to go on from, such as the task before's; None starts at the
+            model's parameters.
 
     Attributes:
         values: the long-term values by parameter name, fp32; empty before training.
@@ -62,13 +65,19 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
             returns no loss to add to, or that is no causal language model.
     """
 
-    def __init__(self, ema: float = 0.99, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        ema: float = 0.99,
+        weight: float = 1.0,
+        start: str | os.PathLike[str] | None = None,
+    ) -> None:
         if not 0 <= ema <= 1:
             raise ValueError(f"ema={ema} must be from 0 to 1")
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight={weight} must be a finite number, 0 or more")
         self.ema = ema
         self.weight = weight
+        self.start = start
         self.values: dict[str, Tensor] = {}
 
     def on_train_begin(
@@ -85,6 +94,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
             )
         if state.global_step:
             self._read(_file(args, state), model)
+        elif self.start is not None:
+            self.values = placed(read(self.start), model, f"the long-term memory in {self.start}")
         else:
             self.values = {n: p.detach().float().clone() for n, p in trainable(model).items()}
         self.detach(model)
@@ -120,6 +131,10 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         handle = _hooks.pop(model, None)
         if handle is not None:
             handle.remove()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the values as safetensors, whole or not at all."""
+        write(self.values, path)
 
     def copy_to(self, model: nn.Module) -> None:
         """Make the long-term values the model's.

@@ -43,6 +43,11 @@ class Cell:
         return replace(self, method=name)
 
     @property
+    def root(self) -> str:
+        """The method of the first task's cell, which this one goes back to."""
+        return replace(self, tasks=self.tasks[:1]).canonical.method
+
+    @property
     def path(self) -> Path:
         """Where the cell lies in a results folder."""
         if not self.tasks:
@@ -121,6 +126,15 @@ def cells(
     return list(dict.fromkeys([BASE_CELL, *wanted]))
 
 
+def split(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """The `index`-th of `count` parts of a grid; cells that start from one another stay together.
+
+    Every part has the untouched model's cell.
+    """
+    roots = sorted({cell.root for cell in cells if cell.tasks})
+    return [c for c in cells if not c.tasks or roots.index(c.root) % count == index]
+
+
 def rate_search(methods: Sequence[str], task: str, seed: int) -> Iterator[Cell]:
     """The cells among which each method's own best rate is chosen: one task, one seed."""
     seen = dict.fromkeys(
@@ -131,4 +145,4 @@ def rate_search(methods: Sequence[str], task: str, seed: int) -> Iterator[Cell]:
     yield from seen
 
 
-__all__ = ["BASE_CELL", "EXPERIMENTS", "Cell", "Experiment", "cells", "rate_search"]
+__all__ = ["BASE_CELL", "EXPERIMENTS", "Cell", "Experiment", "cells", "rate_search", "split"]

@@ -24,6 +24,7 @@ class Settings:
         test_examples: scored of each task.
         probe_examples: scored of each probe.
         text_examples: general texts scored.
+        answer_tokens: of a written answer at most, where the task allows more.
         target_modules: layers the adapters are on.
         rank: CUR rank m of SECURA.
         inner_rank: inner rank r of SECURA; None is 2 m.
@@ -53,13 +54,14 @@ class Settings:
     test_examples: int = 64
     probe_examples: int = 64
     text_examples: int = 24
+    answer_tokens: int = 256
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     rank: int = 64
     inner_rank: int | None = None
     lora_rank: int = 8
     replay_size: int = 256
     replay_share: float = 0.2
-    ewc_lambda: float = 100.0
+    ewc_lambda: float = 1000.0
     ewc_examples: int = 32
     long_term_ema: float = 0.99
     long_term_weight: float = 1.0
@@ -92,8 +94,7 @@ class Settings:
         }
 
 
-SEQUENCE = ("gsm8k", "logiqa", "arc-easy")
-PROBES = ("mmlu", "arc-challenge", "hellaswag", "triviaqa")
+PROBES = ("mmlu", "arc-easy", "hellaswag", "triviaqa")
 
 PRESETS: dict[str, tuple[Settings, tuple[int, ...]]] = {
     "smoke": (
@@ -118,9 +119,13 @@ PRESETS: dict[str, tuple[Settings, tuple[int, ...]]] = {
     "small": (
         Settings(
             model="smollm2-135m",
-            tasks=SEQUENCE,
+            tasks=("gsm8k", "csqa", "openbookqa"),
             probes=PROBES,
             steps=40,
+            test_examples=40,
+            probe_examples=40,
+            text_examples=16,
+            answer_tokens=128,
             dtype="bf16",
             save_steps=20,
         ),

@@ -1,0 +1,17 @@
+"""Flags' help out of docstrings, so that a setting is described once."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+
+def docstring_entries(docstring: str) -> dict[str, str]:
+    """The entries of a Google-style docstring's `Args:`, each on one line."""
+    section = re.search(r"^ *Args:\n(.*?)(?:\n\n|\Z)", docstring, re.DOTALL | re.MULTILINE)
+    body = textwrap.dedent(section[1]) if section else ""
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", body, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+
+
+__all__ = ["docstring_entries"]

@@ -1,0 +1,169 @@
+"""What every cell of a run shares: base model, tokenizer, tasks, probes and general text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from secura._extras import require
+from secura.cli import models
+from secura.cli.errors import UserError, one_line
+from secura.experiments import smoke, tasks
+from secura.experiments.examples import Example, TaskData
+from secura.experiments.grid import Cell
+from secura.experiments.presets import Settings
+
+
+@dataclass
+class Material:
+    """Loads on demand and keeps what several cells use.
+
+    Args:
+        settings: the run's.
+        datasets: data sets that replace packaged ones, by task.
+    """
+
+    settings: Settings
+    datasets: dict[str, str] = field(default_factory=dict)
+    _tasks: dict[tuple[str, int], TaskData] = field(default_factory=dict, repr=False)
+
+    def check(self) -> None:
+        """Look at what can be wrong before anything is computed.
+
+        Raises:
+            ValueError: a task that does not exist, or a model without one of the targeted layers.
+            UserError: there is no such model.
+        """
+        for name in self.scored:
+            if name not in smoke.METRICS:
+                tasks.get_task(name)
+        names = [name for name, _ in self._skeleton().named_modules()]
+        for target in self.settings.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                last = sorted({name.rpartition(".")[2] for name in names if "layers.0." in name})
+                raise ValueError(
+                    f"the model {self.settings.model!r} has no layer {target!r}; its layers are "
+                    f"{', '.join(last)}: choose some with --target_modules"
+                )
+
+    def _skeleton(self) -> Any:
+        """The model without its weights."""
+        if self.settings.model == smoke.MODEL:
+            return smoke.load_model()
+        transformers = require("transformers", "experiments")
+        folder = models.resolve_model(self.settings.model)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {self.settings.model!r}: {one_line(error)}") from error
+        with require("torch", "experiments").device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, which pads with its end token where it has no padding token."""
+        if self.settings.model == smoke.MODEL:
+            return smoke.load_tokenizer()
+        tokenizer = models.load_tokenizer(self.settings.model)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self, folder: str | None = None) -> Any:
+        """A fresh base model, on the CPU, its frozen weights in the run's dtype.
+
+        With `folder`, whose weights it takes instead, they are fp32, as they were trained.
+        """
+        torch = require("torch", "experiments")
+        if self.settings.model == smoke.MODEL and folder is None:
+            return smoke.load_model()
+        # scaled_dot_product_attention is the slower one in bf16 on CPUs
+        eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+        half = self.settings.dtype == "bf16" and folder is None
+        dtype = torch.bfloat16 if half else torch.float32
+        return models.load_model(folder or self.settings.model, dtype=dtype, **eager)
+
+    def task(self, name: str, seed: int) -> TaskData:
+        """A task's examples; validation examples are the last of `train`."""
+        key = (name, seed)
+        if key not in self._tasks:
+            settings = self.settings
+            counts = (
+                settings.train_examples + settings.validation_examples,
+                settings.test_examples,
+            )
+            if name in settings.probes:
+                counts = (0, settings.probe_examples)
+            if name in smoke.METRICS:
+                self._tasks[key] = smoke.load_task(name, *counts, seed)
+            else:
+                hub = self.datasets.get(name)
+                self._tasks[key] = tasks.load_task(name, *counts, seed=seed, hub=hub)
+        return self._tasks[key]
+
+    def metric(self, name: str) -> tuple[str, int]:
+        """How a task is scored, and the longest answer to generate, in tokens."""
+        if name in smoke.METRICS:
+            return smoke.METRICS[name], 8
+        task = tasks.TASKS[name]
+        return task.metric, min(task.max_new_tokens, self.settings.answer_tokens)
+
+    @cached_property
+    def text(self) -> list[str]:
+        """General text, for its cross-entropy."""
+        load = smoke.load_text if self.settings.model == smoke.MODEL else tasks.load_text
+        return load(self.settings.text_examples)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Every task and probe, in order."""
+        return tuple(dict.fromkeys((*self.settings.tasks, *self.settings.probes)))
+
+    def describe(self, cell: Cell) -> dict[str, Any]:
+        """Where the data of a cell come from, how much of them is used, and their checksums."""
+        described = {}
+        for name in self.scored:
+            data = self.task(name, cell.seed)
+            about = {} if name in smoke.METRICS else tasks.describe(name, self.datasets.get(name))
+            described[name] = about | {
+                "train": len(data.train),
+                "test": len(data.test),
+                "sha256": data.checksum,
+            }
+        return described
+
+    def train_features(self, name: str, seed: int) -> tuple[list[dict], tuple[Example, ...]]:
+        """A task's tokenised training examples, and its validation examples.
+
+        Raises:
+            ValueError: fewer than a batch are short enough.
+        """
+        examples = self.task(name, seed).train
+        held = self.settings.validation_examples
+        features = to_features(examples[:-held], self.tokenizer, self.settings.max_tokens)
+        if len(features) < self.settings.batch_size:
+            raise ValueError(
+                f"task {name!r} has {len(features)} training examples of at most "
+                f"{self.settings.max_tokens} tokens, fewer than a batch: raise max_tokens"
+            )
+        return features, examples[-held:]
+
+
+def to_features(
+    examples: Sequence[Example], tokenizer: Any, max_tokens: int
+) -> list[dict[str, list[int]]]:
+    """Token ids and labels, the prompt's being ignored; longer examples are left out."""
+    features = []
+    for example in examples:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *completion, tokenizer.eos_token_id]
+        if len(ids) <= max_tokens:
+            labels = [-100] * len(prompt) + ids[len(prompt) :]
+            features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return features
+
+
+__all__ = ["Material", "to_features"]

@@ -1,0 +1,221 @@
+"""Runs a grid of cells: each once, on whichever process gets to it, going on where one stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secura import machine
+from secura.assets import ASSETS
+from secura.cli.errors import USER_ERRORS, one_line
+from secura.experiments import stage
+from secura.experiments.board import Board
+from secura.experiments.grid import Cell
+from secura.experiments.material import Material
+from secura.experiments.methods import METHODS
+from secura.experiments.store import BusyError, Store, need_space
+from secura.experiments.team import Team
+
+PACKAGES = ("secura", "torch", "transformers", "peft", "lm_eval", "numpy")
+MEASURED = ("secura", "secura_kernels")
+ADAPTER_BYTES = 500_000_000
+BYTES_A_PARAMETER = 4 + 12
+
+
+@dataclass
+class Outcome:
+    """How many cells ended in which way."""
+
+    done: int = 0
+    kept: int = 0
+    failed: int = 0
+    left: int = 0
+
+    def describe(self, out: Path) -> str:
+        """One line for people."""
+        parts = [f"{self.done} cells computed", f"{self.kept} there before"]
+        parts += [f"{self.failed} failed"] if self.failed else []
+        if self.left:
+            parts.append(f"{self.left} left to another process, or start from a cell that failed")
+        return f"{', '.join(parts)}; next: secura experiment report --out {out}"
+
+
+class Runner:
+    """Computes cells and keeps their figures.
+
+    Args:
+        store: where.
+        material: model and data.
+        board: what is shown meanwhile.
+        team: the processes that share each cell's training.
+        retry_failed: whether cells that failed before are tried again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        material: Material,
+        board: Board,
+        team: Team,
+        *,
+        retry_failed: bool = False,
+    ) -> None:
+        self.store, self.material, self.board, self.team = store, material, board, team
+        self.retry_failed = retry_failed
+        self.outcome = Outcome()
+        self._seen: set[Cell] = set()
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Computes those of `cells` that are not there yet, parents first.
+
+        A cell that fails is recorded and the others go on. One that another process is at, or that
+        starts from such a one, is left to it.
+        """
+        left = [cell for cell in dict.fromkeys(cells) if cell not in self._seen]
+        self.board.expect(len(left))
+        while left:
+            passed_over = [cell for cell in left if not self._attempt(cell)]
+            if len(passed_over) == len(left):
+                break
+            left = passed_over
+        self.outcome.left += len(left)
+
+    def _attempt(self, cell: Cell) -> bool:
+        """Whether the cell needs no more attempts by this process."""
+        record = self.store.record(cell)
+        known = record is not None and (record["status"] == "done" or not self.retry_failed)
+        if self.team.agree(known):
+            self._seen.add(cell)
+            self.outcome.kept += 1
+            self.board.finished(cell)
+            return True
+        parent = cell.parent
+        if parent is not None and not self.team.agree(self.store.is_done(parent)):
+            return False
+        with ExitStack() as stack:
+            if not self.team.agree(self._claim(cell, stack)):
+                return False
+            self._seen.add(cell)
+            self.board.cell(cell.title)
+            record = self._compute(cell)
+            if self.team.is_main:
+                self.store.write(cell, record)
+            self.team.wait()
+        failed = record["status"] == "failed"
+        self.outcome.failed += failed
+        self.outcome.done += not failed
+        self.board.finished(cell, record)
+        return True
+
+    def _claim(self, cell: Cell, stack: ExitStack) -> bool:
+        """Whether the cell is this process's to compute, which `stack` then holds."""
+        if not self.team.is_main:
+            return False
+        try:
+            stack.enter_context(self.store.claim(cell))
+        except BusyError:
+            return False
+        return self.retry_failed or self.store.record(cell) is None
+
+    def _compute(self, cell: Cell) -> dict[str, Any]:
+        """The cell's record: its figures, or why there are none."""
+        start = time.perf_counter()
+        try:
+            figures = {"status": "done", **self._figures(cell)}
+        except (*USER_ERRORS, ArithmeticError) as error:
+            if isinstance(error, OSError):
+                raise
+            figures = {"status": "failed", "error": one_line(error)}
+        seconds = figures.pop("seconds", {}) | {"total": time.perf_counter() - start}
+        return {
+            **figures,
+            "seconds": seconds,
+            "settings": self.material.settings.as_json(),
+            "environment": environment(self.material.settings.model),
+        }
+
+    def _figures(self, cell: Cell) -> dict[str, Any]:
+        material, folder = self.material, self.store.folder(cell)
+        seconds: dict[str, float] = {}
+        if not cell.tasks:
+            model = material.load_model()
+            self.board.scoring(len(material.scored) + 1)
+            start = time.perf_counter()
+            figures = stage.score(cell, model, material, self.board.part)
+            return {**figures, "data": material.describe(cell), "seconds": _since(start, "scoring")}
+        need_space(folder, self._bytes(cell))
+        parent = self.store.folder(cell.parent) if cell.parent else None
+        self.board.training(material.settings.steps)
+        model, strategy, training = stage.train(cell, material, folder, parent, self.board.step)
+        seconds["training"] = training.pop("seconds")
+        figures: dict[str, Any] = {}
+        if self.team.is_main:
+            stage.finish(cell, model, strategy, folder)
+            self.board.scoring(len(material.scored) + 2)
+            start = time.perf_counter()
+            with strategy.inferring(model):
+                figures = stage.score(cell, model, material, self.board.part)
+                seconds |= _since(start, "scoring")
+                if len(cell.tasks) == 1:
+                    start = time.perf_counter()
+                    figures["spectra"] = stage.spectra(model, material)
+                    seconds |= _since(start, "spectra")
+            training["validation_loss"] = figures.pop("validation_loss")
+            stage.clean(folder)
+        return {
+            "data": material.describe(cell),
+            "training": training,
+            **figures,
+            "seconds": seconds,
+        }
+
+    def _bytes(self, cell: Cell) -> int:
+        """What a cell may need on the disk: checkpoints hold a trained model's optimizer too."""
+        if METHODS[cell.method].make_config is not None:
+            return ADAPTER_BYTES
+        return (
+            2 * BYTES_A_PARAMETER * sum(p.numel() for p in self.material.load_model().parameters())
+        )
+
+
+def environment(model: str) -> dict[str, Any]:
+    """Where the figures were made, and of which model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        **machine.versions(PACKAGES),
+        "commit": machine.commit(*MEASURED),
+        "machine": machine.describe(device),
+        "model": ASSETS[model].describe() if model in ASSETS else model,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def best_rates(store: Store, cells: Sequence[Cell]) -> dict[str, float]:
+    """For each method the rate of the cell with the least validation loss; none where none is done.
+
+    Args:
+        store: where the cells' figures lie.
+        cells: one task, one seed, several rates of each method.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for cell in cells:
+        record = store.record(cell)
+        if record is None or record["status"] != "done":
+            continue
+        found = (record["training"]["validation_loss"], cell.learning_rate)
+        best[cell.method] = min(best.get(cell.method, found), found)
+    return {method: rate for method, (_, rate) in best.items()}
+
+
+def _since(start: float, what: str) -> dict[str, float]:
+    return {what: time.perf_counter() - start}
+
+
+__all__ = ["Outcome", "Runner", "best_rates", "environment"]
