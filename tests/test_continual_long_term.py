@@ -294,3 +294,11 @@ def test_sft_trainer_trains_as_trainer_does(tmp_path):
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-3)
     assert losses(plain)[1:] != pytest.approx(runs[1][0][1:], rel=1e-3)
     torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-2, atol=1e-4)
+
+
+def test_sft_trainers_random_state_is_that_of_a_plain_run(tmp_path):
+    states = []
+    for callbacks in ([], [LongTermMemory()]):
+        sft(tmp_path, adapted(dropout=0.5), callbacks, max_steps=1).train()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
