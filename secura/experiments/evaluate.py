@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
-import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.experiments.answers import METRICS
 from secura.experiments.examples import Example
 
+_TOKENS = 1024  # read at once, padding included: bounds what logits and attention take
 _LOGITS = 256  # rows of the vocabulary's width whose softmax is held at once
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
 
 class Scorer:
@@ -38,7 +35,7 @@ class Scorer:
         model: a transformers causal language model with eager or SDPA attention, or a PEFT model
             of one; it is scored where it is, with the adapters that are active.
         tokenizer: its tokenizer; it is not changed.
-        batch_size: examples at once.
+        batch_size: examples at once, fewer where they are long.
         dtype: ``"bf16"`` for autocast to bfloat16, ``"fp32"`` for the model's own dtype.
 
     Raises:
@@ -70,8 +67,8 @@ class Scorer:
             examples: at least one.
             metric: ``"accuracy"`` for multiple choice; ``"exact_match"``, ``"rouge_l"`` or
                 ``"bleu"`` for answers that are written.
-            max_new_tokens: of a written answer, which also ends where the model ends it, and at
-                the first blank line (at the first line's end where no right answer has several).
+            max_new_tokens: of a written answer. It ends sooner where the model ends it or a line
+                ends; where a right answer has several lines, where the next prompt would begin.
             on_batch: called after each batch.
 
         Returns:
@@ -83,7 +80,7 @@ class Scorer:
               ``margin`` and ``margin_norm``, mean log-likelihood of the right choice less that of
               the best wrong one, in nats and in nats a byte. Ties and NaN count as wrong.
             - for ``"exact_match"``: ``exact_match``, the share of right answers, see
-              :func:`is_match`.
+              :func:`secura.experiments.answers.is_match`.
             - for ``"rouge_l"``: ``rouge_l``, mean F-measure of the longest common subsequence of
               stemmed words, 0 to 1.
             - for ``"bleu"``: ``bleu`` and ``chrf`` over all answers, sacreBLEU's figures over 100.
@@ -102,7 +99,11 @@ class Scorer:
         return METRICS[metric](examples, answers) | {"loss": loss, "n": len(examples)}
 
     def loss(self, examples: Sequence[Example]) -> float:
-        """Mean cross-entropy of the right completions, nats a token."""
+        """Mean cross-entropy of the right completions, nats a token; NaN where a logit is.
+
+        Raises:
+            ValueError: no examples, or one without tokens.
+        """
         prompts = [example.prompt for example in examples]
         right = [[example.completion] for example in examples]
         return _mean_loss(self._likelihoods(prompts, right, _nothing))
@@ -128,7 +129,7 @@ class Scorer:
         scored = self._score_rows(rows, _nothing)
         loss = _mean_loss(scored)
         tokens = sum(likelihood.tokens for (likelihood,) in scored)
-        perplexity = math.exp(loss) if loss < 700 else loss if math.isnan(loss) else math.inf
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
         return {"loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(rows)}
 
     def _choose(self, examples: Sequence[Example], done: Callable[[], None]) -> dict[str, float]:
@@ -142,10 +143,10 @@ class Scorer:
             by_byte.append(_margin(values / sizes, example.answer))
         right = [[row[e.answer]] for row, e in zip(scored, examples, strict=True)]
         return {
-            "accuracy": _mean(margin > 0 for margin in margins),
-            "accuracy_norm": _mean(margin > 0 for margin in by_byte),
-            "margin": _mean(margins),
-            "margin_norm": _mean(by_byte),
+            "accuracy": fmean(margin > 0 for margin in margins),
+            "accuracy_norm": fmean(margin > 0 for margin in by_byte),
+            "margin": fmean(margins),
+            "margin_norm": fmean(by_byte),
             "loss": _mean_loss(right),
             "n": len(examples),
         }
@@ -171,11 +172,14 @@ class Scorer:
     def _score_rows(
         self, rows: Sequence[_Row], done: Callable[[], None]
     ) -> list[list[_Likelihood]]:
+        if not rows:
+            raise ValueError("there are no examples to score")
         order = sorted(range(len(rows)), key=lambda index: -rows[index].length)
         scored: dict[int, list[_Likelihood]] = {}
         with torch.no_grad(), _evaluating(self.model):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            while order:
+                size = min(self.batch_size, max(1, _TOKENS // rows[order[0]].length))
+                batch, order = order[:size], order[size:]
                 losses = self._losses([rows[index] for index in batch])
                 for index in batch:
                     sizes = [len(completion) for completion in rows[index].completions]
@@ -212,8 +216,9 @@ class Scorer:
     ) -> list[str]:
         """Greedy answers, without what separates them from the prompt."""
         instance = require("lm_eval.api.instance", "experiments").Instance
-        one_line = not any("\n" in example.completion.strip() for example in examples)
-        settings = {"until": ["\n" if one_line else "\n\n"], "max_gen_toks": max_new_tokens}
+        several_lines = any("\n" in example.completion.strip() for example in examples)
+        end = "\n" + examples[0].prompt.split(maxsplit=1)[0] if several_lines else "\n"
+        settings = {"until": [end], "max_gen_toks": max_new_tokens}
         requests = [
             instance("generate_until", {}, (example.prompt, settings), index)
             for index, example in enumerate(examples)
@@ -325,65 +330,7 @@ def _harness(model: nn.Module, tokenizer: Any, batch_size: int, dtype: str) -> A
         log.setLevel(level)
 
 
-def is_match(example: Example, answer: str) -> bool:
-    """Whether a written answer is right.
-
-    Against `references`, where the example has any: the answer's first line is one of them, letter
-    case, punctuation and articles aside. Else its number is the completion's, see
-    :func:`final_number`.
-    """
-    if example.references:
-        return _normalised(answer) in {_normalised(text) for text in example.references}
-    number = final_number(answer)
-    return number is not None and number == final_number(example.completion)
-
-
-def final_number(text: str) -> Decimal | None:
-    """The last number on the first line after ``####``, or of the text where that has none."""
-    marked = _NUMBER.findall(text.partition("####")[2].strip().partition("\n")[0])
-    numbers = marked or _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-def _normalised(text: str) -> str:
-    first_line = text.strip().partition("\n")[0]
-    return " ".join(_ARTICLES.sub(" ", first_line.lower().translate(_PUNCTUATION)).split())
-
-
-def _exact_match(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    pairs = zip(examples, answers, strict=True)
-    return {"exact_match": _mean(is_match(example, answer) for example, answer in pairs)}
-
-
-def _rouge_l(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    scorer = require("rouge_score.rouge_scorer", "experiments").RougeScorer(
-        ["rougeL"], use_stemmer=True
-    )
-    pairs = zip(examples, answers, strict=True)
-    scores = (scorer.score(example.completion, answer)["rougeL"] for example, answer in pairs)
-    return {"rouge_l": _mean(score.fmeasure for score in scores)}
-
-
-def _bleu(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
-    sacrebleu = require("sacrebleu", "experiments")
-    references = [[example.completion.strip() for example in examples]]
-    return {
-        "bleu": sacrebleu.corpus_bleu(answers, references).score / 100,
-        "chrf": sacrebleu.corpus_chrf(answers, references).score / 100,
-    }
-
-
-METRICS: dict[str, Callable[[Sequence[Example], Sequence[str]], dict[str, float]]] = {
-    "exact_match": _exact_match,
-    "rouge_l": _rouge_l,
-    "bleu": _bleu,
-}
-"""What is computed from examples and the answers written to them, by metric."""
-
-
 def _check(examples: Sequence[Example], metric: str, max_new_tokens: int) -> None:
-    if not examples:
-        raise ValueError("there are no examples to score")
     if metric == "accuracy":
         if any(len(example.choices) < 2 for example in examples):
             raise ValueError("accuracy needs examples with at least two choices")
@@ -404,13 +351,8 @@ def _mean_loss(scored: Sequence[Sequence[_Likelihood]]) -> float:
     return -total / sum(likelihood.tokens for likelihood in likelihoods)
 
 
-def _mean(values: Any) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers)
-
-
 def _nothing() -> None:
     pass
 
 
-__all__ = ["METRICS", "Scorer", "final_number", "is_match"]
+__all__ = ["Scorer"]
