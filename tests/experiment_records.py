@@ -84,12 +84,12 @@ def record(cell: Cell, settings: Settings = SETTINGS) -> dict[str, Any]:
     if not base:
         made["training"] = training(cell, settings, rate, draw)
         if len(cell.tasks) == 1:
-            made["spectra"] = spectra(rate * LEARNS.get(cell.method, 0.6), draw)
+            made["spectra"] = spectra(cell.method, rate, draw)
     return made
 
 
 def training(cell: Cell, settings: Settings, rate: float, draw: random.Random) -> dict[str, Any]:
-    parts = {"full": ["weights"], "cur-lora": ["B"], "dora": ["lora_A", "lora_B", "magnitude"]}
+    parts = {"full": ["weights"], "cur-lora": ["B"], "dora": ["lora_A", "lora_B", "lora_magnitude"]}
     names = parts.get(cell.method, ["A", "B"])
     norms = {
         part: [draw.lognormvariate(-2 * place, 0.3) for _ in range(settings.steps)]
@@ -107,7 +107,8 @@ def training(cell: Cell, settings: Settings, rate: float, draw: random.Random) -
     }
 
 
-def spectra(size: float, draw: random.Random) -> list[dict[str, Any]]:
+def spectra(method: str, rate: float, draw: random.Random) -> list[dict[str, Any]]:
+    size = rate * LEARNS.get(method, 0.6)
     return [
         {
             "name": f"model.layers.{layer}.self_attn.{kind}",
@@ -116,7 +117,7 @@ def spectra(size: float, draw: random.Random) -> list[dict[str, Any]]:
             "change": 0.01 * size * draw.lognormvariate(0, 0.1) * (1 + layer / 30),
             "stable_rank_before": 20.0, "stable_rank_after": 19.5,
             "effective_rank_change": draw.uniform(2, 40), "new_directions": draw.randrange(8),
-            "inexact": False,
+            "inexact": "activation" in method,
         }
         for layer in range(30)
         for kind in ("q_proj", "v_proj")

@@ -33,7 +33,14 @@ LOOKS: dict[str, tuple[str, str]] = {
     "i-lora": ("#00875F", "P"),
     "full": (GREY, "h"),
 }
-PARTS = {"A": "#1F6FB2", "B": "#E08A00"}
+PARTS = {
+    "A": ("A", "#1F6FB2"),
+    "B": ("B", "#E08A00"),
+    "lora_A": ("A", "#1F6FB2"),
+    "lora_B": ("B", "#E08A00"),
+    "lora_magnitude": ("m", GREY),
+    "weights": ("W", GREY),
+}
 _LAYER = re.compile(r"\.(\d+)\.")
 _SIDES = [(x, y) for y in (1, -1, 0) for x in (1, -1, 0) if (x, y) != (0, 0)]
 
@@ -115,20 +122,22 @@ def gradient_norms(run: Run) -> Any:
         for part, curves in norms.items():
             steps = range(1, len(curves[0]) + 1)
             at_step = list(zip(*curves, strict=True))
-            colour = PARTS.get(part, GREY)
+            name, colour = PARTS.get(part, (part, GREY))
             means = [mean(values) for values in at_step]
             axes.plot(steps, means, color=colour, linewidth=1.5)
             bounds = [min(v) for v in at_step], [max(v) for v in at_step]
             axes.fill_between(steps, *bounds, color=colour, alpha=0.2, linewidth=0)
             axes.annotate(
-                part.replace("_vector", ""), (steps[-1], means[-1]), xytext=(0, 5), color=colour,
-                textcoords="offset points", ha="right", fontsize=9, weight="bold",
+                name, (steps[-1], means[-1]), xytext=(4, 0), textcoords="offset points",
+                va="center", color=colour, fontsize=9, weight="bold", annotation_clip=False,
             )  # fmt: skip
         axes.set_title(_short(entry), fontsize=9)
         axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelbottom=True)
-    figure.supxlabel("step", fontsize=10)
+    figure.supxlabel(
+        "step (A, B: the adapter's factors, m: DoRA's magnitudes, W: all weights)", fontsize=10
+    )
     figure.supylabel("L2 norm of the gradients (log)", fontsize=10)
     return figure
 
@@ -153,7 +162,8 @@ def sequence_maps(
         entry: [[sign * (v - b) for v, b in zip(row, start, strict=True)] for row in matrix]
         for entry, matrix in maps.items()
     }
-    limit = max(abs(rows_[i][i]) for rows_ in changes.values() for i in range(len(start))) or 1.0
+    gains = [matrix[i][i] for matrix in changes.values() for i in range(len(start))]
+    limit = max([gain for gain in gains if gain > 0], default=1.0)
     for axes, (entry, matrix) in zip(panels, maps.items(), strict=False):
         shown = [[0.0] * len(start), *changes[entry]] if base else changes[entry]
         values = [base, *matrix] if base else matrix
@@ -244,7 +254,7 @@ def _draw_lines(
     places = {label: inside for label, inside in places.items() if inside}
     axes.margins(x=0.1, y=0.12)
     if outside:
-        axes.set_title(f"not shown: {'; '.join(outside)}", fontsize=7, color=GREY, y=-0.2)
+        axes.set_xlabel(f"far to the left: {'; '.join(outside)}", fontsize=7.5, color=GREY)
     return places
 
 
@@ -261,7 +271,7 @@ def _label(axes: Any, places: Mapping[tuple[str, str], Sequence[tuple[float, flo
         size = np.array(probe.get_window_extent(renderer).size)
         probe.remove()
         trials: list[tuple[Any, ...]] = []
-        for place, distance, side in product(reversed(line), (8, 20, 34), _SIDES):
+        for place, distance, side in product(reversed(line), (8, 14, 20, 28, 36), _SIDES):
             start = axes.transData.transform(place) + point * distance * np.array(side)
             low = start - size * [(0.5, 0, 1)[at] for at in side]
             covered = ((inked >= low) & (inked <= low + size)).all(axis=1).sum()
@@ -333,7 +343,7 @@ def _norms(run: Run, entry: Entry) -> dict[str, list[Sequence[float]]]:
     for seed in run.seeds:
         record = run.record(entry.name, run.tasks[:1], run.rate, seed)
         for part, curve in record["training"]["gradient_norm_by_part"].items() if record else ():
-            found.setdefault(part.removeprefix("lora_"), []).append(curve)
+            found.setdefault(part, []).append(curve)
     return found
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from secura.experiments import sections
 from secura.experiments.grid import Cell
+from secura.experiments.markdown import NOTHING, Section, table
 from secura.experiments.methods import METHODS
-from secura.experiments.sections import Section, table
 from secura.experiments.summary import SHARES, Record, Run, is_done
 
 REPORT = "report.md"
@@ -121,7 +121,7 @@ def _reading(run: Run) -> Section:
         "## How to read the tables",
         "",
         f"- {spread}.",
-        f"- (n=…): so many seeds have the figure, of {count}; {sections.NOTHING}: none has.",
+        f"- (n=…): so many seeds have the figure, of {count}; {NOTHING}: none has.",
         "- Losses are cross-entropies in nats a token: lower is better. Scores go from 0 to 1.",
         *_standard_errors(run),
     ]
@@ -168,8 +168,12 @@ def _making(run: Run) -> Section:
             f"Commit {_listed(_environment(run, 'commit'))}; {', '.join(versions)}. The cells were "
             f"finished from {finished[0]} to {finished[-1]}.",
             "",
-            *table(["task", "source", "licence", "trained on", "tested on", "SHA256"], _data(run)),
-            *table(["setting", "value"], settings),
+            *table(
+                ["task", "source", "licence", "trained on", "tested on", "SHA256"],
+                _data(run),
+                align="---",
+            ),
+            *table(["setting", "value"], settings, align="---"),
         ]
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 from secura.experiments import plots
 from secura.experiments.estimates import estimate, mean, paired, transfer
+from secura.experiments.markdown import NOTHING, BySeed, Section, plain, show, table, title
+from secura.experiments.spectra import COSINE, TOP
 from secura.experiments.summary import (
     REFERENCE,
     AtEqualLearning,
@@ -17,67 +18,10 @@ from secura.experiments.summary import (
     loss,
 )
 
-NOTHING = "–"
-BySeed = Mapping[int, float]
-
-
-@dataclass
-class Section:
-    """A part of the report.
-
-    Args:
-        lines: Markdown.
-        pictures: PNGs by file name.
-    """
-
-    lines: list[str] = field(default_factory=list)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-
-    def picture(self, name: str, caption: str, content: bytes) -> None:
-        """Adds a picture below what is there."""
-        self.pictures[name] = content
-        self.lines += [f"![{caption}]({name})", ""]
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table, its first column to the left, and an empty line."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def show(run: Run, by_seed: BySeed, *, sign: str = "", flag: bool = False) -> str:
-    """A figure as mean ± half its interval, with the number of seeds where some are missing.
-
-    Args:
-        run: whose seeds it should have.
-        by_seed: the figure.
-        sign: ``"+"`` to write a plus.
-        flag: whether it is bold where its interval excludes 0.
-    """
-    found = estimate(by_seed)
-    if not found.values:
-        return NOTHING
-    text = f"{found.mean:{sign}z.3f}"
-    if found.half_width is not None:
-        text += f" ± {found.half_width:.3f}"
-    if flag and found.excludes_zero:
-        text = f"**{text}**"
-    return text if len(by_seed) == len(run.seeds) else f"{text} (n={len(by_seed)})"
-
-
-def plain(value: float | None) -> str:
-    """A figure without seeds."""
-    return NOTHING if value is None else f"{value:.3f}"
-
 
 def label(run: Run, task: str) -> str:
     """A task's score as a column: its name and metric."""
     return f"{task}, {(run.metric(task) or 'score').replace('_', ' ')}"
-
-
-def title(entry: Entry) -> str:
-    """A row's head, with the footnote's mark where it goes by several names."""
-    return f"{entry.title} ¹" if entry.shared else entry.title
 
 
 def found(run: Run) -> Section:
@@ -118,31 +62,39 @@ def singular_values(run: Run) -> Section:
     """exp0."""
     section = Section()
     columns = {
-        "‖σ‖ before": "norm_before",
-        "‖σ‖ after": "norm_after",
-        "‖ΔW‖/‖W‖": "change",
-        "effective rank of ΔW": "effective_rank_change",
-        "new directions": "new_directions",
+        "‖σ‖": ("norm_after", 3),
+        "Σσ": ("nuclear_after", 2),
+        "‖ΔW‖/‖W‖": ("change", 4),
+        "effective rank of ΔW": ("effective_rank_change", 1),
+        "new directions": ("new_directions", 2),
     }
-
-    def mean_of(key: str) -> Callable[[Record], float | None]:
-        def figure(record: Record) -> float | None:
-            weights = record.get("spectra")
-            return mean(weight[key] for weight in weights) if weights else None
-
-        return figure
-
-    section.lines += table(
-        ["method", *columns],
-        [
-            [
-                title(entry),
-                *(show(run, _first(run, entry, run.rate, mean_of(k))) for k in columns.values()),
-            ]
-            for entry in run.entries()
-        ],
-    )
-    if any(record.get("spectra") for record in run.records.values()):
+    before = next((r["spectra"] for r in run.records.values() if r.get("spectra")), None)
+    rows = []
+    if before:
+        norm, nuclear = (mean(w[key] for w in before) for key in ("norm_before", "nuclear_before"))
+        rows.append(["base model", f"{norm:.3f}", f"{nuclear:.2f}", "", "", ""])
+    for entry in run.entries():
+        row = [title(entry)]
+        for key, digits in columns.values():
+            figure = _spectral(key)
+            row.append(show(run, _first(run, entry, run.rate, figure), digits=digits))
+        rows.append(row)
+    section.lines += table(["method", *columns], rows)
+    section.lines += [
+        f"Means over the adapted weights after training on {run.tasks[0]} at rate {run.rate:g}; σ "
+        "are a weight's singular values, and ‖σ‖ is its Frobenius norm. *Effective rank* is exp of "
+        f"the entropy of σ / Σσ. *New directions*: how many of the {TOP} leading left singular "
+        f"vectors have an absolute cosine below {COSINE:g} with every one of the weight before "
+        "(intruder dimensions, arXiv 2410.21228).",
+        "",
+    ]
+    if inexact := _inexact(run):
+        section.lines += [
+            "No weight has the effect of these layers; shown is W + ΔW without the norm: "
+            f"{', '.join(inexact)}.",
+            "",
+        ]
+    if before:
         section.picture(
             "exp0-change.png",
             "Relative change of each layer's weight, by method",
@@ -308,6 +260,25 @@ def sequence(run: Run) -> Section:
                 plots.png(plots.sequence_maps, run, figure, lower_is_better=lower),
             )
     return section
+
+
+def _spectral(key: str) -> Callable[[Record], float | None]:
+    """The mean over a record's weights; None where it has no spectra."""
+    return lambda r: mean(w[key] for w in r["spectra"]) if r.get("spectra") else None
+
+
+def _inexact(run: Run) -> list[str]:
+    """Titles of the methods whose norm no weight can hold."""
+    return [
+        entry.title
+        for entry in run.entries()
+        if any(
+            weight["inexact"]
+            for seed in run.seeds
+            if (record := run.record(entry.name, run.tasks[:1], run.rate, seed))
+            for weight in record.get("spectra", ())
+        )
+    ]
 
 
 def _equal_row(run: Run, row: AtEqualLearning) -> list[str]:
