@@ -281,6 +281,16 @@ def test_the_frontier_has_a_point_for_every_rate():
         assert {text.get_text() for text in axes.texts} == {"base", "LoRA", "CABR only"}
 
 
+def test_what_was_never_begun_is_no_list_of_missing_cells(tmp_path):
+    cells = [BASE_CELL, Cell(0, TASKS[:1], "lora", RATE), Cell(0, TASKS[:1], "cabr", RATE)]
+    text = write_report([record(c) for c in cells], tmp_path, list(EXPERIMENTS)).read_text()
+    assert "3 done, 0 failed, 0 missing" in text
+    not_run = next(line for line in text.splitlines() if line.startswith("- not run: exp2"))
+    assert "exp5" in not_run and "DoRA" in not_run and "other learning rates" in not_run
+    assert "(exp0)" in text and "## One task each" not in text
+    assert "own best rate" not in text
+
+
 @pytest.mark.parametrize("kept", ["nothing done", "no base", "one seed"])
 def test_a_report_is_made_of_what_there_is(kept, tmp_path):
     cells = [cell for cell in grid(["lora", "cabr"], seeds=[0]) if kept != "no base" or cell.tasks]
@@ -290,4 +300,4 @@ def test_a_report_is_made_of_what_there_is(kept, tmp_path):
     assert " ± 0" not in text
     assert ("0 done" in text) == (kept == "nothing done")
     assert ("- missing: base" in text) == (kept == "no base")
-    assert "not run: DoRA" in text
+    assert "- not run: DoRA" in text

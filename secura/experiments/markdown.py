@@ -38,22 +38,24 @@ def table(
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def show(run: Run, by_seed: BySeed, *, sign: str = "", digits: int = 3, flag: bool = False) -> str:
+def show(
+    run: Run, by_seed: BySeed, *, sign: str = "", spec: str = ".3f", flag: bool = False
+) -> str:
     """A figure as mean ± half its interval, with the number of seeds where some are missing.
 
     Args:
         run: whose seeds it should have.
         by_seed: the figure.
         sign: ``"+"`` to write a plus.
-        digits: after the point.
+        spec: how numbers are written.
         flag: whether it is bold where its interval excludes 0.
     """
     found = estimate(by_seed)
     if not found.values:
         return NOTHING
-    text = f"{found.mean:{sign}z.{digits}f}"
+    text = f"{found.mean:{sign}z{spec}}"
     if found.half_width is not None:
-        text += f" ± {found.half_width:.{digits}f}"
+        text += f" ± {found.half_width:{spec}}"
     if flag and found.excludes_zero:
         text = f"**{text}**"
     return text if len(by_seed) == len(run.seeds) else f"{text} (n={len(by_seed)})"

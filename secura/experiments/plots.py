@@ -41,6 +41,8 @@ PARTS = {
     "lora_magnitude": ("m", GREY),
     "weights": ("W", GREY),
 }
+NEAR_ZERO = 0.1  # nats a token
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 _LAYER = re.compile(r"\.(\d+)\.")
 _SIDES = [(x, y) for y in (1, -1, 0) for x in (1, -1, 0) if (x, y) != (0, 0)]
 
@@ -61,9 +63,7 @@ def frontier(run: Run) -> Any:
         (text, run.text_rise, 0.0),
         (probes, run.retention, 1.0),
     ]
-    text.set(title="General text", ylabel="rise of its loss (nats a token, log)")
-    text.set_yscale("symlog", linthresh=0.1, linscale=1.5)
-    text.yaxis.set_major_formatter("{x:g}")
+    text.set(title="General text", ylabel="rise of its loss (nats a token)")
     text.invert_yaxis()
     probes.set(title="Basic knowledge", ylabel="share of the base model's score")
     probes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -77,6 +77,7 @@ def frontier(run: Run) -> Any:
         (axes, _draw_lines(axes, _lines(run, task, kept), run.rate, base))
         for axes, kept, base in measures
     ]
+    _stretch(text)
     figure.draw_without_rendering()
     for axes, points in drawn:
         _label(axes, points)
@@ -104,6 +105,7 @@ def change_by_layer(run: Run) -> Any:
             axes.plot(layers, means, color=colour, marker=marker, markersize=4, linewidth=1.4)
             ends.append((means[-1], _short(entry), colour))
         axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=kind, ylabel="‖ΔW‖ / ‖W‖ (log)")
         _label_ends(axes, ends)
     panels[-1].set_xlabel("decoder layer")
@@ -123,7 +125,7 @@ def gradient_norms(run: Run) -> Any:
             steps = range(1, len(curves[0]) + 1)
             at_step = list(zip(*curves, strict=True))
             name, colour = PARTS.get(part, (part, GREY))
-            means = [mean(values) for values in at_step]
+            means = [mean(values) or math.nan for values in at_step]  # a log axis has no 0
             axes.plot(steps, means, color=colour, linewidth=1.5)
             bounds = [min(v) for v in at_step], [max(v) for v in at_step]
             axes.fill_between(steps, *bounds, color=colour, alpha=0.2, linewidth=0)
@@ -258,6 +260,19 @@ def _draw_lines(
     return places
 
 
+def _stretch(axes: Any) -> None:
+    """Makes an axis of rises that differ widely logarithmic, but for those near zero."""
+    if max(map(abs, axes.get_ylim())) < 3 * NEAR_ZERO:
+        return
+    axes.set_yscale("symlog", linthresh=NEAR_ZERO, linscale=1.5)
+    axes.autoscale_view(scalex=False)
+    low, high = sorted(axes.get_ylim())
+    axes.set_yticks([tick for tick in (0, *TICKS, *(-t for t in TICKS)) if low < tick < high])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel(f"{axes.get_ylabel()}, log above {NEAR_ZERO:g}")
+
+
 def _label(axes: Any, places: Mapping[tuple[str, str], Sequence[tuple[float, float]]]) -> None:
     """Writes each line's name beside one of its points, where it covers least."""
     effects = require("matplotlib.patheffects", "experiments")
@@ -313,7 +328,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     gap = min(0.09, 1 / max(len(ordered), 1))
     places: list[float] = []
     for value, *_ in ordered:
-        at = math.log(value / low) / math.log(high / low)
+        at = math.log(max(value, low) / low) / math.log(high / low)
         places.append(max(at, places[-1] + gap) if places else at)
     top = 1.0
     for index in reversed(range(len(places))):

@@ -92,8 +92,10 @@ def _head(run: Run) -> Section:
         *_named({cell: f"failed ({error})" for cell, error in run.failed.items()}),
         *_named(dict.fromkeys(run.missing, "missing")),
     ]
-    known = {method.name for method in run.methods}
-    if absent := [method.title for name, method in METHODS.items() if name not in known]:
+    absent = [f"{experiment.name} ({experiment.title})" for experiment in run.not_run]
+    absent += [method.title for method in METHODS.values() if method not in run.methods]
+    absent += [] if run.is_searched else ["other learning rates than the one"]
+    if absent:
         lines.append(f"- not run: {', '.join(absent)}")
     return Section([*lines, ""])
 
@@ -169,7 +171,7 @@ def _making(run: Run) -> Section:
             f"finished from {finished[0]} to {finished[-1]}.",
             "",
             *table(
-                ["task", "source", "licence", "trained on", "tested on", "SHA256"],
+                ["task", "source", "licence", "training and validation", "test", "SHA256"],
                 _data(run),
                 align="---",
             ),

@@ -62,11 +62,11 @@ def singular_values(run: Run) -> Section:
     """exp0."""
     section = Section()
     columns = {
-        "‖σ‖": ("norm_after", 3),
-        "Σσ": ("nuclear_after", 2),
-        "‖ΔW‖/‖W‖": ("change", 4),
-        "effective rank of ΔW": ("effective_rank_change", 1),
-        "new directions": ("new_directions", 2),
+        "‖σ‖": ("norm_after", ".3f"),
+        "Σσ": ("nuclear_after", ".2f"),
+        "‖ΔW‖/‖W‖": ("change", ".2g"),
+        "effective rank of ΔW": ("effective_rank_change", ".1f"),
+        "new directions": ("new_directions", ".2f"),
     }
     before = next((r["spectra"] for r in run.records.values() if r.get("spectra")), None)
     rows = []
@@ -75,9 +75,9 @@ def singular_values(run: Run) -> Section:
         rows.append(["base model", f"{norm:.3f}", f"{nuclear:.2f}", "", "", ""])
     for entry in run.entries():
         row = [title(entry)]
-        for key, digits in columns.values():
+        for key, spec in columns.values():
             figure = _spectral(key)
-            row.append(show(run, _first(run, entry, run.rate, figure), digits=digits))
+            row.append(show(run, _first(run, entry, run.rate, figure), spec=spec))
         rows.append(row)
     section.lines += table(["method", *columns], rows)
     section.lines += [
@@ -123,17 +123,9 @@ def gradients(run: Run) -> Section:
     rows = []
     for entry in run.entries():
         counts = _first(run, entry, run.rate, lambda r: r["training"]["trainable_parameters"])
-        rows.append(
-            [
-                title(entry),
-                f"{next(iter(counts.values())):,}" if counts else NOTHING,
-                show(run, _first(run, entry, run.rate, _mean_norm)),
-                show(
-                    run,
-                    _first(run, entry, run.rate, lambda r: max(r["training"]["gradient_norm"])),
-                ),
-            ]
-        )
+        norms = (_first(run, entry, run.rate, figure) for figure in (_mean_norm, _largest_norm))
+        count = f"{next(iter(counts.values())):,}" if counts else NOTHING
+        rows.append([title(entry), count, *(show(run, norm, spec=".3g") for norm in norms)])
     section.lines += table(
         ["method", "trained parameters", "mean norm over the steps", "largest norm"], rows
     )
@@ -193,11 +185,17 @@ def retention(run: Run) -> Section:
         "token. *Rise of text loss*: how far that on general text rose above it. *Basic knowledge "
         "kept*: the mean over the probes of score after / score of the base model; 1 is all of "
         "it, and guessing alone keeps a good part of a multiple-choice score. *Rise / learned* is "
-        "the ratio of the means over the seeds. A method's *own best rate* is that of least "
-        f"validation loss among those it was run at on seed {run.search_seed}.",
+        "the ratio of the means over the seeds.",
         "",
     ]
-    if left_out := [probe for probe in run.probes if probe not in run.telling_probes]:
+    if run.is_searched:
+        section.lines += [
+            "A method's *own best rate* is that of least validation loss among those it was run "
+            f"at on seed {run.search_seed}.",
+            "",
+        ]
+    left_out = [probe for probe in run.probes if probe not in run.telling_probes]
+    if run.base and left_out:
         section.lines += [
             f"Not part of *kept*, because the base model scores 0 there: {', '.join(left_out)}.",
             "",
@@ -282,9 +280,9 @@ def _inexact(run: Run) -> list[str]:
 
 
 def _equal_row(run: Run, row: AtEqualLearning) -> list[str]:
-    head = title(row.entry) + " ²" * (not row.direct)
     if not row.rise:
-        return [head, "not covered", NOTHING, NOTHING, NOTHING]
+        return [title(row.entry), "not covered", NOTHING, NOTHING, NOTHING]
+    head = title(row.entry) + " ²" * (not row.direct)
     difference = paired(row.rise, row.reference) if row.entry.name != REFERENCE else {}
     return [
         head,
@@ -307,11 +305,10 @@ def _at(
 
 
 def _rates(run: Run) -> list[tuple[str, Callable[[Entry], float | None]]]:
-    """The two ways of choosing rates, in words and as a function of the row."""
-    return [
-        (f"all at rate {run.rate:g}", lambda entry: run.rate),
-        ("each at its own best rate", lambda entry: run.best_rate(entry.name)),
-    ]
+    """The ways rates were chosen, in words and as a function of the row."""
+    one = (f"all at rate {run.rate:g}", lambda entry: run.rate)
+    own = ("each at its own best rate", lambda entry: run.best_rate(entry.name))
+    return [one, own] if run.is_searched else [one]
 
 
 def _rate(rate: float | None) -> str:
@@ -330,6 +327,10 @@ def _base_of(run: Run, task: str) -> list[float | None]:
 
 def _mean_norm(record: Record) -> float:
     return mean(record["training"]["gradient_norm"])
+
+
+def _largest_norm(record: Record) -> float:
+    return max(record["training"]["gradient_norm"])
 
 
 def _lost_per_unit(run: Run, entry: Entry, rate: float | None) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from secura.experiments.estimates import estimate, mean, paired, rise_at
-from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, cells, rate_search
+from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, Experiment, cells, rate_search
 from secura.experiments.methods import ALIASES, METHODS, get_methods
 
 Record = Mapping[str, Any]
@@ -82,18 +82,26 @@ class Run:
         if any(record["settings"] != self.settings for record in records):
             raise ValueError("the records were made with different settings: report on each alone")
         self.records = {_cell(record): record for record in records}
-        self.experiments = [e for name, e in EXPERIMENTS.items() if name in experiments]
         self.tasks: tuple[str, ...] = tuple(self.settings["tasks"])
         self.probes: tuple[str, ...] = tuple(self.settings["probes"])
         self.rate: float = self.settings["learning_rate"]
         trained = [cell for cell in self.records if cell.tasks]
         self.seeds = sorted({cell.seed for cell in trained})
+        asked = [e for name, e in EXPERIMENTS.items() if name in experiments]
+        self.experiments = [e for e in asked if self._is_started(e)]
+        self.not_run = [e for e in asked if e not in self.experiments]
         names = {cell.method for cell in trained}
         self.methods = get_methods(
             [name for name, m in METHODS.items() if names & {name, m.first_as}]
             if methods is None
             else methods
         )
+
+    def _is_started(self, experiment: Experiment) -> bool:
+        """Whether there is a record of it that is not the first task's alone, if it has others."""
+        sequences = experiment.sequences(self.tasks)
+        own = sequences if len(sequences) == 1 else [s for s in sequences if s != self.tasks[:1]]
+        return any(cell.tasks in own for cell in self.records)
 
     @cached_property
     def base(self) -> Record | None:
@@ -138,6 +146,11 @@ class Run:
         )
 
     @cached_property
+    def is_searched(self) -> bool:
+        """Whether methods were run at other rates than the one."""
+        return any(cell.tasks and cell.learning_rate != self.rate for cell in self.records)
+
+    @cached_property
     def search_seed(self) -> int:
         """The seed each method's own rate is chosen on: the one with most rates on record."""
         first = [cell for cell in self.records if cell.tasks == self.tasks[:1]]
@@ -156,7 +169,7 @@ class Run:
         """Every cell that the experiments are made of."""
         names = [method.name for method in self.methods]
         found = cells(self.experiments, names, self.tasks, self.seeds, self.rate)
-        if self.seeds and any(experiment.own_rate for experiment in self.experiments):
+        if self.is_searched and any(experiment.own_rate for experiment in self.experiments):
             found += rate_search(names, self.tasks[0], self.search_seed)
             found += [
                 Cell(seed, self.tasks[:1], name, rate).canonical
