@@ -7,11 +7,13 @@ product ``abc`` counts 2abc operations. Beyond the frozen layer's ``TNK`` and ``
 | family         | forward: products  | bytes        | backward: products  | bytes         |
 |----------------|--------------------|--------------|---------------------|---------------|
 | none, channel  | TNm + Nm²          |              | 2TNm + TKm          |               |
-| activation     | TNm + Nm²          | 2tn          | 3TNm                | 3tn           |
+| activation     | TNm + Nm²          | 2tn          | 3TNm (+ TKm)        | 2tn + tn ∧ 2tk|
 | weight         | NKm + Nm²          | 2nk          | TNK + 2NKm          | 2nk tk        |
 | lora           | TKr + TNr          | tk           | 2TKr + 2TNr         | tk            |
 | dora           | NKr                | 2nk          | 2TKr + 2TNr + NKr   | tk tn 2nk     |
 | released       | TNK + NKm + Nm²    | 9tn tk 2nk   | 2TNK + 2NKm         | 6tn 2tk 3nk   |
+
+``activation`` writes ∂y0 (tn) or, where 2K < N, h R and reads it again (2tk and TKm).
 
 They are floors: an implementation that moves more shows it as a small share of the ceilings.
 """
@@ -44,7 +46,12 @@ def work(family: str, case: LayerCase, itemsize: int) -> dict[str, Work]:
         "frozen": (0, 0, 0, 0),
         "secura none": (tn * m + n * m * m, 0, 2 * tn * m + tk * m, 0),
         "secura channel": (tn * m + n * m * m, 0, 2 * tn * m + tk * m, 0),
-        "secura activation": (tn * m + n * m * m, 2 * tn, 3 * tn * m, 3 * tn),
+        "secura activation": (
+            tn * m + n * m * m,
+            2 * tn,
+            3 * tn * m + (tk * m if 2 * k < n else 0),
+            2 * tn + min(tn, 2 * tk),
+        ),
         "secura weight": (nk * m + n * m * m, 2 * nk, gemm + 2 * nk * m, 2 * nk + tk),
         "lora": (tk * r + tn * r, tk, 2 * tk * r + 2 * tn * r, tk),
         "dora": (nk * r, 2 * nk, 2 * tk * r + 2 * tn * r + nk * r, tk + tn + 2 * nk),

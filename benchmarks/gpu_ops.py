@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from secura_kernels import (
     NormOptions,
+    activation_linear,
     activation_norm,
     channel_product,
     init_a,
@@ -30,6 +31,7 @@ from secura_kernels import (
     row_norms,
     weight_norm_linear,
 )
+from secura_kernels.activation import gradients, normed
 from secura_kernels.additive import product_wide
 
 # name, N, K and how many of them a Llama-3-8B decoder block holds
@@ -160,12 +162,26 @@ def _activation(data, y0, p, save, impl, s, size) -> Iterator[Kernel]:
         2 * s * t * n + kept + s * m * (t + n), "2 s T N (+ T N) + s m (T + N)",
     )  # fmt: skip
     out = forward()
-    # 1/M from y0 or from a byte; g read once more, and dΔ written and read, for ∂P = dΔᵀ z
+    # 1/M from y0 or from a byte; dΔ, for ∂P = dΔᵀ z, is to stay in the L2 cache
     source = s * t * n if save == "recompute" else kept
     yield Kernel(
         f"activation backward, {save}",
         lambda: torch.autograd.grad(out, leaves, data.grad, retain_graph=True),
-        4 * s * t * n + source + s * m * (t + n), "4 s T N + (s or 1) T N + s m (T + N)",
+        2 * s * t * n + source + s * m * (t + n), "2 s T N + (s or 1) T N + s m (T + N)",
+    )  # fmt: skip
+    low, options = p.to(y0.dtype), NormOptions("activation", "calibrated", "gated")
+    keep = save == "8bit"
+    _, z, codes, eps, slope, offset, _ = normed(
+        y0, None, data.rows, low, None, None, None, options, None, keep, impl
+    )
+    yield Kernel(
+        f"activation backward to h, {save}",
+        lambda: gradients(
+            data.grad, None if keep else y0, codes if keep else None, z, data.rows, low, None, None,
+            None, eps, slope, offset, None, options.form, options.combine, [True, True, False],
+            impl=impl, thin=True,
+        ),
+        s * t * n + source + s * m * (2 * t + n), "s T N + (s or 1) T N + s m (2 T + N)",
     )  # fmt: skip
 
 
@@ -186,8 +202,7 @@ def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor
         if name.startswith("activation"):
             save = "8bit" if name.endswith("8bit") else "recompute"
             options = NormOptions("activation")
-            y0 = linear(x, weight)
-            return activation_norm(y0, None, rows, p, options, save=save, impl=impl)
+            return activation_linear(x, weight, None, rows, p, options, save=save, impl=impl)
         share = None
         if name == "channel":
             options = NormOptions("channel")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secura_kernels import (
     Restrain,
+    activation_linear,
     activation_norm,
     channel_product,
     effective_weight,
@@ -117,30 +118,21 @@ class CABR(nn.Module):
         norm = self.config.norm
         if norm == "weight":
             return self._weight_space(base, x)
+        bias, weight = bases.bias(base), bases.dense_weight(base)
+        if not bases.runs_as_product(base):
+            weight = None
+        kwargs: dict[str, Any] = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if norm == "activation":
-            p, p_base = self.projections(base)
-            return activation_norm(
-                base(x),
-                bases.bias(base),
-                self.rows,
-                p,
-                self.config.norm_options,
-                p_base=p_base,
-                delta_bias=self.bias,
-                z_scale=self.dropout_mask(x),
-                restrain=self._restrain(),
-                save=self.config.norm_save,
-            )
-        q, share = self.product(base)
-        kwargs: dict[str, Any] = {
-            "share": share,
-            "delta_bias": self.bias,
-            "z_scale": self.dropout_mask(x),
-        }
-        weight = bases.dense_weight(base)
-        if weight is not None and bases.runs_as_product(base):
-            return lowrank_linear(x, weight, bases.bias(base), self.rows, q, **kwargs)
-        return lowrank_add(base(x), bases.bias(base), self.rows, q, **kwargs)
+            p, kwargs["p_base"] = self.projections(base)
+            kwargs |= {"restrain": self._restrain(), "save": self.config.norm_save}
+            options = self.config.norm_options
+            if weight is not None:
+                return activation_linear(x, weight, bias, self.rows, p, options, **kwargs)
+            return activation_norm(base(x), bias, self.rows, p, options, **kwargs)
+        q, kwargs["share"] = self.product(base)
+        if weight is not None:
+            return lowrank_linear(x, weight, bias, self.rows, q, **kwargs)
+        return lowrank_add(base(x), bias, self.rows, q, **kwargs)
 
     def _weight_space(self, base: nn.Module, x: Tensor) -> Tensor:
         p, p_base = self.projections(base)

@@ -1,6 +1,7 @@
 """SECURA's products and norm as functional ops: tensors in, tensors out; torch and triton alone."""
 
 from .activation import activation_norm
+from .activation_dense import activation_linear
 from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
 from .cur import important_channels, init_a, projection, select
@@ -11,6 +12,7 @@ from .weight import normed_weight, weight_norm_linear
 __all__ = [
     "NormOptions",
     "Restrain",
+    "activation_linear",
     "activation_norm",
     "channel_product",
     "effective_weight",

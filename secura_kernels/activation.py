@@ -21,6 +21,7 @@ Saved for backward, besides z ``[T, m]``, P and scalars:
 | ``"8bit"``      | uint8 1/M   | 1                       | in [½, 1], off by at most 1/1020    |
 
 y0 is an input that its producer need not keep: in 8-bit mode it may be freed after the forward.
+A dense frozen layer takes :mod:`secura_kernels.activation_dense`, which makes y0 itself.
 ρ and M are computed in fp32 or wider. ``paper`` and ``released`` look at the whole batch first
 (tokens then influence each other), as do ``restrain`` and a relative ε: one more read of y0 each.
 """
@@ -91,12 +92,7 @@ def activation_norm(
         ValueError: where shapes do not fit, or for an unknown form, ``save`` or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``y0``.
     """
-    if p.shape != (y0.shape[-1], rows.numel()):
-        raise ValueError(f"p {list(p.shape)} must be [N, m] = [{y0.shape[-1]}, {rows.numel()}]")
-    if save not in SAVES:
-        raise ValueError(f"unknown save {save!r}: choose one of {SAVES}")
-    form, combine = resolve_norm(options.norm, options.form, options.combine)
-    options = options._replace(form=form, combine=combine)
+    options = checked(y0.shape[-1], rows, p, options, save)
     flat = y0.reshape(math.prod(y0.shape[:-1]), y0.shape[-1])
     bias = None if bias is None else bias.to(y0.dtype)
     z_scale = None if z_scale is None else z_scale.reshape(flat.shape[0], rows.numel())
@@ -104,6 +100,20 @@ def activation_norm(
         flat, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
     )
     return out.view(y0.shape)
+
+
+def checked(n: int, rows: Tensor, p: Tensor, options: NormOptions, save: str) -> NormOptions:
+    """``options`` with form and combination filled in.
+
+    Raises:
+        ValueError: where p is not ``[n, m]``, or for an unknown form, combination or ``save``.
+    """
+    if p.shape != (n, rows.numel()):
+        raise ValueError(f"p {list(p.shape)} must be [N, m] = [{n}, {rows.numel()}]")
+    if save not in SAVES:
+        raise ValueError(f"unknown save {save!r}: choose one of {SAVES}")
+    form, combine = resolve_norm(options.norm, options.form, options.combine)
+    return options._replace(form=form, combine=combine)
 
 
 def _runs_triton(impl: str | None, tensor: Tensor, rows: Tensor) -> bool:
@@ -137,22 +147,40 @@ def activation_forward(
     """
     options = NormOptions("activation", form, combine, scale, eps, eps_relative)
     limits = None if important is None else Restrain(important, *restrain)
+    return normed(y0, bias, rows, p, p_base, delta_bias, z_scale, options, limits, keep, impl)
+
+
+def normed(
+    y0: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    p: Tensor,
+    p_base: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    options: NormOptions,
+    restrain: Restrain | None,
+    keep: bool,
+    impl: str | None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`activation_forward` returns; ``in_place`` lets the kernels write over y0."""
     if _runs_triton(impl, y0, rows):
         from .kernels import activation as kernels
         from .kernels import additive as thin
 
         z = thin.gather(y0, bias, rows, None)
-        out, kept, eps_used, slope, offset, factor = kernels.forward(
-            y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
+        out, kept, eps, slope, offset, factor = kernels.forward(
+            y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep, in_place
         )
     else:
         z = gather(y0, bias, rows)
-        out, kept, eps_used, slope, offset, factor = _forward(
-            y0, z, p, p_base, delta_bias, z_scale, options, limits, keep
+        out, kept, eps, slope, offset, factor = _forward(
+            y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep
         )
     kept = absent(y0, torch.uint8) if kept is None else kept
     factor = absent(y0, torch.float32) if factor is None else factor
-    return out, z, kept, eps_used, slope, offset, factor
+    return out, z, kept, eps, slope, offset, factor
 
 
 @activation_forward.register_fake
@@ -160,6 +188,11 @@ def _activation_forward_fake(
     y0, bias, rows, p, p_base, delta_bias, z_scale, important, restrain, form, combine, scale, eps,
     eps_relative, keep, impl,
 ):  # fmt: skip
+    return normed_fake(y0, rows, important, keep)
+
+
+def normed_fake(y0: Tensor, rows: Tensor, important: Tensor | None, keep: bool) -> tuple:
+    """The shapes and dtypes of :func:`normed`."""
     kept = y0.new_empty(y0.shape, dtype=torch.uint8) if keep else absent(y0, torch.uint8)
     scalars = [y0.new_empty((), dtype=wide(y0.dtype)) for _ in range(3)]
     factor = y0.new_empty(0 if important is None else y0.shape[1], dtype=torch.float32)
@@ -190,17 +223,32 @@ def activation_backward(
 
     One of ``y0`` and ``kept`` is given, and says where 1/M comes from.
     """
+    return gradients(
+        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
+        combine, needs, impl=impl,
+    )  # fmt: skip
+
+
+def gradients(
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    needs, *, impl: str | None, thin: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What :func:`activation_backward` returns.
+
+    With ``thin`` (gated without f: ∂base is g) ``h [T, m]``, what the columns ``rows`` of ∂y0 have
+    beyond g, stands in the place of ∂y0.
+    """
     run: Callable[..., tuple] = _backward
     if _runs_triton(impl, g, rows):
-        from .kernels import activation as kernels
+        from .kernels.activation_backward import backward
 
-        run = kernels.backward
-    dy0, dp, dbias = run(
+        run = backward
+    change, dp, dbias = run(
         g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
-        combine, needs,
+        combine, needs, thin,
     )  # fmt: skip
     return (
-        absent(g) if dy0 is None else dy0,
+        absent(g) if change is None else change,
         absent(g, wide(g.dtype)) if dp is None else dp,
         absent(g, wide(g.dtype)) if dbias is None else dbias,
     )
@@ -256,7 +304,7 @@ def _forward(y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep) -> 
 
 def _backward(
     g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
-    needs,
+    needs, thin,
 ) -> tuple:  # fmt: skip
     dtype = wide(g.dtype)
     if kept is None:
@@ -269,17 +317,17 @@ def _backward(
     dbase = (wide_g if combine == "gated" else 2 * ddelta).to(g.dtype)
     dbias = ddelta.sum(0) if needs[2] else None
     ddelta = ddelta.to(g.dtype)
-    dy0 = dp = None
+    change = dp = None
     if needs[0]:
         h = ddelta @ p
         if z_scale is not None:
             h.mul_(z_scale)
         if p_base is not None:
             h.addmm_(dbase, p_base)
-        dy0 = dbase.index_add(1, rows, h)
+        change = h if thin else dbase.index_add(1, rows, h)
     if needs[1]:
         dp = product_wide(ddelta.t(), z if z_scale is None else (z * z_scale).to(g.dtype))
-    return dy0, dp, dbias
+    return change, dp, dbias
 
 
 class _ActivationNorm(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from . import dispatch, reference
 from .activation import activation_norm
+from .activation_dense import activation_linear
 from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
 from .cur import init_a, projection, select
@@ -174,6 +175,19 @@ def _activation(layer: _Layer, options: NormOptions) -> Tensor:
     )
 
 
+def _activation_linear(layer: _Layer, options: NormOptions) -> Tensor:
+    return activation_linear(
+        layer.x,
+        layer.weight,
+        layer.bias,
+        layer.rows,
+        layer.p,
+        options,
+        p_base=layer.p_base,
+        delta_bias=layer.delta_bias,
+    )
+
+
 def _merged(layer: _Layer, options: NormOptions) -> Tensor:
     weight = effective_weight(layer.weight, layer.rows, layer.p, options, p_base=layer.p_base)
     return linear(layer.x, weight, layer.bias + layer.delta_bias)
@@ -200,6 +214,7 @@ OPS: tuple[tuple[str, str, Run], ...] = (
     ("channel_product + lowrank_linear", "channel", _linear),
     ("weight_norm_linear", "weight", _weight),
     ("activation_norm", "activation", _activation),
+    ("activation_linear", "activation", _activation_linear),
     ("effective_weight", "none", _merged),
     ("effective_weight", "channel", _merged),
     ("effective_weight", "weight", _merged),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura import AdapterConfig, SECURALinear, fold
-from secura_kernels import NormOptions, activation, additive, channel, reference
+from secura_kernels import NormOptions, activation, activation_dense, additive, channel, reference
 
 N, K, M, T = 40, 56, 4, 23
 SPACES = ("none", "weight", "channel", "activation")
@@ -119,7 +119,7 @@ class Shapes(TorchDispatchMode):
 @pytest.fixture
 def open_ops(monkeypatch):
     """The ops' bodies in the place of the ops, for a dispatch mode sees no further than an op."""
-    for module in (additive, activation, channel):
+    for module in (additive, activation, activation_dense, channel):
         for name, value in vars(module).items():
             if isinstance(value, torch.library.CustomOpDef):
                 monkeypatch.setattr(module, name, value._init_fn)

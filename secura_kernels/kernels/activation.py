@@ -1,14 +1,13 @@
-"""Kernels of the space ``activation``: one pass over ``y0`` forward, one over ``g`` backward.
+"""Forward of the space ``activation``: one pass over ``y0``; tiles and the compiled table of both.
 
     base = y0 + z P_baseᵀ    Δ = zd Pᵀ + δb    zd = z · z_scale    1/M = inverse_gain(base, Δ)
     out  = (2 base + Δ) f / M            or  (base + Δ / M) f
-    dΔ   = g f / M    dbase = 2 g f / M  or  g f     h = (dΔ P) · z_scale + dbase P_base
-    ∂P   = dΔᵀ zd (cuBLAS)     ∂δb = Σ dΔ     ∂y0 = dbase,  ∂y0[:, rows] += h
 
 | tensor                    | shape    | dtype: in / accumulate / out        |
 |---------------------------|----------|-------------------------------------|
 | y0, g, out, dΔ, ∂y0       | [T, N]   | bf16, fp16, fp32 / fp32 / the same  |
-| z, zd, h                  | [T, m]   | as y0 / fp32 / as y0                |
+| z, zd                     | [T, m]   | as y0 / fp32 / as y0                |
+| h                         | [T, m]   | fp32                                |
 | P, P_base                 | [N, m]   | as y0; ∂P in fp32                   |
 | kept (``save="8bit"``)    | [T, N]   | uint8: 255 (2/M − 1), to nearest    |
 | eps, slope, offset        | []       | fp32, loaded by pointer             |
@@ -21,17 +20,10 @@ thin tensors add m/N of a unit each, and reading z's scattered columns up to 32 
 |------------------------------------------|-------|-----------------------------------------|
 | forward                                  | 2     | 2 (+ ½ with 8bit in 16-bit dtypes)      |
 | `paper`, `released`; `restrain`; rel. ε  | 1     | + 1 read each, before the forward       |
-| backward averaged                        | 3     | 3 + 1 (∂P reads dbase) + the m columns  |
-| backward gated                           | 3     | 4 + 1 (∂P reads dΔ), columns included   |
-| backward with 8bit                       | −½    | kept instead of y0                      |
-| backward with m > 128, or fp32           |       | + 1 (h = dΔ P by cuBLAS) + the columns  |
+| backward                                 |       | see :mod:`.activation_backward`         |
 
-P is read once a block of tokens, from L2: T N m / BLOCK_T elements, hence tall tiles. A backward
-program owns BLOCK_T tokens and walks N with its h in registers, so h is complete without atomics
-or partial sums; gated, it then writes the m columns of its tokens itself. There ∂y0 is g outside
-the m columns; g may have other readers, so ∂y0 is written in the same pass (1 unit, no read).
-On ROCm the columns are added after the pass, as they are when averaged.
-Every sum runs in a fixed order: equal inputs give equal bits on one kind of GPU.
+P is read once a block of tokens, from L2: T N m / BLOCK_T elements, hence tall tiles. Every sum
+runs in a fixed order: equal inputs give equal bits on one kind of GPU.
 
 Source: DESIGN sections 3, 4 and 6; SECURA (arXiv 2502.18168).
 """
@@ -47,7 +39,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..additive import product_wide
 from ..gain import NormOptions, Restrain, coefficients, needs_peak, restrained, sigmoid_weight
 from .activation_jit import activation_bwd_kernel, activation_fwd_kernel
 from .aot import Config
@@ -57,8 +48,6 @@ LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
 _LARGE_SHARED = 160 * 1024
 _TILES_A_PROGRAM = 8
-# A CUDA barrier orders a program's stores to one address; on ROCm the code does not wait for them.
-_ORDERS_STORES = torch.version.hip is None
 
 
 class Tile(NamedTuple):
@@ -92,15 +81,20 @@ def backward_tile(
     machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool, keeps: bool
 ) -> Tile:
     """A program owns its tokens for all of N: shorter tiles where there are few tokens."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 2)
     large = machine.shared_bytes >= _LARGE_SHARED
+    if dtype == torch.float32:
+        return Tile(32, 32 if large else 16, 4, 2)
     if m > LARGEST_M_IN_REGISTERS:
         return Tile(64, 64, 8, 3 if large else 2)
     if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large and not keeps):
         return Tile(32, 32, 4, 2)
     stages = 2 if has_base or not large else 3
     return Tile(64, 64 if keeps and not has_base else 32, 8, stages)
+
+
+def machine_of(tensor: Tensor) -> Machine:
+    """The device of ``tensor``; an H100 for the CPU, where the interpreter runs."""
+    return _machine(tensor.device.index if tensor.is_cuda else None)
 
 
 @functools.cache
@@ -119,14 +113,14 @@ def _blocks_m(m: int) -> tuple[int, int]:
     return _CHUNK, triton.cdiv(m, _CHUNK)
 
 
-def _padded(thin: Tensor | None) -> Tensor | None:
+def padded(thin: Tensor | None) -> Tensor | None:
     """``[*, m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
     if thin is None:
         return None
     return F.pad(thin, (0, -thin.shape[1] % 16)).contiguous()
 
 
-class _Operands:
+class Operands:
     """The padded thin operands of both kernels."""
 
     def __init__(self, z, p, p_base, z_scale) -> None:
@@ -134,7 +128,7 @@ class _Operands:
         self.m_rows = z.shape[1]
         self.block_m, self.chunks = _blocks_m(self.m_rows)
         same = p_base is None or (z_scale is None and self.chunks == 1)
-        self.padded = _padded(None if same else z), _padded(self.zd), _padded(p), _padded(p_base)
+        self.padded = padded(None if same else z), padded(self.zd), padded(p), padded(p_base)
         self.m = self.m_rows + -self.m_rows % 16
 
 
@@ -153,16 +147,18 @@ def forward(
     options: NormOptions,
     restrain: Restrain | None,
     keep: bool,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
     """``(out, kept, eps, slope, offset, factor)``; thin tensors in y0's dtype, nothing empty.
 
-    Every measuring pass the options ask for reads y0 once; the last one writes.
+    Every measuring pass the options ask for reads y0 once; the last one writes, over a contiguous
+    y0 if ``in_place``: a tile is read and written by one program.
     """
     y0 = unit_stride(y0)
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
     t, n = y0.shape
-    thin = _Operands(z, p, p_base, z_scale)
-    machine = _machine(y0.device.index if y0.is_cuda else None)
+    thin = Operands(z, p, p_base, z_scale)
+    machine = machine_of(y0)
     tile = forward_tile(machine, y0.dtype, thin.m_rows, p_base is not None)
     blocks_t, blocks_n = triton.cdiv(t, tile.block_t), triton.cdiv(n, tile.block_n)
     tiles = min(_TILES_A_PROGRAM, max(1, blocks_t * blocks_n // (4 * machine.processors)))
@@ -193,74 +189,10 @@ def forward(
     if restrain is not None:
         small = measure("count", edge=restrain.edge).sum(dtype=torch.float64)
         factor = restrained(small, y0.numel(), restrain)
-    out = torch.empty_like(y0, memory_format=torch.contiguous_format)
+    out = y0 if in_place else torch.empty_like(y0, memory_format=torch.contiguous_format)
     kept = torch.empty_like(out, dtype=torch.uint8) if keep else None
     launch("out", out, kept)
     return out, kept, eps, slope, offset, factor
-
-
-def backward(
-    g: Tensor,
-    y0: Tensor | None,
-    kept: Tensor | None,
-    z: Tensor,
-    rows: Tensor,
-    p: Tensor,
-    p_base: Tensor | None,
-    delta_bias: Tensor | None,
-    z_scale: Tensor | None,
-    eps: Tensor | None,
-    slope: Tensor | None,
-    offset: Tensor | None,
-    factor: Tensor | None,
-    form: str,
-    combine_how: str,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(∂y0, ∂P, ∂δb)``, None where not needed; 1/M from ``kept`` where that is given."""
-    g, rows = unit_stride(g), rows.contiguous()
-    delta_bias = None if delta_bias is None else delta_bias.contiguous()
-    t, n = g.shape
-    averaged = combine_how == "averaged"
-    thin = _Operands(z, p, p_base, z_scale)
-    machine = _machine(g.device.index if g.is_cuda else None)
-    tile = backward_tile(machine, g.dtype, t, thin.m_rows, p_base is not None, kept is not None)
-    programs = triton.cdiv(t, tile.block_t)
-    if y0 is not None:
-        y0 = unit_stride(y0)
-
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = g.dtype) -> Tensor | None:
-        return torch.empty(*shape, dtype=dtype, device=g.device) if wanted else None
-
-    has_h = needs[0] and thin.chunks == 1 and g.dtype != torch.float32
-    writes_columns = has_h and not averaged and _ORDERS_STORES
-    dbase = empty(needs[0] or (averaged and needs[1]), t, n)
-    ddelta = empty(not averaged and (needs[1] or (needs[0] and not has_h)), t, n)
-    h = empty(has_h and not writes_columns, t, thin.m)
-    dbias = empty(needs[2], programs, n, dtype=torch.float32)
-    activation_bwd_kernel[(programs,)](
-        g, y0, kept, *thin.padded[:2], _padded(z_scale), *thin.padded[2:], delta_bias,
-        factor, rows, eps, slope, offset, ddelta, dbase, h, dbias,
-        t, n, thin.m, thin.m_rows, g.stride(0), 0 if y0 is None else y0.stride(0),
-        AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form), PRECISION=dot_precision(g.dtype),
-        HAS_H=has_h, BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=thin.block_m,
-        CHUNKS=thin.chunks, STAGES=tile.num_stages,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    change, share = (dbase, 0.5) if averaged else (ddelta, 1.0)
-    dp = None
-    if needs[1] and change is not None:
-        dp = product_wide(change.t(), thin.zd).mul_(share)
-    if dbase is not None and needs[0] and not writes_columns:
-        if h is None:
-            assert change is not None
-            h = (change @ p).mul_(share)
-            if z_scale is not None:
-                h.mul_(z_scale)
-            if p_base is not None:
-                h.addmm_(dbase, p_base)
-        dbase.index_add_(1, rows, h[:, : thin.m_rows])
-    return dbase if needs[0] else None, dp, None if dbias is None else dbias.sum(0)
 
 
 # What the launchers pass, for the ahead-of-time table: every case on the chips that share its tile.
@@ -270,13 +202,13 @@ _FAMILIES = (
     (Machine(99 * 1024, 108), ("sm_89", "sm_120")),
     (Machine(64 * 1024, 304), _ROCM),
 )
-_ALIGNED = ("n", "m", "m_rows", "stride_y0", "stride_g")
+_ALIGNED = ("n", "m", "m_rows", "first", "width", "stride_y0", "stride_g", "stride_out")
 _TYPES = {
     **dict.fromkeys(
-        ("y0", "g", "z", "zd", "z_scale", "p", "p_base", "out", "ddelta", "dbase", "h"), None
+        ("y0", "g", "z", "zd", "z_scale", "p", "p_base", "out", "ddelta", "dbase"), None
     ),
     **dict.fromkeys(
-        ("delta_bias", "factor", "eps", "slope", "offset", "partial", "dbias"), "*fp32"
+        ("delta_bias", "factor", "eps", "slope", "offset", "partial", "h", "dbias"), "*fp32"
     ),
     "kept": "*u8",
     "rows": "*i64",
@@ -288,7 +220,8 @@ def _config(
     **constexprs: Any,
 ) -> Config:  # fmt: skip
     block_m, chunks = _blocks_m(m)
-    columns = constexprs.get("HAS_H") and not constexprs["AVERAGED"] and targets != _ROCM
+    columns = constexprs.get("HAS_H", False) and targets != _ROCM
+    columns = columns and not constexprs["AVERAGED"] and "rows" not in none
     absent = {f"{pointer}_ptr": None for pointer in none.split()}
     if targets == _ROCM:
         absent.pop("h_ptr", None)
@@ -298,6 +231,7 @@ def _config(
         {f"{name}_ptr": kind or f"*{dtype}" for name, kind in _TYPES.items()}
         | dict.fromkeys(("t", "tiles", "programs_n", *_ALIGNED), "i32") | {"edge": "fp32"},
         absent | constexprs | {
+            "COLUMNS": columns,
             "SIGMOID_WEIGHT": 3.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_M": block_m, "CHUNKS": chunks,
             "STAGES": tile.num_stages,
@@ -319,6 +253,7 @@ def _configs() -> Iterator[Config]:
         (" all", 512, "bf16", "partial", "out", True),
         (" all", 128, "fp32", "partial", "out", True),
     )
+    thin = "z z_scale p_base delta_bias factor dbase rows dbias"
     backward_cases = (
         ("", 8192, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
         (" few tokens", 64, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
@@ -326,6 +261,9 @@ def _configs() -> Iterator[Config]:
         (" averaged all", 8192, 128, "bf16", "kept ddelta", True),
         (" 8bit", 8192, 128, "bf16", "y0 z z_scale p_base delta_bias factor h dbias", False),
         (" averaged 8bit all", 8192, 128, "bf16", "y0 ddelta delta_bias", True),
+        (" last chunk all", 8192, 128, "bf16", "kept", False),
+        (" thin", 8192, 128, "bf16", f"kept {thin}", False),
+        (" thin 8bit", 8192, 128, "bf16", f"y0 {thin}", False),
         (" all", 8192, 512, "bf16", "kept h", False),
         (" all", 8192, 128, "fp32", "kept h", False),
     )
@@ -337,7 +275,8 @@ def _configs() -> Iterator[Config]:
                 PASS=which, AVERAGED=averaged,
             )  # fmt: skip
         for name, t, m, dtype, none, averaged in backward_cases:
-            has_base, keeps = "p_base" not in none, "kept" not in none
+            absent = none.split()
+            has_base, keeps = "p_base" not in absent, "kept" not in absent
             tile = backward_tile(machine, kinds[dtype], t, m, has_base, keeps)
             yield _config(
                 f"activation backward{name}", activation_bwd_kernel, tile, targets, m, dtype, none,
@@ -348,4 +287,13 @@ def _configs() -> Iterator[Config]:
 CONFIGS = list(_configs())
 
 
-__all__ = ["CONFIGS", "backward", "backward_tile", "forward", "forward_tile"]
+__all__ = [
+    "CONFIGS",
+    "Machine",
+    "Operands",
+    "backward_tile",
+    "forward",
+    "forward_tile",
+    "machine_of",
+    "padded",
+]

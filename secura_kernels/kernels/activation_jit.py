@@ -126,15 +126,20 @@ def activation_fwd_kernel(
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
     factor_ptr, rows_ptr, eps_ptr, slope_ptr, offset_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
-    t, n, m, m_rows, stride_g, stride_y0,
+    t, n, m, m_rows, first, width, stride_g, stride_y0, stride_out,
     AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dΔ and dbase, each where its pointer is given, and h if ``HAS_H``.
+    """dΔ and dbase of ``n`` columns from ``first`` on, each where its pointer is given, and h.
 
-    h [BLOCK_T, m] goes to ``h_ptr`` where that is given, else into the columns ``rows`` of dbase,
-    which must then be g itself: gated.
+    Every pointer is that of its first token and column in this launch; a program takes ``width``
+    of the columns. dΔ is contiguous, ``stride_out`` is that of ``kept`` and dbase.
+
+    ``HAS_H``: the program has all ``n`` columns and adds its tokens' share of h [BLOCK_T, m] to
+    what launches for earlier columns left at ``h_ptr`` (None where there are none). ``COLUMNS``:
+    this launch is the last, and the sum goes into the columns ``rows`` of dbase, which must then
+    be g itself: gated.
     """
     pid = tl.program_id(0)
     offs_t = span(pid, BLOCK_T)
@@ -148,10 +153,13 @@ def activation_bwd_kernel(
         z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     h_base = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-    for start in tl.range(0, n, BLOCK_N, num_stages=STAGES if CHUNKS == 1 else 1):
+    begin = tl.program_id(1) * width
+    for start in tl.range(
+        begin, tl.minimum(begin + width, n), BLOCK_N, num_stages=STAGES if CHUNKS == 1 else 1
+    ):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask = mask_t & (offs_n[None, :] < n)
-        place = offs_t[:, None] * n + offs_n[None, :]
+        place = offs_t[:, None] * stride_out + offs_n[None, :]
         g = tl.load(g_ptr + offs_t[:, None] * stride_g + offs_n[None, :], mask=mask, other=0.0)
         g = g.to(tl.float32)
         if factor_ptr is not None:
@@ -169,7 +177,7 @@ def activation_bwd_kernel(
         low = cast(ddelta, dtype)
         dbase = cast(2.0 * ddelta if AVERAGED else g, dtype)
         if ddelta_ptr is not None:
-            tl.store(ddelta_ptr + place, low, mask=mask)
+            tl.store(ddelta_ptr + offs_t[:, None] * n + offs_n[None, :], low, mask=mask)
         if dbase_ptr is not None:
             tl.store(dbase_ptr + place, dbase, mask=mask)
         if dbias_ptr is not None:
@@ -185,21 +193,26 @@ def activation_bwd_kernel(
                 else:
                     h = dot(dbase, p_base, h, PRECISION)
     if HAS_H:
+        place_h = offs_t[:, None] * m + offs_m[None, :]
         mask = mask_t & (offs_m[None, :] < m_rows)
         if z_scale_ptr is not None:
-            z_scale = tl.load(z_scale_ptr + offs_t[:, None] * m + offs_m[None, :], mask, other=0.0)
+            z_scale = tl.load(z_scale_ptr + place_h, mask=mask, other=0.0)
             h = h * z_scale.to(tl.float32) + h_base
         if h_ptr is not None:
-            tl.store(h_ptr + offs_t[:, None] * m + offs_m[None, :], cast(h, dtype), mask=mask)
-        else:
-            # Other threads of this program stored these columns above: theirs come first.
+            h += tl.load(h_ptr + place_h, mask=mask & (first > 0), other=0.0)
+        if COLUMNS:
+            # Other threads of this program may have stored these columns above: theirs come first.
             tl.debug_barrier()
             rows = tl.load(rows_ptr + offs_m, mask=offs_m < m_rows, other=0)
-            g = tl.load(g_ptr + offs_t[:, None] * stride_g + rows[None, :], mask=mask, other=0.0)
+            offs_n = rows - first
+            g = tl.load(g_ptr + offs_t[:, None] * stride_g + offs_n[None, :], mask=mask, other=0.0)
             g = g.to(tl.float32)
             if factor_ptr is not None:
-                g *= tl.load(factor_ptr + rows)[None, :]
-            tl.store(dbase_ptr + offs_t[:, None] * n + rows[None, :], cast(g + h, dtype), mask=mask)
+                g *= tl.load(factor_ptr + offs_n)[None, :]
+            place = offs_t[:, None] * stride_out + offs_n[None, :]
+            tl.store(dbase_ptr + place, cast(g + h, dtype), mask=mask)
+        else:
+            tl.store(h_ptr + place_h, h, mask=mask)
 
 
 __all__ = ["activation_bwd_kernel", "activation_fwd_kernel"]

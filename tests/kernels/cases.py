@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from secura_kernels import (
     NormOptions,
     Restrain,
+    activation_linear,
     activation_norm,
     channel_product,
     important_channels,
@@ -90,9 +91,12 @@ def draw(shape, dtype=torch.float32, device="cpu", seed=0) -> Case:
 def forward(
     case: Case, options: NormOptions, impl: str | None, x: Tensor, p: Tensor,
     delta_bias: Tensor | None, *, folded=False, biased=True, dropout=False, restrain=False,
-    fused=True,
+    fused=True, **how,
 ) -> Tensor:  # fmt: skip
-    """The op that serves a space on the leaves given; the oracle for ``impl="oracle"``."""
+    """The op that serves a space on the leaves given; the oracle for ``impl="oracle"``.
+
+    Not ``fused`` means on the output of the frozen layer; ``how`` goes to ``activation`` ops.
+    """
     keywords = {
         "p_base": case.p_base if folded else None,
         "delta_bias": delta_bias,
@@ -107,6 +111,9 @@ def forward(
     if options.norm == "weight":
         return weight_norm_linear(x, case.weight, bias, case.rows, p, options, **keywords)
     if options.norm == "activation":
+        keywords |= how
+        if fused:
+            return activation_linear(x, case.weight, bias, case.rows, p, options, **keywords)
         y0 = linear(x, case.weight, bias)
         return activation_norm(y0, bias, case.rows, p, options, **keywords)
     p_base, limits = keywords.pop("p_base"), keywords.pop("restrain")

@@ -13,6 +13,7 @@ from secura_kernels import NormOptions, Restrain, activation_norm, reference
 from secura_kernels.activation import SAVES, activation_backward
 from secura_kernels.gain import COMBINES, FORMS
 from secura_kernels.kernels import activation
+from secura_kernels.kernels import activation_backward as launcher
 
 FLOORS = {torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 CAPS = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -173,17 +174,53 @@ def test_kept_levels_are_read_as_plain_torch_reads_them(combine):
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("m", [9, 140])
 @pytest.mark.parametrize("combine", COMBINES)
-def test_tall_tiles_of_few_processors(combine, monkeypatch):
-    """One processor: programs of 64 tokens, eight tiles a program, what large T gets."""
+def test_tall_tiles_of_few_processors(combine, m, monkeypatch):
+    """One processor: programs of 64 tokens, several tiles a program, what large T gets."""
     machine = activation.Machine(227 * 1024, 1)
     monkeypatch.setattr(activation, "_machine", lambda index: machine)
     how = flags(folded=True)
-    check(Case(131, 530, 9, torch.float16), NormOptions("activation", None, combine), how)
+    check(Case(131, 530, m, torch.float16), NormOptions("activation", None, combine), how)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 64 columns, and of 64 tokens."""
+    monkeypatch.setattr(launcher, "WORKSPACE_MIB", 2**-20)
+    monkeypatch.setattr(launcher, "_ENOUGH_TOKENS", 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("combine", "m"), list(product(COMBINES, (9, 140))))
+@pytest.mark.parametrize("save", SAVES)
+def test_sums_go_on_over_chunks(combine, m, dtype, save, small_chunks):
+    how = flags(folded=True, dropout=True, restrain=(0.1, 1.9, 0.5))
+    check(Case(80, 150, m, dtype), NormOptions("activation", "calibrated", combine), how, save)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_columns_of_every_chunk_as_on_rocm(folded, small_chunks, monkeypatch):
+    monkeypatch.setattr(launcher, "_ORDERS_STORES", False)
+    check(Case(70, 150, 9, torch.bfloat16), NormOptions("activation"), flags(folded=folded))
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize(("t", "n", "itemsize"), [
+    (1, 1, 4), (8192, 4096, 2), (8192, 14336, 2), (40000, 4097, 4), (300, 152064, 2),
+])  # fmt: skip
+def test_chunks_cover_everything_once_and_fit_the_workspace(t, n, itemsize, whole_rows):
+    chunks = list(launcher._chunks(t, n, itemsize, whole_rows))
+    sizes = [(a.stop - a.start) * (b.stop - b.start) for a, b in chunks]
+    assert sum(sizes) == t * n and len(set(map(str, chunks))) == len(chunks)
+    assert all(a.stop <= t and b.stop <= n for a, b in chunks)
+    smallest = 64 * n if whole_rows else 64 * min(t, 16384)
+    assert max(sizes) == sizes[0] <= max(smallest, launcher.WORKSPACE_MIB * 2**20 // itemsize)
+    assert all(a.start % 64 == 0 and b.start % 64 == 0 for a, b in chunks)
 
 
 def test_columns_added_after_the_pass_as_on_rocm(monkeypatch):
-    monkeypatch.setattr(activation, "_ORDERS_STORES", False)
+    monkeypatch.setattr(launcher, "_ORDERS_STORES", False)
     how = flags(folded=True, dropout=True, restrain=(0.1, 1.9, 0.5))
     check(Case(40, 70, 9, torch.float16), NormOptions("activation", "calibrated", "gated"), how)
 

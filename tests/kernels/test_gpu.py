@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secura_kernels import (
     NormOptions,
+    activation_linear,
     activation_norm,
     lowrank_add,
     lowrank_linear,
@@ -42,6 +43,7 @@ OPTIONS = [
     NormOptions("activation", "released", "averaged"),
 ]
 DEVICE_SHAPES = [*SHAPES, (300, 1031, 517, 128), (70, 640, 768, 512), (1024, 512, 256, 64)]
+DEVICE_SHAPES += [(9000, 2048, 512, 128)]  # several chunks of dΔ, and N > 2 K
 # q and o, k and v, gate and up, down of an 8B Llama: N, K
 PROJECTIONS = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 MIB = 2**20
@@ -87,7 +89,9 @@ def test_folded_with_dropout_and_restraint(options, dtype):
     check((131, 67, 71, 33), options, dtype, "cuda", folded=True, **flags)
 
 
-@pytest.mark.parametrize(("norm", "dropout"), list(product(["none", "channel"], [False, True])))
+@pytest.mark.parametrize(
+    ("norm", "dropout"), list(product(["none", "channel", "activation"], [False, True]))
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_on_a_given_output(norm, dropout, dtype):
     check(
@@ -296,6 +300,32 @@ def test_activation_memory(save, an_element):
     kept, peak = memory_of(call, y0, p, (y0, p, case.rows))
     assert kept <= an_element * T * N + 2 * Z + 2 * THIN + SLACK
     assert peak <= OUT + an_element * T * N + 2 * Z + 2 * THIN + SLACK
+
+
+@pytest.mark.parametrize(("save", "an_element"), [("recompute", 2), ("8bit", 1)])
+def test_activation_linear_memory(save, an_element):
+    """In 8 bits no y0 beside out; gated with N > 2 K neither ∂y0 nor dΔ whole."""
+    case = draw((T, N, K // 4, M), torch.bfloat16, "cuda")
+    x, p = case.x.requires_grad_(), case.p.requires_grad_()
+
+    def call(x, p):
+        return activation_linear(
+            x, case.weight, None, case.rows, p, NormOptions("activation"), save=save, impl="triton"
+        )
+
+    kept, peak = memory_of(call, x, p, (x, p, case.weight, case.rows))
+    small = 2 * Z + 2 * THIN + SLACK
+    assert kept <= an_element * T * N + small
+    assert peak <= OUT + an_element * T * N + small
+    out = call(x, p)
+    grad = torch.randn_like(out)
+    torch.autograd.grad(out, (x, p), grad, retain_graph=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(out, (x, p), grad)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 2 * T * K // 4 + 16 * MIB + 4 * Z + 4 * THIN + 4 * SLACK
 
 
 def test_weight_memory():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from secura_kernels import NormOptions, additive, lowrank_linear
+from secura_kernels import NormOptions, activation_dense, additive, lowrank_linear
 from secura_kernels.dispatch import interpreting
 from secura_kernels.merge import effective_weight
 
 from .cases import draw, loss_of, run
 
-SHAPE = (6, 13, 11, 4)
+SHAPE = (5, 13, 6, 4)
 OPTIONS = [
     NormOptions("none"),
     NormOptions("channel"),
@@ -62,7 +63,9 @@ def all_calls():
         calls += recorded(options, folded=True, biased=False, delta_bias=False, restrain=True)
     calls += recorded(NormOptions("none"), fused=False, dropout=True)
     calls += recorded(NormOptions("channel", "paper", "averaged"), fused=False, dropout=True)
-    calls += recorded(NormOptions("activation"), folded=True, dropout=True)
+    for fused in (True, False):
+        calls += recorded(NormOptions("activation"), folded=True, dropout=True, fused=fused)
+    calls += recorded(NormOptions("activation"), save="8bit")
     case = draw(SHAPE, torch.bfloat16)
     with Recorder() as recorder:
         for norm in ("none", "channel", "weight"):
@@ -217,6 +220,18 @@ def test_both_routes_of_the_input_gradient(options, rebuild, monkeypatch):
     case = draw(SHAPE).to(torch.float64)
     for got, exact in zip(
         run(case, options, "reference"), run(case, options, "oracle"), strict=True
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("thin", [True, False])
+@pytest.mark.parametrize(("folded", "dropout"), list(product((True, False), repeat=2)))
+def test_both_routes_of_the_input_gradient_of_activation(thin, folded, dropout, monkeypatch):
+    monkeypatch.setattr(activation_dense, "adds_thin", lambda n, k, combine, factor: thin)
+    case, flags = draw(SHAPE).to(torch.float64), {"folded": folded, "dropout": dropout}
+    options = NormOptions("activation", combine="gated")
+    for got, exact in zip(
+        run(case, options, "reference", **flags), run(case, options, "oracle", **flags), strict=True
     ):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 

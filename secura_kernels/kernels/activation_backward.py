@@ -1,0 +1,160 @@
+"""Backward of the space ``activation``: dΔ in chunks that the L2 cache holds, one read of g and y0.
+
+    dΔ = g f / M    dbase = 2 g f / M  or  g f     h = (dΔ P) · z_scale + dbase P_base
+    ∂P = dΔᵀ zd     ∂δb = Σ dΔ     ∂y0 = dbase,  ∂y0[:, rows] += h
+
+dΔ is needed by ∂P alone (averaged, it is half of dbase), and ∂P sums over tokens: so a launch
+writes a slice of dΔ's columns into a workspace of ``WORKSPACE_MIB``, cuBLAS makes the slice's rows
+of ∂P of it while it is in L2, and the next slice takes its place. A program has BLOCK_T tokens and
+all columns of its launch, with its h in registers; from one launch to the next h is kept in fp32.
+Above 16384 tokens these are cut as well, below that a launch needs them to fill a GPU. Where h does
+not fit in registers (m > 128, fp32) tokens alone are cut, and cuBLAS makes h of the workspace.
+
+Bytes from memory, in units of one [T, N] tensor of the compute dtype (64 MiB at T=8192, N=4096,
+bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N:
+
+| what                     | dΔ whole | in chunks | of which                            |
+|--------------------------|----------|-----------|-------------------------------------|
+| gated, ∂y0               | 5        | 3         | reads g and y0, writes ∂y0          |
+| gated, ``thin``          | 4 + 2κ   | 2 + 2κ    | h R written and read in place of it |
+| averaged                 | 4        | 3         | ∂P reads its slice of ∂y0 from L2   |
+| with 8bit, 16-bit dtypes | −½       | −½        | kept instead of y0                  |
+
+h adds 8 m T bytes a launch after the first (m / N of 4 units, mostly from L2), and P_base and P are
+read from L2 once a block of tokens. The columns ``rows`` of ∂y0 are written by the last launch,
+averaged (and on ROCm) after it. Every sum runs in a fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..additive import product_wide
+from ..gain import sigmoid_weight
+from .activation import Operands, backward_tile, machine_of, padded
+from .activation_jit import activation_bwd_kernel
+from .common import dot_precision, unit_stride
+
+WORKSPACE_MIB = 16
+_ENOUGH_TOKENS = 16384
+_STEP = 64  # a chunk's edges, of which every block is a divisor
+# A CUDA barrier orders a program's stores to one address; on ROCm the code does not wait for them.
+_ORDERS_STORES = torch.version.hip is None
+
+
+def _chunks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
+    """``(tokens, columns)``: the blocks of a [T, N] tensor that ``WORKSPACE_MIB`` holds, in order.
+
+    The first is the largest. ``whole_rows`` asks for all columns of fewer tokens.
+    """
+    size = WORKSPACE_MIB * 2**20 // itemsize
+    tokens = max(_STEP, size // n // _STEP * _STEP) if whole_rows else _ENOUGH_TOKENS
+    columns = n if whole_rows else max(_STEP, size // min(t, tokens) // _STEP * _STEP)
+    for start in range(0, t, tokens):
+        for first in range(0, n, columns):
+            yield slice(start, min(t, start + tokens)), slice(first, min(n, first + columns))
+
+
+def backward(
+    g: Tensor,
+    y0: Tensor | None,
+    kept: Tensor | None,
+    z: Tensor,
+    rows: Tensor,
+    p: Tensor,
+    p_base: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    eps: Tensor | None,
+    slope: Tensor | None,
+    offset: Tensor | None,
+    factor: Tensor | None,
+    form: str,
+    combine: str,
+    needs: list[bool],
+    thin: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(∂y0, ∂P, ∂δb)``, None where not needed; 1/M from ``kept`` where that is given.
+
+    With ``thin`` (gated and without f, so that dbase is g) h ``[T, m]`` stands in ∂y0's place.
+    """
+    g, rows = unit_stride(g), rows.contiguous()
+    y0 = None if y0 is None else unit_stride(y0)
+    delta_bias = None if delta_bias is None else delta_bias.contiguous()
+    (t, n), averaged, machine = g.shape, combine == "averaged", machine_of(g)
+    ops = Operands(z, p, p_base, z_scale)
+    in_registers = needs[0] and ops.chunks == 1 and g.dtype != torch.float32
+    multiplies = needs[0] and not in_registers
+    chunks = [(slice(0, t), slice(0, n))]
+    if reads_change := needs[1] or multiplies:
+        chunks = list(_chunks(t, n, g.element_size(), multiplies))
+    tokens, columns = (part.stop for part in chunks[0])
+    tile = backward_tile(machine, g.dtype, tokens, ops.m_rows, p_base is not None, y0 is None)
+
+    dbase = g.new_empty(t, n) if needs[0] and not thin else None
+    halves = averaged and dbase is not None
+    workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
+    fills_columns = in_registers and not (thin or averaged) and _ORDERS_STORES
+    keeps_h = needs[0] and not (fills_columns and columns == n)
+    h = g.new_empty(t, ops.m, dtype=torch.float32) if keeps_h else None
+    dp = g.new_zeros(p.shape, dtype=torch.float32) if needs[1] else None
+    dbias = g.new_zeros(n, dtype=torch.float32) if needs[2] else None
+    by_token = *ops.padded[:2], padded(z_scale)
+    by_column = *ops.padded[2:], delta_bias, factor
+
+    def launch(tokens: slice, columns: slice) -> Any:
+        """The chunk's dΔ, or dbase where that is its double."""
+        width_t, width_n = tokens.stop - tokens.start, columns.stop - columns.start
+        programs, blocks_n = triton.cdiv(width_t, tile.block_t), triton.cdiv(width_n, tile.block_n)
+        split = 1 if in_registers else min(blocks_n, triton.cdiv(4 * machine.processors, programs))
+        ddelta = None if workspace is None else workspace[: width_t * width_n].view(width_t, -1)
+        dbase_part = _part(dbase, tokens, columns)
+        sums = g.new_empty(programs, width_n, dtype=torch.float32) if needs[2] else None
+        activation_bwd_kernel[(programs, split)](
+            *(_part(tensor, tokens, columns) for tensor in (g, y0, kept)),
+            *(_part(tensor, tokens) for tensor in by_token),
+            *(_part(tensor, columns) for tensor in by_column),
+            rows, eps, slope, offset, ddelta, dbase_part, _part(h, tokens), sums,
+            width_t, width_n, ops.m, ops.m_rows, columns.start,
+            triton.cdiv(blocks_n, split) * tile.block_n,
+            g.stride(0), 0 if y0 is None else y0.stride(0), n,
+            AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form),
+            PRECISION=dot_precision(g.dtype), HAS_H=in_registers,
+            COLUMNS=fills_columns and columns.stop == n,
+            BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=ops.block_m, CHUNKS=ops.chunks,
+            STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if dbias is not None and sums is not None:
+            dbias[columns] += sums.sum(0)
+        return dbase_part if halves else ddelta
+
+    share = 0.5 if halves else 1.0
+    for at, span in chunks:
+        change = launch(at, span)
+        if dp is not None:
+            dp[span].add_(product_wide(change.t(), ops.zd[at]), alpha=share)
+        if h is not None and multiplies:
+            own = product_wide(change, p).mul_(share)
+            if z_scale is not None:
+                own *= z_scale[at]
+            if p_base is not None:
+                own += product_wide((g if dbase is None else dbase)[at], p_base)
+            h[at, : ops.m_rows] = own
+    gain_of_columns = None if h is None else h[:, : ops.m_rows].to(g.dtype)
+    if thin:
+        return gain_of_columns, dp, dbias
+    if dbase is not None and gain_of_columns is not None and not fills_columns:
+        dbase.index_add_(1, rows, gain_of_columns)
+    return dbase, dp, dbias
+
+
+def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:
+    return None if tensor is None else tensor[index]
+
+
+__all__ = ["WORKSPACE_MIB", "backward"]
