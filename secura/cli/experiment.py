@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from secura._extras import require
 from secura.cli.docstrings import docstring_entries
 from secura.cli.errors import Parser, UserError
 from secura.experiments.grid import (
@@ -77,6 +78,9 @@ def _run(
 
     material = Material(settings, parse_datasets(dataset))
     material.check()
+    logging = require("transformers", "experiments").utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     team = Team()
     console = Console(stderr=True, quiet=not team.is_main)
     if team.is_main:

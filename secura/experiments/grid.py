@@ -52,7 +52,7 @@ class Cell:
         """Where the cell lies in a results folder."""
         if not self.tasks:
             return Path(BASE)
-        rate = f"lr{self.learning_rate:.0e}"
+        rate = f"lr{self.learning_rate:g}"
         return Path(self.method, rate, f"seed{self.seed}", "+".join(self.tasks))
 
     @property

@@ -111,4 +111,4 @@ def _beside_checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir, f"checkpoint-{state.global_step}", NORMS)
 
 
-__all__ = ["DivergedError", "GradientNorms", "Steps", "part_of"]
+__all__ = ["NORMS", "DivergedError", "GradientNorms", "Steps", "part_of"]

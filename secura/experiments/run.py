@@ -165,7 +165,7 @@ class Runner:
                 seconds |= _since(start, "scoring")
                 if len(cell.tasks) == 1:
                     start = time.perf_counter()
-                    figures["spectra"] = stage.spectra(model, material)
+                    figures["spectra"] = stage.spectra(cell, model, material)
                     seconds |= _since(start, "spectra")
             training["validation_loss"] = figures.pop("validation_loss")
             stage.clean(folder)

@@ -29,6 +29,7 @@ def load_model() -> Any:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=512,
+                initializer_range=0.2,
                 pad_token_id=0,
                 bos_token_id=1,
                 eos_token_id=2,

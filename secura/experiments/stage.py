@@ -18,13 +18,13 @@ from secura.cli.folders import checkpoints, complete_folder
 from secura.experiments.grid import Cell
 from secura.experiments.material import Material
 from secura.experiments.methods import METHODS, Method
-from secura.experiments.probes import DivergedError, GradientNorms, Steps
+from secura.experiments.probes import NORMS, DivergedError, GradientNorms, Steps
 from secura.experiments.strategies import STRATEGIES, Context, Strategy
 
 MODEL = "model"
 TRAINER = "trainer"
 WARMUP_SHARE = 0.1
-SCORING_BATCH = 16
+SCORING_BATCH = 64
 TEXT_TOKENS = 192
 
 
@@ -54,7 +54,7 @@ def train(
     transformers = require("transformers", "experiments")
     method = METHODS[cell.method]
     transformers.set_seed(cell.seed)
-    model = build(method, material, parent)
+    model = build(method, material, parent).to("cuda" if torch.cuda.is_available() else "cpu")
     trainable = [p for p in model.parameters() if p.requires_grad]
     features, _ = material.train_features(cell.tasks[-1], cell.seed)
     strategy = STRATEGIES[method.strategy](Context(cell, material, model, folder, parent))
@@ -66,7 +66,7 @@ def train(
         data_collator=strategy.wrap(
             transformers.DataCollatorForSeq2Seq(material.tokenizer, label_pad_token_id=-100)
         ),
-        callbacks=[norms, Steps(on_step), *strategy.callbacks],
+        callbacks=[*strategy.callbacks, norms, Steps(on_step)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     start = time.perf_counter()
@@ -143,7 +143,7 @@ def training_arguments(cell: Cell, material: Material, folder: Path) -> Any:
 def last_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint in `folder`; what a stop left half written is removed."""
     for checkpoint in reversed(checkpoints(folder)):
-        if (checkpoint / "trainer_state.json").is_file():
+        if (checkpoint / NORMS).is_file():  # written last
             return str(checkpoint)
         shutil.rmtree(checkpoint)
     return None
@@ -185,6 +185,15 @@ def score(cell: Cell, model: nn.Module, material: Material, on_part: Callable[[]
         if not math.isfinite(loss):
             raise DivergedError(f"after training, the loss on {name} is {loss}")
     return figures
+
+
+def spectra(cell: Cell, model: nn.Module, material: Material) -> list[dict[str, Any]]:
+    """What training did to the weights of the targeted layers."""
+    from secura.experiments.spectra import spectra as compare
+
+    trains_all = METHODS[cell.method].make_config is None
+    before = material.load_model().state_dict() if trains_all else None
+    return compare(model, before, material.settings.target_modules)
 
 
 def clean(folder: Path) -> None:

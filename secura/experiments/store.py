@@ -2,9 +2,9 @@
 
 settings.json                                  what every cell of the folder was made with
 base/cell.json                                 the untouched model's scores
-lora/lr1e-03/seed0/gsm8k/cell.json             a cell's figures
-lora/lr1e-03/seed0/gsm8k/model/                what it trained
-lora/lr1e-03/seed0/gsm8k/trainer/checkpoint-N  while it runs
+lora/lr0.001/seed0/gsm8k/cell.json             a cell's figures
+lora/lr0.001/seed0/gsm8k/model/                what it trained
+lora/lr0.001/seed0/gsm8k/trainer/checkpoint-N  while it runs
 """
 
 from __future__ import annotations
@@ -139,10 +139,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file, a line for each key, whole or not at all."""
+    lines = (f"{json.dumps(key)}: {json.dumps(content[key], allow_nan=False)}" for key in content)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
