@@ -115,3 +115,6 @@ def rise_at(points: Sequence[tuple[float, float]], learned: float) -> float | No
         if min(x, next_x) < learned < max(x, next_x):
             found.append(y + (learned - x) / (next_x - x) * (next_y - y))
     return min(found, default=None)
+
+
+__all__ = ["Estimate", "Transfer", "estimate", "mean", "paired", "rise_at", "transfer"]

@@ -384,3 +384,6 @@ def _annotate(
         if row >= first:
             corner = (row - first - 0.5, row - 0.5)
             axes.add_patch(rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.3))
+
+
+__all__ = ["change_by_layer", "frontier", "gradient_norms", "png", "sequence_maps"]

@@ -370,3 +370,6 @@ def _differences(
             pairs = (paired(figure(entry), figure(reference)) for figure in figures.values())
             rows.append([title(entry), *(show(run, p, sign="+", flag=True) for p in pairs)])
     return table(["method", *figures], rows)
+
+
+__all__ = ["found", "gradients", "one_task_each", "retention", "sequence", "singular_values"]

@@ -328,3 +328,17 @@ def _joined(titles: Sequence[str]) -> str:
         start = next((i for i, (a, b) in enumerate(zip(first, words, strict=False)) if a != b), 0)
         rest.append(" ".join(words[start:]))
     return " = ".join([titles[0], *rest])
+
+
+__all__ = [
+    "METRICS",
+    "REFERENCE",
+    "SHARES",
+    "AtEqualLearning",
+    "Entry",
+    "Record",
+    "Run",
+    "at_equal_learning",
+    "is_done",
+    "loss",
+]
