@@ -4,7 +4,8 @@
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
-``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json).
+``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
+a results folder of ``secura experiment`` there (``retention-small``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .retention import is_there, retention_table
 from .schema import Result, Row
 
 ROOT = Path(__file__).parent.parent
@@ -291,6 +293,8 @@ TABLES: dict[str, Callable[[Result, str], str]] = {
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The table of one result file; says so where there is none yet."""
+    if is_there(results / name):
+        return retention_table(results / name)
     path = results / f"{name}.json"
     if not path.exists():
         return NOT_YET

@@ -61,6 +61,11 @@ class Material:
         with require("torch", "experiments").device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
 
+    @property
+    def device(self) -> str:
+        """A GPU where there is one."""
+        return "cuda" if require("torch", "experiments").cuda.is_available() else "cpu"
+
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, which pads with its end token where it has no padding token."""
@@ -72,18 +77,19 @@ class Material:
         return tokenizer
 
     def load_model(self, folder: str | None = None) -> Any:
-        """A fresh base model, on the CPU, its frozen weights in the run's dtype.
+        """A fresh base model, where it is to run, its frozen weights in the run's dtype.
 
         With `folder`, whose weights it takes instead, they are fp32, as they were trained.
         """
         torch = require("torch", "experiments")
         if self.settings.model == smoke.MODEL and folder is None:
-            return smoke.load_model()
+            return smoke.load_model().to(self.device)
         # scaled_dot_product_attention is the slower one in bf16 on CPUs
-        eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+        eager = {} if self.device == "cuda" else {"attn_implementation": "eager"}
         half = self.settings.dtype == "bf16" and folder is None
         dtype = torch.bfloat16 if half else torch.float32
-        return models.load_model(folder or self.settings.model, dtype=dtype, **eager)
+        model = models.load_model(folder or self.settings.model, dtype=dtype, **eager)
+        return model.to(self.device)
 
     def task(self, name: str, seed: int) -> TaskData:
         """A task's examples; validation examples are the last of `train`."""

@@ -107,6 +107,7 @@ class Runner:
             record = self._compute(cell)
             if self.team.is_main:
                 self.store.write(cell, record)
+                stage.clean(self.store.folder(cell))
             self.team.wait()
         failed = record["status"] == "failed"
         self.outcome.failed += failed
@@ -142,47 +143,41 @@ class Runner:
         }
 
     def _figures(self, cell: Cell) -> dict[str, Any]:
-        material, folder = self.material, self.store.folder(cell)
-        seconds: dict[str, float] = {}
+        data = {"data": self.material.describe(cell)}
         if not cell.tasks:
-            model = material.load_model()
-            self.board.scoring(len(material.scored) + 1)
-            start = time.perf_counter()
-            figures = stage.score(cell, model, material, self.board.part)
-            return {**figures, "data": material.describe(cell), "seconds": _since(start, "scoring")}
+            return data | self._scores(cell, self.material.load_model())
+        folder = self.store.folder(cell)
         need_space(folder, self._bytes(cell))
         parent = self.store.folder(cell.parent) if cell.parent else None
-        self.board.training(material.settings.steps)
-        model, strategy, training = stage.train(cell, material, folder, parent, self.board.step)
-        seconds["training"] = training.pop("seconds")
-        figures: dict[str, Any] = {}
-        if self.team.is_main:
-            stage.finish(cell, model, strategy, folder)
-            self.board.scoring(len(material.scored) + 2)
-            start = time.perf_counter()
-            with strategy.inferring(model):
-                figures = stage.score(cell, model, material, self.board.part)
-                seconds |= _since(start, "scoring")
-                if len(cell.tasks) == 1:
-                    start = time.perf_counter()
-                    figures["spectra"] = stage.spectra(cell, model, material)
-                    seconds |= _since(start, "spectra")
-            training["validation_loss"] = figures.pop("validation_loss")
-            stage.clean(folder)
-        return {
-            "data": material.describe(cell),
-            "training": training,
-            **figures,
-            "seconds": seconds,
-        }
+        self.board.training(self.material.settings.steps)
+        model, strategy, training = stage.train(
+            cell, self.material, folder, parent, self.board.step
+        )
+        seconds = {"training": training.pop("seconds")}
+        if not self.team.is_main:
+            return {}
+        stage.finish(cell, model, strategy, folder)
+        with strategy.inferring(model):
+            figures = self._scores(cell, model)
+            if len(cell.tasks) == 1:
+                start = time.perf_counter()
+                figures["spectra"] = stage.spectra(cell, model, self.material)
+                seconds["spectra"] = time.perf_counter() - start
+        training["validation_loss"] = figures.pop("validation_loss")
+        figures["seconds"] |= seconds
+        return data | {"training": training} | figures
+
+    def _scores(self, cell: Cell, model: Any) -> dict[str, Any]:
+        self.board.scoring(len(self.material.scored) + (2 if cell.tasks else 1))
+        start = time.perf_counter()
+        figures = stage.score(cell, model, self.material, self.board.part)
+        return figures | {"seconds": {"scoring": time.perf_counter() - start}}
 
     def _bytes(self, cell: Cell) -> int:
         """What a cell may need on the disk: checkpoints hold a trained model's optimizer too."""
         if METHODS[cell.method].make_config is not None:
             return ADAPTER_BYTES
-        return (
-            2 * BYTES_A_PARAMETER * sum(p.numel() for p in self.material.load_model().parameters())
-        )
+        return 2 * BYTES_A_PARAMETER * self.material.load_model().num_parameters()
 
 
 def environment(model: str) -> dict[str, Any]:
@@ -212,10 +207,6 @@ def best_rates(store: Store, cells: Sequence[Cell]) -> dict[str, float]:
         found = (record["training"]["validation_loss"], cell.learning_rate)
         best[cell.method] = min(best.get(cell.method, found), found)
     return {method: rate for method, (_, rate) in best.items()}
-
-
-def _since(start: float, what: str) -> dict[str, float]:
-    return {what: time.perf_counter() - start}
 
 
 __all__ = ["Outcome", "Runner", "best_rates", "environment"]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from secura._extras import require
@@ -54,7 +53,7 @@ def train(
     transformers = require("transformers", "experiments")
     method = METHODS[cell.method]
     transformers.set_seed(cell.seed)
-    model = build(method, material, parent).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(method, material, parent)
     trainable = [p for p in model.parameters() if p.requires_grad]
     features, _ = material.train_features(cell.tasks[-1], cell.seed)
     strategy = STRATEGIES[method.strategy](Context(cell, material, model, folder, parent))
@@ -126,7 +125,7 @@ def training_arguments(cell: Cell, material: Material, folder: Path) -> Any:
         weight_decay=0.0,
         max_grad_norm=0.0,
         bf16=settings.dtype == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=material.device == "cpu",
         seed=cell.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
