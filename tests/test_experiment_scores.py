@@ -61,7 +61,7 @@ def token_losses(model, tokenizer, prompt: str, completion: str) -> torch.Tensor
 
 
 def test_multiple_choice_is_what_a_plain_pass_a_choice_gives(model, tokenizer):
-    right, by_byte, margins, losses = 0, 0, [], []
+    right, by_byte, margins, bytewise_margins, losses = 0, 0, [], [], []
     model.eval()
     for example in questions():
         each = [token_losses(model, tokenizer, example.prompt, c) for c in example.choices]
@@ -69,13 +69,15 @@ def test_multiple_choice_is_what_a_plain_pass_a_choice_gives(model, tokenizer):
         bytewise = [s / len(c.strip().encode()) for s, c in zip(sums, example.choices, strict=True)]
         right += sums.index(max(sums)) == example.answer
         by_byte += bytewise.index(max(bytewise)) == example.answer
-        own = sums.pop(example.answer)
-        margins.append(own - max(sums))
+        for values, found in ((sums, margins), (bytewise, bytewise_margins)):
+            own = values.pop(example.answer)
+            found.append(own - max(values))
         losses.append(each[example.answer])
     scores = Scorer(model, tokenizer, batch_size=4).score(questions(), "accuracy")
     assert scores["n"] == 9
     assert (scores["accuracy"], scores["accuracy_norm"]) == (right / 9, by_byte / 9)
     assert scores["margin"] == pytest.approx(sum(margins) / 9, abs=1e-4)
+    assert scores["margin_norm"] == pytest.approx(sum(bytewise_margins) / 9, abs=1e-4)
     assert scores["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
     assert 0 < right < 9 and 0 < by_byte < 9
 
@@ -106,6 +108,7 @@ def test_batches_and_padding_change_nothing(model, tokenizer, implementation):
         assert first == pytest.approx(second, abs=1e-5)
     answers = [scorer._write(written(), 8, lambda: None) for scorer in (alone, together)]
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
+    assert answers[0] == [alone._write([e], 8, lambda: None)[0] for e in written()]
 
 
 def test_the_loss_is_a_mean_over_tokens(model, tokenizer):
@@ -151,8 +154,8 @@ def test_an_answer_ends_where_the_next_prompt_would_begin(model, tokenizer):
             logits[..., token] = 9.0
             return logits
 
-    text = " 1 + 1\n#### 2\nSum of 3: 4"
-    for examples, end in ((written(1), " 1 + 1\n#### 2"), ([Example("Sum 1:", " 2")], " 1 + 1")):
+    text = " 1 + 1\n2 #### 2\nSum of 3: 4"
+    for examples, end in ((written(1), " 1 + 1\n2 #### 2"), ([Example("Sum 1:", " 2")], " 1 + 1")):
         model.lm_head = Told(text)
         assert Scorer(model, tokenizer)._write(examples, 40, lambda: None) == [end.strip()]
 
@@ -169,7 +172,7 @@ def test_nan_is_a_wrong_answer_and_no_exception(model, tokenizer):
 
 
 def test_scoring_leaves_the_model_and_the_tokenizer_as_they_were(model, tokenizer):
-    model = get_peft_model(model, tiny.config())
+    model = get_peft_model(model, tiny.config(norm="none", dropout=0.5))
     tiny.perturb(model)
     model.train()
     model.base_model.model.model.norm.eval()
