@@ -336,6 +336,9 @@ def test_full_fine_tuning_is_compared_with_the_weights_before():
     assert [p.name.rpartition(".")[2] for p in pairs] == ["q_proj", "v_proj"] * 2
     assert all(torch.equal(p.before * 1.5, p.after) for p in pairs)
     assert len(list(weight_pairs(model, before))) == 15
+    conv1d = tiny.gpt2()
+    (pair, _) = weight_pairs(conv1d, conv1d.state_dict(), ["c_attn"])
+    assert torch.equal(pair.before, pair.after) and pair.before.shape == (72, 24)
     with pytest.raises(ValueError, match="base_state"):
         spectra(model)
     with pytest.raises(ValueError, match="no linear layers named w"):
