@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -109,6 +110,7 @@ class Runner:
                 self.store.write(cell, record)
                 stage.clean(self.store.folder(cell))
             self.team.wait()
+        gc.collect()  # trainer and model refer to each other
         failed = record["status"] == "failed"
         self.outcome.failed += failed
         self.outcome.done += not failed
