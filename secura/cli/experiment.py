@@ -76,12 +76,12 @@ def _run(
     from secura.experiments.tasks import parse_datasets
     from secura.experiments.team import Team
 
-    material = Material(settings, parse_datasets(dataset))
+    team = Team()
+    material = Material(settings, parse_datasets(dataset), team.size)
     material.check()
     logging = require("transformers", "experiments").utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    team = Team()
     console = Console(stderr=True, quiet=not team.is_main)
     if team.is_main:
         store = Store(out, settings)

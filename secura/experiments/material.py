@@ -23,19 +23,27 @@ class Material:
     Args:
         settings: the run's.
         datasets: data sets that replace packaged ones, by task.
+        processes: that share a batch.
     """
 
     settings: Settings
     datasets: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
     _tasks: dict[tuple[str, int], TaskData] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
         """Look at what can be wrong before anything is computed.
 
         Raises:
-            ValueError: a task that does not exist, or a model without one of the targeted layers.
+            ValueError: a task that does not exist, a model without one of the targeted layers, or
+                a batch that the processes cannot share.
             UserError: there is no such model.
         """
+        if self.settings.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size={self.settings.batch_size} cannot be shared by {self.processes} "
+                "processes evenly: choose another number of processes"
+            )
         for name in self.scored:
             if name not in smoke.METRICS:
                 tasks.get_task(name)

@@ -118,7 +118,7 @@ def training_arguments(cell: Cell, material: Material, folder: Path) -> Any:
     return require("transformers", "experiments").TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // material.processes,
         learning_rate=cell.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(WARMUP_SHARE * settings.steps),
