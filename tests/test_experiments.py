@@ -195,7 +195,7 @@ def test_a_cell_goes_on_from_its_checkpoint(everything, tmp_path, monkeypatch, m
 def test_a_cell_file_cut_in_half_is_computed_again(everything, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(everything, out)
-    path = out / "dora/lr0.001/seed0/sums/cell.json"
+    path = out / "dora/lr0.02/seed0/sums/cell.json"
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:500])
     assert run(out, "exp3") == 0

@@ -25,6 +25,7 @@ from secura.experiments.answers import METRICS
 from secura.experiments.examples import Example
 
 _TOKENS = 1024  # read at once, padding included: bounds what logits and attention take
+_ANSWERS = 16  # written at once: all go on until the longest ends
 _LOGITS = 256  # rows of the vocabulary's width whose softmax is held at once
 
 
@@ -226,9 +227,10 @@ class Scorer:
         order = sorted(range(len(requests)), key=lambda index: -len(examples[index].prompt))
         answers: dict[int, str] = {}
         with torch.no_grad(), _evaluating(self.model):
-            harness = _harness(self.model, self.tokenizer, self.batch_size, self.dtype)
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            size = min(self.batch_size, _ANSWERS)
+            harness = _harness(self.model, self.tokenizer, size, self.dtype)
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
                 texts = harness.generate_until([requests[i] for i in batch], disable_tqdm=True)
                 answers |= {i: text.strip() for i, text in zip(batch, texts, strict=True)}
                 done()

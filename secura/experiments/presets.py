@@ -103,6 +103,7 @@ PRESETS: dict[str, tuple[Settings, tuple[int, ...]]] = {
             tasks=("sums", "colours"),
             probes=("letters",),
             steps=4,
+            learning_rate=2e-2,
             train_examples=16,
             validation_examples=4,
             test_examples=4,
