@@ -170,23 +170,24 @@ def test_a_cell_goes_on_from_its_checkpoint(everything, tmp_path, monkeypatch, m
     out = tmp_path / "out"
     steps = stage.Steps.on_step_end
 
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     def stop(self, args, state, control, **kwargs):
         steps(self, args, state, control, **kwargs)
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage.Steps, "on_step_end", stop)
-    assert run(out, "exp3", "--methods", method) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.Steps, "on_step_end", stop)
+        assert run(out, "exp5", "--methods", method) == 130
     (left,) = out.rglob("checkpoint-*")
     assert left.name == "checkpoint-2" and len(read_records(out)) == 1
-    seen = []
-    monkeypatch.setattr(
-        stage.Steps,
-        "on_step_end",
-        lambda self, args, state, control, **kwargs: seen.append(state.global_step),
-    )
-    assert run(out, "exp3", "--methods", method) == 0
-    assert seen == [3, 4]
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "score", interrupt)
+        assert run(out, "exp5", "--methods", method) == 130
+    assert len(read_records(out)) == 1
+    assert run(out, "exp5", "--methods", method) == 0
     again, before = figures(out), figures(everything)
     assert again == {key: before[key] for key in again}
     assert not list(out.rglob("checkpoint-*"))
@@ -226,7 +227,9 @@ def test_a_failed_cell_stops_no_other(tmp_path, capfd):
         (["exp4", "--methods", "lorra"], "did you mean lora?"),
         (["exp4", "--target_modules", "query"], "has no layer 'query'; its layers are"),
         (["exp4", "--tasks", "sum"], "unknown task 'sum'"),
-        (["exp4", "--dataset", "sums"], "TASK=DATA"),
+        (["exp4", "--datasets", "sums"], "TASK=DATA"),
+        (["exp5", "--rates", "own"], "is for exp4"),
+        (["exp4", "--probes", "gsm8k"], "and a probe as well"),
         (["exp4", "--model", "./nowhere"], "no such folder"),
         (["report", "exp4"], "stands alone"),
     ],

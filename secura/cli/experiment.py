@@ -18,6 +18,7 @@ from secura._extras import require
 from secura.cli.docstrings import docstring_entries
 from secura.cli.errors import Parser, UserError
 from secura.experiments.grid import (
+    BASE_CELL,
     EXPERIMENTS,
     Cell,
     Experiment,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, seeds = PRESETS[flags.pop("preset")]
     seeds = flags.pop("seeds") or seeds
     methods = [method.name for method in get_methods(flags.pop("methods") or list(METHODS))]
-    control = {name: flags.pop(name) for name in ("rates", "shard", "retry_failed", "dataset")}
+    control = {name: flags.pop(name) for name in ("rates", "shard", "retry_failed")}
     given = {name: value for name, value in flags.items() if value is not None}
     settings = replace(settings, **given)
     chosen = [EXPERIMENTS[name] for name in names]
@@ -65,7 +66,6 @@ def _run(
     rates: str | None,
     shard: tuple[int, int],
     retry_failed: bool,
-    dataset: list[str],
 ) -> int:
     from rich.console import Console
 
@@ -73,11 +73,14 @@ def _run(
     from secura.experiments.material import Material
     from secura.experiments.run import Runner, best_rates
     from secura.experiments.store import Store
-    from secura.experiments.tasks import parse_datasets
     from secura.experiments.team import Team
 
+    own_rate = any(experiment.own_rate for experiment in experiments)
+    if rates in ("own", "both") and not own_rate:
+        raise UserError(f"--rates {rates} is for exp4, which none of the experiments given is")
+    rates = rates or ("both" if own_rate else "one")
     team = Team()
-    material = Material(settings, parse_datasets(dataset), team.size)
+    material = Material(settings, team.size)
     material.check()
     logging = require("transformers", "experiments").utils.logging
     logging.disable_progress_bar()
@@ -88,17 +91,16 @@ def _run(
     team.wait()
     if not team.is_main:
         store = Store(out, settings)
-    wanted = {rates} if rates else {"both" if e.own_rate else "one" for e in experiments}
     with Board(console) as board:
         runner = Runner(store, material, board, team, retry_failed=retry_failed)
-        if wanted & {"one", "both"}:
+        if rates in ("one", "both"):
             grid = cells(experiments, methods, settings.tasks, seeds, settings.learning_rate)
             runner.run(split(grid, *shard))
-        if wanted & {"own", "both"}:
+        if rates in ("own", "both"):
             task = settings.tasks[0]
-            search = split(list(rate_search(methods, task, seeds[0])), *shard)
+            search = split([BASE_CELL, *rate_search(methods, task, seeds[0])], *shard)
             runner.run(search)
-            best = best_rates(store, search)
+            best = team.agree(best_rates(store, search[1:]))
             own = [Cell(s, (task,), method, best[method]) for s in seeds for method in best]
             runner.run(own)
     outcome = runner.outcome
@@ -140,13 +142,6 @@ def _parser() -> Parser:
         default=(0, 1),
         metavar="I/N",
         help="Only the I-th part of N, from 0, for several machines; copy their folders together.",
-    )
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="TASK=DATA",
-        help="A hub data set or a file in place of a task's own, such as gsm8k=openai/gsm8k:main.",
     )
     parser.add_argument("--retry_failed", action="store_true", help="Try failed cells again.")
     group = parser.add_argument_group("settings", "Each has a value in every preset.")

@@ -18,7 +18,8 @@ class Cell:
     """One point of the grid.
 
     Args:
-        seed: of the adapter's initial values and of the training examples and their order.
+        seed: of the training examples, their order, and whatever of the adapter is drawn (rows and
+            columns of least norm and A from W, SECURA's defaults, are not).
         tasks: names of the tasks trained on, in order; the cell's run is on the last.
         method: a name in `METHODS`, or `BASE` with no tasks: the untouched model.
         learning_rate: the peak rate.

@@ -22,12 +22,10 @@ class Material:
 
     Args:
         settings: the run's.
-        datasets: data sets that replace packaged ones, by task.
         processes: that share a batch.
     """
 
     settings: Settings
-    datasets: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     _tasks: dict[tuple[str, int], TaskData] = field(default_factory=dict, repr=False)
 
@@ -35,8 +33,10 @@ class Material:
         """Look at what can be wrong before anything is computed.
 
         Raises:
-            ValueError: a task that does not exist, a model without one of the targeted layers, or
-                a batch that the processes cannot share.
+            ValueError: a task that does not exist or is given data but not used, a model without
+                one of the targeted layers, a batch that the processes cannot share, or several GPUs
+                for one process.
+            MissingExtraError: what scores is not installed.
             UserError: there is no such model.
         """
         if self.settings.batch_size % self.processes:
@@ -44,9 +44,19 @@ class Material:
                 f"batch_size={self.settings.batch_size} cannot be shared by {self.processes} "
                 "processes evenly: choose another number of processes"
             )
+        torch = require("torch", "experiments")
+        if self.processes == 1 and torch.cuda.device_count() > 1:
+            raise ValueError(
+                f"{torch.cuda.device_count()} GPUs and one process: start as many processes with "
+                "accelerate launch, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        for scorer in ("lm_eval", "rouge_score", "sacrebleu"):
+            require(scorer, "experiments")
         for name in self.scored:
             if name not in smoke.METRICS:
                 tasks.get_task(name)
+        if unused := sorted(self.datasets.keys() - set(self.scored)):
+            raise ValueError(f"datasets names {', '.join(unused)}, which the run does not use")
         names = [name for name, _ in self._skeleton().named_modules()]
         for target in self.settings.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -68,6 +78,11 @@ class Material:
             raise UserError(f"model {self.settings.model!r}: {one_line(error)}") from error
         with require("torch", "experiments").device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
+
+    @cached_property
+    def datasets(self) -> dict[str, str]:
+        """Data sets in place of the packaged ones, by task."""
+        return tasks.parse_datasets(self.settings.datasets)
 
     @property
     def device(self) -> str:
@@ -149,7 +164,9 @@ class Material:
         return described
 
     def train_features(self, name: str, seed: int) -> tuple[list[dict], tuple[Example, ...]]:
-        """A task's tokenised training examples, and its validation examples.
+        """The tokenised examples of a task that are trained on, and its validation examples.
+
+        There are no more than the steps take, so that what is replayed later was seen.
 
         Raises:
             ValueError: fewer than a batch are short enough.
@@ -160,9 +177,10 @@ class Material:
         if len(features) < self.settings.batch_size:
             raise ValueError(
                 f"task {name!r} has {len(features)} training examples of at most "
-                f"{self.settings.max_tokens} tokens, fewer than a batch: raise max_tokens"
+                f"{self.settings.max_tokens} tokens, of {len(examples)} less {held} for "
+                "validation, fewer than a batch: raise max_tokens, or give it more data"
             )
-        return features, examples[-held:]
+        return features[: self.settings.steps * self.settings.batch_size], examples[-held:]
 
 
 def to_features(

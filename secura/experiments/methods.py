@@ -1,8 +1,8 @@
 """The methods that are compared, each a name in one registry.
 
-M1 and M2 differ in what the norm measures against once something was folded, and ER and EWC act on
-earlier tasks: on the first task they are the same run as another method (`first_as`), which is
-computed once and counts for both.
+M1 and M2 differ in what the norm measures against once something was folded, which happens where a
+next task begins, and ER and EWC act on earlier tasks: on the first task they are the same run as
+another method (`first_as`), which is computed once and counts for both.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Method:
     Args:
         name: in the registry, on the command line and in results.
         title: for people.
-        make_config: the PEFT config for given settings; None trains every weight.
+        make_config: the PEFT config for given settings and seed; None trains every weight.
         strategy: what is done against forgetting beside the adapter, a key of
             `secura.experiments.strategies.STRATEGIES`.
-        folds: whether the adapter is folded into its frozen core at each task's end.
+        folds: whether what was learned is folded into the frozen core before each next task.
         frozen: names of parameters (the part after the last ``secura_``) that stay as they start.
         first_as: the method whose run on a first task this one's is.
         rates: the learning rates its own best is chosen from.
@@ -39,7 +39,7 @@ class Method:
 
     name: str
     title: str
-    make_config: Callable[[Settings], Any] | None
+    make_config: Callable[[Settings, int], Any] | None
     strategy: str = "none"
     folds: bool = False
     frozen: tuple[str, ...] = ()
@@ -47,8 +47,8 @@ class Method:
     rates: tuple[float, ...] = ADAPTER_RATES
 
 
-def _lora(**fields: Any) -> Callable[[Settings], Any]:
-    def make(settings: Settings) -> Any:
+def _lora(**fields: Any) -> Callable[[Settings, int], Any]:
+    def make(settings: Settings, seed: int) -> Any:
         return require("peft", "experiments").LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.lora_rank,
@@ -60,9 +60,9 @@ def _lora(**fields: Any) -> Callable[[Settings], Any]:
     return make
 
 
-def _secura(**fields: Any) -> Callable[[Settings], Any]:
-    def make(settings: Settings) -> Any:
-        chosen = {"r": settings.rank, "inner_r": settings.inner_rank} | fields
+def _secura(**fields: Any) -> Callable[[Settings, int], Any]:
+    def make(settings: Settings, seed: int) -> Any:
+        chosen = {"r": settings.rank, "inner_r": settings.inner_rank, "seed": seed} | fields
         if fields.get("init") == "identity":
             chosen["inner_r"] = settings.rank
         return require("secura.tuner", "experiments").SecuraConfig(

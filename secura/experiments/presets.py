@@ -19,11 +19,13 @@ class Settings:
         batch_size: examples a step.
         learning_rate: the one rate all methods share (the paper's).
         max_tokens: training examples of more tokens are left out.
-        train_examples: drawn from a task's training split.
+        datasets: data in place of a task's own, such as ``gsm8k=openai/gsm8k:main``.
+        train_examples: drawn from a task's training split; no more are used than the steps take.
         validation_examples: further ones of it, by whose loss a method's own rate is chosen.
         test_examples: scored of each task.
         probe_examples: scored of each probe.
         text_examples: general texts scored.
+        text_tokens: of each text at most.
         answer_tokens: of a written answer at most, where the task allows more.
         target_modules: layers the adapters are on.
         rank: CUR rank m of SECURA.
@@ -49,11 +51,13 @@ class Settings:
     batch_size: int = 4
     learning_rate: float = 1e-3
     max_tokens: int = 192
+    datasets: tuple[str, ...] = ()
     train_examples: int = 1000
     validation_examples: int = 32
     test_examples: int = 64
     probe_examples: int = 64
     text_examples: int = 24
+    text_tokens: int = 192
     answer_tokens: int = 256
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     rank: int = 64
@@ -61,7 +65,7 @@ class Settings:
     lora_rank: int = 8
     replay_size: int = 256
     replay_share: float = 0.2
-    ewc_lambda: float = 1000.0
+    ewc_lambda: float = 3e4
     ewc_examples: int = 32
     long_term_ema: float = 0.99
     long_term_weight: float = 1.0
@@ -75,6 +79,8 @@ class Settings:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names {', '.join(values)}: each may stand there once")
+        if both := set(self.tasks) & set(self.probes):
+            raise ValueError(f"{', '.join(sorted(both))} cannot be trained on and a probe as well")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "float") and not value > 0:
@@ -104,7 +110,7 @@ PRESETS: dict[str, tuple[Settings, tuple[int, ...]]] = {
             probes=("letters",),
             steps=4,
             learning_rate=2e-2,
-            train_examples=16,
+            train_examples=40,
             validation_examples=4,
             test_examples=4,
             probe_examples=4,
@@ -128,6 +134,7 @@ PRESETS: dict[str, tuple[Settings, tuple[int, ...]]] = {
             probe_examples=32,
             text_examples=16,
             answer_tokens=128,
+            long_term_ema=0.9,  # 0.99 ** 32 would keep three quarters of the start
             dtype="bf16",
             save_steps=16,
         ),

@@ -26,7 +26,10 @@ class DivergedError(RuntimeError):
 
 
 class Steps(TrainerCallback):  # type: ignore[misc, valid-type]
-    """Calls `on_step` with the number of optimizer steps done."""
+    """Calls `on_step` with the number of optimizer steps done.
+
+    It also keeps the trainer from writing a checkpoint at the end, from which nothing resumes.
+    """
 
     def __init__(self, on_step: Callable[[int], None]) -> None:
         self.on_step = on_step
@@ -34,6 +37,8 @@ class Steps(TrainerCallback):  # type: ignore[misc, valid-type]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts."""
         self.on_step(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
 
 class GradientNorms(TrainerCallback):  # type: ignore[misc, valid-type]

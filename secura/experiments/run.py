@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 
 from secura import machine
-from secura.assets import ASSETS
-from secura.cli.errors import USER_ERRORS, one_line
+from secura._extras import MissingExtraError
+from secura.assets import ASSETS, AssetError
+from secura.cli.errors import UserError, one_line
 from secura.experiments import stage
 from secura.experiments.board import Board
 from secura.experiments.grid import Cell
 from secura.experiments.material import Material
 from secura.experiments.methods import METHODS
+from secura.experiments.probes import DivergedError
 from secura.experiments.store import BusyError, Store, need_space
 from secura.experiments.team import Team
 
@@ -44,7 +47,9 @@ class Outcome:
         parts = [f"{self.done} cells computed", f"{self.kept} there before"]
         parts += [f"{self.failed} failed"] if self.failed else []
         if self.left:
-            parts.append(f"{self.left} left to another process, or start from a cell that failed")
+            parts.append(
+                f"{self.left} left to another process, or without the model they start from"
+            )
         return f"{', '.join(parts)}; next: secura experiment report --out {out}"
 
 
@@ -71,6 +76,7 @@ class Runner:
         self.store, self.material, self.board, self.team = store, material, board, team
         self.retry_failed = retry_failed
         self.outcome = Outcome()
+        self.environment = environment(material)
         self._seen: set[Cell] = set()
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -98,7 +104,7 @@ class Runner:
             self.board.finished(cell)
             return True
         parent = cell.parent
-        if parent is not None and not self.team.agree(self.store.is_done(parent)):
+        if parent is not None and not self.team.agree(self.store.is_ready(parent)):
             return False
         with ExitStack() as stack:
             if not self.team.agree(self._claim(cell, stack)):
@@ -108,8 +114,9 @@ class Runner:
             record = self._compute(cell)
             if self.team.is_main:
                 self.store.write(cell, record)
-                stage.clean(self.store.folder(cell))
-            self.team.wait()
+                if record["status"] == "done":
+                    stage.clean(self.store.folder(cell))
+            record = self.team.agree(record)
         gc.collect()  # trainer and model refer to each other
         failed = record["status"] == "failed"
         self.outcome.failed += failed
@@ -125,15 +132,22 @@ class Runner:
             stack.enter_context(self.store.claim(cell))
         except BusyError:
             return False
-        return self.retry_failed or self.store.record(cell) is None
+        record = self.store.record(cell)
+        return record is None or (self.retry_failed and record["status"] == "failed")
 
     def _compute(self, cell: Cell) -> dict[str, Any]:
-        """The cell's record: its figures, or why there are none."""
+        """The cell's record: its figures, or why there are none.
+
+        What another cell would meet too is raised: a full disk, a package or data that are missing.
+        """
         start = time.perf_counter()
         try:
             figures = {"status": "done", **self._figures(cell)}
-        except (*USER_ERRORS, ArithmeticError) as error:
-            if isinstance(error, OSError):
+            check_finite(figures)
+        except (UserError, MissingExtraError, AssetError, OSError):
+            raise
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            if self.team.size > 1:  # the other processes wait for this one
                 raise
             figures = {"status": "failed", "error": one_line(error)}
         seconds = figures.pop("seconds", {}) | {"total": time.perf_counter() - start}
@@ -141,11 +155,14 @@ class Runner:
             **figures,
             "seconds": seconds,
             "settings": self.material.settings.as_json(),
-            "environment": environment(self.material.settings.model),
+            "environment": self.environment
+            | {"finished": datetime.now(UTC).isoformat(timespec="seconds")},
         }
 
     def _figures(self, cell: Cell) -> dict[str, Any]:
         data = {"data": self.material.describe(cell)}
+        if self.team.is_main:
+            self.store.check_data(cell.seed, data["data"])
         if not cell.tasks:
             return data | self._scores(cell, self.material.load_model())
         folder = self.store.folder(cell)
@@ -158,7 +175,7 @@ class Runner:
         seconds = {"training": training.pop("seconds")}
         if not self.team.is_main:
             return {}
-        stage.finish(cell, model, strategy, folder)
+        stage.finish(model, strategy, folder)
         with strategy.inferring(model):
             figures = self._scores(cell, model)
             if len(cell.tasks) == 1:
@@ -182,33 +199,47 @@ class Runner:
         return 2 * BYTES_A_PARAMETER * self.material.load_model().num_parameters()
 
 
-def environment(model: str) -> dict[str, Any]:
-    """Where the figures were made, and of which model."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def environment(material: Material) -> dict[str, Any]:
+    """Where the figures are made, and of which model."""
+    model = material.settings.model
     return {
         **machine.versions(PACKAGES),
         "commit": machine.commit(*MEASURED),
-        "machine": machine.describe(device),
+        "machine": machine.describe(torch.device(material.device)),
+        "processes": material.processes,
         "model": ASSETS[model].describe() if model in ASSETS else model,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def check_finite(figures: dict[str, Any]) -> None:
+    """Raise `DivergedError` for figures that are NaN or infinite, with their names."""
+    for name, value in figures.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise DivergedError(f"after training, figures of {name} are NaN or infinite") from error
+
+
 def best_rates(store: Store, cells: Sequence[Cell]) -> dict[str, float]:
-    """For each method the rate of the cell with the least validation loss; none where none is done.
+    """For each method the rate of the cell with the least validation loss.
+
+    A method is left out while cells of it are still to come, and where all of them failed.
 
     Args:
         store: where the cells' figures lie.
         cells: one task, one seed, several rates of each method.
     """
     best: dict[str, tuple[float, float]] = {}
+    waiting: set[str] = set()
     for cell in cells:
         record = store.record(cell)
+        if record is None:
+            waiting.add(cell.method)
         if record is None or record["status"] != "done":
             continue
         found = (record["training"]["validation_loss"], cell.learning_rate)
         best[cell.method] = min(best.get(cell.method, found), found)
-    return {method: rate for method, (_, rate) in best.items()}
+    return {method: rate for method, (_, rate) in best.items() if method not in waiting}
 
 
 __all__ = ["Outcome", "Runner", "best_rates", "environment"]

@@ -12,19 +12,17 @@ from typing import Any
 from torch import nn
 
 from secura._extras import require
-from secura.cli.errors import UserError
 from secura.cli.folders import checkpoints, complete_folder
 from secura.experiments.grid import Cell
 from secura.experiments.material import Material
-from secura.experiments.methods import METHODS, Method
+from secura.experiments.methods import METHODS
 from secura.experiments.probes import NORMS, DivergedError, GradientNorms, Steps
+from secura.experiments.store import MODEL
 from secura.experiments.strategies import STRATEGIES, Context, Strategy
 
-MODEL = "model"
 TRAINER = "trainer"
 WARMUP_SHARE = 0.1
 SCORING_BATCH = 64
-TEXT_TOKENS = 192
 
 
 def train(
@@ -48,12 +46,11 @@ def train(
 
     Raises:
         DivergedError: the loss became NaN or infinite.
-        UserError: the model has none of the targeted layers.
     """
     transformers = require("transformers", "experiments")
     method = METHODS[cell.method]
     transformers.set_seed(cell.seed)
-    model = build(method, material, parent)
+    model = build(cell, material, parent)
     trainable = [p for p in model.parameters() if p.requires_grad]
     features, _ = material.train_features(cell.tasks[-1], cell.seed)
     strategy = STRATEGIES[method.strategy](Context(cell, material, model, folder, parent))
@@ -86,26 +83,22 @@ def train(
     return model, strategy, figures
 
 
-def build(method: Method, material: Material, parent: Path | None) -> Any:
-    """The model a cell trains: the base, or what its parent left, with the method's adapter.
-
-    Raises:
-        UserError: the model has none of the targeted layers.
-    """
+def build(cell: Cell, material: Material, parent: Path | None) -> Any:
+    """The model a cell trains: the base, or what its parent left, with the method's adapter."""
+    method = METHODS[cell.method]
     before = str(parent / MODEL) if parent else None
     if method.make_config is None:
         return material.load_model(before).float()
     peft = require("peft", "experiments")
     require("secura.tuner", "experiments")
+    config = method.make_config(material.settings, cell.seed)
     base = material.load_model()
-    if before:
-        model = peft.PeftModel.from_pretrained(base, before, is_trainable=True)
-    else:
-        try:
-            model = peft.get_peft_model(base, method.make_config(material.settings))
-        except ValueError as error:
-            targets = ", ".join(material.settings.target_modules)
-            raise UserError(f"{method.title} on {targets}: {error}") from error
+    if before is None:
+        model = peft.get_peft_model(base, config)
+    else:  # the parent may be another method's cell: its config is not this one's
+        model = peft.PeftModel.from_pretrained(base, before, config=config, is_trainable=True)
+        if method.folds:
+            require("secura", "experiments").fold(model)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in method.frozen:
             parameter.requires_grad_(False)
@@ -130,7 +123,7 @@ def training_arguments(cell: Cell, material: Material, folder: Path) -> Any:
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -144,14 +137,12 @@ def last_checkpoint(folder: Path) -> str | None:
     for checkpoint in reversed(checkpoints(folder)):
         if (checkpoint / NORMS).is_file():  # written last
             return str(checkpoint)
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
-def finish(cell: Cell, model: Any, strategy: Strategy, folder: Path) -> None:
-    """Folds what is to be folded and keeps the trained model for the cells that go on from it."""
-    if METHODS[cell.method].folds:
-        require("secura", "experiments").fold(model)
+def finish(model: Any, strategy: Strategy, folder: Path) -> None:
+    """Keeps the trained model for the cells that go on from it."""
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     with complete_folder(folder / MODEL) as scratch:
         model.save_pretrained(scratch)
@@ -159,11 +150,7 @@ def finish(cell: Cell, model: Any, strategy: Strategy, folder: Path) -> None:
 
 
 def score(cell: Cell, model: nn.Module, material: Material, on_part: Callable[[], None]) -> dict:
-    """Every task, every probe and general text, scored with the model as it is.
-
-    Raises:
-        DivergedError: a loss is NaN or infinite.
-    """
+    """Every task, every probe and general text, scored with the model as it is."""
     from secura.experiments.evaluate import Scorer
 
     settings = material.settings
@@ -173,16 +160,13 @@ def score(cell: Cell, model: nn.Module, material: Material, on_part: Callable[[]
         metric, longest = material.metric(name)
         scores[name] = scorer.score(material.task(name, cell.seed).test, metric, longest)
         on_part()
-    text = scorer.perplexity(material.text, TEXT_TOKENS)
+    text = scorer.perplexity(material.text, settings.text_tokens)
     on_part()
     figures: dict[str, Any] = {"scores": scores, "text": text}
     if cell.tasks:
         held = material.train_features(cell.tasks[-1], cell.seed)[1]
         figures["validation_loss"] = scorer.loss(held)
         on_part()
-    for name, loss in [*((n, s["loss"]) for n, s in scores.items()), ("text", text["loss"])]:
-        if not math.isfinite(loss):
-            raise DivergedError(f"after training, the loss on {name} is {loss}")
     return figures
 
 
@@ -201,7 +185,6 @@ def clean(folder: Path) -> None:
 
 
 __all__ = [
-    "MODEL",
     "DivergedError",
     "build",
     "clean",

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
+from secura.cli.errors import UserError
 from secura.experiments.grid import Cell
 from secura.experiments.presets import Settings
 
 FORMAT = 1
+MODEL = "model"
 RECORD = "cell.json"
 DIGITS = 6
 
@@ -56,7 +58,7 @@ class Store:
                     "another --out, or the settings in its settings.json"
                 )
             return
-        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        if root.is_file() or (root.is_dir() and any(p.name[0] != "." for p in root.iterdir())):
             raise ValueError(f"{root} is no results folder, and not empty; give another --out")
         root.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
@@ -70,10 +72,32 @@ class Store:
         found = read_json(self.folder(cell) / RECORD)
         return found if found and found.get("format") == FORMAT else None
 
-    def is_done(self, cell: Cell) -> bool:
-        """Whether the cell has been computed, and its model kept for those that go on from it."""
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether the cell has been computed, and its model is here to go on from."""
         record = self.record(cell)
-        return record is not None and record["status"] == "done"
+        done = record is not None and record["status"] == "done"
+        return done and self.model(cell).is_dir()
+
+    def model(self, cell: Cell) -> Path:
+        """Where the cell's trained model lies."""
+        return self.folder(cell) / MODEL
+
+    def check_data(self, seed: int, data: dict[str, Any]) -> None:
+        """Hold a seed's data against those the folder's other cells were made with.
+
+        Raises:
+            UserError: a checksum differs.
+        """
+        path = self.root / f"data-seed{seed}.json"
+        checksums = {name: about["sha256"] for name, about in data.items()}
+        kept = read_json(path)
+        if kept is None:
+            write_json(path, checksums)
+        elif changed := sorted(name for name in checksums if kept.get(name) != checksums[name]):
+            raise UserError(
+                f"the data of {', '.join(changed)} are no longer those that the results in "
+                f"{self.root} were made with (their checksums differ); give another --out"
+            )
 
     def write(self, cell: Cell, record: dict[str, Any]) -> None:
         """Keeps a cell's figures, which ends it."""

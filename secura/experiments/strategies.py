@@ -74,16 +74,11 @@ def ewc(context: Context) -> Strategy:
     settings, cell, material = context.material.settings, context.cell, context.material
     if context.parent is None:
         return Strategy()
-    kept = context.folder / FISHER
-    if kept.exists():
-        fisher = continual.Fisher.load(kept)
-    else:
-        before = context.parent / FISHER
-        previous = continual.Fisher.load(before) if before.exists() else None
-        features = material.train_features(cell.tasks[-2], cell.seed)[0]
-        batches = _one_by_one(features[: settings.ewc_examples], material.tokenizer)
-        fisher = continual.Fisher.estimate(context.model, batches, previous=previous)
-        fisher.save(kept)
+    previous = continual.Fisher.load(context.parent / FISHER) if len(cell.tasks) > 2 else None
+    features = material.train_features(cell.tasks[-2], cell.seed)[0]
+    batches = _one_by_one(features[: settings.ewc_examples])
+    fisher = continual.Fisher.estimate(context.model, batches, previous=previous)
+    fisher.save(context.folder / FISHER)
     return Strategy(callbacks=[continual.EWCCallback(fisher, settings.ewc_lambda)])
 
 
@@ -109,7 +104,7 @@ class _LongTerm(Strategy):
         return self.memory.applied(model)
 
 
-def _one_by_one(features: list[dict[str, list[int]]], tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _one_by_one(features: list[dict[str, list[int]]]) -> Iterator[dict[str, Any]]:
     torch = require("torch", "experiments")
     for feature in features:
         yield {name: torch.tensor([values]) for name, values in feature.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 from secura._extras import require
@@ -17,7 +18,9 @@ class Team:
         if self.size > 1:
             torch = require("torch", "experiments")
             accelerate = require("accelerate", "experiments")
-            self._state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+            self._state = accelerate.PartialState(
+                cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24)
+            )
 
     @property
     def is_main(self) -> bool:
