@@ -52,24 +52,31 @@ def retention_table(folder: Path) -> str:
             show(run, {seed: figures.forgetting for seed, figures in after.items()}),
             show(run, run.over_seeds(method.name, whole, run.rate, run.text_rise)),
         ]
-        if any(cell != NOTHING for cell in (*cells[shared is not None :], *sequence)):
+        if any(cell != NOTHING for cell in ([] if shared else cells) + sequence):
             rows.append([method.title, *cells, *sequence])
     return "\n".join([*table(COLUMNS, rows), _caption(run)]) + "\n"
 
 
 def _caption(run: Run) -> str:
     settings = run.settings
-    environment = next(iter(run.records.values()))["environment"]
-    machine = environment["machine"]
+    environments = [record["environment"] for record in run.records.values()]
+    model = environments[0]["model"]
+    machines, commits = (
+        ", ".join(dict.fromkeys(found))
+        for found in (
+            [environment["machine"]["name"] for environment in environments],
+            [environment["commit"] for environment in environments],
+        )
+    )
     return (
         f"Nats a token, mean over {len(run.seeds)} seeds ± half a 95% interval; rate {run.rate:g} "
         f"for all. Columns 2 to 4 after {settings['steps']} steps of batch "
         f"{settings['batch_size']} on {run.tasks[0]}, the others after as many on each of "
         f"{', '.join(run.tasks)} in turn. *Learned*: fall of the held-out loss. *Kept*: mean over "
         f"{', '.join(run.telling_probes)} of accuracy as a share of the base model's, on "
-        f"{settings['probe_examples']} questions each. {environment['model']}, adapters on "
-        f"{' and '.join(settings['target_modules'])}, {settings['dtype']}; {machine['name']}; "
-        f"commit {environment['commit']}; `secura experiment exp4 exp5`. All of it: "
+        f"{settings['probe_examples']} questions each. {model}, adapters on "
+        f"{' and '.join(settings['target_modules'])}, {settings['dtype']}; {machines}; "
+        f"commit {commits}; `secura experiment exp0 exp2 exp3 exp4 exp5`. All of it: "
         "[the report](benchmarks/results/retention-small/report.md)."
     )
 

@@ -114,7 +114,7 @@ def _reading(run: Run) -> Section:
     count = len(run.seeds)
     spread = (
         f"± is half the 95% interval (Student's t) of the mean over {count} seeds, which draw the "
-        "training examples, their order and the adapters' initial values; **bold** differences "
+        "training examples, their order, and what of an adapter is drawn; **bold** differences "
         "have an interval that excludes 0, as one in 20 has where there is no difference at all"
         if count > 1
         else "There is one seed, so there are no intervals: differences may be chance"
@@ -125,12 +125,17 @@ def _reading(run: Run) -> Section:
         f"- {spread}.",
         f"- (n=…): so many seeds have the figure, of {count}; {NOTHING}: none has.",
         "- Losses are cross-entropies in nats a token: lower is better. Scores go from 0 to 1.",
+        f"- General text: the first {run.settings['text_tokens']} tokens of "
+        f"{run.settings['text_examples']} news articles, held out of the task xsum"
+        + (", which was trained on here." if "xsum" in run.tasks else "."),
         *_standard_errors(run),
     ]
     if shared := [entry.title for entry in run.entries() if entry.shared]:
         lines.append(
             f"- ¹ On a first task these are the same run, computed once: {'; '.join(shared)}. ER "
-            "and EWC act on earlier tasks, and M1 and M2 differ once something was folded."
+            "and EWC act on earlier tasks, and M1 and M2 differ from the first fold on. It comes "
+            "before the next task; there M1, whose norm no longer holds back what was folded, "
+            "jumps from what was trained and scored to the whole W + ΔW."
         )
     return Section([*lines, ""])
 

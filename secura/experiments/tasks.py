@@ -136,9 +136,6 @@ TASKS: dict[str, Task] = {
     )
 }
 
-PROBES = ("mmlu", "arc-challenge", "hellaswag", "triviaqa")
-"""The tasks that ask for basic knowledge."""
-
 
 def get_task(name: str) -> Task:
     """The task called `name`; `ValueError` names the nearest where there is none."""
@@ -320,7 +317,6 @@ def _plain(text: str) -> str:
 
 __all__ = [
     "HELD_OUT",
-    "PROBES",
     "PROMPT_WORDS",
     "TASKS",
     "Task",
