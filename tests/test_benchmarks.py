@@ -207,6 +207,16 @@ def test_peak_memory_is_the_allocators():
     assert measure.peak_mib(call, CPU) == pytest.approx(6, abs=0.1)
 
 
+@pytest.mark.parametrize(("n", "thin", "moved"), [(8, 0, 1 * 8), (9, 1, 2 * 4), (16, 1, 2 * 4)])
+def test_a_wide_activation_layer_moves_h_r_and_not_the_gradient_of_its_output(n, thin, moved):
+    t, k, m = 2, 4, 3
+    case = shapes.LayerCase("wide", "linear", 1, T=t, N=n, K=k, m=m, r=1)
+    extra = costs.work("secura activation", case, 2)["backward"]
+    frozen = costs.work("frozen", case, 2)["backward"]
+    assert extra.flop - frozen.flop == 2 * (3 * t * n * m + thin * t * k * m)
+    assert extra.bytes - frozen.bytes == 2 * t * (2 * n + moved)
+
+
 def test_costs_count_by_the_table():
     case = shapes.LayerCase("square", "linear", 1, T=2, N=3, K=5, m=1, r=1)
     frozen = costs.work("frozen", case, 2)
