@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from cli_fixtures import fails
+from safetensors.torch import load_file
 
 from secura.cli import main
+from secura.cli.folders import ADAPTER_WEIGHTS
 from secura.experiments import stage
 from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, cells, rate_search, split
 from secura.experiments.methods import METHODS, get_methods
@@ -191,6 +196,64 @@ def test_a_cell_goes_on_from_its_checkpoint(everything, tmp_path, monkeypatch, m
     again, before = figures(out), figures(everything)
     assert again == {key: before[key] for key in again}
     assert not list(out.rglob("checkpoint-*"))
+
+
+def test_a_parent_is_scored_as_trained_and_folded_for_its_child(everything):
+    """M1 holds what was folded for the base, M2 does not: the child's config is its own."""
+    for kind, reference in (("m1", "folded"), ("m2", "pretrained")):
+        folder = everything / f"secura-channel-{kind}/lr0.02/seed0/sums+colours/model"
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["norm_reference"] == reference
+    first = everything / "secura-channel-m1/lr0.02/seed0/sums/model/adapter_model.safetensors"
+    kept = load_file(first)
+    assert not any(value.any() for name, value in kept.items() if name.endswith("core"))
+    assert any(value.any() for name, value in kept.items() if name.endswith("B"))
+
+
+def test_seeds_reach_adapters_and_data(tmp_path):
+    assert run(tmp_path / "out", "exp3", "--methods", "cur-lora,lora", "--seeds", "0,1") == 0
+    for method, kind in (("cur-lora", "rows"), ("lora", "lora_A.weight")):
+        drawn = [
+            load_file(tmp_path / f"out/{method}/lr0.02/seed{seed}/sums/model/{ADAPTER_WEIGHTS}")
+            for seed in (0, 1)
+        ]
+        names = [name for name in drawn[0] if name.endswith(kind)]
+        assert names
+        assert all(not torch.equal(drawn[0][name], drawn[1][name]) for name in names)
+    data = [
+        json.loads((tmp_path / f"out/data-seed{seed}.json").read_text())["sums"] for seed in (0, 1)
+    ]
+    assert data[0] != data[1]
+
+
+def test_data_that_changed_are_refused(everything, tmp_path, capfd):
+    out = tmp_path / "out"
+    shutil.copytree(everything, out)
+    kept = json.loads((out / "data-seed0.json").read_text())
+    (out / "data-seed0.json").write_text(json.dumps(kept | {"sums": "0" * 64}))
+    shutil.rmtree(out / "dora")
+    words = ["exp3", "--methods", "dora", "--preset", "smoke", "--out", out]
+    fails(["experiment", *words], capfd, "the data of sums are no longer those")
+    assert not list(out.rglob("dora/**/cell.json"))
+
+
+def test_a_grid_can_be_split_and_its_parts_laid_together(everything, tmp_path):
+    words = ["exp5", "--methods", "lora,ewc,dora"]
+    for part in ("0/2", "1/2"):
+        assert run(tmp_path / part[0], *words, "--shard", part) == 0
+    shutil.copytree(tmp_path / "1", tmp_path / "0", dirs_exist_ok=True)
+    together, before = figures(tmp_path / "0"), figures(everything)
+    assert together == {key: before[key] for key in together} and len(together) == 6
+
+
+def test_two_processes_train_a_cell_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "secura.cli", "experiment", "exp3", "--methods=lora", "--preset=smoke"]
+    done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (base, cell) = read_records(tmp_path / "out")
+    assert base["environment"]["processes"] == cell["environment"]["processes"] == 2
+    assert cell["training"]["steps"] == SMOKE.steps
 
 
 def test_a_cell_file_cut_in_half_is_computed_again(everything, tmp_path):
