@@ -17,6 +17,7 @@ from secura.cli import main
 from secura.cli.folders import ADAPTER_WEIGHTS
 from secura.experiments import stage
 from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, cells, rate_search, split
+from secura.experiments.material import Material, to_features
 from secura.experiments.methods import METHODS, get_methods
 from secura.experiments.presets import PRESETS
 from secura.experiments.store import BusyError, Store, read_records
@@ -98,6 +99,15 @@ def test_an_unknown_method_is_told_with_the_nearest():
 def test_settings_out_of_range(setting, message):
     with pytest.raises(ValueError, match=message):
         replace(SMOKE, **setting)
+
+
+def test_what_is_trained_is_no_more_than_seen_and_held_apart():
+    material = Material(SMOKE)
+    features, validation = material.train_features("sums", 0)
+    assert len(features) == SMOKE.steps * SMOKE.batch_size
+    held = to_features([*validation, *material.task("sums", 0).test], material.tokenizer, 500)
+    assert len(held) == SMOKE.validation_examples + SMOKE.test_examples
+    assert not [feature for feature in held if feature in features]
 
 
 def test_a_results_folder_is_of_one_kind(tmp_path):
