@@ -28,8 +28,9 @@ class AdapterConfig:
             ``paper`` in ``weight``, ``calibrated`` elsewhere.
         norm_combine: ``"averaged"``, ``"gated"``, or None for the space's default: ``averaged`` in
             ``weight``, ``gated`` elsewhere.
-        norm_reference: ``"folded"`` (M1: the norm measures against the folded weight) or
-            ``"pretrained"`` (M2: against the original one).
+        norm_reference: ``"pretrained"`` (M2: the norm measures against the original weight) or
+            ``"folded"`` (M1: against the folded one, so that it no longer holds back what was
+            folded, and the layer jumps from about W + ΔW/2 to W + ΔW there).
         norm_scale: k of the sigmoid.
         norm_eps: ε of ρ = |Δ| / (|base| + ε). With the released 1e-10 one near-zero base entry sets
             ρ_max of form ``paper`` and leaves every other gain near 2.
@@ -62,7 +63,7 @@ class AdapterConfig:
     norm: str = "weight"
     norm_form: str | None = None
     norm_combine: str | None = None
-    norm_reference: str = "folded"
+    norm_reference: str = "pretrained"
     norm_scale: float = 6.0
     norm_eps: float = 1e-10
     norm_eps_relative: bool = False

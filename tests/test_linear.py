@@ -49,7 +49,7 @@ def oracle(layer, x):
 
 SETTINGS = [
     {}, {"bias": False}, {"train_bias": True}, {"scaling": 0.5}, {"inner_r": 3},
-    {"norm_reference": "pretrained"}, {"selection": "inverse_sampling"}, {"init": "orthogonal"},
+    {"norm_reference": "folded"}, {"selection": "inverse_sampling"}, {"init": "orthogonal"},
     {"restrain": True, "restrain_percent": 0.1, "restrain_edge": 2.0, "restrain_decay": 0.7},
 ]  # fmt: skip
 NORMED = [pair for pair in itertools.product(SPACES, SETTINGS) if pair[0] != "none"]

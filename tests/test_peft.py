@@ -243,7 +243,7 @@ def test_torch_compile_takes_a_layer_whole(norm):
 def test_config_round_trip(tmp_path):
     config = SecuraConfig(
         r=7, inner_r=9, scaling=0.5, selection="inverse_sampling", init="kaiming", norm="channel",
-        norm_form="released", norm_combine="averaged", norm_reference="pretrained",
+        norm_form="released", norm_combine="averaged", norm_reference="folded",
         norm_save="8bit",
         norm_scale=5.0, norm_eps=1e-6, norm_eps_relative=True, fold_every=3, train_bias=True,
         dropout=0.1, restrain=True, restrain_percent=0.5, restrain_edge=1.5, restrain_decay=0.9,
