@@ -305,13 +305,13 @@ def _at_equal_learning(run: Run, entry: Entry) -> AtEqualLearning:
 
 
 def _curve(run: Run, name: str, seed: int) -> dict[float, tuple[float, float]]:
-    """What a method learned and lost at each rate, lowest first."""
+    """What a method learned and lost at each rate, lowest first; below several, the base model."""
     points = {}
     for rate in run.rates(name):
         record = run.record(name, run.tasks[:1], rate, seed)
         if record and (learned := run.learned(record, run.tasks[0])) is not None:
             points[rate] = learned, run.text_rise(record) or 0.0
-    return points
+    return {0.0: (0.0, 0.0), **points} if len(points) > 1 else points
 
 
 def _cell(record: Record) -> Cell:
