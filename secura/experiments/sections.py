@@ -38,8 +38,8 @@ def found(run: Run) -> Section:
     section.lines += [
         f"**At equal learning.** How far the loss on general text has risen where a method has "
         f"learned as much of {task} as LoRA has at rate {run.rate:g} on the same seed; read off "
-        "the straight lines from the base model through its rates, where the seed has several, the least rise first. ² marks "
-        "methods "
+        "the straight lines from the base model through its rates, where the seed has several, the "
+        "least rise first. ² marks methods "
         "that reach that at none of their rates: both are read where the method comes nearest.",
         "",
         *table(
