@@ -93,7 +93,7 @@ def test_the_demo_table_takes_the_demos_own_file(tmp_path):
         "plan": {"steps": 50, "dtype": "fp32"},
         "methods": {"lora": method, "secura": method | {"title": "SECURA"}},
         "assets": [{"title": "SmolLM2", "note": "from GGUF"}],
-        "hardware": {"cpu": "a processor", "threads": 2},
+        "hardware": {"name": "a processor", "threads": 2},
         "seconds": 100.0,
     }
     (tmp_path / "demo-cpu.json").write_text(json.dumps(demo), encoding="utf-8")
