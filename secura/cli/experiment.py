@@ -30,7 +30,7 @@ from secura.experiments.methods import METHODS, get_methods
 from secura.experiments.presets import PRESETS, Settings
 
 REPORT = "report"
-RATES = ("one", "own", "both")
+RATES = ("one", "own", "both", "all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def _run(
     from secura.experiments.team import Team
 
     own_rate = any(experiment.own_rate for experiment in experiments)
-    if rates in ("own", "both") and not own_rate:
+    if rates not in (None, "one") and not own_rate:
         raise UserError(f"--rates {rates} is for exp4, which none of the experiments given is")
     rates = rates or ("both" if own_rate else "one")
     team = Team()
@@ -93,13 +93,17 @@ def _run(
         store = Store(out, settings)
     with Board(console) as board:
         runner = Runner(store, material, board, team, retry_failed=retry_failed)
-        if rates in ("one", "both"):
+        if rates != "own":
             grid = cells(experiments, methods, settings.tasks, seeds, settings.learning_rate)
             runner.run(split(grid, *shard))
-        if rates in ("own", "both"):
+        if rates != "one":
             task = settings.tasks[0]
-            search = split([BASE_CELL, *rate_search(methods, task, seeds[0])], *shard)
+            search, *others = (
+                split([BASE_CELL, *rate_search(methods, task, seed)], *shard) for seed in seeds
+            )
             runner.run(search)
+            if rates == "all":
+                runner.run([cell for part in others for cell in part])
             best = team.agree(best_rates(store, search[1:]))
             own = [Cell(s, (task,), method, best[method]) for s in seeds for method in best]
             runner.run(own)
@@ -134,7 +138,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rates",
         choices=RATES,
-        help="The one rate for all methods, each method's own best, or both. [both in exp4]",
+        help="The one rate for all methods, each method's own best (of its grid, on the first "
+        "seed), both, or all of its grid on every seed. [both in exp4]",
     )
     parser.add_argument(
         "--shard",

@@ -17,7 +17,10 @@ from secura._extras import require
 if TYPE_CHECKING:
     from secura.experiments.presets import Settings
 
-ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
+# A grid a family. C and R carry W's own scale, so that at one rate C A B R moves a weight some
+# twenty times as far as LoRA does (exp0); full fine-tuning moves all of it.
+LORA_RATES = (3e-4, 1e-3, 3e-3)
+CUR_RATES = (1e-4, 3e-4, 1e-3)
 FULL_RATES = (1e-5, 3e-5, 1e-4)
 
 
@@ -44,7 +47,7 @@ class Method:
     folds: bool = False
     frozen: tuple[str, ...] = ()
     first_as: str | None = None
-    rates: tuple[float, ...] = ADAPTER_RATES
+    rates: tuple[float, ...] = LORA_RATES
 
 
 def _lora(**fields: Any) -> Callable[[Settings, int], Any]:
@@ -82,6 +85,7 @@ def _norms() -> list[Method]:
             make_config=_secura(norm=norm, norm_reference=reference),
             folds=True,
             first_as=f"secura-{space}-m1" if kind == "m2" else None,
+            rates=CUR_RATES,
         )
         for space, norm in spaces.items()
         for kind, reference in (("m1", "folded"), ("m2", "pretrained"))
@@ -98,8 +102,9 @@ METHODS: dict[str, Method] = {
             "CUR-LoRA",
             _secura(norm="none", init="identity", selection="inverse_sampling"),
             frozen=("A",),
+            rates=CUR_RATES,
         ),
-        Method("cabr", "CABR only", _secura(norm="none"), folds=True),
+        Method("cabr", "CABR only", _secura(norm="none"), folds=True, rates=CUR_RATES),
         *_norms(),
         Method("i-lora", "I-LoRA", _lora(), strategy="long-term"),
         Method("er", "ER", _lora(), strategy="replay", first_as="lora"),
