@@ -22,6 +22,7 @@ from secura_kernels import (
     select,
     weight_norm_linear,
 )
+from secura_kernels.dispatch import without_autocast
 
 from . import bases
 from .config import AdapterConfig
@@ -163,7 +164,7 @@ class CABR(nn.Module):
     def update(self) -> Tensor:
         """``s · A B [m, m]``, fp32 or wider, autocast or not."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        with torch.autocast(self.A.device.type, enabled=False):
+        with without_autocast(self.A.device.type):
             return self.scaling * (self.A.to(dtype) @ self.B.to(dtype))
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .dispatch import without_autocast
+
 SELECTIONS = ("least_norm", "inverse_sampling")
 INITS = ("svd", "kaiming", "orthogonal", "identity")
 
@@ -140,7 +142,7 @@ def projection(columns: Tensor, u: Tensor) -> Tensor:
         u: ``U [m, m]``, scaling included.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(columns.device.type, enabled=False):
+    with without_autocast(columns.device.type):
         return columns.to(dtype) @ u.to(dtype)
 
 

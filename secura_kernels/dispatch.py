@@ -12,10 +12,12 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,10 +60,10 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     impl = impl or os.environ.get("SECURA_IMPL", "auto")
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
-    if impl == "reference":
-        return impl
+    if impl == "reference" or (impl == "auto" and tensor.device.type != "cuda"):
+        return "reference"
     reason = why_not_triton(tensor)
-    if reason is None and (impl == "triton" or tensor.device.type == "cuda"):
+    if reason is None:
         return "triton"
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='auto' or 'reference'")
@@ -73,18 +75,44 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
     the tensors are real and no compiler looks on. The first argument must be a tensor.
+
+    Called on plain tensors with nobody watching, the body runs at once: an operator's way through
+    the dispatcher takes the host about as long as all the body's own launches (benchmarks/LOG.md).
     """
 
     def register(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
-        def without_autocast(tensor: Tensor, *args: Any) -> Any:
-            device = tensor.device
-            with torch.cuda.device_of(tensor), torch.autocast(device.type, enabled=False):
+        def run(tensor: Tensor, *args: Any) -> Any:
+            device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+            with device, without_autocast(tensor.device.type):
                 return body(tensor, *args)
 
-        return torch.library.custom_op(f"secura::{name}", without_autocast, mutates_args=())
+        operator = torch.library.custom_op(f"secura::{name}", run, mutates_args=())
+
+        @functools.wraps(body)
+        def call(tensor: Tensor, *args: Any) -> Any:
+            return operator(tensor, *args) if _is_watched(tensor) else run(tensor, *args)
+
+        call.register_fake = operator.register_fake  # type: ignore[attr-defined]
+        return call
 
     return register
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which autocast is off; one that does nothing where it is off already."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -115,4 +143,5 @@ __all__ = [
     "triton_missing",
     "why_not_triton",
     "wide",
+    "without_autocast",
 ]

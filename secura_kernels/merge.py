@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .channel import channel_product, row_norms
-from .dispatch import absent, op, wide
+from .dispatch import absent, op, wide, without_autocast
 from .gain import NormOptions, Restrain
 from .weight import check_shapes, generator, normed_weight, round_stochastically, supported
 
@@ -69,7 +69,7 @@ def effective_weight(
             weight, rows, p, options, p_base=p_base, restrain=restrain, dtype=dtype, seed=draw,
             impl=impl,
         )  # fmt: skip
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(weight.device.type):
         share = None
         if options.norm == "channel":
             gram, norms = row_norms(weight, rows, p_base)

@@ -117,7 +117,8 @@ def padded(thin: Tensor | None) -> Tensor | None:
     """``[*, m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
     if thin is None:
         return None
-    return F.pad(thin, (0, -thin.shape[1] % 16)).contiguous()
+    short = -thin.shape[1] % 16
+    return F.pad(thin, (0, short)) if short else thin.contiguous()
 
 
 class Operands:

@@ -7,6 +7,8 @@ from itertools import product
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -91,15 +93,42 @@ def test_every_forward_and_backward_operator_passes_opcheck():
 
 
 @every_option
+def test_operators_are_dispatched_only_where_something_watches(options):
+    case = draw(SHAPE)
+    with torch.autograd.profiler.profile() as profiled:
+        alone = run(case, options, "reference")
+    assert not [event.name for event in profiled.function_events if "secura::" in event.name]
+    with Recorder() as recorder:
+        watched = run(case, options, "reference")
+    assert recorder.calls
+    torch.testing.assert_close(alone, watched, rtol=0, atol=0)
+
+
+def test_fake_tensors_see_the_operator_outside_their_mode():
+    mode = FakeTensorMode()
+    case = draw(SHAPE)
+    fake = [mode.from_tensor(value) for value in (case.x, case.weight, case.rows, case.p)]
+    x, weight, rows, p = fake
+    assert type(lowrank_linear(x, weight, None, rows, p, impl="triton")) is FakeTensor
+
+
+@every_option
 def test_compiles_whole(options):
     torch._dynamo.reset()
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend, dynamic=True)
     for rows in (6, 9):
         case = draw((rows, *SHAPE[1:]))
         leaves = [leaf.clone().requires_grad_() for leaf in (case.x, case.p, case.delta_bias)]
         got = torch.autograd.grad(compiled(case, options, *leaves), leaves)
         expected = torch.autograd.grad(loss_of(case, options, *leaves), leaves)
         torch.testing.assert_close(got, expected)
+    assert all("torch.ops.secura." in graph for graph in graphs)
 
 
 class Layer(torch.nn.Module):
