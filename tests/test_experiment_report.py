@@ -154,7 +154,7 @@ def test_a_name_that_was_not_asked_for_is_not_shown(records):
 
 
 def test_the_own_rate_is_that_of_least_validation_loss_on_the_search_seed(records):
-    chosen = Cell(0, TASKS[:1], "cabr", 3e-3)
+    chosen = Cell(0, TASKS[:1], "cabr", 1e-4)
     changed = [dict(r) for r in records if r["cell"]["method"] in ("cabr", "base")]
     for made in changed:
         if made["cell"]["tasks"] == [TASKS[0]]:
@@ -162,7 +162,7 @@ def test_the_own_rate_is_that_of_least_validation_loss_on_the_search_seed(record
             made["training"] = made["training"] | {"validation_loss": 0.5 if low else 0.9}
     run = Run(changed, ["exp4"])
     assert run.search_seed == 0
-    assert run.best_rate("cabr") == 3e-3
+    assert run.best_rate("cabr") == 1e-4
     assert {cell.seed for cell in run.missing} == {1, 2}, "the other seeds at the chosen rate"
 
 
@@ -273,12 +273,12 @@ def test_the_pictures_are_there_and_show_something(report):
 
 
 def test_the_frontier_has_a_point_for_every_rate():
-    far = Cell(0, TASKS[:1], "cabr", 3e-3)
+    far = Cell(0, TASKS[:1], "cabr", 1e-4)
     made = {cell: record(cell) for cell in grid(["lora", "cabr"])}
     made[far]["scores"]["gsm8k"]["loss"] = 9.0  # shown, it would squeeze all the others
     for axes in plots.frontier(Run([*made.values()], ["exp4"])).axes:
         assert len(axes.containers) == 5
-        assert "CABR only at 0.003" in axes.get_xlabel()
+        assert "CABR only at 0.0001" in axes.get_xlabel()
         assert {text.get_text() for text in axes.texts} == {"base", "LoRA", "CABR only"}
 
 

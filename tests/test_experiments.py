@@ -20,6 +20,7 @@ from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, cells, rate_se
 from secura.experiments.material import Material, to_features
 from secura.experiments.methods import METHODS, get_methods
 from secura.experiments.presets import PRESETS
+from secura.experiments.run import Runner
 from secura.experiments.store import BusyError, Store, read_records
 
 SMOKE = PRESETS["smoke"][0]
@@ -76,6 +77,36 @@ def test_rates_are_searched_once_for_methods_that_share_a_run():
     found = list(rate_search(["lora", "er", "full"], "sums", 0))
     assert {cell.method for cell in found} == {"lora", "full"}
     assert [cell.learning_rate for cell in found if cell.method == "full"] == [1e-5, 3e-5, 1e-4]
+
+
+def test_every_rate_is_run_on_every_seed_where_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def keep(self, cells):
+        asked.extend(cells)
+
+    monkeypatch.setattr(Runner, "run", keep)
+    assert run(tmp_path, "exp4", "--rates", "all", "--methods", "cabr,er", "--seeds", "0,1") == 0
+    rates = {(cell.seed, cell.method, cell.learning_rate) for cell in asked if cell.tasks}
+    one = {(seed, name, 2e-2) for seed in (0, 1) for name in ("lora", "cabr")}
+    grids = {
+        (seed, name, rate)
+        for seed in (0, 1)
+        for name in ("lora", "cabr")
+        for rate in METHODS[name].rates
+    }
+    assert rates == one | grids
+
+
+def test_the_norms_other_forms_are_methods_too():
+    forms = get_methods(["forms"])
+    settings = {m.name: m.make_config(SMOKE, 0) for m in forms}
+    assert len(forms) == 15 and not {m.name for m in forms} & set(METHODS)
+    for name, config in settings.items():
+        space, form, combine = name.removeprefix("secura-").split("-")
+        assert (config.norm, config.norm_form, config.norm_combine) == (space, form, combine)
+    assert get_methods(["forms", "lora"])[0].name == "lora"
+    assert "secura-weight-paper-averaged" not in settings, "the default of weight"
 
 
 def test_an_unknown_method_is_told_with_the_nearest():

@@ -133,7 +133,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="Folder of the results.")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="Size of it. [small]")
-    parser.add_argument("--methods", type=_names, help=f"Of {', '.join(METHODS)}. [all]")
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        help=f"Of {', '.join(METHODS)} [all], or forms: SECURA in every other form of the norm.",
+    )
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="Seeds. [the preset's]")
     parser.add_argument(
         "--rates",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from secura.experiments.methods import ALIASES, BASE, METHODS
+from secura.experiments.methods import BASE, get_method
 
 
 @dataclass(frozen=True, order=True)
@@ -21,7 +21,7 @@ class Cell:
         seed: of the training examples, their order, and whatever of the adapter is drawn (rows and
             columns of least norm and A from W, SECURA's defaults, are not).
         tasks: names of the tasks trained on, in order; the cell's run is on the last.
-        method: a name in `METHODS`, or `BASE` with no tasks: the untouched model.
+        method: a method's name, or `BASE` with no tasks: the untouched model.
         learning_rate: the peak rate.
     """
 
@@ -38,10 +38,9 @@ class Cell:
     @property
     def canonical(self) -> Cell:
         """The cell that is computed for this one: the same run may have several names."""
-        name = ALIASES.get(self.method, self.method)
-        if len(self.tasks) == 1 and (first := METHODS[name].first_as):
-            name = first
-        return replace(self, method=name)
+        method = get_method(self.method)
+        first = method.first_as if len(self.tasks) == 1 else None
+        return replace(self, method=first or method.name)
 
     @property
     def root(self) -> str:
@@ -141,7 +140,7 @@ def rate_search(methods: Sequence[str], task: str, seed: int) -> Iterator[Cell]:
     seen = dict.fromkeys(
         Cell(seed, (task,), method, rate).canonical
         for method in methods
-        for rate in METHODS[ALIASES.get(method, method)].rates
+        for rate in get_method(method).rates
     )
     yield from seen
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from secura._extras import require
@@ -112,24 +114,56 @@ METHODS: dict[str, Method] = {
         Method("full", "Full fine-tuning", None, rates=FULL_RATES),
     )
 }
+"""What a run compares where it is not told."""
 ALIASES = {"seq": "lora"}
+FORMS = "forms"
+"""The name that stands for all of `norm_forms`."""
 BASE = "base"
 """The untouched model's name in results."""
 
 
-def get_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names, in the registry's order, each once.
+@cache
+def norm_forms() -> dict[str, Method]:
+    """S-MagNorm in every form and combination but its spaces' defaults, which `METHODS` has."""
+    gain = require("secura_kernels.gain", "experiments")
+    return {
+        (name := f"secura-{space}-{form}-{combine}"): Method(
+            name=name,
+            title=f"SECURA {space}, {form}, {combine}",
+            make_config=_secura(norm=space, norm_form=form, norm_combine=combine),
+            folds=True,
+            rates=CUR_RATES,
+        )
+        for space, form, combine in product(gain.NORMS[1:], gain.FORMS, gain.COMBINES)
+        if (form, combine) != gain.resolve_norm(space)
+    }
+
+
+def get_method(name: str) -> Method:
+    """The method of a name, which may be an alias.
 
     Raises:
         ValueError: for a name that is not known, with the nearest that is.
     """
-    chosen = [ALIASES.get(name, name) for name in names]
-    for name in chosen:
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, [*METHODS, *ALIASES], n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"unknown method {name!r}: {hint}choose from {', '.join(METHODS)}")
-    return [method for name, method in METHODS.items() if name in chosen]
+    found = METHODS.get(ALIASES.get(name, name)) or norm_forms().get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, [*METHODS, *ALIASES, FORMS, *norm_forms()], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join([*METHODS, FORMS])
+        raise ValueError(f"unknown method {name!r}: {hint}choose from {known}")
+    return found
 
 
-__all__ = ["ALIASES", "BASE", "METHODS", "Method", "get_methods"]
+def get_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, `FORMS` being several, in the registry's order, each once.
+
+    Raises:
+        ValueError: for a name that is not known, with the nearest that is.
+    """
+    each = [one for name in names for one in (norm_forms() if name == FORMS else [name])]
+    chosen = {get_method(name).name for name in each}
+    every = METHODS if chosen <= set(METHODS) else METHODS | norm_forms()
+    return [method for name, method in every.items() if name in chosen]
+
+
+__all__ = ["ALIASES", "BASE", "METHODS", "Method", "get_method", "get_methods", "norm_forms"]

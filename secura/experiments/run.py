@@ -22,7 +22,7 @@ from secura.experiments import stage
 from secura.experiments.board import Board
 from secura.experiments.grid import Cell
 from secura.experiments.material import Material
-from secura.experiments.methods import METHODS
+from secura.experiments.methods import get_method
 from secura.experiments.probes import DivergedError
 from secura.experiments.store import BusyError, Store, need_space
 from secura.experiments.team import Team
@@ -194,7 +194,7 @@ class Runner:
 
     def _bytes(self, cell: Cell) -> int:
         """What a cell may need on the disk: checkpoints hold a trained model's optimizer too."""
-        if METHODS[cell.method].make_config is not None:
+        if get_method(cell.method).make_config is not None:
             return ADAPTER_BYTES
         return 2 * BYTES_A_PARAMETER * self.material.load_model().num_parameters()
 

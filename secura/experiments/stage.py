@@ -15,7 +15,7 @@ from secura._extras import require
 from secura.cli.folders import checkpoints, complete_folder
 from secura.experiments.grid import Cell
 from secura.experiments.material import Material
-from secura.experiments.methods import METHODS
+from secura.experiments.methods import get_method
 from secura.experiments.probes import NORMS, DivergedError, GradientNorms, Steps
 from secura.experiments.store import MODEL
 from secura.experiments.strategies import STRATEGIES, Context, Strategy
@@ -48,7 +48,7 @@ def train(
         DivergedError: the loss became NaN or infinite.
     """
     transformers = require("transformers", "experiments")
-    method = METHODS[cell.method]
+    method = get_method(cell.method)
     transformers.set_seed(cell.seed)
     model = build(cell, material, parent)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -85,7 +85,7 @@ def train(
 
 def build(cell: Cell, material: Material, parent: Path | None) -> Any:
     """The model a cell trains: the base, or what its parent left, with the method's adapter."""
-    method = METHODS[cell.method]
+    method = get_method(cell.method)
     before = str(parent / MODEL) if parent else None
     if method.make_config is None:
         return material.load_model(before).float()
@@ -174,7 +174,7 @@ def spectra(cell: Cell, model: nn.Module, material: Material) -> list[dict[str, 
     """What training did to the weights of the targeted layers."""
     from secura.experiments.spectra import spectra as compare
 
-    trains_all = METHODS[cell.method].make_config is None
+    trains_all = get_method(cell.method).make_config is None
     before = material.load_model().state_dict() if trains_all else None
     return compare(model, before, material.settings.target_modules)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from secura.experiments.estimates import estimate, mean, paired, rise_at
 from secura.experiments.grid import BASE_CELL, EXPERIMENTS, Cell, Experiment, cells, rate_search
-from secura.experiments.methods import ALIASES, METHODS, get_methods
+from secura.experiments.methods import METHODS, get_method, get_methods
 
 Record = Mapping[str, Any]
 REFERENCE = "lora"
@@ -40,7 +40,7 @@ class Entry:
     """A row of a table: a run, under every name it was asked for by.
 
     Args:
-        name: the method of its cell, a key of `METHODS`.
+        name: the method of its cell, a method's name.
         title: for people; several names as ``LoRA (SEQ) = ER = EWC``.
     """
 
@@ -92,7 +92,7 @@ class Run:
         self.not_run = [e for e in asked if e not in self.experiments]
         names = {cell.method for cell in trained}
         self.methods = get_methods(
-            [name for name, m in METHODS.items() if names & {name, m.first_as}]
+            [*names, *(name for name, m in METHODS.items() if m.first_as in names)]
             if methods is None
             else methods
         )
@@ -159,7 +159,7 @@ class Run:
     def best_rate(self, name: str) -> float | None:
         """A method's own rate: that of least validation loss among its rates, on one seed."""
         losses = {}
-        for rate in METHODS[ALIASES.get(name, name)].rates:
+        for rate in get_method(name).rates:
             if record := self.record(name, self.tasks[:1], rate, self.search_seed):
                 losses[rate] = record["training"]["validation_loss"]
         return min(losses, key=lambda rate: losses[rate], default=None)
