@@ -249,7 +249,7 @@ def _skipped(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
-    parser = console.parser(__doc__ or "", ("quick", "llama3-8b", "full"))
+    parser = console.parser(__doc__ or "", ("quick", "host", "llama3-8b", "full"))
     parser.add_argument("--models", help="only these of the preset, e.g. qwen2-7b,gemma2-2b")
     parser.add_argument("--tokens", help="only these T of the preset, e.g. 512,2048")
     parser.add_argument("--rounds", type=int, help="turns at most; default 4 on cuda, 40 elsewhere")

@@ -100,14 +100,17 @@ def model_cases(model: str, t: int, m: int, r: int) -> list[LayerCase]:
 def layer_preset(name: str) -> LayerPreset:
     """The cases of a preset, the most important first.
 
-    ``quick`` is one square layer, small enough for a CPU; ``llama3-8b`` every projection of
-    Llama-3-8B at T=8192; ``full`` every model and every T, and ``ranks``, m = r on one layer of
-    Llama-3-8B: hours, to be run in parts (``--models``, ``--tokens``, ``--resume``).
+    ``quick`` is one square layer, small enough for a CPU; ``host`` one so small that its time is
+    the host's, Python and launches; ``llama3-8b`` every projection of Llama-3-8B at T=8192;
+    ``full`` every model and every T, and ``ranks``, m = r on one layer of Llama-3-8B: hours, to be
+    run in parts (``--models``, ``--tokens``, ``--resume``).
     """
     if name == "quick":
         return LayerPreset(
             [LayerCase("square", "linear", 1, t, 1024, 1024, 32, 16) for t in (2048, 512)], 2048
         )
+    if name == "host":
+        return LayerPreset([LayerCase("tiny", "linear", 1, 16, 64, 64, 16, 16)], 16)
     if name == "llama3-8b":
         return LayerPreset(model_cases("llama3-8b", 8192, 128, 16), 8192)
     if name == "full":
@@ -121,7 +124,7 @@ def layer_preset(name: str) -> LayerPreset:
         alone = square.as_dict() | {"model": "ranks", "projection": "q", "count": 1}
         sweep = [LayerCase(**alone | {"m": rank, "r": rank}) for rank in RANKS]
         return LayerPreset(cases + sweep, 8192)
-    raise ValueError(f"unknown preset {name!r}: choose quick, llama3-8b or full")
+    raise ValueError(f"unknown preset {name!r}: choose quick, host, llama3-8b or full")
 
 
 __all__ = [

@@ -238,7 +238,7 @@ def test_shapes_are_the_published_ones():
     assert found["gemma2-2b"] == {
         (2304, 2048), (2304, 1024), (2304, 9216), (2048, 2304), (9216, 2304)
     }  # fmt: skip
-    for name in ("quick", "llama3-8b", "full"):
+    for name in ("quick", "host", "llama3-8b", "full"):
         cases = shapes.layer_preset(name).cases
         assert len(set(cases)) == len(cases)
         assert all(2 * case.m <= min(case.K, 1e9) and case.m <= case.N for case in cases)
