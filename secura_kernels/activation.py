@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .additive import gather, product_wide
+from .checks import check_floating, check_operands, check_space
 from .dispatch import absent, op, resolve, wide
 from .gain import (
     NormOptions,
@@ -89,10 +90,17 @@ def activation_norm(
         ``[..., N]`` in y0's dtype. Gradients reach y0, p and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit, or for an unknown form, ``save`` or ``impl``.
+        TypeError: for a y0 of integers or complex numbers.
+        ValueError: where shapes do not fit, for options of another space, or for an unknown form,
+            ``save`` or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``y0``.
     """
-    options = checked(y0.shape[-1], rows, p, options, save)
+    check_floating(y0)
+    check_operands(
+        y0.shape[:-1], y0.shape[-1], rows, p=p, bias=bias, p_base=p_base, delta_bias=delta_bias,
+        z_scale=z_scale, restrain=restrain,
+    )  # fmt: skip
+    options = checked(options, save)
     flat = y0.reshape(math.prod(y0.shape[:-1]), y0.shape[-1])
     bias = None if bias is None else bias.to(y0.dtype)
     z_scale = None if z_scale is None else z_scale.reshape(flat.shape[0], rows.numel())
@@ -102,14 +110,13 @@ def activation_norm(
     return out.view(y0.shape)
 
 
-def checked(n: int, rows: Tensor, p: Tensor, options: NormOptions, save: str) -> NormOptions:
+def checked(options: NormOptions, save: str) -> NormOptions:
     """``options`` with form and combination filled in.
 
     Raises:
-        ValueError: where p is not ``[n, m]``, or for an unknown form, combination or ``save``.
+        ValueError: for options of another space, or an unknown form, combination or ``save``.
     """
-    if p.shape != (n, rows.numel()):
-        raise ValueError(f"p {list(p.shape)} must be [N, m] = [{n}, {rows.numel()}]")
+    check_space(options, "activation")
     if save not in SAVES:
         raise ValueError(f"unknown save {save!r}: choose one of {SAVES}")
     form, combine = resolve_norm(options.norm, options.form, options.combine)

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activation import checked, gradients, normed, normed_fake
+from .checks import check_input, check_operands
 from .dispatch import absent, compute_dtype, op, wide
 from .gain import NormOptions, Restrain
 
@@ -77,13 +78,18 @@ def activation_linear(
         ``[..., N]`` in the compute dtype. Gradients reach x, p and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit, or for an unknown form, ``save`` or ``impl``.
+        TypeError: for an x of integers or complex numbers.
+        ValueError: where shapes do not fit, for options of another space, or for an unknown form,
+            ``save`` or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``x``.
     """
     n, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x [..., {x.shape[-1]}] does not fit the weight {list(weight.shape)}")
-    options = checked(n, rows, p, options, save)
+    check_input(x, weight)
+    check_operands(
+        x.shape[:-1], n, rows, p=p, bias=bias, p_base=p_base, delta_bias=delta_bias,
+        z_scale=z_scale, restrain=restrain,
+    )  # fmt: skip
+    options = checked(options, save)
     dtype = compute_dtype(x)
     flat = x.reshape(math.prod(x.shape[:-1]), k).to(dtype)
     bias = None if bias is None else bias.to(dtype)

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_floating, check_input, check_operands
 from .dispatch import absent, compute_dtype, op, resolve, wide
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -74,12 +75,15 @@ def lowrank_linear(
         ``[..., N]`` in the compute dtype. Gradients reach x, q and delta_bias, once differentiable.
 
     Raises:
+        TypeError: for an x of integers or complex numbers.
         ValueError: where shapes do not fit, or for an unknown ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``x``.
     """
-    _check_shapes(weight.shape[0], rows, q)
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x [..., {x.shape[-1]}] does not fit the weight {list(weight.shape)}")
+    check_input(x, weight)
+    check_operands(
+        x.shape[:-1], weight.shape[0], rows, q=q, bias=bias, share=share, delta_bias=delta_bias,
+        z_scale=z_scale,
+    )  # fmt: skip
     dtype = compute_dtype(x)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -111,10 +115,15 @@ def lowrank_add(
         ``[..., N]`` in y0's dtype. Gradients reach y0, q and delta_bias, once differentiable.
 
     Raises:
+        TypeError: for a y0 of integers or complex numbers.
         ValueError: where shapes do not fit, or for an unknown ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``y0``.
     """
-    _check_shapes(y0.shape[-1], rows, q)
+    check_floating(y0)
+    check_operands(
+        y0.shape[:-1], y0.shape[-1], rows, q=q, bias=bias, share=share, delta_bias=delta_bias,
+        z_scale=z_scale,
+    )  # fmt: skip
     bias = None if bias is None else bias.to(y0.dtype)
     out = _LowrankAdd.apply(_flat(y0), bias, rows, q, share, delta_bias, _flat(z_scale), impl)
     return out.view(y0.shape)
@@ -138,11 +147,6 @@ def rebuilds_weight(t: int, n: int, k: int, z_scale: Tensor | None) -> bool:
 
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _check_shapes(n: int, rows: Tensor, q: Tensor) -> None:
-    if q.shape != (n, rows.numel()):
-        raise ValueError(f"q {list(q.shape)} must be [N, m] = [{n}, {rows.numel()}]")
 
 
 def _kernels() -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_space
 from .dispatch import absent, op, resolve, wide
 from .gain import (
     NormOptions,
@@ -77,15 +78,19 @@ def channel_product(
         Q in P's dtype, share in fp32 or wider; share is None where it would be 1 throughout.
 
     Raises:
-        ValueError: where shapes do not fit, or for an unknown form or ``impl``.
+        ValueError: where shapes do not fit, for options of another space, or for an unknown form
+            or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``p``.
     """
     n, m = p.shape
+    if p_base is not None and p_base.shape != p.shape:
+        raise ValueError(f"p_base {list(p_base.shape)} must be p's {list(p.shape)}")
     if gram.shape != (m, m) or base_norms.shape != (n,):
         raise ValueError(
             f"gram {list(gram.shape)} and base_norms {list(base_norms.shape)} must be "
             f"[{m}, {m}] and [{n}] beside p {[n, m]}"
         )
+    check_space(options, "channel")
     form, combine = resolve_norm(options.norm, options.form, options.combine)
     norm = (form, combine, options.scale, options.eps, options.eps_relative)
     limits = (None, 0.0, 0.0, 0.0) if restrain is None else tuple(restrain)

@@ -110,7 +110,7 @@ def _is_watched(tensor: Tensor) -> bool:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """A context in which autocast is off; one that does nothing where it is off already."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -128,7 +128,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype matrix products run in: autocast's where it is on, ``x``'s own otherwise."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

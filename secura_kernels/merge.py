@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .channel import channel_product, row_norms
+from .checks import check_operands
 from .dispatch import absent, op, wide, without_autocast
 from .gain import NormOptions, Restrain
-from .weight import check_shapes, generator, normed_weight, round_stochastically, supported
+from .weight import generator, normed_weight, round_stochastically, supported
 
 
 def effective_weight(
@@ -62,7 +63,7 @@ def effective_weight(
         raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
     if stochastic_rounding and dtype != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for torch.bfloat16, not {dtype}: leave it off")
-    check_shapes(weight, rows, p)
+    check_operands((), weight.shape[0], rows, p=p, p_base=p_base, restrain=restrain)
     draw = seed if stochastic_rounding else None
     if options.norm == "weight":
         return normed_weight(

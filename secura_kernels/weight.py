@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_input, check_operands, check_space
 from .dispatch import absent, compute_dtype, op, resolve, wide
 from .gain import (
     NormOptions,
@@ -77,12 +78,17 @@ def weight_norm_linear(
         ``[..., N]`` in the compute dtype. Gradients reach x, p and delta_bias, once differentiable.
 
     Raises:
-        ValueError: where shapes do not fit, or for an unknown form or ``impl``.
+        TypeError: for an x of integers or complex numbers.
+        ValueError: where shapes do not fit, for options of another space, or for an unknown form
+            or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``x`` or ``weight``.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x [..., {x.shape[-1]}] does not fit the weight {list(weight.shape)}")
-    check_shapes(weight, rows, p)
+    check_input(x, weight)
+    check_space(options, "weight")
+    check_operands(
+        x.shape[:-1], weight.shape[0], rows, p=p, bias=bias, p_base=p_base, delta_bias=delta_bias,
+        restrain=restrain,
+    )  # fmt: skip
     dtype = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -109,16 +115,11 @@ def normed_weight(
     It multiplies in fp32 and rounds once: to nearest, or stochastically from ``seed`` (bf16).
     Args and errors else as in :func:`weight_norm_linear`.
     """
-    check_shapes(weight, rows, p)
+    check_space(options, "weight")
+    check_operands((), weight.shape[0], rows, p=p, p_base=p_base, restrain=restrain)
     norm, dtype = primitives(options, restrain), dtype or weight.dtype
     with torch.no_grad():
         return _normed_weight(weight, rows, p, p_base, *norm, dtype, seed, impl)
-
-
-def check_shapes(weight: Tensor, rows: Tensor, p: Tensor) -> None:
-    """Raises ``ValueError`` unless ``p`` is ``[N, m]`` of this weight and these rows."""
-    if p.shape != (weight.shape[0], rows.numel()):
-        raise ValueError(f"p {list(p.shape)} must be [N, m] = [{weight.shape[0]}, {rows.numel()}]")
 
 
 def primitives(

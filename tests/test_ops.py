@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from layers import Layer
 from torch.nn.functional import linear
 
+import secura_kernels
 from secura_kernels import (
     NormOptions,
     activation_norm,
@@ -208,16 +210,60 @@ def test_weight_chunks_do_not_change_the_result(layer, form, combine, monkeypatc
     torch.testing.assert_close(normed_weight(*arguments, **keywords), whole)
 
 
-def test_shapes_that_do_not_fit_are_refused(layer):
-    with pytest.raises(ValueError, match="must be"):
-        lowrank_linear(layer.x, layer.weight, None, layer.rows, layer.p[:, 1:])
-    with pytest.raises(ValueError, match="does not fit"):
-        lowrank_linear(layer.x[:, 1:], layer.weight, None, layer.rows, layer.p)
-    with pytest.raises(ValueError, match="does not fit"):
-        weight_norm_linear(
-            layer.x[:, 1:], layer.weight, None, layer.rows, layer.p, NormOptions("weight")
-        )
-    with pytest.raises(ValueError, match="must be"):
-        activation_norm(
-            layer.x @ layer.weight.T, None, layer.rows, layer.p[1:], NormOptions("activation")
-        )
+def call(name, layer, **changed):
+    """A public op on a layer, with some of its arguments changed."""
+    n = layer.weight.shape[0]
+    y0 = linear(layer.x, layer.weight)
+    norm = {"activation_norm": "activation", "activation_linear": "activation"}.get(name, "weight")
+    arguments = {
+        "x": layer.x, "weight": layer.weight, "y0": y0, "bias": layer.bias, "rows": layer.rows,
+        "p": layer.p, "q": layer.p, "p_base": layer.p_base, "share": torch.ones(n),
+        "delta_bias": layer.delta_bias, "z_scale": layer.z_scale, "restrain": layer.restrain,
+        "options": NormOptions(norm),
+    } | changed  # fmt: skip
+    op = getattr(secura_kernels, name)
+    taken = inspect.signature(op).parameters
+    return op(**{key: value for key, value in arguments.items() if key in taken})
+
+
+OPS = (
+    "lowrank_linear", "lowrank_add", "activation_norm", "activation_linear", "weight_norm_linear",
+    "normed_weight", "effective_weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_argument_of_another_shape_is_refused(layer, name):
+    assert call(name, layer).isfinite().all()
+    n, m = layer.p.shape
+    for argument in inspect.signature(getattr(secura_kernels, name)).parameters:
+        wrong = {
+            "x": layer.x[:, 1:], "rows": layer.rows[None], "p": layer.p[:, 1:], "q": layer.p[1:],
+            "p_base": layer.p_base[:1], "bias": layer.bias[:1], "share": torch.ones(1),
+            "delta_bias": torch.ones(1), "z_scale": torch.ones(1, m),
+            "restrain": layer.restrain._replace(important=torch.ones(n + 1, dtype=torch.bool)),
+        }.get(argument)  # fmt: skip
+        if wrong is not None:
+            with pytest.raises(ValueError, match=r"must be \[|does not fit the weight"):
+                call(name, layer, **{argument: wrong})
+
+
+@pytest.mark.parametrize("name", OPS[:5])
+def test_integers_are_refused(layer, name):
+    with pytest.raises(TypeError, match="floating"):
+        call(name, layer, x=layer.x.long(), y0=linear(layer.x, layer.weight).long())
+
+
+@pytest.mark.parametrize("name", ["activation_norm", "activation_linear", "weight_norm_linear"])
+def test_the_options_of_another_space_are_refused(layer, name):
+    with pytest.raises(ValueError, match=r"options\.norm is 'channel'"):
+        call(name, layer, options=NormOptions("channel"))
+    gram, norms = row_norms(layer.weight, layer.rows, None)
+    with pytest.raises(ValueError, match=r"options\.norm is 'none'"):
+        channel_product(layer.p, None, gram, norms, NormOptions())
+
+
+def test_meta_tensors_give_shapes(layer):
+    x, weight, p = (value.to("meta") for value in (layer.x, layer.weight, layer.p))
+    rows = layer.rows.to("meta")
+    assert lowrank_linear(x, weight, None, rows, p).shape == (len(x), len(weight))
