@@ -46,7 +46,8 @@ from .common import block_of, dot_precision, unit_stride
 
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
-_LARGE_SHARED = 160 * 1024
+_LARGE_SHARED = 160 * 1024  # A100
+_LARGEST_SHARED = 224 * 1024  # H100
 _TILES_A_PROGRAM = 8
 
 
@@ -73,7 +74,7 @@ def forward_tile(machine: Machine, dtype: torch.dtype, m: int, has_base: bool) -
     if machine.shared_bytes < _LARGE_SHARED:
         return Tile(64, 64, 8, 2)
     if not has_base:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 64, 8, 2)  # two programs a multiprocessor
     return Tile(128, 64, 8, 2) if m <= LARGEST_M_IN_REGISTERS else Tile(64, 64, 8, 3)
 
 
@@ -88,8 +89,12 @@ def backward_tile(
         return Tile(64, 64, 8, 3 if large else 2)
     if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large and not keeps):
         return Tile(32, 32, 4, 2)
-    stages = 2 if has_base or not large else 3
-    return Tile(64, 64 if keeps and not has_base else 32, 8, stages)
+    if has_base:
+        return Tile(64, 32, 8, 2)
+    # h's product chains on dΔ, so all warps share 64 rows: more than 4 would repeat the work.
+    if machine.shared_bytes >= _LARGEST_SHARED or keeps:
+        return Tile(64, 64, 4, 3)
+    return Tile(64, 32, 4, 3 if large else 2)
 
 
 def machine_of(tensor: Tensor) -> Machine:
@@ -162,7 +167,8 @@ def forward(
     machine = machine_of(y0)
     tile = forward_tile(machine, y0.dtype, thin.m_rows, p_base is not None)
     blocks_t, blocks_n = triton.cdiv(t, tile.block_t), triton.cdiv(n, tile.block_n)
-    tiles = min(_TILES_A_PROGRAM, max(1, blocks_t * blocks_n // (4 * machine.processors)))
+    tiles = max(1, blocks_t * blocks_n // (2 * machine.processors))
+    tiles = min(_TILES_A_PROGRAM, 2 ** (tiles.bit_length() - 1))
     programs_n = triton.cdiv(blocks_n, tiles)
     form, eps, slope, offset, factor = options.form or "calibrated", None, None, None, None
 
@@ -199,7 +205,8 @@ def forward(
 # What the launchers pass, for the ahead-of-time table: every case on the chips that share its tile.
 _ROCM = ("gfx942",)
 _FAMILIES = (
-    (Machine(163 * 1024, 108), ("sm_80", "sm_90", "sm_100")),
+    (Machine(163 * 1024, 108), ("sm_80",)),
+    (Machine(227 * 1024, 132), ("sm_90", "sm_100")),
     (Machine(99 * 1024, 108), ("sm_89", "sm_120")),
     (Machine(64 * 1024, 304), _ROCM),
 )

@@ -145,12 +145,11 @@ def backward(
             if p_base is not None:
                 own += product_wide((g if dbase is None else dbase)[at], p_base)
             h[at, : ops.m_rows] = own
-    gain_of_columns = None if h is None else h[:, : ops.m_rows].to(g.dtype)
-    if thin:
-        return gain_of_columns, dp, dbias
-    if dbase is not None and gain_of_columns is not None and not fills_columns:
-        dbase.index_add_(1, rows, gain_of_columns)
-    return dbase, dp, dbias
+    if h is None or fills_columns:
+        return dbase, dp, dbias
+    own_columns = h[:, : ops.m_rows].to(g.dtype)
+    change = own_columns if dbase is None else dbase.index_add_(1, rows, own_columns)
+    return change, dp, dbias
 
 
 def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:

@@ -19,40 +19,45 @@ def _load_rows(ptr, offs, offs_m, size, m):
 
 
 @triton.jit
+def _load_chunk(ptr, offs, size, m, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
+    """The rows of z or P where m is one chunk and ``ptr`` is not None; else nothing to be read."""
+    tile = 0.0
+    if CHUNKS == 1 and ptr is not None:
+        tile = _load_rows(ptr, offs, tl.arange(0, BLOCK_M), size, m)
+    return tile
+
+
+@triton.jit
 def _add_product(
-    acc, z, z_ptr, p_ptr, offs_t, offs_n, t, n, m,
+    acc, z, p, z_ptr, p_ptr, offs_t, offs_n, t, n, m,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``acc + z Pᵀ`` of one tile, from the tile ``z`` where m is one chunk, from memory else."""
+    """``acc + z Pᵀ`` of one tile, from the tiles ``z``, ``p`` where m is one chunk, else memory."""
     offs_m = tl.arange(0, BLOCK_M)
     if CHUNKS == 1:
-        acc = dot(z, tl.trans(_load_rows(p_ptr, offs_n, offs_m, n, m)), acc, PRECISION)
+        acc = dot(z, tl.trans(p), acc, PRECISION)
     else:
         for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-            part = _load_rows(z_ptr, offs_t, chunk * BLOCK_M + offs_m, t, m)
-            p = _load_rows(p_ptr, offs_n, chunk * BLOCK_M + offs_m, n, m)
-            acc = dot(part, tl.trans(p), acc, PRECISION)
+            z_part = _load_rows(z_ptr, offs_t, chunk * BLOCK_M + offs_m, t, m)
+            p_part = _load_rows(p_ptr, offs_n, chunk * BLOCK_M + offs_m, n, m)
+            acc = dot(z_part, tl.trans(p_part), acc, PRECISION)
     return acc
 
 
 @triton.jit
 def _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
     """This block's z and zd where m is one chunk; ``z_ptr`` is None where nothing reads z alone."""
-    z = 0.0
-    zd = 0.0
-    if CHUNKS == 1:
-        offs_m = tl.arange(0, BLOCK_M)
-        zd = _load_rows(zd_ptr, offs_t, offs_m, t, m)
-        z = zd
-        if z_ptr is not None:
-            z = _load_rows(z_ptr, offs_t, offs_m, t, m)
+    zd = _load_chunk(zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
+    z = zd
+    if z_ptr is not None:
+        z = _load_chunk(z_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     return z, zd
 
 
 @triton.jit
 def _base_and_delta(
-    z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n, t, n, m,
-    stride_y0, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+    z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
+    t, n, m, stride_y0, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
@@ -60,11 +65,12 @@ def _base_and_delta(
     base = base.to(tl.float32)
     if p_base_ptr is not None:
         base = _add_product(
-            base, z, z_ptr, p_base_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
-        )
+            base, z, p_base, z_ptr, p_base_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M,
+            CHUNKS, STAGES,
+        )  # fmt: skip
     delta = tl.zeros_like(base)
     delta = _add_product(
-        delta, zd, zd_ptr, p_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
+        delta, zd, p, zd_ptr, p_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
     )
     if delta_bias_ptr is not None:
         delta += tl.load(delta_bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None]
@@ -92,12 +98,15 @@ def activation_fwd_kernel(
     z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     if PASS != "out":
         partial = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for tile in tl.range(0, tiles, num_stages=STAGES if CHUNKS == 1 else 1):
+    last = tl.minimum(tiles, tl.cdiv(n, BLOCK_N) - first)
+    for tile in tl.range(0, last, num_stages=STAGES if CHUNKS == 1 else 1):
         offs_n = (first + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
+        p = _load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        p_base = _load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
         base, delta = _base_and_delta(
-            z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
-            t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
+            z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t,
+            offs_n, t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
         )  # fmt: skip
         if PASS == "square":
             partial += base * base
@@ -164,10 +173,12 @@ def activation_bwd_kernel(
         g = g.to(tl.float32)
         if factor_ptr is not None:
             g *= tl.load(factor_ptr + offs_n, mask=offs_n < n, other=0.0)[None, :]
+        p = _load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        p_base = _load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
         if kept_ptr is None:
             base, delta = _base_and_delta(
-                z, zd, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
-                t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
+                z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t,
+                offs_n, t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
             )  # fmt: skip
             inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
         else:
@@ -184,10 +195,8 @@ def activation_bwd_kernel(
             dbias = tl.sum(ddelta, axis=0)
             tl.store(dbias_ptr + pid.to(tl.int64) * n + offs_n, dbias, mask=offs_n < n)
         if HAS_H:
-            p = _load_rows(p_ptr, offs_n, offs_m, n, m)
             h = dot(low, p, h, PRECISION)
             if p_base_ptr is not None:
-                p_base = _load_rows(p_base_ptr, offs_n, offs_m, n, m)
                 if z_scale_ptr is not None:
                     h_base = dot(dbase, p_base, h_base, PRECISION)
                 else:

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import Config
-from .common import block_of, cast, dot, dot_precision, span
+from .common import block_of, cast, dot, dot_precision, span, unit_stride
 
 
 class Blocks(NamedTuple):
@@ -122,7 +122,7 @@ def _add_product_kernel(
 @triton.jit
 def _output_gradient_kernel(
     g_ptr, q_ptr, rows_ptr, share_ptr, scale_ptr, dy_ptr,
-    T, N, M, stride_gt, stride_gn, stride_qn, stride_st, stride_sm, stride_dt,
+    T, N, M, stride_gt, stride_qn, stride_st, stride_sm, stride_dt,
     HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def _output_gradient_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         mask = mask_t[:, None] & mask_n[None, :]
-        g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :] * stride_gn
+        g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
         g = tl.load(g_block, mask=mask, other=0.0)
         q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
@@ -151,7 +151,7 @@ def _output_gradient_kernel(
     if HAS_SCALE:
         scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
         h *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
-    g_columns = g_ptr + offs_t[:, None] * stride_gt + rows[None, :] * stride_gn
+    g_columns = g_ptr + offs_t[:, None] * stride_gt + rows[None, :]
     g = tl.load(g_columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
         g *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
@@ -235,12 +235,12 @@ def output_gradient(
     """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
     (t, n), m = g.shape, q.shape[1]
     dy = torch.empty_like(g, memory_format=torch.contiguous_format)
-    q = q.contiguous()
+    g, q = unit_stride(g), q.contiguous()
     blocks = _gradient_blocks(g.dtype, m)
     if dy.numel():
         _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
             g, q, rows.contiguous(), _vector(share), z_scale, dy,
-            t, n, m, *_strides(g), m, *_strides(z_scale), n,
+            t, n, m, g.stride(0), m, *_strides(z_scale), n,
             HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
             PRECISION=dot_precision(g.dtype),
             BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
@@ -259,7 +259,7 @@ def _config(name: str, kernel, element: str, blocks: Blocks, flags: dict, **opti
     types |= {"rows_ptr": "*i64", "share_ptr": "*fp32", "delta_ptr": "*fp32"}
     integers = [arg for arg in kernel.arg_names if arg in "TNM" or arg.startswith("stride_")]
     constexprs = {
-        "stride_yn": 1, "stride_zm": 1, "stride_gn": 1, "stride_sm": 1, "stride_on": 1,
+        "stride_yn": 1, "stride_zm": 1, "stride_sm": 1, "stride_on": 1,
         "BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m,
         "PRECISION": "ieee" if element == "fp32" else "tf32",
     } | flags  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 from .aot import Config
 from .common import block_of, cast, dot, inverse_gain, span
 
-BLOCK_N, BLOCK_M, NUM_WARPS = 16, 32, 4
+BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 4
 
 
 @triton.jit
