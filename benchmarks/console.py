@@ -26,7 +26,7 @@ def parser(doc: str, presets: tuple[str, ...]) -> argparse.ArgumentParser:
         type=float,
         help="nothing new is begun later; default 480 on cuda, 120 elsewhere",
     )
-    made.add_argument("--providers", help="only those whose name holds one of these: lora,dora")
+    made.add_argument("--providers", help="only those called, or holding, one of these: lora,dora")
     made.add_argument("--out", type=Path, help="where to keep the figures, as JSON")
     made.add_argument(
         "--resume", action="store_true", help="go on from --out: finished cases are not run again"

@@ -1,18 +1,12 @@
-"""What ``benchmarks.gpu_check`` times: each op against the bytes it must move, and whole layers.
+"""What ``benchmarks.gpu_check`` runs: the tensors of one layer, and whole layers under each norm.
 
-A *kernel* row is one op on q_proj's shape with the fewest bytes it can move: inputs once, outputs
-once; its floor is those bytes over this machine's own copy bandwidth. A *layer* row is a forward
-and a backward of an adapted projection, P = C A B included, beside the frozen projection alone
-(forward and gradient of its input), whose two products are its floor.
+A layer is the forward and backward of an adapted projection, P = C A B included, beside the frozen
+projection alone (forward and gradient of its input), whose two products are its floor.
 """
 
 from __future__ import annotations
 
-import functools
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +16,15 @@ from torch.nn.functional import linear
 from secura_kernels import (
     NormOptions,
     activation_linear,
-    activation_norm,
     channel_product,
     init_a,
     lowrank_linear,
-    normed_weight,
     projection,
     row_norms,
     weight_norm_linear,
 )
-from secura_kernels.activation import gradients, normed
-from secura_kernels.additive import product_wide
+
+from . import measure
 
 # name, N, K and how many of them a Llama-3-8B decoder block holds
 PROJECTIONS = [
@@ -50,6 +42,7 @@ TARGETS = {
     "weight": 1.60,
 }
 LAYERS = ("linear", *TARGETS)
+SCALING = 1.0
 
 
 class Size(NamedTuple):
@@ -59,16 +52,6 @@ class Size(NamedTuple):
     n: int
     k: int
     m: int
-
-
-@dataclass
-class Kernel:
-    """An op to time: the call, the bytes it must move and how they were counted."""
-
-    name: str
-    call: Callable[[], Any]
-    bytes_moved: int
-    formula: str
 
 
 class Tensors:
@@ -81,108 +64,19 @@ class Tensors:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device) * scale
 
+        def choice(count: int) -> Tensor:
+            return torch.randperm(count, generator=generator, device=device)[:m].sort().values
+
         self.x = normal(t, k).to(dtype)
         self.weight = normal(n, k, scale=k**-0.5).to(dtype)
-        self.rows = torch.randperm(n, generator=generator, device=device)[:m].sort().values
-        columns = torch.randperm(k, generator=generator, device=device)[:m].sort().values
-        self.columns = self.weight.index_select(1, columns)
+        self.rows, self.cols = choice(n), choice(k)
         self.a = init_a(self.weight, m, min(2 * m, k))
         self.b = normal(self.a.shape[1], m, scale=0.5)
         self.grad = normal(t, n).to(dtype)
 
-
-def kernels(size: Size, device: str, dtype: torch.dtype, impl: str) -> Iterator[Kernel]:
-    """Every op whose cost is its bytes; tensors are made when the op is asked for."""
-    from secura_kernels.kernels import additive as thin
-
-    t, n, k, m = size
-    s = dtype.itemsize
-    data = Tensors(size, device, dtype)
-    p = projection(data.columns, data.a @ data.b)
-    q, share = p.to(dtype), torch.rand(n, device=device) / 2 + 0.5
-    y0 = linear(data.x, data.weight)
-    z = thin.gather(y0, None, data.rows, None)
-    yield Kernel("gather", lambda: thin.gather(y0, None, data.rows, None), 2 * s * t * m, "2 s T m")
-    thin_bytes = s * m * (t + n)
-    add = "2 s T N + s m (T + N)"
-    target = y0.clone()
-    yield Kernel(
-        "channel: add product", lambda: thin.add_product(target, z, q, share, out=target),
-        2 * s * t * n + thin_bytes, add,
-    )  # fmt: skip
-    yield Kernel(
-        "none: addmm_ (cuBLAS)", lambda: target.addmm_(z, q.t()),
-        2 * s * t * n + thin_bytes, add,
-    )  # fmt: skip
-    r = data.weight.index_select(0, data.rows)
-    yield Kernel(
-        "channel: rebuild W'", lambda: thin.add_product(data.weight.t(), r.t(), q, share),
-        2 * s * n * k + s * m * (n + k), "2 s N K + s m (N + K)",
-    )  # fmt: skip
-    yield Kernel(
-        "channel: output gradient",
-        lambda: thin.output_gradient(data.grad, data.rows, q, share, None),
-        2 * s * t * n + s * n * m, "2 s T N + s N m",
-    )  # fmt: skip
-    yield Kernel(
-        "dQ (cuBLAS)", lambda: product_wide(data.grad.t(), z),
-        s * t * n + s * t * m + 4 * n * m, "s T N + s T m + 4 N m",
-    )  # fmt: skip
-    gram, norms = row_norms(data.weight, data.rows, None)
-    for form in ("calibrated", "paper"):
-        options = NormOptions("channel", form)
-        yield Kernel(
-            f"channel: Q from P, {form}",
-            functools.partial(channel_product, p, None, gram, norms, options, impl=impl),
-            8 * n * m + 4 * m * m, "8 N m + 4 m²",
-        )  # fmt: skip
-    for save in ("recompute", "8bit"):
-        yield from _activation(data, y0, p, save, impl, s, size)
-    for form, combine, passes in (("calibrated", "gated", 2), ("paper", "averaged", 3)):
-        options = NormOptions("weight", form, combine)
-        yield Kernel(
-            f"weight: W' {form}",
-            functools.partial(normed_weight, data.weight, data.rows, p, options, impl=impl),
-            passes * s * n * k, f"{passes} s N K",
-        )  # fmt: skip
-
-
-def _activation(data, y0, p, save, impl, s, size) -> Iterator[Kernel]:
-    t, n, _, m = size
-    leaves = y0.clone().requires_grad_(), p.clone().requires_grad_()
-    kept = t * n if save == "8bit" else 0
-
-    def forward() -> Tensor:
-        return activation_norm(
-            leaves[0], None, data.rows, leaves[1], NormOptions("activation"), save=save, impl=impl
-        )
-
-    yield Kernel(
-        f"activation forward, {save}", forward,
-        2 * s * t * n + kept + s * m * (t + n), "2 s T N (+ T N) + s m (T + N)",
-    )  # fmt: skip
-    out = forward()
-    # 1/M from y0 or from a byte; dΔ, for ∂P = dΔᵀ z, is to stay in the L2 cache
-    source = s * t * n if save == "recompute" else kept
-    yield Kernel(
-        f"activation backward, {save}",
-        lambda: torch.autograd.grad(out, leaves, data.grad, retain_graph=True),
-        2 * s * t * n + source + s * m * (t + n), "2 s T N + (s or 1) T N + s m (T + N)",
-    )  # fmt: skip
-    low, options = p.to(y0.dtype), NormOptions("activation", "calibrated", "gated")
-    keep = save == "8bit"
-    _, z, codes, eps, slope, offset, _ = normed(
-        y0, None, data.rows, low, None, None, None, options, None, keep, impl
-    )
-    yield Kernel(
-        f"activation backward to h, {save}",
-        lambda: gradients(
-            data.grad, None if keep else y0, codes if keep else None, z, data.rows, low, None, None,
-            None, eps, slope, offset, None, options.form, options.combine, [True, True, False],
-            impl=impl, thin=True,
-        ),
-        s * t * n + source + s * m * (2 * t + n), "s T N + (s or 1) T N + s m (2 T + N)",
-    )  # fmt: skip
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``P = C (s A B) [N, m]``, as a layer makes it each step: C is gathered from W."""
+        return projection(self.weight.index_select(1, self.cols), SCALING * (a @ b))
 
 
 def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -196,7 +90,7 @@ def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor
     def forward() -> Tensor:
         if name == "linear":
             return linear(x, weight)
-        p = projection(data.columns, a @ b)
+        p = data.product(a, b)
         if name == "weight":
             return weight_norm_linear(x, weight, None, rows, p, NormOptions("weight"), impl=impl)
         if name.startswith("activation"):
@@ -220,7 +114,7 @@ def worst_error(name: str, size: Size, device: str, dtype: torch.dtype, impl: st
     """Largest relative error of a layer's output and gradients against plain torch in fp32."""
     data = Tensors(size._replace(t=min(size.t, 256)), device, dtype)
     got = layer_step(name, data, impl)()
-    for field in ("x", "weight", "columns", "grad"):
+    for field in ("x", "weight", "grad"):
         setattr(data, field, getattr(data, field).float())
     expected = [value.detach() for value in layer_step(name, data, "reference")()]
     return max(
@@ -229,64 +123,40 @@ def worst_error(name: str, size: Size, device: str, dtype: torch.dtype, impl: st
     )
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """``step`` as a CUDA graph's replay, so that launches cost the host nothing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
-
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
-
-    return replay
+def every_op_once(device: str = "cuda", impl: str = "triton") -> None:
+    """Every layer once, forward and backward, on shapes that fill no block."""
+    for m in (5, 64):
+        for dtype in (torch.bfloat16, torch.float32):
+            data = Tensors(Size(67, 131, 77, m), device, dtype)
+            for name in LAYERS:
+                layer_step(name, data, impl)()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def time_ms(call: Callable[[], Any], device: str) -> dict[str, float]:
     """Median and 20% and 80% quantiles in milliseconds, the cache cleared between runs on CUDA."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        samples = do_bench(call, warmup=10, rep=60, return_mode="all")
-    else:
-        call()
-        start = time.perf_counter()
-        call()
-        samples = [(time.perf_counter() - start) * 1e3] * 2
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    median = statistics.median(samples)
-    return {"median": median, "q20": fifths[0], "q80": fifths[3], "samples": len(samples)}
+    return measure.timing(measure.sample(call, torch.device(device)))
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """This machine's ``copy_gb_s`` (bytes read and written) and ``gemm_tflop_s`` on random data."""
-    edge, numel = (8192, 2**29) if device == "cuda" else (256, 2**18)
-    source = torch.randn(numel, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    copy_ms = time_ms(lambda: target.copy_(source), device)["median"]
-    left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-    gemm_ms = time_ms(lambda: left @ right, device)["median"]
-    return {
-        "copy_gb_s": 2 * numel * dtype.itemsize / copy_ms / 1e6,
-        "gemm_tflop_s": 2 * edge**3 / gemm_ms / 1e9,
-    }
+    """This machine's ``copy_gb_s``, ``gemm_tflop_s`` of ``dtype``, and ``fp32_tflop_s``."""
+    cuda = device == "cuda"
+    edge, numel = (8192, 2**29) if cuda else (256, 2**18)
+    found = measure.rates(torch.device(device), dtype, edge=edge, numel=numel)
+    narrow = measure.rates(torch.device(device), torch.float32, edge=edge // 2, numel=2**18)
+    return found | {"fp32_tflop_s": narrow["gemm_tflop_s"]}
 
 
 __all__ = [
     "LAYERS",
     "PROJECTIONS",
+    "SCALING",
     "TARGETS",
-    "Kernel",
     "Size",
     "Tensors",
     "ceilings",
-    "graphed",
-    "kernels",
+    "every_op_once",
     "layer_step",
     "time_ms",
     "worst_error",

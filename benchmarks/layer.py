@@ -5,7 +5,8 @@
 A provider is checked before it is timed: its adapter is given random values, and its output, dx and
 parameter gradients must agree with fp64 (``oracle``); one that does not has no figures. Each round
 then times every provider in turn, forward, backward and both, so that a machine that slows down
-slows all of them, and ratios are of one run. Figures are medians with 20% and 80% quantiles.
+slows all of them, and ratios are of one run. Figures are medians with 20% and 80% quantiles. On
+CUDA ``both`` is timed once more as a CUDA graph's replay, which the host does not hold up.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import console, costs, measure, oracle
+from . import console, costs, graphs, measure, oracle
 from .machine import new_result
-from .providers import MissingError, Provider, Ranks, catalogue, choose, frozen_linear
+from .providers import Provider, Ranks, catalogue, choose, excuse, frozen_linear
 from .schema import SPENT, Recorder, Row
 from .shapes import LayerCase, LayerPreset, layer_preset
 
 PHASES = ("forward", "backward", "both")
+GRAPH = "both_graph"
 ROUNDS = {"cuda": 4}
 CPU_ROUNDS = 40
 
@@ -49,12 +51,19 @@ class Problem:
 
 @dataclass
 class Runner:
-    """A provider's layer on a problem, checked."""
+    """A provider's layer on a problem, checked.
+
+    Attributes:
+        phases: what is timed of it.
+        note: what to know about its figures.
+    """
 
     provider: Provider
     layer: nn.Module
     problem: Problem
     figures: dict[str, Any]
+    phases: tuple[str, ...] = PHASES
+    note: str = ""
 
     def forward(self) -> Tensor:
         """The output, with its graph."""
@@ -76,6 +85,10 @@ class Runner:
         """The backward pass of a graph that is kept as long as this call is."""
         out = self.forward()
         return lambda: self._gradients(out, retain_graph=True)
+
+    def both_graph_call(self) -> Callable[[], Any]:
+        """What to time as forward and backward without the host's part."""
+        return graphs.graphed(self.both)
 
     def _gradients(self, out: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
         inputs = [self.problem.x, *oracle.trainable(self.layer).values()]
@@ -99,15 +112,24 @@ def prepare(provider: Provider, problem: Problem) -> Runner | Row:
             runner.both()
             runner.backward_call()()
             row.figures |= memory(runner)
+            settle_phases(runner)
             return runner
-    except MissingError as error:
-        row.status, row.note = "missing", str(error)
-    except torch.OutOfMemoryError:
-        row.status, row.note = "out of memory", "at this shape"
     except Exception as error:  # a rival's failure must not end the run
-        row.status, row.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        row.status, row.note = excuse(error)
     row.figures = {}
     return row
+
+
+def settle_phases(runner: Runner) -> None:
+    """Find out whether a layer can be timed as a CUDA graph, and note why not."""
+    notes = ["checked with dropout off"] if "dropout" in runner.provider.name else []
+    if graphs.supported(runner.problem.device):
+        reason = graphs.why_not(runner.both)
+        if reason is None:
+            runner.phases = (*PHASES, GRAPH)
+        else:
+            notes.append(f"no CUDA graph: {reason}")
+    runner.note = "; ".join(notes)
 
 
 def memory(runner: Runner) -> dict[str, float | None]:
@@ -149,28 +171,39 @@ def run_case(
         say(f"checking {provider.name}")
         prepared.append(prepare(provider, problem))
     runners = [entry for entry in prepared if isinstance(entry, Runner)]
-    times = _times(runners, device, rounds=rounds, deadline=deadline, progress=say)
-    rows = []
-    for entry in prepared:
-        if isinstance(entry, Row):
-            rows.append(entry)
-            continue
-        provider, figures = entry.provider, entry.figures
-        work = costs.work(provider.family, case, dtype.itemsize)
-        for phase in PHASES:
-            figures[f"{phase}_ms"] = times[provider.name, phase]
-            figures[f"{phase}_gflop"] = work[phase].flop / 1e9
-            figures[f"{phase}_moved_mib"] = work[phase].bytes / measure.MIB
-        note = "checked with dropout off" if "dropout" in provider.name else ""
-        rows.append(Row(case.as_dict(), provider.name, note=note, figures=figures))
-    return rows
+    times, failures = _times(runners, device, rounds=rounds, deadline=deadline, progress=say)
+    return [
+        entry if isinstance(entry, Row) else _timed_row(entry, times, failures)
+        for entry in prepared
+    ]
 
 
-def _times(runners: list[Runner], device: torch.device, **kwargs: Any) -> dict:
-    """Timings by ``(provider, phase)``."""
+def _timed_row(runner: Runner, times: dict, failures: dict) -> Row:
+    """A checked provider's row: its figures, or what it raised while it was timed."""
+    problem, name, figures = runner.problem, runner.provider.name, runner.figures
+    notes = [runner.note]
+    row = Row(problem.case.as_dict(), name)
+    work = costs.work(runner.provider.family, problem.case, problem.dtype.itemsize)
+    for phase in PHASES:
+        if (name, phase) in failures:
+            row.status, row.note = excuse(failures[name, phase])
+            return row
+        figures[f"{phase}_ms"] = times[name, phase]
+        figures[f"{phase}_gflop"] = work[phase].flop / 1e9
+        figures[f"{phase}_moved_mib"] = work[phase].bytes / measure.MIB
+    if (name, GRAPH) in times:
+        figures[f"{GRAPH}_ms"] = times[name, GRAPH]
+    if (name, GRAPH) in failures:
+        notes.append(f"no CUDA graph: {failures[name, GRAPH]}")
+    row.note, row.figures = "; ".join(filter(None, notes)), figures
+    return row
+
+
+def _times(runners: list[Runner], device: torch.device, **kwargs: Any) -> tuple[dict, dict]:
+    """Timings by ``(provider, phase)``, and what was raised instead."""
     tasks: dict[tuple[str, str], measure.Task] = {}
     for runner in runners:
-        for phase in PHASES:
+        for phase in runner.phases:
             key = runner.provider.name, phase
             tasks[key] = measure.Task(getattr(runner, f"{phase}_call"), runner.provider.running)
     return measure.interleaved(tasks, device, **kwargs)

@@ -74,7 +74,7 @@ def interleaved(
     deadline: float = float("inf"),
     least: int = 2,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[Any, dict[str, float]]:
+) -> tuple[dict[Any, dict[str, float]], dict[Any, Exception]]:
     """Time the tasks in turns, so that a machine that slows down slows all of them.
 
     Args:
@@ -85,16 +85,33 @@ def interleaved(
         deadline: ``time.monotonic()`` after which no further turn begins.
         least: turns taken whatever the time.
         progress: is told which turn it is.
+
+    Returns:
+        The :func:`timing` of each task, and what was raised by those that have none: a task that
+        raises has no further turn.
     """
     samples: dict[Any, list[float]] = {key: [] for key in tasks}
+    failures: dict[Any, Exception] = {}
     for number in range(rounds):
         if number >= least and time.monotonic() > deadline:
             break
         progress(f"round {number + 1}/{rounds}")
         for key, task in tasks.items():
-            with task.context():
-                samples[key] += timer(task.prepare(), device)
-    return {key: timing(values) for key, values in samples.items() if values}
+            if key in failures:
+                continue
+            try:
+                with task.context():
+                    samples[key] += timer(task.prepare(), device)
+            except Exception as error:  # one task's failure must not end the others' turns
+                failures[key] = _without_frames(error)
+    times = {key: timing(of) for key, of in samples.items() if of and key not in failures}
+    return times, failures
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error alone: the frames it passed through would keep their tensors."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def saved_mib(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> float:
@@ -152,24 +169,38 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
     return max(accumulate((nbytes for _, nbytes in changes), initial=0)) / MIB
 
 
-def raise_ceilings(found: dict[str, float], device: torch.device, dtype: torch.dtype) -> None:
-    """Measure this machine's ceilings and keep the higher of each with what ``found`` holds.
+def rates(device: torch.device, dtype: torch.dtype, *, edge: int, numel: int) -> dict[str, float]:
+    """``copy_gb_s``, bytes read and written, and ``gemm_tflop_s`` of a product, on random data.
 
-    ``copy_gb_s`` counts the bytes a large copy reads and writes; ``gemm_tflop_s`` is of a square
-    product of random matrices. Taken before and after a run, so that a busy moment does not set
-    them.
+    Args:
+        device: where.
+        dtype: of the tensors.
+        edge: of the square matrices multiplied.
+        numel: elements copied.
     """
-    cuda = device.type == "cuda"
-    size, numel = (8192, 2**30 // dtype.itemsize) if cuda else (1024, 2**24)
     source = torch.randn(numel, device=device, dtype=dtype)
     target = torch.empty_like(source)
     copy_ms = _typical(lambda: target.copy_(source), device)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     gemm_ms = _typical(lambda: left @ right, device)
-    rates = {
+    return {
         "copy_gb_s": 2 * numel * dtype.itemsize / copy_ms / 1e6,
-        "gemm_tflop_s": 2 * size**3 / gemm_ms / 1e9,
+        "gemm_tflop_s": 2 * edge**3 / gemm_ms / 1e9,
     }
+
+
+def raise_ceilings(found: dict[str, float], device: torch.device, dtype: torch.dtype) -> None:
+    """Measure this machine's :func:`rates` and keep the higher of each with what ``found`` holds.
+
+    Taken before and after a run, so that a busy moment does not set them.
+    """
+    cuda = device.type == "cuda"
+    edge, numel = (8192, 2**30 // dtype.itemsize) if cuda else (1024, 2**24)
+    keep_higher(found, rates(device, dtype, edge=edge, numel=numel))
+
+
+def keep_higher(found: dict[str, float], rates: dict[str, float]) -> None:
+    """Take each of ``rates`` that ``found`` lacks or has lower."""
     for name, rate in rates.items():
         found[name] = max(rate, found.get(name, 0.0))
 
@@ -184,8 +215,10 @@ __all__ = [
     "Task",
     "held_mib",
     "interleaved",
+    "keep_higher",
     "peak_mib",
     "raise_ceilings",
+    "rates",
     "sample",
     "saved_mib",
     "stopwatch",

@@ -24,7 +24,7 @@ from torch import nn
 
 from . import console, measure, oracle
 from .machine import new_result
-from .providers import MissingError, Provider, Ranks, catalogue, choose, frozen_linear, secura
+from .providers import Provider, Ranks, catalogue, choose, excuse, frozen_linear, secura
 from .schema import SPENT, Recorder, Row
 from .shapes import MODELS
 from .training import adapted, flop_per_token, random_model, target_layers
@@ -167,12 +167,8 @@ def prepare(model: nn.Module, provider: Provider, case: StepCase) -> tuple[Row, 
             row.figures["peak_mib"] = measure.peak_mib(contender.step, contender.device)
         row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
         return row, contender
-    except MissingError as error:
-        row.status, row.note = "missing", str(error)
-    except torch.OutOfMemoryError:
-        row.status, row.note = "out of memory", "in this setting"
     except Exception as error:  # a rival's failure must not end the run
-        row.status, row.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        row.status, row.note = excuse(error)
     row.figures = {}
     return row, None
 
@@ -204,11 +200,14 @@ def run_case(
         if contender is not None:
             tasks[provider.name] = measure.Task(contender.step_call, contender.running)
         collect(device)
-    times = measure.interleaved(
+    times, failures = measure.interleaved(
         tasks, device, timer=measure.stopwatch, rounds=steps, deadline=deadline, progress=say
     )
     for row in rows:
-        if row.status == "ok":
+        if row.provider in failures:
+            row.figures = {}
+            row.status, row.note = excuse(failures[row.provider])
+        elif row.status == "ok":
             row.figures |= figures(times[row.provider], case, ceilings, device)
     return rows
 

@@ -102,6 +102,15 @@ def _allow_compiling() -> None:
     functorch.donated_buffer = False  # a graph is kept to time its backward alone
 
 
+def excuse(error: Exception) -> tuple[str, str]:
+    """The status and the note of a row whose provider raised ``error``."""
+    if isinstance(error, MissingError):
+        return "missing", str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", "in this setting"
+    return "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A frozen layer on ``weight [N, K]``, which is shared, not copied."""
     n, k = weight.shape
@@ -141,19 +150,21 @@ def secura(space: str, impl: str, name: str) -> Provider:
 
 
 def choose(providers: list[Provider], wanted: str | None) -> list[Provider]:
-    """Those whose name holds one of the comma-separated parts; all for None.
+    """Those whose name is, or else holds, one of the comma-separated parts; all for None.
 
     Raises:
         ValueError: where a part matches nothing.
     """
     if wanted is None:
         return providers
-    parts = [part.strip() for part in wanted.split(",") if part.strip()]
-    for part in parts:
-        if not any(part in provider.name for provider in providers):
-            names = ", ".join(provider.name for provider in providers)
-            raise ValueError(f"no provider is called {part!r}: choose among {names}")
-    return [provider for provider in providers if any(part in provider.name for part in parts)]
+    names = [provider.name for provider in providers]
+    chosen: set[str] = set()
+    for part in filter(None, map(str.strip, wanted.split(","))):
+        found = [part] if part in names else [name for name in names if part in name]
+        if not found:
+            raise ValueError(f"no provider is called {part!r}: choose among {', '.join(names)}")
+        chosen.update(found)
+    return [provider for provider in providers if provider.name in chosen]
 
 
 def _secura(space: str, impl: str) -> Callable[[nn.Linear, Ranks], nn.Module]:
@@ -199,6 +210,7 @@ __all__ = [
     "Ranks",
     "catalogue",
     "choose",
+    "excuse",
     "frozen_linear",
     "secura",
 ]

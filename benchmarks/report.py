@@ -49,15 +49,18 @@ def summed(rows: list[Row]) -> dict[str, Any]:
 
     ``{"time": {phase: {"median", "q20", "q80"}}, "saved_mib", "peak_mib", "gflop", "moved_mib"}``.
     Everything adds up (quantiles too, which overstates the spread of a sum) but the peaks, of which
-    the largest stands.
+    the largest stands. The phase ``both_graph`` is there where every layer has it.
     """
+    phases = ["forward", "backward", "both"]
+    if all("both_graph_ms" in row.figures for row in rows):
+        phases.append("both_graph")
     return {
         "time": {
             phase: {
                 key: sum(row.figures[f"{phase}_ms"][key] * row.case["count"] for row in rows)
                 for key in ("median", "q20", "q80")
             }
-            for phase in ("forward", "backward", "both")
+            for phase in phases
         },
         "saved_mib": sum(row.figures["saved_mib"] * row.case["count"] for row in rows),
         "peak_mib": max((row.figures["peak_mib"] for row in rows), default=0),
@@ -111,11 +114,13 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
     }
     base = baseline(list(good), result.dtype)
     first = next(iter(providers.values()))
+    graphs = any("both_graph" in sums["time"] for sums in good.values())
     heads = [
         _shape(model, t, first),
         "forward, ms",
         "backward, ms",
         "both, ms (20%, 80%)",
+        *["both, graph, ms"] * graphs,
         f"against {title(base, first[0].case)}" if base else "ratio",
         "saved, MiB",
         "peak, MiB",
@@ -139,6 +144,7 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
             label,
             *(f"{time[phase]['median']:.2f}" for phase in ("forward", "backward")),
             both,
+            *[f"{time['both_graph']['median']:.2f}" if "both_graph" in time else ""] * graphs,
             f"{ratio:.2f} ×",
             f"{good[provider]['saved_mib']:.1f}",
             f"{good[provider]['peak_mib']:.0f}",
@@ -172,6 +178,8 @@ def _layer_caption(result: Result) -> str:
         "over the time, as shares of the rates measured there "
         f"({ceilings['gemm_tflop_s']:.3g} TFLOP/s, {ceilings['copy_gb_s']:.3g} GB/s)."
     )
+    if any("both_graph_ms" in row.figures for row in good):
+        text += " *Graph*: replayed as a CUDA graph, so without the host's part."
     return text if result.complete else text + " The run was cut short by its time budget."
 
 

@@ -3,20 +3,23 @@
     python -m benchmarks.targets benchmarks/results/layer-h200.json
 
 The targets are for an H200: the sum over Llama-3-8B's projections, bf16, T=8192, m=128, r=16, and
-training steps with adapters on all linears. Other results are shown by the same ratios.
+training steps with adapters on all linears. Other results are shown by the same ratios. Times are
+of CUDA graphs where both have one, so that no ratio is the host's, else eager; the line says which.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .report import groups, headline_t, summed
-from .schema import Result
+from .schema import Result, Row
 
 SPACES = ("none", "channel", "activation", "weight")
+TIMES = {"graph time": "both_graph", "eager time": "both"}
+"""The figures a time is judged by and the phases they are of, the one preferred first."""
 
 
 class Target(NamedTuple):
@@ -28,9 +31,36 @@ class Target(NamedTuple):
     limit: float
     at_least: bool = False
 
-    def reached(self, ratio: float) -> bool:
-        """Whether a ratio meets it."""
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
+
+class Verdict(NamedTuple):
+    """A target, the figure it was judged by, and the ratio; None where it was not measured."""
+
+    target: Target
+    figure: str
+    ratio: float | None
+
+    @property
+    def excess(self) -> float:
+        """How many times over its limit the ratio is (under it, where that is a least); ≤ 1 meets.
+
+        0 where it was not measured.
+        """
+        if self.ratio is None:
+            return 0.0
+        limit = self.target.limit
+        return limit / self.ratio if self.target.at_least else self.ratio / limit
+
+    def line(self) -> str:
+        """A line of :data:`HEADER`'s table."""
+        target = self.target
+        sign = "≥" if target.at_least else "≤"
+        start = f"| {self.figure} | {target.ours} | {target.rival} | {sign} {target.limit:g} × |"
+        if self.ratio is None:
+            return f"{start} | not measured |"
+        return f"{start} {self.ratio:.3f} × | {'reached' if self.excess <= 1 else 'missed'} |"
+
+
+HEADER = ["| figure | SECURA | against | target | ratio | |", "|---|---|---|---|---|---|"]
 
 
 def layer_targets(dtype: str, impl: str) -> list[Target]:
@@ -57,44 +87,46 @@ def model_targets(dtype: str) -> list[Target]:
     return [Target("tokens/s", f"secura {space}", peft, 1.05, True) for space in SPACES]
 
 
-def compare(targets: list[Target], figures: dict[str, dict[str, float]]) -> list[str]:
-    """Lines of a table: every target, its ratio, whether it is reached; what is absent too."""
-    lines = ["| figure | SECURA | against | target | ratio | |", "|---|---|---|---|---|---|"]
-    for target in targets:
-        sign = "≥" if target.at_least else "≤"
-        start = f"| {target.figure} | {target.ours} | {target.rival} | {sign} {target.limit:g} × |"
-        ours, rival = figures.get(target.ours), figures.get(target.rival)
-        if ours is None or rival is None:
-            lines.append(f"{start} | not measured |")
-            continue
-        ratio = ours[target.figure] / rival[target.figure]
-        lines.append(
-            f"{start} {ratio:.3f} × | {'reached' if target.reached(ratio) else 'missed'} |"
-        )
-    return lines
+def judge(target: Target, figures: dict[str, dict[str, float]]) -> Verdict:
+    """A target by each provider's figures: ``graph time``, ``eager time``, ``saved``, …."""
+    ours, rival = figures.get(target.ours, {}), figures.get(target.rival, {})
+    for figure in TIMES if target.figure == "time" else (target.figure,):
+        if figure in ours and figure in rival:
+            return Verdict(target, figure, ours[figure] / rival[figure])
+    return Verdict(target, target.figure, None)
 
 
-def of_layers(result: Result) -> list[str]:
-    """The first model's targets at the headline T."""
+def of_layers(result: Result) -> dict[str, list[Verdict]]:
+    """The first model's targets at the headline T, over the projections that were reached."""
     impl = "triton" if result.machine["device"] == "cuda" else "reference"
-    for (_, t, _, _), providers in groups(result).items():
-        if t == headline_t(result):
-            sums: dict[str, Any] = {
-                name: summed(rows)
+    reached = replace(result, rows=result.finished())
+    for (model, t, _, _), providers in groups(reached).items():
+        if t == headline_t(reached):
+            figures = {
+                name: _figures(rows)
                 for name, rows in providers.items()
                 if all(row.status == "ok" for row in rows)
             }
-            figures = {
-                name: {"time": one["time"]["both"]["median"], "saved": one["saved_mib"]}
-                for name, one in sums.items()
-            }
-            return compare(layer_targets(result.dtype, impl), figures)
-    return []
+            projections = [row.case["projection"] for row in next(iter(providers.values()))]
+            title = f"{model}, T={t}: {', '.join(projections)}"
+            targets = layer_targets(result.dtype, impl)
+            return {title: [judge(target, figures) for target in targets]}
+    return {}
 
 
-def of_models(result: Result) -> list[str]:
+def _figures(rows: list[Row]) -> dict[str, float]:
+    sums = summed(rows)
+    times = {
+        name: sums["time"][phase]["median"]
+        for name, phase in TIMES.items()
+        if phase in sums["time"]
+    }
+    return times | {"saved": sums["saved_mib"]}
+
+
+def of_models(result: Result) -> dict[str, list[Verdict]]:
     """The targets of every setting."""
-    lines = []
+    verdicts = {}
     for case in {str(row.case): row.case for row in result.rows}.values():
         figures = {
             row.provider: {"tokens/s": row.figures["tokens_per_s"]}
@@ -104,11 +136,11 @@ def of_models(result: Result) -> list[str]:
         title = f"{case['model']}, adapters on {case['targets']}, {case['sequence']} × "
         title += f"{case['batch']} × {case['accumulate']}"
         title += ", checkpointing" if case["checkpointing"] else ""
-        lines += [title, "", *compare(model_targets(result.dtype), figures), ""]
-    return lines
+        verdicts[title] = [judge(target, figures) for target in model_targets(result.dtype)]
+    return verdicts
 
 
-TABLES: dict[str, Callable[[Result], list[str]]] = {"layer": of_layers, "model": of_models}
+VERDICTS = {"layer": of_layers, "model": of_models}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,9 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", help="files of benchmarks.layer or .model")
     for path in parser.parse_args(arguments).results:
         result = Result.load(path)
-        if result.benchmark not in TABLES:
+        if result.benchmark not in VERDICTS:
             parser.error(f"{path}: no targets are set for {result.benchmark!r}")
-        print("\n".join(TABLES[result.benchmark](result)))
+        for title, verdicts in VERDICTS[result.benchmark](result).items():
+            print("\n".join([title, "", *HEADER, *(verdict.line() for verdict in verdicts), ""]))
     return 0
 
 

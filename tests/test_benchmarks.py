@@ -178,9 +178,36 @@ def test_rounds_are_interleaved_and_stop_in_time():
         )
         for name in "ab"
     }
-    found = measure.interleaved(tasks, CPU, rounds=3)
-    assert order == list("ababab") and found["a"]["samples"] == 3
-    assert measure.interleaved(tasks, CPU, rounds=9, deadline=0.0)["b"]["samples"] == 2
+    found, failures = measure.interleaved(tasks, CPU, rounds=3)
+    assert order == list("ababab") and found["a"]["samples"] == 3 and not failures
+    assert measure.interleaved(tasks, CPU, rounds=9, deadline=0.0)[0]["b"]["samples"] == 2
+
+
+def test_a_task_that_raises_leaves_the_others_their_turns():
+    def raises():
+        raise RuntimeError("out of registers")
+
+    running = Provider("", "", id).running
+    tasks = {
+        name: measure.Task(lambda call=call: call, running)
+        for name, call in (("bad", raises), ("good", lambda: None))
+    }
+    found, failures = measure.interleaved(tasks, CPU, rounds=3)
+    assert found.keys() == {"good"} and found["good"]["samples"] == 3
+    assert failures.keys() == {"bad"} and failures["bad"].__traceback__ is None
+
+
+def test_a_provider_that_breaks_while_timed_has_no_figures(monkeypatch):
+    def breaks(self):
+        if self.provider.name == "strong lora":
+            raise RuntimeError("an illegal access")
+        return self.both
+
+    monkeypatch.setattr(layer.Runner, "both_call", breaks)
+    providers = choose(runnable(torch.float32), "frozen,strong lora")
+    rows = layer.run_case(TINY, providers, CPU, torch.float32, rounds=1)
+    assert [row.status for row in rows] == ["ok", "failed"]
+    assert rows[1].note == "RuntimeError: an illegal access" and not rows[1].figures
 
 
 def test_saved_bytes_are_counted_once_and_without_weights():
@@ -294,6 +321,13 @@ def test_starting_from_an_svd_gives_the_same_a(tiny_model, tmp_path, monkeypatch
     assert "svd init, m=4" in report.startup_table(Result.load(path), "none")
 
 
+def test_a_whole_name_chooses_one_provider_and_a_part_all_that_hold_it():
+    providers = catalogue(torch.bfloat16)
+    chosen = [provider.name for provider in choose(providers, "peft lora bf16,strong")]
+    assert chosen == ["peft lora bf16", "strong lora", "strong dora"]
+    assert len(choose(providers, "peft lora")) == 4
+
+
 def test_an_unknown_provider_is_an_error():
     with pytest.raises(ValueError, match="no provider is called 'qlora'"):
         choose(catalogue(torch.float32), "frozen,qlora")
@@ -319,18 +353,24 @@ def test_plots_are_the_same_for_the_same_results(tiny_preset, tmp_path):
 
 
 def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
-    figures = {"a": {"time": 8.0}, "b": {"time": 10.0}}
-    most, least = (
-        targets.Target("time", "a", "b", 0.85),
-        targets.Target("time", "b", "a", 1.3, True),
+    figures = {"a": {"saved": 8.0}, "b": {"saved": 10.0}}
+    most, least, absent = (
+        targets.judge(target, figures)
+        for target in (
+            targets.Target("saved", "a", "b", 0.85),
+            targets.Target("saved", "b", "a", 1.3, True),
+            targets.Target("saved", "a", "c", 1.0),
+        )
     )
-    absent = targets.Target("time", "a", "c", 1.0)
-    lines = targets.compare([most, least, absent], figures)[2:]
-    assert [line.split("|")[-2].strip() for line in lines] == ["reached", "missed", "not measured"]
+    ends = [verdict.line().split("|")[-2].strip() for verdict in (most, least, absent)]
+    assert ends == ["reached", "missed", "not measured"]
+    assert most.excess < 1 < least.excess and absent.excess == 0
     run_layer(tmp_path / "r.json")
     capsys.readouterr()
     targets.main([str(tmp_path / "r.json")])
-    assert "| time | secura channel reference | strong lora | ≤ 1 × |" in capsys.readouterr().out
+    assert (
+        "| eager time | secura channel reference | strong lora | ≤ 1 × |" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.gpu
