@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,31 @@ def finish(model: Any, strategy: Strategy, folder: Path) -> None:
     strategy.finish(folder)
 
 
+@contextmanager
+def merged_where_exact(model: Any) -> Iterator[None]:
+    """Meanwhile the norm's W' stands in the weights: unmerged, `weight` forms it at every token.
+
+    Both round the same fp32 W' to the weights' dtype. The other spaces are left as they are: merged
+    into bf16 they would be rounded, unmerged they are not.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    if all(getattr(config, "norm", None) != "weight" for config in configs):
+        yield
+        return
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
 def score(cell: Cell, model: nn.Module, material: Material, on_part: Callable[[], None]) -> dict:
-    """Every task, every probe and general text, scored with the model as it is."""
+    """Every task, every probe and general text, scored with the model as it was trained."""
+    with merged_where_exact(model):
+        return _score(cell, model, material, on_part)
+
+
+def _score(cell: Cell, model: nn.Module, material: Material, on_part: Callable[[], None]) -> dict:
     from secura.experiments.evaluate import Scorer
 
     settings = material.settings
@@ -190,6 +214,7 @@ __all__ = [
     "clean",
     "finish",
     "last_checkpoint",
+    "merged_where_exact",
     "score",
     "train",
 ]
