@@ -1,7 +1,7 @@
 """SECURA: fine-tuning with a CUR adapter and a norm that holds important weights back.
 
-Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel`` and ``FoldCallback``,
-which load PEFT and transformers, need torch alone.
+Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, ``FoldCallback`` and
+``export_lora``, which load PEFT and transformers, need torch alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callbacks import FoldCallback
     from .config import AdapterConfig
+    from .export import export_lora
     from .folding import fold
     from .linear import SECURALinear
     from .tuner import SecuraConfig, SecuraModel
@@ -24,6 +25,7 @@ _LAZY = {
     "SECURALinear": "secura.linear",
     "SecuraConfig": "secura.tuner",
     "SecuraModel": "secura.tuner",
+    "export_lora": "secura.export",
     "fold": "secura.folding",
 }
 
@@ -44,5 +46,6 @@ __all__ = [
     "SECURALinear",
     "SecuraConfig",
     "SecuraModel",
+    "export_lora",
     "fold",
 ]

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from cli_fixtures import fails, train_flags
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from secura.cli import main
+from secura import SecuraModel
+from secura.cli import generate, main
 
 PROMPT = "ann has 3 apples and eats 1"
 
@@ -53,6 +55,30 @@ def test_merging_in_another_dtype_and_from_a_named_base(trained, base, tmp_path)
     assert merged.dtype == torch.bfloat16
 
 
+def saved(model, base, folder):
+    """A base's folder with the tokenizer of `base`, and one of an adapter with a trained bias."""
+    model.save_pretrained(folder / "base")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = tiny.adapted(model, norm="channel", train_bias=True)
+    model.save_pretrained(folder / "adapter")
+    return ["merge", "--adapter", folder / "adapter", "--output_dir", folder / "merged"], model
+
+
+def test_a_trained_bias_outlasts_the_merge_of_a_base_with_biases(base, tmp_path):
+    argv, model = saved(tiny.llama(bias=True), base, tmp_path)
+    assert main([*map(str, argv)]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_bias_that_would_be_lost_is_not_merged(base, tmp_path, capfd):
+    argv, _ = saved(tiny.llama(bias=False), base, tmp_path)
+    parts = ("train_bias=True", "4 of its layers", "layers.0.self_attn.q_proj", "train_bias=False")
+    fails(argv, capfd, *parts)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merge_that_fails_leaves_nothing(trained, tmp_path, capfd, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
@@ -75,8 +101,18 @@ def test_bad_merges(trained, base, tmp_path, capfd):
         model.model.layers[1].mlp.up_proj.weight.mul_(-1)
     model.save_pretrained(other)
     PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(other)
-    fails(["merge", "--adapter", trained, "--model", other, *out], capfd, "layers.1.mlp.up_proj")
+    onto = ["--adapter", trained, "--model", other]
+    ways = ("layers.1.mlp.up_proj", "check_base=False", "--no_check_base")
+    fails(["merge", *onto, *out], capfd, *ways)
+    fails(["generate", *onto, "--prompt", PROMPT], capfd, *ways)
     assert not (tmp_path / "merged").exists()
+    assert main([*map(str, ["merge", *onto, *out]), "--no_check_base"]) == 0
+    asked = ["--prompt", PROMPT, "--max_new_tokens", "5"]
+    capfd.readouterr()
+    assert main([*map(str, ["generate", *onto]), *asked, "--no_check_base"]) == 0
+    from_adapter = capfd.readouterr().out
+    assert main(["generate", "--model", str(tmp_path / "merged"), *asked]) == 0
+    assert capfd.readouterr().out == from_adapter
 
 
 def test_an_activation_norm_is_merged_only_when_asked(base, data, tmp_path, capfd):
@@ -89,7 +125,7 @@ def test_an_activation_norm_is_merged_only_when_asked(base, data, tmp_path, capf
     assert main([*argv, "--allow_inexact"]) == 0
 
 
-def test_generating(trained, base, capfd):
+def test_generating(trained, base, capfd, monkeypatch):
     asked = ["--prompt", PROMPT, "--max_new_tokens", "5"]
     adapter = ["--adapter", str(trained)]
     assert main(["generate", "--model", str(base), *asked]) == 0
@@ -97,9 +133,45 @@ def test_generating(trained, base, capfd):
     assert main(["generate", *adapter, *asked]) == 0
     from_adapter = capfd.readouterr().out.split()
     assert 0 < len(from_base) <= 5 and from_base != from_adapter
+    answers, answer = [], generate.answer
+    monkeypatch.setattr(
+        generate, "answer", lambda *args: answers.append(answer(*args)) or answers[-1]
+    )
     assert main(["generate", *adapter, *asked, "--compare"]) == 0
+    assert [text.split() for text in answers] == [from_base, from_adapter]
     table = capfd.readouterr().out
     assert all(word in table for word in ("base", "adapter", *from_base, *from_adapter))
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"], ["--temperature", "2", "--compare"]])
+def test_the_norm_weight_is_merged_to_answer_and_answers_the_same(
+    flags, trained, capfd, monkeypatch
+):
+    argv = ["generate", "--adapter", str(trained), "--prompt", PROMPT, "--prompt", "apples"]
+    argv += ["--max_new_tokens", "9", *flags]
+    merges, merge = [], SecuraModel.merge_and_unload
+    monkeypatch.setattr(
+        SecuraModel, "merge_and_unload", lambda model: merges.append(1) or merge(model)
+    )
+    assert main(argv) == 0
+    merged = capfd.readouterr().out
+    monkeypatch.setattr("secura.cli.generate.settle", lambda model: model)
+    assert main(argv) == 0
+    assert merged == capfd.readouterr().out
+    assert merges == [1]
+
+
+def test_a_norm_weight_that_cannot_be_merged_answers_all_the_same(base, tmp_path, capfd):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight, model.config.tie_word_embeddings = model.model.embed_tokens.weight, True
+    model.save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tiny.adapted(model, target_modules=["lm_head"]).save_pretrained(tmp_path / "adapter")
+    argv = ["--adapter", str(tmp_path / "adapter")]
+    fails(["merge", *argv, "--output_dir", tmp_path / "merged"], capfd, "lm_head", "untie first")
+    assert main(["generate", *argv, "--prompt", PROMPT, "--max_new_tokens", "5"]) == 0
+    assert capfd.readouterr().out.split()
 
 
 def test_sampling_is_seeded(base, capfd):

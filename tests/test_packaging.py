@@ -111,7 +111,7 @@ def test_help_loads_no_heavy_package():
         f"""
 import sys
 from secura.cli import main
-for command in ("train", "merge", "generate", "doctor", "demo"):
+for command in ("train", "merge", "export_lora", "generate", "doctor", "demo"):
     try:
         main([command, "--help"])
     except SystemExit as left:

@@ -1,4 +1,4 @@
-"""The command `secura`: train, merge, generate, doctor, experiment, demo.
+"""The command `secura`: train, merge, export_lora, generate, doctor, experiment, demo.
 
 Nothing heavy is imported here, nor by a command before its flags are understood, so that `--help`
 and a mistyped flag answer at once. What a user can get wrong is told in one line, with exit status
@@ -19,6 +19,7 @@ from secura.cli.errors import USER_ERRORS, Parser, one_line
 COMMANDS = {
     "train": ("secura.cli.train", "fine-tune a causal language model with SECURA"),
     "merge": ("secura.cli.merge", "write base and adapter as one plain transformers checkpoint"),
+    "export_lora": ("secura.cli.export_lora", "write an additive adapter as a LoRA, for servers"),
     "generate": ("secura.cli.generate", "answer a prompt with base, adapter, or both side by side"),
     "doctor": ("secura.cli.doctor", "versions, devices, implementations, a self-check of each op"),
     "experiment": ("secura.cli.experiment", "what methods learn and forget: exp0 to exp5, report"),

@@ -6,12 +6,10 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from secura.cli.errors import UserError
+from secura.folders import complete_folder as complete_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -31,24 +29,6 @@ def check_output_folder(path: Path, *, hint: str) -> None:
         raise UserError(f"{path} is a file, not a folder; choose another --output_dir")
     if any(path.iterdir()):
         raise UserError(f"the output folder {path} is not empty; {hint}")
-
-
-@contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` only when the block ends well.
-
-    Raises:
-        UserError: `path` is there already and is no empty folder.
-    """
-    check_output_folder(path, hint="choose another --output_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        made = Path(scratch) / path.name
-        made.mkdir()
-        yield made
-        if path.exists():
-            path.rmdir()
-        os.replace(made, path)
 
 
 def publish(source: Path, target: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import suppress
 from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import Parser, UserError
 from secura.cli.models import (
     DTYPES,
+    add_loading_flags,
     base_of,
     load_adapted,
     load_adapter_config,
@@ -54,10 +55,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="auto on an accelerator, else float32")
     parser.add_argument("--device", help="such as cpu or cuda:0; an accelerator where there is one")
-    parser.add_argument(
-        "--model_revision", metavar="REVISION", help="branch, tag or commit of the base"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
+    add_loading_flags(parser)
     return parser
 
 
@@ -72,6 +70,7 @@ def main(argv: list[str]) -> int:
     if args.compare:
         compare(model, tokenizer, prompts, args)
         return 0
+    model = settle(model)
     for number, prompt in enumerate(prompts):
         if number:
             print()
@@ -102,7 +101,7 @@ def load(args: Any) -> tuple[Any, Any]:
         args.model_name_or_path,
         args.model_revision,
     )
-    config = load_adapter_config(adapter) if adapter else None
+    config = load_adapter_config(adapter, check_base=not args.no_check_base) if adapter else None
     if config is not None:
         base, revision = base_of(config, adapter, base, revision)
     loading = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
@@ -113,6 +112,20 @@ def load(args: Any) -> tuple[Any, Any]:
     else:
         model = load_adapted(adapter, config, base, **loading)
     return model.to(device), tokenizer
+
+
+def settle(model: Any) -> Any:
+    """The model that answers soonest from now on: merged, where `norm="weight"` can be.
+
+    Unmerged it would form W' anew for each token. What cannot be merged (a quantised base, a weight
+    shared by two modules) is left as it was.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "norm", None) != "weight":
+        return model
+    with suppress(ValueError):
+        return model.merge_and_unload()
+    return model
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool = False) -> str:
@@ -156,10 +169,10 @@ def compare(model: Any, tokenizer: Any, prompts: list[str], args: Any) -> None:
     for title in ("prompt", "base", "adapter"):
         table.add_column(title, ratio=1 if title == "prompt" else 2, overflow="fold")
     text = require("rich.text", "train").Text
-    for prompt in prompts:
-        cells = [prompt]
-        for context in (model.disable_adapter(), nullcontext()):
-            with context:
-                cells.append(answer(model, tokenizer, prompt, args))
+    with model.disable_adapter():
+        plain = [answer(model, tokenizer, prompt, args) for prompt in prompts]
+    model = settle(model)
+    adapted = [answer(model, tokenizer, prompt, args) for prompt in prompts]
+    for cells in zip(prompts, plain, adapted, strict=True):
         table.add_row(*map(text, cells))
     require("rich.console", "train").Console().print(table)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from secura._extras import require
 from secura.cli.errors import Parser, UserError
 from secura.cli.folders import check_output_folder, complete_folder
 from secura.cli.models import (
-    DTYPES,
+    add_adapter_flags,
+    add_loading_flags,
     base_of,
     load_adapted,
     load_adapter_config,
@@ -19,26 +21,8 @@ from secura.cli.models import (
 def make_parser() -> Parser:
     """The flags of `secura merge`."""
     parser = Parser(prog="secura merge", description=__doc__)
-    parser.add_argument(
-        "--adapter_name_or_path",
-        "--adapter",
-        required=True,
-        metavar="DIR",
-        help="the adapter's folder or hub name",
-    )
-    parser.add_argument(
-        "--model_name_or_path",
-        "--model",
-        metavar="MODEL",
-        help="the base; the adapter names the one it was trained on",
-    )
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument(
-        "--dtype",
-        "--torch_dtype",
-        choices=DTYPES,
-        default="auto",
-        help="dtype the base is loaded, merged and written in; auto is the base's own",
+    add_adapter_flags(
+        parser, dtype="dtype the base is loaded, merged and written in; auto is the base's own"
     )
     parser.add_argument(
         "--allow_inexact",
@@ -46,10 +30,7 @@ def make_parser() -> Parser:
         help="with norm=activation, which no plain checkpoint can express: write W + ΔW, without "
         "the norm, as the released code does",
     )
-    parser.add_argument(
-        "--model_revision", metavar="REVISION", help="branch, tag or commit of the base"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
+    add_loading_flags(parser)
     return parser
 
 
@@ -59,12 +40,13 @@ def main(argv: list[str]) -> int:
     output = Path(args.output_dir)
     check_output_folder(output, hint="choose another --output_dir")
     adapter = args.adapter_name_or_path
-    config = load_adapter_config(adapter)
+    config = load_adapter_config(adapter, check_base=not args.no_check_base)
     allow_inexact(config, adapter, allow=args.allow_inexact)
     base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
     loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = adapter_tokenizer(adapter, base, loading)
     model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
+    refuse_lost_biases(model, adapter)
     merged = model.merge_and_unload(progressbar=True)
     with complete_folder(output) as folder:
         merged.save_pretrained(folder)
@@ -84,6 +66,27 @@ def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
             "norm, or serve the adapter unmerged"
         )
     config.allow_inexact_merge = True
+
+
+def refuse_lost_biases(model: Any, adapter: str) -> None:
+    """Refuses trained biases of layers that have none: transformers would load them nowhere."""
+    from secura import bases
+
+    kind = require("secura.tuner", "train").SecuraLayer
+    layers = [
+        name.removeprefix("base_model.model.")
+        for name, layer in model.named_modules()
+        if isinstance(layer, kind)
+        and bases.bias(layer.base_layer) is None
+        and any(part.bias is not None for part in layer.active_cabr())
+    ]
+    if layers:
+        raise UserError(
+            f"{adapter} was trained with train_bias=True, and {len(layers)} of its layers, such as "
+            f"{layers[0]}, have no bias in the base: transformers would leave theirs out when it "
+            "loads the merged checkpoint. Serve the adapter unmerged, or train one with "
+            "train_bias=False"
+        )
 
 
 def adapter_tokenizer(adapter: str, base: str, loading: dict[str, Any]) -> Any:

@@ -7,9 +7,47 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli.errors import UserError, one_line
+from secura.cli.errors import Parser, UserError, one_line
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def add_adapter_flags(parser: Parser, *, dtype: str) -> None:
+    """Adds the flags of commands that make something of an adapter on its base.
+
+    Args:
+        parser: gains `--adapter_name_or_path`, `--model_name_or_path`, `--output_dir`, `--dtype`.
+        dtype: help of `--dtype`.
+    """
+    parser.add_argument(
+        "--adapter_name_or_path",
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="the adapter's folder or hub name",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        "--model",
+        metavar="MODEL",
+        help="the base; the adapter names the one it was trained on",
+    )
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--dtype", "--torch_dtype", choices=DTYPES, default="auto", help=dtype)
+
+
+def add_loading_flags(parser: Parser) -> None:
+    """Adds the flags that say how a base and its adapter are loaded."""
+    parser.add_argument(
+        "--model_revision", metavar="REVISION", help="branch, tag or commit of the base"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the base's own code")
+    parser.add_argument(
+        "--no_check_base",
+        action="store_true",
+        help="take a base that is not the one the adapter was trained on, such as the model in "
+        "bfloat16 for an adapter trained on it in 4 bits",
+    )
 
 
 def resolve_model(name: str) -> str:
@@ -48,8 +86,13 @@ def load_model(name: str, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
 
 
-def load_adapter_config(adapter: str) -> Any:
-    """The `PeftConfig` of a local or hub adapter, with the SECURA tuner registered."""
+def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
+    """The `PeftConfig` of a local or hub adapter, with the SECURA tuner registered.
+
+    Args:
+        adapter: the adapter's folder or hub name.
+        check_base: whether loading it on another base weight is to be an error.
+    """
     peft = require("peft", "train")
     require("secura.tuner", "train")
     path = Path(adapter).expanduser()
@@ -60,7 +103,9 @@ def load_adapter_config(adapter: str) -> Any:
             f"adapter {adapter!r}: the folder has no adapter_config.json; give the --output_dir of "
             "a finished training run, or one of its checkpoint folders"
         )
-    return peft.PeftConfig.from_pretrained(str(path) if path.is_dir() else adapter)
+    config = peft.PeftConfig.from_pretrained(str(path) if path.is_dir() else adapter)
+    config.check_base = check_base
+    return config
 
 
 def base_of(config: Any, adapter: str, model: str | None, revision: str | None) -> tuple[str, str]:

@@ -1,0 +1,162 @@
+"""Exact export of an additive adapter as a LoRA, of which vLLM and others serve many at once.
+
+Without a norm, and with ``norm="channel"`` where the base is not scaled, a layer is W + Q R: a LoRA
+whose A is R = W[rows], whose B is Q, and whose scaling is 1. Folded cores are part of Q.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import bases
+from ._extras import require
+from .config import AdapterConfig
+from .folders import complete_folder
+
+_PREFIX = "base_model.model."
+
+
+def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -> Path:
+    """Write a SECURA adapter as a PEFT LoRA adapter that computes the same without this package.
+
+    ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, fp32 (or wider, as the adapter), rank and alpha
+    m; ``rank_pattern`` and ``alpha_pattern`` hold the ranks of layers with fewer rows than others:
+    a server that does not read them (llama.cpp) needs one rank throughout. Modules saved in full
+    (``modules_to_save``) are carried over; vLLM takes none. A base quantised to few bits is
+    dequantised for R, and the LoRA then belongs to that base.
+
+    Example:
+        >>> export_lora(PeftModel.from_pretrained(base, "adapter"), "lora")
+
+    Args:
+        model: a ``PeftModel`` with a SECURA adapter, which is not merged.
+        folder: a new or empty folder; it is complete afterwards, or not there.
+        adapter_name: which adapter.
+
+    Returns:
+        The folder, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        TypeError: ``model`` is no ``PeftModel``.
+        ValueError: for an adapter that is no LoRA (see :func:`check_exportable`), is not there, or
+            holds NaN or inf.
+        RuntimeError: while an adapter is merged.
+        FileExistsError: ``folder`` is no empty folder.
+    """
+    peft = require("peft", "train")
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(
+            f"{type(model).__name__} is no PeftModel: load the adapter with "
+            "PeftModel.from_pretrained(base, folder)"
+        )
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
+    config = model.peft_config[adapter_name]
+    check_exportable(config)
+    kind = require("secura.tuner", "train").SecuraLayer
+    layers = {
+        name.removeprefix(_PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, kind) and adapter_name in layer.secura_adapter
+    }
+    if any(layer.merged for layer in layers.values()):
+        raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
+    tensors = {}
+    for name, layer in layers.items():
+        a, b = _factors(name, layer.base_layer, layer.secura_adapter[adapter_name])
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+    if config.modules_to_save:
+        tensors |= _saved_in_full(model, adapter_name)
+    ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in layers}
+    lora = _lora_config(config, ranks, [name for name, _ in model.get_base_model().named_modules()])
+    lora.fan_in_fan_out = any(bases.is_conv1d(layer.base_layer) for layer in layers.values())
+    with complete_folder(Path(folder)) as made:
+        save_file(tensors, made / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        lora.save_pretrained(str(made))
+    return Path(folder)
+
+
+def check_exportable(config: Any) -> None:
+    """Raise ``ValueError`` unless layers with this adapter's config are a LoRA."""
+    if not isinstance(config, AdapterConfig):
+        raise ValueError("the adapter is none of SECURA's: only those are exported as a LoRA")
+    options = config.norm_options
+    reason = None
+    if options.norm == "activation":
+        reason = "norm='activation' is not linear in its input"
+    elif options.norm == "weight":
+        reason = "norm='weight' gives each weight a gain of its own, which has no low rank"
+    elif options.norm == "channel" and options.combine == "averaged":
+        reason = "norm_combine='averaged' scales the base weight too"
+    elif config.restrain:
+        reason = "restrain scales the base weight too"
+    elif config.train_bias:
+        reason = "train_bias=True adds a bias, for which LoRA has no place"
+    if reason is not None:
+        raise ValueError(
+            f"{reason}, so no LoRA computes the same: export an adapter with norm='none', or "
+            "norm='channel' and norm_combine='gated', without restrain and train_bias; or merge "
+            "this one"
+        )
+
+
+@torch.no_grad()
+def _factors(name: str, base: Any, adapter: Any) -> tuple[Tensor, Tensor]:
+    """``(R [m, K], Q [N, m])`` of one layer, contiguous, on the CPU."""
+    try:
+        b, _ = adapter.product(base)
+        a = bases.weight(base).index_select(0, adapter.rows).to(b.dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not bool(torch.isfinite(b).all()):
+        raise ValueError(
+            f"{name}: the adapter holds NaN or inf, so nothing was exported: training diverged, or "
+            "its file is damaged"
+        )
+    return a.contiguous().cpu(), b.contiguous().cpu()
+
+
+def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    state = require("peft", "train").get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return {
+        name: tensor.detach().clone().contiguous().cpu()
+        for name, tensor in state.items()
+        if ".secura_adapter." not in name
+    }
+
+
+def _lora_config(config: Any, ranks: dict[str, int], modules: list[str]) -> Any:
+    """A ``LoraConfig`` for the layers in ``ranks``, by full name, and no other of ``modules``."""
+    r = max(ranks.values())
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    namesakes = [name for name in modules if name not in ranks and _ends_like(name, ranks)]
+    return require("peft", "train").LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(ranks),
+        exclude_modules=namesakes or None,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _ends_like(name: str, targets: dict[str, int]) -> bool:
+    """Whether PEFT, which matches the ends of names, would take ``name`` for one of ``targets``."""
+    return any(name[dot.end() :] in targets for dot in re.finditer(r"\.", name))
+
+
+__all__ = ["check_exportable", "export_lora"]
