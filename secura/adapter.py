@@ -113,14 +113,16 @@ class CABR(nn.Module):
 
         Raises:
             TypeError: for integer or complex inputs, or a dtype that is not the weight's.
-            ValueError: for another last dimension.
+            ValueError: for another last dimension, a base weight that is not at hand, or with
+                ``norm="weight"`` a dense base that is more than a frozen product.
         """
-        self._check_input(base, x)
+        weight = bases.dense_weight(base)
+        self._check_input(weight, x)
         norm = self.config.norm
         if norm == "weight":
-            return self._weight_space(base, x)
-        bias, weight = bases.bias(base), bases.dense_weight(base)
-        if not bases.runs_as_product(base):
+            return self._weight_space(base, weight, x)
+        bias = bases.bias(base)
+        if weight is not None and bases.why_not_product(base):
             weight = None
         kwargs: dict[str, Any] = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if norm == "activation":
@@ -135,11 +137,18 @@ class CABR(nn.Module):
             return lowrank_linear(x, weight, bias, self.rows, q, **kwargs)
         return lowrank_add(base(x), bias, self.rows, q, **kwargs)
 
-    def _weight_space(self, base: nn.Module, x: Tensor) -> Tensor:
+    def _weight_space(self, base: nn.Module, dense: Tensor | None, x: Tensor) -> Tensor:
         p, p_base = self.projections(base)
+        if dense is not None and (skipped := bases.why_not_product(base)):
+            if not bases.only_moves_inputs(base):
+                raise ValueError(
+                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
+                    "be skipped: use norm='channel'"
+                )
+            x = x.to(dense.device)
         return weight_norm_linear(
             x,
-            bases.weight(base),
+            bases.weight(base) if dense is None else dense.detach(),
             bases.bias(base),
             self.rows,
             p,
@@ -152,8 +161,9 @@ class CABR(nn.Module):
     def projections(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(P, P_base)``, each ``[N, m]``: what the norm counts as Δ, and as base (M1) or None."""
         self._refresh(base)
-        dense = bases.dense_weight(base)
-        columns = self.columns if dense is None else dense.detach().index_select(1, self.cols)
+        columns = self.columns
+        if columns is None:
+            columns = bases.weight(base, values=False).index_select(1, self.cols)
         u = self.update()
         if not self.folded:
             return projection(columns, u), None
@@ -183,12 +193,16 @@ class CABR(nn.Module):
         return nn.functional.dropout(ones, self.config.dropout)
 
     @torch.no_grad()
-    def fold_core(self, base: nn.Module) -> None:
-        """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not written."""
-        self.core.add_(self.update())
+    def fold_core(self) -> None:
+        """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not touched.
+
+        Where A and B are sharded, every process has to call this: it gathers them.
+        """
+        update: Any = self.update()
+        self.core.add_(update.full_tensor() if hasattr(update, "full_tensor") else update)
         self.B.zero_()
         self.folded = True
-        self._derive(base, None)
+        self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
@@ -256,6 +270,7 @@ class CABR(nn.Module):
         self.fingerprint = own
         self.folded, self._stale, self._assigned = bool(self.core.any()), True, False
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
@@ -274,7 +289,7 @@ class CABR(nn.Module):
                 p_base = projection(weight.index_select(1, self.cols), self.core)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
 
-    def _check_input(self, base: nn.Module, x: Tensor) -> None:
+    def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"SECURA layers take floating inputs, not {x.dtype}")
         if x.shape[-1] != self.in_features:
@@ -282,11 +297,10 @@ class CABR(nn.Module):
                 f"the input's last dimension is {x.shape[-1]}, the layer's in_features "
                 f"{self.in_features}"
             )
-        dense = bases.dense_weight(base)
-        if dense is None or dense.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        if weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
             return
         raise TypeError(
-            f"the input is {x.dtype} and the base weight {dense.dtype}: cast one of them, or run "
+            f"the input is {x.dtype} and the base weight {weight.dtype}: cast one of them, or run "
             "under torch.autocast"
         )
 
@@ -306,8 +320,8 @@ class CABR(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "checksum"]
         own = self._own(destination, prefix)
-        del own["checksum"]
         if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
             destination[prefix + "checksum"] = checksum(own)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor, nn
 
 
 def is_conv1d(base: nn.Module) -> bool:
     """Whether ``base`` is transformers' ``Conv1D``, whose weight is ``[K, N]``."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return module is not None and isinstance(base, module.Conv1D)
+    conv1d = _conv1d()
+    return conv1d is not None and isinstance(base, conv1d)
 
 
 def check_linear(base: nn.Module) -> None:
@@ -33,11 +34,15 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     return weight.t() if is_conv1d(base) else weight
 
 
-def weight(base: nn.Module) -> Tensor:
+def weight(base: nn.Module, *, values: bool = True) -> Tensor:
     """The weight ``[N, K]``, dequantised where it must be; detached.
 
+    Args:
+        base: the linear layer.
+        values: whether its numbers are read; without, a weight on the meta device will do.
+
     Raises:
-        ValueError: where the weight is not here (on the meta device, or sharded by itself).
+        ValueError: where the weight is not here: on the meta device, offloaded, or sharded.
     """
     dense = dense_weight(base)
     if dense is None:
@@ -52,16 +57,34 @@ def weight(base: nn.Module) -> Tensor:
             # Its state_dict() puts the ordinary one back.
             base.state_dict()
         return backend.get_base_weight(base).detach()
-    if dense.device.type == "meta":
+    detached = dense.detach()
+    if type(detached) is not Tensor or detached.is_meta or detached.dim() != 2:
+        check_at_hand(base)
+        if values and detached.is_meta:
+            raise ValueError(
+                "the base weight is on the meta device, so its rows and columns cannot be chosen: "
+                "load the weights before adding the adapter"
+            )
+    return detached
+
+
+def check_at_hand(base: nn.Module) -> None:
+    """Raise ``ValueError`` where the weight of ``base`` is kept elsewhere between its forwards."""
+    stored = getattr(base, "weight", None)
+    if not isinstance(stored, Tensor):
+        return
+    offloaded = stored.is_meta and "_hf_hook" in base.__dict__
+    if offloaded or (stored.is_floating_point() and stored.dim() != 2):
+        kept = "offloaded" if offloaded else "partitioned (ZeRO-3, FSDP1)"
         raise ValueError(
-            "the base weight is on the meta device, so its rows and columns cannot be chosen: load "
-            "the weights before adding the adapter"
+            f"the base weight is {kept}, and its rows and columns are not at hand: load the model "
+            "without offloading to cpu or disk, or shard it by decoder layer with FSDP2"
         )
-    if type(dense.detach()).__name__ == "DTensor":
+    if type(stored.detach()).__name__ == "DTensor":
         raise ValueError(
-            "the base weight is a DTensor: shard by decoder layer, not each Linear alone"
+            "the base weight is a DTensor: to train, shard by decoder layer, not each Linear "
+            "alone; to merge, save the adapter and merge on one process with `secura merge`"
         )
-    return dense.detach()
 
 
 def bias(base: nn.Module) -> Tensor | None:
@@ -70,16 +93,45 @@ def bias(base: nn.Module) -> Tensor | None:
     return value.detach() if isinstance(value, Tensor) else None
 
 
-def runs_as_product(base: nn.Module) -> bool:
-    """Whether ``x Wᵀ + b`` may stand for ``base(x)``: a plain frozen layer that nothing hooks."""
-    plain = type(base) is nn.Linear or (is_conv1d(base) and type(base).__name__ == "Conv1D")
-    return (
-        plain
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-        and not base._backward_pre_hooks
-        and not hasattr(base, "_hf_hook")
-        and not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
-    )
+def why_not_product(base: nn.Module) -> str | None:
+    """What of ``base`` a plain ``x Wᵀ + b`` in its place would pass over; None where nothing is."""
+    if not _is_product(base, base.__dict__.get("forward")):
+        return "its own forward"
+    return _why_not_frozen(base)
+
+
+def only_moves_inputs(base: nn.Module) -> bool:
+    """Whether all that ``base`` adds to its product is accelerate's hook for where x has to be."""
+    hook: Any = base.__dict__.get("_hf_hook")
+    if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return False
+    return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
+
+
+def _is_product(base: nn.Module, own_forward: Any) -> bool:
+    plain: Any = nn.Linear if isinstance(base, nn.Linear) else _conv1d()
+    if plain is None or type(base).forward is not plain.forward:
+        return False
+    if own_forward is None:
+        return True
+    same = getattr(own_forward, "__func__", None) is plain.forward
+    return same and own_forward.__self__ is base
+
+
+def _why_not_frozen(base: nn.Module) -> str | None:
+    if (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    ):
+        return "its hooks"
+    if base._modules:
+        return "the modules in it"
+    for parameter in base._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return "the training of its weight"
+    return None
 
 
 def set_weight(base: nn.Module, value: Tensor) -> None:
@@ -98,6 +150,11 @@ def set_weight(base: nn.Module, value: Tensor) -> None:
     base.weight.data = stored.to(dense.dtype).contiguous()
 
 
+def _conv1d() -> Any:
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D
+
+
 def _quantization(base: nn.Module):
     if "peft" not in sys.modules or type(base) is nn.Linear:
         return None
@@ -108,10 +165,12 @@ def _quantization(base: nn.Module):
 
 __all__ = [
     "bias",
+    "check_at_hand",
     "check_linear",
     "dense_weight",
     "is_conv1d",
-    "runs_as_product",
+    "only_moves_inputs",
     "set_weight",
     "weight",
+    "why_not_product",
 ]

@@ -37,8 +37,11 @@ class AdapterConfig:
         norm_eps_relative: whether ``norm_eps`` is a multiple of the base's root mean square.
         norm_save: what ``norm="activation"`` keeps for its backward pass: ``"recompute"`` the base
             layer's output, ``"8bit"`` one byte of 1/M an element, off by at most 0.1%.
-        fold_every: optimizer steps between folds; 0 folds only when called.
-        train_bias: whether a bias ``[N]`` is trained too.
+        fold_every: optimizer steps between folds; 0 folds only when called. A Trainer folds only
+            with ``FoldCallback`` among its callbacks; ``secura train`` adds it.
+        train_bias: whether a bias ``[N]`` is trained too. Where the base layer has none, a merge
+            gives it one, which transformers leaves out when it loads the merged checkpoint: serve
+            such an adapter unmerged.
         dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.
         restrain: the released code's suppression of the most important output channels.
         restrain_percent: share of small gains above which it acts.

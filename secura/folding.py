@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -10,24 +11,58 @@ from torch import nn
 def fold(model: nn.Module) -> int:
     """Move what the model's active SECURA adapters learned into their cores (B starts at 0 again).
 
+    Sharded with FSDP2, every process has to call this: it gathers A and B.
+
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
 
     Returns:
-        How many layers were folded.
+        How many layers had an active adapter to fold.
 
     Raises:
-        RuntimeError: where an adapter is merged.
-        ValueError: where the model has no SECURA layer.
+        RuntimeError: where an adapter is merged; nothing is folded then.
+        ValueError: where the model has no SECURA layer, or a layer several active adapters of which
+            one has a norm; nothing is folded then.
     """
-    layers: list[Any] = [
-        module for module in model.modules() if getattr(module, "is_secura_layer", False)
-    ]
+    layers = check_foldable(model)
+    if any(layer.merged for layer in layers):
+        raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
+    active = [layer for layer in layers if layer.active_cabr()]
+    _reshard(model)
+    for layer in active:
+        layer.fold()
+    return len(active)
+
+
+def secura_layers(model: nn.Module) -> list[Any]:
+    """The model's :class:`secura.SECURALinear` and PEFT-wrapped SECURA layers."""
+    return [module for module in model.modules() if getattr(module, "is_secura_layer", False)]
+
+
+def check_foldable(model: nn.Module) -> list[Any]:
+    """The model's SECURA layers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = secura_layers(model)
     if not layers:
         raise ValueError("the model has no SECURA layer to fold: add an adapter first")
-    for layer in layers:
-        layer.fold()
-    return len(layers)
+    return layers
 
 
-__all__ = ["fold"]
+def fold_periods(model: nn.Module) -> set[int]:
+    """What the model's active SECURA adapters say of ``fold_every``."""
+    adapters = (adapter for layer in secura_layers(model) for adapter in layer.active_cabr())
+    return {adapter.config.fold_every for adapter in adapters}
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of the copies FSDP2 gathered for the last forward: what is written there is lost."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+__all__ = ["check_foldable", "fold", "fold_periods", "secura_layers"]

@@ -84,7 +84,7 @@ def check_state(
 
     Args:
         layer: the layer's name, for messages.
-        state: tensors by attribute name (``A``, ``rows``, …). ``checksum`` may be missing: a
+        state: tensors by attribute name (``A``, ``rows``, …). ``checksum`` may be missing or 0: a
             sharded model gathers its state without one.
         shape: ``(N, K)`` of the base weight.
         own_fingerprint: of the base weight the adapter is loaded on, or None to skip that check.
@@ -94,7 +94,8 @@ def check_state(
         ValueError: for a file that was damaged or written for another weight.
     """
     own = {name: tensor for name, tensor in state.items() if name != "checksum"}
-    if "checksum" in state and int(state["checksum"]) != int(checksum(own)):
+    stored = int(state.get("checksum", 0))
+    if stored and stored != int(checksum(own)):
         raise ValueError(
             f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
             "adapter_config.json) was damaged or changed after it was saved; save or download it "
@@ -130,7 +131,8 @@ def check_state(
         raise ValueError(
             f"{layer}: this adapter was trained on another base weight (they differ by about "
             f"{gap:.1%}), and its C and R would be taken from the wrong one. Load it on the model "
-            "it was trained on, or pass check_base=False in the config to use it all the same"
+            "it was trained on, or use it all the same with check_base=False in the config "
+            "(--no_check_base on the command line)"
         )
 
 

@@ -80,6 +80,10 @@ class SECURALinear(CABR):
             return self.base(x)
         return super().forward(self.base, x)
 
+    def active_cabr(self) -> list[CABR]:
+        """The adapters that act in this layer: itself."""
+        return [self]
+
     def fold(self) -> None:
         """Move what was learned into ``core`` and start B at 0 again (DESIGN section 5).
 
@@ -88,7 +92,7 @@ class SECURALinear(CABR):
         """
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge() it to fold")
-        self.fold_core(self.base)
+        self.fold_core()
 
     def delta_weight(self) -> Tensor:
         """``ΔW = C (core + s · A B) R  [N, K]``, fp32, before any norm."""

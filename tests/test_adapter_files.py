@@ -88,7 +88,9 @@ def test_another_base_is_an_error_that_names_the_layer_and_the_override(folder):
     before = tiny.snapshot(base)
     for low_cpu_mem_usage in (False, True):
         with pytest.raises(
-            ValueError, match=r"layers\.0\.self_attn\.q_proj.*another base weight.*check_base=False"
+            ValueError,
+            match=r"layers\.0\.self_attn\.q_proj.*another base weight.*check_base=False in the "
+            r"config \(--no_check_base on the command line\)",
         ):
             PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
         tiny.assert_same(tiny.base_weights(base), before)
@@ -196,6 +198,12 @@ def test_a_missing_tensor(folder, name):
     refused(folder, r"layers\.0\.self_attn\.q_proj.*checksum")
     rewrite(folder, lambda state: state.pop(FIRST + "checksum"))
     refused(folder, rf"layers\.0\.self_attn\.q_proj.*the file has {name} None, this layer takes")
+
+
+def test_a_checksum_of_zero_stands_for_none(folder):
+    expected = tiny.logits(PeftModel.from_pretrained(tiny.llama(), folder))
+    rewrite(folder, lambda state: state[FIRST + "checksum"].zero_())
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.llama(), folder)), expected)
 
 
 def test_a_file_without_tensors(folder):

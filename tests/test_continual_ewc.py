@@ -218,3 +218,7 @@ def test_an_adapter_that_folds_while_training_is_refused(tmp_path):
     model.active_peft_config.fold_every = 2
     with pytest.raises(ValueError, match="fold_every=0"):
         trainer(tmp_path, model, [EWCCallback(fisher_of(model), 1.0)]).train()
+    model = tiny.llama()
+    model.add_adapter(tiny.config(fold_every=2))
+    with pytest.raises(ValueError, match="fold_every=0"):
+        trainer(tmp_path, model, [EWCCallback(fisher_of(model), 1.0)]).train()

@@ -130,6 +130,26 @@ def test_merging_twice_is_an_error(merge):
     tiny.assert_same(tiny.snapshot(model), before)
 
 
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_weight_that_two_modules_share_is_not_merged_into(merge):
+    def tied():
+        base = tiny.llama()
+        base.lm_head.weight = base.model.embed_tokens.weight
+        return base
+
+    model = tiny.adapted(tied(), target_modules=["q_proj", "lm_head"])
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"lm_head: .*model\.embed_tokens.*untie first: give the"):
+        getattr(model, merge)()
+    tiny.assert_same(tiny.snapshot(model), before)
+    head = model.base_model.model.lm_head.base_layer
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for mergeable in (model, tiny.adapted(tied())):
+        adapted = tiny.logits(mergeable)
+        getattr(mergeable, merge)()
+        torch.testing.assert_close(tiny.logits(mergeable), adapted, rtol=0, atol=1e-5)
+
+
 def test_a_merged_adapter_can_not_be_trained_folded_or_joined():
     model = tiny.adapted(norm="channel")
     adapted = tiny.logits(model)

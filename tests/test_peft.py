@@ -97,7 +97,11 @@ def test_a_rank_too_large_for_one_layer_names_it_and_leaves_the_model_alone():
     base = tiny.llama()
     before, types = tiny.snapshot(base), [type(module) for module in base.modules()]
     settings = {"r": 13, "inner_r": 8, "target_modules": ["q_proj", "k_proj"]}
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj: r=13 .*min\(N, K\)=12"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.0\.self_attn\.k_proj: r=13 .*min\(N, K\)=12.*; for this layer alone set "
+        r"rank_pattern, or leave it out with exclude_modules$",
+    ):
         get_peft_model(base, tiny.config(**settings))
     assert [type(module) for module in base.modules()] == types
     tiny.assert_same(tiny.snapshot(base), before)
@@ -106,6 +110,10 @@ def test_a_rank_too_large_for_one_layer_names_it_and_leaves_the_model_alone():
     with pytest.raises(ValueError, match="k_proj"):
         model.add_adapter("second", tiny.config(**settings))
     tiny.assert_same(tiny.snapshot(model), before)
+    mended = tiny.config(**settings, rank_pattern={"k_proj": 12})
+    assert [part.rows.numel() for part in tiny.parts(get_peft_model(tiny.llama(), mended))] == [
+        13, 12, 13, 12,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", tiny.NORMS)
@@ -228,16 +236,19 @@ def test_autocast(norm):
 
 @pytest.mark.parametrize("norm", ["channel", "weight", "activation"])
 def test_torch_compile_takes_a_layer_whole(norm):
-    layer = SECURALinear(nn.Linear(16, 12), tiny.config(r=3, norm=norm))
-    nn.init.normal_(layer.B)
+    config = tiny.config(r=3, norm=norm, norm_reference="folded")
+    layer = SECURALinear(nn.Linear(16, 12), config)
     x = torch.randn(5, 16, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (layer, compiled):
-        out = run(x)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (x, layer.A, layer.B))])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+    for _ in range(2):
+        nn.init.normal_(layer.B)
+        results = []
+        for run in (compiled, layer):
+            out = run(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (x, layer.A, layer.B))])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+        layer.fold()
 
 
 def test_config_round_trip(tmp_path):

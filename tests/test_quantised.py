@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from peft import PeftModel
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from secura import adapter, bases
+from secura import adapter, bases, export_lora
+from secura.cli.generate import settle
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra quant")
 
@@ -96,3 +98,21 @@ def test_merge_is_refused(load, merge):
     with pytest.raises(ValueError, match=r"q_proj: a quantised weight.*full precision"):
         getattr(model, merge)()
     assert torch.equal(tiny.logits(model), before)
+
+
+def test_answering_with_the_space_weight_goes_on_unmerged(load):
+    model = tiny.adapted(load(), norm="weight")
+    before = tiny.logits(model)
+    assert settle(model) is model
+    assert torch.equal(tiny.logits(model), before)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_an_exported_lora_computes_the_same_on_the_quantised_base(load, norm, tmp_path):
+    noise = (tiny.logits(load()) - tiny.logits(dense_twin(load()))).abs().max()
+    model = tiny.adapted(load(), norm=norm)
+    adapted = tiny.logits(model)
+    export_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(load(), tmp_path / "lora")
+    error = (tiny.logits(lora) - adapted).abs().max()
+    assert error <= 2 * noise + 1e-4 < (tiny.logits(load()) - adapted).abs().max()

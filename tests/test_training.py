@@ -10,7 +10,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from secura import FoldCallback, fold
@@ -100,9 +106,78 @@ def test_without_fold_every_the_callback_does_nothing(tmp_path):
         FoldCallback(-1)
 
 
-def test_the_callback_on_a_model_without_adapters(tmp_path):
+@pytest.mark.parametrize("fold_every", [None, 0, 1])
+def test_the_callback_on_a_model_without_adapters(fold_every, tmp_path):
+    run = trainer(tmp_path, tiny.llama(), [FoldCallback(fold_every)])
     with pytest.raises(ValueError, match="no SECURA layer to fold"):
-        trainer(tmp_path, tiny.llama(), [FoldCallback(1)]).train()
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_the_callback_on_transformers_own_adapters(tmp_path):
+    model = tiny.llama()
+    model.add_adapter(tiny.config(norm="channel", fold_every=2))
+    trainer(tmp_path, model, [FoldCallback()], max_steps=3).train()
+    assert all(part.core.any() and part.B.any() for part in tiny.parts(model))
+
+
+def test_a_callback_that_joins_late_folds_all_the_same():
+    model = tiny.adapted(norm="channel", fold_every=2)
+    for step, folds in ((1, False), (2, True)):
+        FoldCallback().on_step_end(None, TrainerState(global_step=step), None, model=model)
+        assert all(part.core.any() == folds for part in tiny.parts(model))
+
+
+def adapters_on_different_layers(first: int, second: int):
+    model = tiny.adapted(norm="channel", target_modules=["q_proj"], fold_every=first)
+    model.add_adapter("second", tiny.config(target_modules=["v_proj"], fold_every=second))
+    tiny.perturb(model, 1, "second")
+    return model
+
+
+def test_the_callback_refuses_active_adapters_that_disagree(tmp_path):
+    model = adapters_on_different_layers(2, 3)
+    model.base_model.set_adapter(["default", "second"])
+    run = trainer(tmp_path, model, [FoldCallback()])
+    with pytest.raises(ValueError, match=r"active adapters differ in fold_every \(2, 3\)"):
+        run.train()
+    assert run.state.global_step == 0
+    model.set_adapter("second")
+    trainer(tmp_path, model, [FoldCallback()], max_steps=3).train()
+    assert folded(model) == {"second"}
+    model.base_model.set_adapter(["default", "second"])
+    trainer(tmp_path, model, [FoldCallback(1)], max_steps=1).train()
+    assert folded(model) == {"default", "second"}
+
+
+def test_fold_counts_the_layers_with_an_active_adapter():
+    model = adapters_on_different_layers(0, 0)
+    assert fold(model) == 2
+    assert folded(model) == {"default"}
+
+
+def folded(model) -> set[str]:
+    """Names of the adapters with something in a core."""
+    return {
+        name
+        for layer in tiny.layers(model).values()
+        for name, part in layer.secura_adapter.items()
+        if part.core.any()
+    }
+
+
+def test_fold_does_all_layers_or_none():
+    model = tiny.adapted(norm="channel")
+    tiny.layers(model).popitem()[1].merge()
+    with pytest.raises(RuntimeError, match="unmerge it to fold"):
+        fold(model)
+    assert not any(part.core.any() for part in tiny.parts(model))
+    model = tiny.adapted(norm="none")
+    model.add_adapter("second", tiny.config(norm="channel", target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="only norm='none' adds up"):
+        fold(model)
+    assert not any(part.core.any() for part in tiny.parts(model))
 
 
 @pytest.mark.parametrize("reference", ["folded", "pretrained"])

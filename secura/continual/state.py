@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.folding import fold_periods
 from secura.integrity import check_file
 
 
@@ -32,7 +33,7 @@ def check_run(model: nn.Module) -> None:
                 "the continual-learning callbacks work in one process and under DDP, not with "
                 f"{sharding}, which shards what they have to reach: train without it"
             )
-    if getattr(getattr(model, "active_peft_config", None), "fold_every", 0):
+    if any(fold_periods(model)):
         raise ValueError(
             "the adapter's config has fold_every set, and folding while training moves what was "
             "learned out of the parameters this method watches: set fold_every=0, and fold at the "

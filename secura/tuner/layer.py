@@ -85,24 +85,33 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             TypeError: for integer or complex inputs, or a dtype that is not the weight's.
-            ValueError: for another last dimension, or several active adapters with a norm.
+            ValueError: for another last dimension, several active adapters with a norm, or see
+                :meth:`secura.adapter.CABR.forward`.
             RuntimeError: when trained while merged.
         """
+        base = self.base_layer
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
         if self.merged:
             check_not_training(self)
-            return self.base_layer(x, *args, **kwargs)
-        active = self._active()
+            return base(x, *args, **kwargs)
+        active = self.active_cabr()
         if not active:
-            return self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
+        if "_hf_hook" in base.__dict__:
+            bases.check_at_hand(base)
         if len(active) == 1:
-            return active[0](self.base_layer, x)
+            return active[0](base, x)
         return self._sum(active, x)
 
-    def _active(self) -> list[CABR]:
+    def active_cabr(self) -> list[CABR]:
+        """The adapters that act in this layer.
+
+        Raises:
+            ValueError: for several of which one has a norm.
+        """
         adapters = self._named(self.active_adapters)
         if len(adapters) > 1 and any(adapter.config.norm != "none" for adapter in adapters):
             raise ValueError(
@@ -139,8 +148,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge it to fold")
-        for adapter in self._active():
-            adapter.fold_core(self.base_layer)
+        for adapter in self.active_cabr():
+            adapter.fold_core()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D)."""

@@ -99,24 +99,45 @@ class SecuraModel(BaseTuner):
         pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         rank = peft_config.rank_pattern.get(pattern, peft_config.r)
         try:
+            base = target.get_base_layer() if isinstance(target, SecuraLayer) else target
+            bases.check_linear(base)
+            bases.check_at_hand(base)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{current_key}: {error}") from error
+        try:
             if isinstance(target, SecuraLayer):
                 target.update_layer(adapter_name, peft_config, rank, name=current_key)
                 return
-            bases.check_linear(target)
             layer = SecuraLayer(target, adapter_name, peft_config, rank, name=current_key)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{current_key}: {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{current_key}: {error}; for this layer alone set rank_pattern, or leave it out "
+                "with exclude_modules"
+            ) from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
+        owners: dict[Any, list[str]] = {}
+        for name, part in self.model.named_modules():
+            for parameter in part._parameters.values():
+                owners.setdefault(parameter, []).append(name)
         for name, layer in _secura_layers(self.model):
             try:
-                check_finite(layer.merged_weight(adapter_names)[0])
+                weight, _, merging = layer.merged_weight(adapter_names)
+                check_finite(weight)
             except (RuntimeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
+            others = owners.get(layer.base_layer.weight, [])
+            shared = [other for other in others if other != f"{name}.base_layer"]
+            if merging and shared:
+                raise ValueError(
+                    f"{name}: its weight is also that of {shared[0]}, which the merge would change "
+                    "too: untie first: give the head its own weight and set "
+                    "tie_word_embeddings=False"
+                )
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *, adapter_names: list[str] | None = None, **kwargs: Any

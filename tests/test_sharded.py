@@ -1,0 +1,125 @@
+"""FSDP2, sharded by decoder layer: the same numbers, files that load, folding, and no merge."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from secura import fold
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """One process, whose shards are whole, but DTensors all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def shard(mesh):
+    def shard(model):
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return shard
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_outputs_and_gradients_are_the_same(norm, shard):
+    plain, model = tiny.adapted(norm=norm), shard(tiny.adapted(norm=norm))
+    assert torch.equal(tiny.logits(model), tiny.logits(plain))
+    expected, got = tiny.gradients(plain), tiny.gradients(model)
+    assert got.keys() == expected.keys() != set()
+    for name, value in got.items():
+        torch.testing.assert_close(full(value), expected[name])
+
+
+def gathered_by_tensor(model):
+    return {name: full(tensor) for name, tensor in model.state_dict().items()}
+
+
+def gathered_by_torch(model):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+@pytest.mark.parametrize("gather", [gathered_by_tensor, gathered_by_torch])
+def test_a_gathered_adapter_loads(gather, shard, tmp_path):
+    plain = tiny.adapted(norm="channel", train_bias=True)
+    model = shard(tiny.adapted(norm="channel", train_bias=True))
+    state = gather(model)
+    assert not [name for name in state if name.endswith("checksum")]
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert torch.equal(tiny.logits(loaded), tiny.logits(plain))
+
+
+@pytest.mark.parametrize("full_state_dict", [True, False])
+def test_a_sharded_model_takes_up_a_saved_state(full_state_dict, shard):
+    options = StateDictOptions(full_state_dict=full_state_dict)
+    model = shard(tiny.adapted(norm="channel"))
+    other = shard(tiny.adapted(norm="channel", seed=5))
+    assert not torch.equal(full(tiny.parts(other)[0].B), full(tiny.parts(model)[0].B))
+    set_model_state_dict(other, get_model_state_dict(model, options=options), options=options)
+    assert torch.equal(tiny.logits(other), tiny.logits(model))
+
+
+def test_a_model_on_the_meta_device_has_no_checksums():
+    assert not [n for n in tiny.adapted().to("meta").state_dict() if n.endswith("checksum")]
+
+
+@pytest.mark.parametrize("reference", ["folded", "pretrained"])
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_folding(norm, reference, shard):
+    plain = tiny.adapted(norm=norm, norm_reference=reference)
+    model = shard(tiny.adapted(norm=norm, norm_reference=reference))
+    for one in (plain, model):
+        assert fold(one) == 4
+    for got, expected in zip(tiny.parts(model), tiny.parts(plain), strict=True):
+        assert torch.equal(got.core, expected.core)
+        assert not full(got.B).any() and expected.core.any()
+    assert torch.equal(tiny.logits(model), tiny.logits(plain))
+
+
+def test_folding_reaches_what_is_still_gathered_from_a_forward(shard):
+    model = shard(tiny.adapted(norm="none", target_modules=["lm_head"]))
+    before = tiny.logits(model)
+    fold(model)
+    model.reshard()
+    assert not full(tiny.parts(model)[0].B).any()
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_and_says_where_to(norm, merge, shard):
+    model = shard(tiny.adapted(norm=norm))
+    before = tiny.logits(model)
+    with pytest.raises(ValueError, match=r"q_proj: .*DTensor.*one process with `secura merge`"):
+        getattr(model, merge)()
+    assert torch.equal(tiny.logits(model), before)
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_linears_sharded_alone_are_one_clear_error(norm, mesh, shard):
+    model = tiny.adapted(norm=norm)
+    for layer in tiny.layers(model).values():
+        fully_shard(layer.base_layer, mesh=mesh)
+    with pytest.raises(ValueError, match="DTensor: to train, shard by decoder layer, not each"):
+        tiny.logits(shard(model))
