@@ -26,8 +26,9 @@ class AdapterConfig:
             released code's) or ``"none"`` (CABR alone).
         norm_form: ``"paper"``, ``"released"``, ``"calibrated"``, or None for the space's default:
             ``paper`` in ``weight``, ``calibrated`` elsewhere.
-        norm_combine: ``"averaged"``, ``"gated"``, or None for the space's default: ``averaged`` in
-            ``weight``, ``gated`` elsewhere.
+        norm_combine: ``"gated"`` (also None): base + Δ/M, or ``"averaged"``, the paper's
+            (2·base + Δ)/M, which scales the base too: by 1.0243 in form ``paper`` wherever the
+            change is small, from the first optimizer step on.
         norm_reference: ``"pretrained"`` (M2: the norm measures against the original weight) or
             ``"folded"`` (M1: against the folded one, so that it no longer holds back what was
             folded, and the layer jumps from about W + ΔW/2 to W + ΔW there).

@@ -3,7 +3,10 @@
     ρ = |Δ| / (|base| + ε)                  "divide loss"
     M = w − (w − 1) σ(slope · ρ + offset)   in [1, 2], a constant in the backward pass
     averaged:  out = (2 base + Δ) / M       (SECURA, as released)
-    gated:     out = base + Δ / M
+    gated:     out = base + Δ / M           (the default: it leaves the base alone)
+
+Averaged, `paper` has M = 2 − σ(−k/2) = 1.953 where ρ ≪ ρmax: any change at all, however small,
+multiplies every such entry of the base by 2/M = 1.0243 (k = 6), and `released` by 1.333.
 
 One formula serves the three forms, because 2 − tanh(kρ/2) = 3 − 2σ(kρ):
 
@@ -71,11 +74,11 @@ class Restrain(NamedTuple):
 
 
 def resolve_norm(norm: str, form: str | None = None, combine: str | None = None) -> tuple[str, str]:
-    """Fill in a norm space's default form and combination (DESIGN section 4).
+    """Fill in a norm space's default form, and the default combination.
 
     Returns:
-        ``(form, combine)``: ``("paper", "averaged")`` for ``weight``, ``("calibrated", "gated")``
-        for the others, where not given.
+        ``(form, combine)``; where not given ``"paper"`` for ``weight`` and ``"calibrated"`` for the
+        others, and ``"gated"``.
 
     Raises:
         ValueError: for an unknown space, form or combination.
@@ -84,8 +87,7 @@ def resolve_norm(norm: str, form: str | None = None, combine: str | None = None)
                                ("norm_combine", combine, (None, *COMBINES))):  # fmt: skip
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {known}")
-    default = ("paper", "averaged") if norm == "weight" else ("calibrated", "gated")
-    return form or default[0], combine or default[1]
+    return form or ("paper" if norm == "weight" else "calibrated"), combine or "gated"
 
 
 def needs_peak(form: str) -> bool:

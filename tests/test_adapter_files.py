@@ -66,7 +66,7 @@ def test_contents(folder):
         "fingerprint": (8, 8), "checksum": (),
     }  # fmt: skip
     config = json.loads((folder / CONFIG).read_text())
-    assert (config["peft_type"], config["format_version"]) == ("SECURA", 1)
+    assert (config["peft_type"], config["format_version"]) == ("SECURA", 2)
 
 
 @pytest.mark.parametrize("norm", ["channel", "activation"])
@@ -251,13 +251,28 @@ def test_another_shape(folder):
 
 def test_a_newer_format(folder):
     config = json.loads((folder / CONFIG).read_text())
-    config["format_version"] = 2
+    config["format_version"] = 3
     config["gate"] = "a setting this version does not know"
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"format 2.*reads up to 1: upgrade"):
+    with pytest.raises(ValueError, match=r"format 3.*reads up to 2: upgrade"):
         PeftModel.from_pretrained(tiny.llama(), folder)
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match="format 3"):
         SecuraConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_an_older_format_keeps_what_its_default_meant(norm, tmp_path):
+    averaged = "averaged" if norm == "weight" else None
+    before = tiny.adapted(norm=norm, norm_combine=averaged)
+    before.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    old = config | {"format_version": 1, "norm_combine": None}
+    (tmp_path / CONFIG).write_text(json.dumps(old))
+    after = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert torch.equal(tiny.logits(after.eval()), tiny.logits(before))
+    after.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert (again["format_version"], again["norm_combine"]) == (2, averaged)
 
 
 @pytest.mark.parametrize("value", ["1", None, 1.5, True, 0])

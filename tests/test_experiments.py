@@ -106,7 +106,7 @@ def test_the_norms_other_forms_are_methods_too():
         space, form, combine = name.removeprefix("secura-").split("-")
         assert (config.norm, config.norm_form, config.norm_combine) == (space, form, combine)
     assert get_methods(["forms", "lora"])[0].name == "lora"
-    assert "secura-weight-paper-averaged" not in settings, "the default of weight"
+    assert "secura-weight-paper-averaged" not in settings, "secura-weight-m1 is that"
 
 
 def test_an_unknown_method_is_told_with_the_nearest():

@@ -267,3 +267,19 @@ def test_meta_tensors_give_shapes(layer):
     x, weight, p = (value.to("meta") for value in (layer.x, layer.weight, layer.p))
     rows = layer.rows.to("meta")
     assert lowrank_linear(x, weight, None, rows, p).shape == (len(x), len(weight))
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation", "weight"])
+def test_by_default_next_to_no_change_leaves_the_layer_alone(layer, norm):
+    p = layer.p * 1e-12
+    out = run_op(layer, layer.x, p, None, NormOptions(norm), None, None, None)
+    torch.testing.assert_close(out, linear(layer.x, layer.weight, layer.bias))
+
+
+def test_averaged_scales_the_base_of_an_entry_that_hardly_moves(layer):
+    fused = normed_weight(
+        layer.weight, layer.rows, layer.p * 1e-12, NormOptions("weight", combine="averaged")
+    )
+    ratio = (fused / layer.weight).min()
+    assert ratio == pytest.approx(2 / (2 - torch.sigmoid(torch.tensor(-3.0))).item(), abs=1e-3)
+    assert ratio == pytest.approx(1.0243, abs=1e-3)

@@ -77,19 +77,28 @@ def _secura(**fields: Any) -> Callable[[Settings, int], Any]:
     return make
 
 
+# The form and combination of each space in `METHODS`; `norm_forms` has all others.
+_FORM = {
+    "weight": ("paper", "averaged"),
+    "channel": ("calibrated", "gated"),
+    "activation": ("calibrated", "gated"),
+}
+
+
 def _norms() -> list[Method]:
     """SECURA in every norm space, against the folded weight (M1) and the original one (M2)."""
-    spaces = {"weight": "weight", "channel": "channel", "activation": "activation"}
     return [
         Method(
             name=f"secura-{space}-{kind}",
             title=f"SECURA {space} {kind.upper()}",
-            make_config=_secura(norm=norm, norm_reference=reference),
+            make_config=_secura(
+                norm=space, norm_form=form, norm_combine=combine, norm_reference=reference
+            ),
             folds=True,
             first_as=f"secura-{space}-m1" if kind == "m2" else None,
             rates=CUR_RATES,
         )
-        for space, norm in spaces.items()
+        for space, (form, combine) in _FORM.items()
         for kind, reference in (("m1", "folded"), ("m2", "pretrained"))
     ]
 
@@ -124,7 +133,7 @@ BASE = "base"
 
 @cache
 def norm_forms() -> dict[str, Method]:
-    """S-MagNorm in every form and combination but its spaces' defaults, which `METHODS` has."""
+    """S-MagNorm in every form and combination but those that `METHODS` has."""
     gain = require("secura_kernels.gain", "experiments")
     return {
         (name := f"secura-{space}-{form}-{combine}"): Method(
@@ -134,8 +143,8 @@ def norm_forms() -> dict[str, Method]:
             folds=True,
             rates=CUR_RATES,
         )
-        for space, form, combine in product(gain.NORMS[1:], gain.FORMS, gain.COMBINES)
-        if (form, combine) != gain.resolve_norm(space)
+        for space, form, combine in product(_FORM, gain.FORMS, gain.COMBINES)
+        if (form, combine) != _FORM[space]
     }
 
 

@@ -14,8 +14,8 @@ from secura.integrity import check_file
 
 from .registration import peft_type
 
-FORMAT = 1
-"""Version of the adapter files this package writes."""
+FORMAT = 2
+"""Version of the adapter files this package writes. In 1 ``norm="weight"`` averaged by default."""
 
 _RELEASED: dict[str, dict[str, Any]] = {
     "M1": {"norm": "activation", "norm_reference": "folded", "fold_every": 1, "restrain": True},
@@ -60,6 +60,9 @@ class SecuraConfig(AdapterConfig, PeftConfig):
                 f"the adapter was written in format {self.format_version}, this version of secura "
                 f"reads up to {FORMAT}: upgrade with pip install -U secura"
             )
+        if self.format_version == 1 and self.norm == "weight" and self.norm_combine is None:
+            self.norm_combine = "averaged"
+        self.format_version = FORMAT
         PeftConfig.__post_init__(self)
         AdapterConfig.__post_init__(self)
         self.peft_type = peft_type()

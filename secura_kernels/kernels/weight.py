@@ -224,7 +224,7 @@ def _config(kernel, name: str, dtype: str = "bf16", *, folded: bool, **flags) ->
     types |= dict.fromkeys(integers, "i32") | {"edge": "fp32", "seed": "i32"}
     gather = not transposed and kernel is not weight_bwd_kernel
     constexprs = {
-        "SIGMOID_WEIGHT": 2.0, "NORMED": True, "AVERAGED": True, "STOCHASTIC": False,
+        "SIGMOID_WEIGHT": 2.0, "NORMED": True, "AVERAGED": folded, "STOCHASTIC": False,
         "STAT": "peak", "HAS_BASE": folded, "HAS_FACTOR": folded, "GATHER": gather,
         "PRECISION": "ieee" if compute == "fp32" else "tf32",
         "BLOCK_M": 32 if compute == "fp32" else 64, **blocks, "stride_rk": 1,
