@@ -1,5 +1,6 @@
 """SECURA's products and norm as functional ops: tensors in, tensors out; torch and triton alone."""
 
+from . import flops
 from .activation import activation_norm
 from .activation_dense import activation_linear
 from .additive import lowrank_add, lowrank_linear
@@ -27,3 +28,5 @@ __all__ = [
     "select",
     "weight_norm_linear",
 ]
+
+flops.register()

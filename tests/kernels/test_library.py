@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import NormOptions, activation_dense, additive, lowrank_linear
+from secura_kernels import NormOptions, activation_dense, additive, dispatch, lowrank_linear
 from secura_kernels.dispatch import interpreting
 from secura_kernels.merge import effective_weight
 
@@ -102,6 +103,23 @@ def test_operators_are_dispatched_only_where_something_watches(options):
         watched = run(case, options, "reference")
     assert recorder.calls
     torch.testing.assert_close(alone, watched, rtol=0, atol=0)
+
+
+@every_option
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_operations_are_those_of_the_products_within(options, folded, fused, monkeypatch):
+    def counted():
+        # torch's own table lacks products in place
+        in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            for shape in (SHAPE, (29, 13, 6, 4), (5, 13, 29, 4)):
+                run(draw(shape), options, "reference", folded=folded, fused=fused)
+        return counter.get_total_flops()
+
+    by_formula = counted()
+    monkeypatch.setattr(dispatch, "_is_watched", lambda tensor: False)
+    assert by_formula == counted() > 0
 
 
 def test_fake_tensors_see_the_operator_outside_their_mode():
