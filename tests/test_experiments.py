@@ -106,6 +106,10 @@ def test_the_norms_other_forms_are_methods_too():
         space, form, combine = name.removeprefix("secura-").split("-")
         assert (config.norm, config.norm_form, config.norm_combine) == (space, form, combine)
     assert get_methods(["forms", "lora"])[0].name == "lora"
+    every = [*EXPERIMENTS.values()]
+    found = cells(every, ["lora", "secura-weight-paper-gated"], TASKS, (0,), 1e-3)
+    tasks = {name: [c.tasks for c in found if c.method == name] for name in ("lora", *settings)}
+    assert len(tasks["lora"]) == 3 and tasks["secura-weight-paper-gated"] == [TASKS[:1]]
     assert "secura-weight-paper-averaged" not in settings, "secura-weight-m1 is that"
 
 

@@ -122,6 +122,7 @@ def cells(
         for seed in seeds
         for sequence in sorted(sequences, key=lambda s: (len(s), [tasks.index(t) for t in s]))
         for method in methods
+        if sequence == tuple(tasks[:1]) or not get_method(method).first_only
     )
     return list(dict.fromkeys([BASE_CELL, *wanted]))
 

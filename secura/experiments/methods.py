@@ -39,6 +39,7 @@ class Method:
         folds: whether what was learned is folded into the frozen core before each next task.
         frozen: names of parameters (the part after the last ``secura_``) that stay as they start.
         first_as: the method whose run on a first task this one's is.
+        first_only: whether it is compared on the first task alone.
         rates: the learning rates its own best is chosen from.
     """
 
@@ -49,6 +50,7 @@ class Method:
     folds: bool = False
     frozen: tuple[str, ...] = ()
     first_as: str | None = None
+    first_only: bool = False
     rates: tuple[float, ...] = LORA_RATES
 
 
@@ -140,7 +142,7 @@ def norm_forms() -> dict[str, Method]:
             name=name,
             title=f"SECURA {space}, {form}, {combine}",
             make_config=_secura(norm=space, norm_form=form, norm_combine=combine),
-            folds=True,
+            first_only=True,
             rates=CUR_RATES,
         )
         for space, form, combine in product(_FORM, gain.FORMS, gain.COMBINES)

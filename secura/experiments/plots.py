@@ -28,6 +28,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "cur-lora": ("#C2569B", "X"),
     "cabr": ("#6BA8DC", "D"),
     "secura-weight": ("#0B2F57", "^"),
+    "secura-weight-paper-gated": ("#7A3FA8", "^"),
     "secura-channel": ("#1F6FB2", "s"),
     "secura-activation": ("#2E94D6", "v"),
     "i-lora": ("#00875F", "P"),
@@ -193,8 +194,10 @@ def png(draw: Callable[..., Any], *arguments: Any, **keywords: Any) -> bytes:
 
 
 def look(name: str) -> tuple[str, str]:
-    """A method's colour and marker."""
-    return LOOKS.get(name) or LOOKS.get(name.rpartition("-")[0]) or (GREY, ".")
+    """A method's colour and marker: its own, or those of what its name begins with."""
+    parts = name.split("-")
+    begins = ("-".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((LOOKS[start] for start in begins if start in LOOKS), (GREY, "."))
 
 
 def _figure(height: float, rows: int, columns: int, **sharing: bool) -> tuple[Any, list[Any]]:
