@@ -7,6 +7,7 @@ work is left out, as there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def _lowrank_linear(x, weight, bias, rows, q, *_: Any, **__: Any) -> int:
     return _product(t, n, k) + _product(t, n, m)
 
 
-def _lowrank_linear_backward(g, z, weight, rows, q, share, z_scale, needs, *_: Any, **__: Any):
+def _lowrank_linear_backward(
+    g, z, weight, rows, q, share, z_scale, needs, *_: Any, **__: Any
+) -> int:
     (t, n), k, m = g, weight[1], q[1]
     whole = rebuilds_weight(t, n, k, z_scale)
     to_x = _product(t, n, k) + (_product(n, k, m) if whole else _product(t, n, m))
@@ -97,7 +100,7 @@ def _gain_gradients(g, y0, p, p_base, needs) -> int:
     return (again + needs[0] * _sides(p_base) + needs[1]) * _product(*g, p[1])
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., int]] = {
     "lowrank_linear": _lowrank_linear,
     "lowrank_linear_backward": _lowrank_linear_backward,
     "lowrank_add": _lowrank_add,
