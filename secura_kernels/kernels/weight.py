@@ -62,6 +62,7 @@ WORKSPACE_MIB = 16
 _ROWS_OF_A_TILE = 128
 
 BLOCKS_16BIT = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2}
+STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 BLOCKS_32BIT = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -144,7 +145,8 @@ def _stat(what: str, tiles: Tiles, scalars: Tensor, form: str, edge: float = 0.0
     with torch.cuda.device_of(tiles.weight):
         weight_stat_kernel[tiles.grid](
             *tiles.tensors, scalars, out, edge, *tiles.sizes,
-            STAT=what, SIGMOID_WEIGHT=sigmoid_weight(form), **tiles.options,
+            STAT=what, SIGMOID_WEIGHT=sigmoid_weight(form),
+            **tiles.options | {"num_stages": STAT_STAGES},
         )  # fmt: skip
     return out
 
@@ -214,6 +216,7 @@ def _config(kernel, name: str, dtype: str = "bf16", *, folded: bool, **flags) ->
     blocks = dict(BLOCKS_32BIT if compute == "fp32" else BLOCKS_16BIT)
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
     measures = kernel is weight_stat_kernel
+    stages = STAT_STAGES if measures else stages
     types = {
         "w_ptr": dtype, "r_ptr": dtype, "rows_ptr": "i64", "p_ptr": compute, "p_base_ptr": compute,
         "scalars_ptr": "fp32", "factor_ptr": "fp32", "d_ptr": compute,

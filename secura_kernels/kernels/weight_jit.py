@@ -68,10 +68,8 @@ def weight_stat_kernel(
         N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
         HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
     )  # fmt: skip
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    if STAT == "peak":
-        rho = relative_change(base, delta, tl.load(scalars_ptr))
-        value = tl.max(tl.where(mask, rho, 0.0))
+    if STAT == "peak":  # beyond W's edge both are 0, and so is ρ
+        value = tl.max(relative_change(base, delta, tl.load(scalars_ptr)))
     elif STAT == "square":
         value = tl.sum(base * base)
     else:
@@ -79,6 +77,7 @@ def weight_stat_kernel(
             base, delta, tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2),
             SIGMOID_WEIGHT,
         )  # fmt: skip
+        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
         small = (inverse * edge >= 1.0) & mask
         value = tl.sum(small.to(tl.float32))
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), value)

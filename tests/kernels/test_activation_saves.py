@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from secura_kernels import NormOptions, activation_norm
-from secura_kernels.activation import SAVES, activation_backward, activation_forward
+from secura_kernels.activation import SAVES, activation_forward
 from secura_kernels.gain import COMBINES, FORMS
 
 from .cases import draw
@@ -80,11 +80,12 @@ def test_operators_that_keep_eight_bits_pass_opcheck_and_compile_whole():
         Y0, CASE.bias, CASE.rows, CASE.p, CASE.p_base, CASE.delta_bias, CASE.z_scale,
         CASE.restrain.important, limits, "paper", "gated", 6.0, 1e-10, True, True, "reference",
     )  # fmt: skip
-    torch.library.opcheck(activation_forward, arguments)
+    operators = torch.ops.secura
+    torch.library.opcheck(operators.activation_norm.default, arguments)
     out, z, kept, *scalars, factor = activation_forward(*arguments)
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
-            activation_backward,
+            operators.activation_norm_backward.default,
             (out, None, kept, z, CASE.rows, CASE.p, CASE.p_base, None, CASE.z_scale, *scalars,
              factor, "paper", "gated", needs, "reference"),
         )  # fmt: skip
