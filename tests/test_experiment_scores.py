@@ -16,7 +16,6 @@ from secura.experiments.answers import METRICS, final_number, is_match
 from secura.experiments.evaluate import Scorer
 from secura.experiments.examples import Example
 from secura.experiments.spectra import WeightPair, compare, spectra, weight_pairs
-from secura.experiments.stage import merged_where_exact
 
 
 @pytest.fixture
@@ -391,16 +390,3 @@ def test_weights_that_cannot_be_compared():
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"q_proj is merged.*unmerge"):
         spectra(model)
-
-
-@pytest.mark.parametrize("norm", ["weight", "channel"])
-def test_a_model_is_scored_merged_where_that_gives_the_same_bits(norm):
-    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm=norm)
-    before = tiny.base_weights(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        apart = tiny.logits(model)
-        with merged_where_exact(model):
-            assert torch.equal(tiny.logits(model), apart)
-            merged = [layer.merged for layer in tiny.layers(model).values()]
-    assert all(merged) if norm == "weight" else not any(merged)
-    tiny.assert_same(tiny.base_weights(model), before)

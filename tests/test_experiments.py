@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from cli_fixtures import fails
 from safetensors.torch import load_file
@@ -359,3 +360,16 @@ def test_a_full_disk_is_told(tmp_path, capfd, monkeypatch):
 
 def test_a_report_needs_results(tmp_path, capfd):
     fails(["experiment", "report", "--out", tmp_path], capfd, "holds no results")
+
+
+@pytest.mark.parametrize("norm", ["weight", "channel"])
+def test_a_model_is_scored_merged_where_that_gives_the_same_bits(norm):
+    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm=norm)
+    before = tiny.base_weights(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        apart = tiny.logits(model)
+        with stage.merged_where_exact(model):
+            assert torch.equal(tiny.logits(model), apart)
+            merged = [layer.merged for layer in tiny.layers(model).values()]
+    assert all(merged) if norm == "weight" else not any(merged)
+    tiny.assert_same(tiny.base_weights(model), before)
