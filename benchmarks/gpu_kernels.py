@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from secura_kernels import NormOptions, channel_product, normed_weight, row_norms
 from secura_kernels.activation import checked, gradients, normed
 from secura_kernels.additive import product_wide
+from secura_kernels.gain import known_scalars
 from secura_kernels.weight import primitives
 
 from .gpu_ops import Size, Tensors
@@ -259,7 +260,7 @@ def _activation(bench: Bench) -> Iterator[Kernel]:
 
     def backward(save: str, mib: int, thin: bool) -> Call:
         keep, y0, q, rows, g = save == "8bit", bench.y0, bench.q, bench.data.rows, bench.data.grad
-        _, z, kept, eps, slope, offset, _ = normed(
+        _, z, kept, _, _ = normed(
             y0, None, rows, q, None, None, None, options, None, keep, bench.impl
         )
 
@@ -267,8 +268,8 @@ def _activation(bench: Bench) -> Iterator[Kernel]:
             with workspace(mib):
                 return gradients(
                     g, None if keep else y0, kept if keep else None, z, rows, q, None, None, None,
-                    eps, slope, offset, None, options.form, options.combine, [True, True, False],
-                    impl=bench.impl, thin=thin,
+                    None, None, known_scalars(options), options.form, options.combine,
+                    [True, True, False], impl=bench.impl, thin=thin,
                 )  # fmt: skip
 
         # 1/M from y0 or from a byte; dΔ, for ∂P = dΔᵀ z, is to stay in the L2 cache

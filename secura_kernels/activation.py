@@ -46,6 +46,7 @@ from .gain import (
     coefficients,
     effective_eps,
     gain,
+    known_scalars,
     largest,
     needs_peak,
     relative_change,
@@ -146,11 +147,12 @@ def activation_forward(
     eps_relative: bool,
     keep: bool,
     impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(out [T, N], z [T, m], kept [T, N], eps, slope, offset, factor [N])`` of flat inputs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(out [T, N], z [T, m], kept [T, N], [ε, slope, offset], factor [N])`` of flat inputs.
 
-    ``kept`` (uint8) is empty without ``keep``, ``factor`` without ``important``; ``restrain`` is
-    ``[percent, edge, decay]``; P and P_base are in y0's dtype; form and combine are resolved.
+    ``kept`` (uint8) is empty without ``keep``, the scalars where the options alone decide them,
+    ``factor`` without ``important``; ``restrain`` is ``[percent, edge, decay]``; P and P_base are
+    in y0's dtype; form and combine are resolved.
     """
     options = NormOptions("activation", form, combine, scale, eps, eps_relative)
     limits = None if important is None else Restrain(important, *restrain)
@@ -170,24 +172,25 @@ def normed(
     keep: bool,
     impl: str | None,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What :func:`activation_forward` returns; ``in_place`` lets the kernels write over y0."""
     if _runs_triton(impl, y0, rows):
         from .kernels import activation as kernels
         from .kernels import additive as thin
 
         z = thin.gather(y0, bias, rows, None)
-        out, kept, eps, slope, offset, factor = kernels.forward(
+        out, kept, scalars, factor = kernels.forward(
             y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep, in_place
         )
     else:
         z = gather(y0, bias, rows)
-        out, kept, eps, slope, offset, factor = _forward(
+        out, kept, scalars, factor = _forward(
             y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep
         )
     kept = absent(y0, torch.uint8) if kept is None else kept
+    scalars = absent(y0, wide(y0.dtype)) if scalars is None else scalars
     factor = absent(y0, torch.float32) if factor is None else factor
-    return out, z, kept, eps, slope, offset, factor
+    return out, z, kept, scalars, factor
 
 
 @activation_forward.register_fake
@@ -195,15 +198,18 @@ def _activation_forward_fake(
     y0, bias, rows, p, p_base, delta_bias, z_scale, important, restrain, form, combine, scale, eps,
     eps_relative, keep, impl,
 ):  # fmt: skip
-    return normed_fake(y0, rows, important, keep)
+    options = NormOptions("activation", form, combine, scale, eps, eps_relative)
+    return normed_fake(y0, rows, options, important, keep)
 
 
-def normed_fake(y0: Tensor, rows: Tensor, important: Tensor | None, keep: bool) -> tuple:
+def normed_fake(
+    y0: Tensor, rows: Tensor, options: NormOptions, important: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The shapes and dtypes of :func:`normed`."""
     kept = y0.new_empty(y0.shape, dtype=torch.uint8) if keep else absent(y0, torch.uint8)
-    scalars = [y0.new_empty((), dtype=wide(y0.dtype)) for _ in range(3)]
+    scalars = y0.new_empty(0 if known_scalars(options) else 3, dtype=wide(y0.dtype))
     factor = y0.new_empty(0 if important is None else y0.shape[1], dtype=torch.float32)
-    return y0.new_empty(y0.shape), y0.new_empty(y0.shape[0], rows.shape[0]), kept, *scalars, factor
+    return y0.new_empty(y0.shape), y0.new_empty(y0.shape[0], rows.shape[0]), kept, scalars, factor
 
 
 @op("activation_norm_backward")
@@ -217,10 +223,9 @@ def activation_backward(
     p_base: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
-    eps: Tensor,
-    slope: Tensor,
-    offset: Tensor,
+    scalars: Tensor | None,
     factor: Tensor | None,
+    known: list[float],
     form: str,
     combine: str,
     needs: list[bool],
@@ -228,16 +233,17 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(∂y0, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
 
-    One of ``y0`` and ``kept`` is given, and says where 1/M comes from.
+    One of ``y0`` and ``kept`` is given, and says where 1/M comes from; with y0, ``[ε, slope,
+    offset]`` are ``known``, or measured in the forward: ``scalars``.
     """
     return gradients(
-        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
-        combine, needs, impl=impl,
+        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
+        needs, impl=impl,
     )  # fmt: skip
 
 
 def gradients(
-    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
     needs, *, impl: str | None, thin: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What :func:`activation_backward` returns.
@@ -251,8 +257,8 @@ def gradients(
 
         run = backward
     change, dp, dbias = run(
-        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
-        combine, needs, thin,
+        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
+        needs, thin,
     )  # fmt: skip
     return (
         absent(g) if change is None else change,
@@ -263,7 +269,7 @@ def gradients(
 
 @activation_backward.register_fake
 def _activation_backward_fake(
-    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
     needs, impl,
 ):  # fmt: skip
     dtype = wide(g.dtype)
@@ -295,10 +301,18 @@ def _base_and_delta(
 
 def _forward(y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep) -> tuple:
     base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
-    eps = effective_eps(base, options.eps, options.eps_relative)
-    rho = relative_change(base, delta, eps)
-    peak = largest(rho) if needs_peak(options.form) else None
-    slope, offset = coefficients(options.form, options.scale, peak, rho)
+    scalars = None
+    slope: Tensor | float
+    offset: Tensor | float
+    if known := known_scalars(options):
+        eps, slope, offset = known
+        rho = relative_change(base, delta, eps)
+    else:
+        small = effective_eps(base, options.eps, options.eps_relative)
+        rho = relative_change(base, delta, small)
+        peak = largest(rho) if needs_peak(options.form) else None
+        slope, offset = coefficients(options.form, options.scale, peak, rho)
+        scalars = torch.stack((small, slope, offset))
     m = gain(rho, slope, offset, options.form)
     factor = restrain_factor(m, restrain)
     share = base_share(m, options.combine)
@@ -306,16 +320,17 @@ def _forward(y0, z, p, p_base, delta_bias, z_scale, options, restrain, keep) -> 
     out = delta.add_(base) if share is None else delta.addcmul_(base, share)
     out = out if factor is None else out.mul_(factor)
     kept = (2 / m).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
-    return out.to(y0.dtype), kept, eps, slope, offset, factor
+    return out.to(y0.dtype), kept, scalars, factor
 
 
 def _backward(
-    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
     needs, thin,
 ) -> tuple:  # fmt: skip
     dtype = wide(g.dtype)
     if kept is None:
         base, delta = _base_and_delta(y0, z, p, p_base, delta_bias, z_scale)
+        eps, slope, offset = known or scalars.unbind()
         inverse = gain(relative_change(base, delta, eps), slope, offset, form).reciprocal_()
     else:
         inverse = kept.to(dtype).mul_(0.5 / _LEVELS).add_(0.5)
@@ -343,22 +358,21 @@ class _ActivationNorm(torch.autograd.Function):
         ctx: Any, y0, bias, rows, p, p_base, delta_bias, z_scale, options, restrain, save, impl
     ) -> Tensor:
         ctx.p_dtype, ctx.bias_dtype = p.dtype, None if delta_bias is None else delta_bias.dtype
-        ctx.how = options.form, options.combine
+        ctx.how = list(known_scalars(options) or ()), options.form, options.combine
         ctx.impl = impl
         p = p.to(y0.dtype)
         p_base = None if p_base is None else p_base.to(y0.dtype)
         important, *limits = (None,) if restrain is None else restrain
         keep = save == "8bit"
-        out, z, kept, eps, slope, offset, factor = activation_forward(
+        out, z, kept, scalars, factor = activation_forward(
             y0, bias, rows, p, p_base, delta_bias, z_scale, important, [float(x) for x in limits],
             options.form, options.combine, options.scale, options.eps, options.eps_relative, keep,
             impl,
         )  # fmt: skip
         y0, kept, delta_bias = (None, kept, None) if keep else (y0, None, delta_bias)
         factor = None if restrain is None else factor
-        ctx.save_for_backward(
-            y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor
-        )
+        scalars = None if ctx.how[0] else scalars
+        ctx.save_for_backward(y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor)
         return out
 
     @staticmethod

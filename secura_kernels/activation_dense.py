@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from .activation import checked, gradients, normed, normed_fake
 from .checks import check_input, check_operands
 from .dispatch import absent, compute_dtype, op, wide
-from .gain import NormOptions, Restrain
+from .gain import NormOptions, Restrain, known_scalars
 
 
 def activation_linear(
@@ -128,8 +128,8 @@ def linear_forward(
     eps_relative: bool,
     keep: bool,
     impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(y0 [T, N], out, z, kept, eps, slope, offset, factor)`` of flat inputs in one dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(y0 [T, N], out, z, kept, [ε, slope, offset], factor)`` of flat inputs in one dtype.
 
     y0 is empty with ``keep``; the rest is what ``activation.activation_forward`` says.
     """
@@ -148,7 +148,8 @@ def _linear_forward_fake(
     scale, eps, eps_relative, keep, impl,
 ):  # fmt: skip
     y0 = x.new_empty(x.shape[0], weight.shape[0])
-    return absent(x) if keep else y0, *normed_fake(y0, rows, important, keep)
+    options = NormOptions("activation", form, combine, scale, eps, eps_relative)
+    return absent(x) if keep else y0, *normed_fake(y0, rows, options, important, keep)
 
 
 @op("activation_linear_backward")
@@ -163,10 +164,9 @@ def linear_backward(
     p_base: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
-    eps: Tensor,
-    slope: Tensor,
-    offset: Tensor,
+    scalars: Tensor | None,
     factor: Tensor | None,
+    known: list[float],
     form: str,
     combine: str,
     needs: list[bool],
@@ -174,13 +174,13 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(∂x, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
 
-    One of ``y0`` and ``kept`` is given, and says where 1/M comes from.
+    The rest is what ``activation.activation_backward`` says.
     """
     n, k = weight.shape
     thin = needs[0] and adds_thin(n, k, combine, factor)
     change, dp, dbias = gradients(
-        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
-        combine, needs, impl=impl, thin=thin,
+        g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
+        needs, impl=impl, thin=thin,
     )  # fmt: skip
     if thin:
         dx = (change @ weight.index_select(0, rows)).addmm_(g, weight)
@@ -191,7 +191,7 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _linear_backward_fake(
-    g, y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
+    g, y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form,
     combine, needs, impl,
 ):  # fmt: skip
     dtype = wide(g.dtype)
@@ -209,20 +209,22 @@ class _ActivationLinear(torch.autograd.Function):
         impl,
     ) -> Tensor:  # fmt: skip
         ctx.p_dtype, ctx.bias_dtype = p.dtype, None if delta_bias is None else delta_bias.dtype
-        ctx.how, ctx.impl = (options.form, options.combine), impl
+        ctx.how = list(known_scalars(options) or ()), options.form, options.combine
+        ctx.impl = impl
         p = p.to(x.dtype)
         p_base = None if p_base is None else p_base.to(x.dtype)
         important, *limits = (None,) if restrain is None else restrain
         keep = save == "8bit"
-        y0, out, z, kept, eps, slope, offset, factor = linear_forward(
+        y0, out, z, kept, scalars, factor = linear_forward(
             x, weight, bias, rows, p, p_base, delta_bias, z_scale, important,
             [float(limit) for limit in limits], options.form, options.combine, options.scale,
             options.eps, options.eps_relative, keep, impl,
         )  # fmt: skip
         y0, kept, delta_bias = (None, kept, None) if keep else (y0, None, delta_bias)
         factor = None if restrain is None else factor
+        scalars = None if ctx.how[0] else scalars
         ctx.save_for_backward(
-            y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor
+            y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, scalars, factor
         )
         return out
 

@@ -204,12 +204,11 @@ def linear_backward(
         t, (n, k) = g.shape[0], weight.shape
         kernels = _kernels() if resolve(impl, g) == "triton" else None
         if rebuilds_weight(t, n, k, z_scale):
-            r = weight.index_select(0, rows)
             if kernels is not None:
-                fused = kernels.add_product(weight.t(), r.t(), q, share).t()
+                fused = kernels.rebuilt_weight(weight, rows, q, share)
             else:
                 fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
-                fused = torch.addmm(fused, q, r)
+                fused = torch.addmm(fused, q, weight.index_select(0, rows))
             dx = g @ fused
         else:
             dx = _output_gradient(g, rows, q, share, z_scale, impl) @ weight
@@ -315,12 +314,18 @@ def _thin_gradients_fake(g: Tensor, rows: Tensor, needs: list[bool]) -> tuple[Te
     return dq, g.new_empty(n, dtype=dtype) if needs[2] else absent(g, dtype)
 
 
-def product_wide(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded."""
+def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded.
+
+    ``out``, if given, is written over; of fp32 or wider, with rows without gaps.
+    """
     dtype = wide(a.dtype)
-    if a.dtype != dtype and a.is_cuda and a.numel() and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and a.numel() and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    product = (a @ b).to(dtype)
+    return product if out is None else out.copy_(product)
 
 
 class _LowrankLinear(torch.autograd.Function):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .machine import assumed
+
 IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,7 +42,8 @@ def why_not_triton(tensor: Tensor) -> str | None:
     """Why no kernel can take ``tensor``, or None where one can."""
     if reason := triton_missing():
         return reason
-    if tensor.device.type != "cuda" and not interpreting():
+    recording = tensor.is_meta and assumed() is not None
+    if tensor.device.type != "cuda" and not interpreting() and not recording:
         return f"the tensor is on {tensor.device.type}, kernels run on cuda"
     if tensor.dtype not in TRITON_DTYPES:
         taken, *names = (

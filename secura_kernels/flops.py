@@ -53,7 +53,7 @@ def _activation_norm(y0, bias, rows, p, p_base, *_: Any, **__: Any) -> int:
 
 
 def _activation_norm_backward(
-    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form, combine,
+    g, y0, kept, z, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form, combine,
     needs, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return _gain_gradients(g, y0, p, p_base, needs)
@@ -65,7 +65,7 @@ def _activation_linear(x, weight, bias, rows, p, p_base, *_: Any, **__: Any) -> 
 
 
 def _activation_linear_backward(
-    g, y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, eps, slope, offset, factor, form,
+    g, y0, kept, z, weight, rows, p, p_base, delta_bias, z_scale, scalars, factor, known, form,
     combine, needs, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     (t, n), k, m = g, weight[1], p[1]

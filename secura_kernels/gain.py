@@ -95,6 +95,13 @@ def needs_peak(form: str) -> bool:
     return form != "calibrated"
 
 
+def known_scalars(options: NormOptions) -> tuple[float, float, float] | None:
+    """``(ε, slope, offset)`` where the options alone decide them; None where the tensors do."""
+    if needs_peak(options.form or "") or options.eps_relative:
+        return None
+    return options.eps, options.scale, 0.0
+
+
 def effective_eps(base: Tensor, eps: float, relative: bool) -> Tensor:
     """ε as a 0-dim tensor: ``eps``, or ``eps`` times the root mean square of ``base``."""
     dtype = torch.promote_types(base.dtype, torch.float32)
@@ -104,7 +111,7 @@ def effective_eps(base: Tensor, eps: float, relative: bool) -> Tensor:
     return eps * norm / math.sqrt(base.numel())
 
 
-def relative_change(base: Tensor, delta: Tensor, eps: Tensor) -> Tensor:
+def relative_change(base: Tensor, delta: Tensor, eps: Tensor | float) -> Tensor:
     """ρ = |Δ| / (|base| + ε), elementwise, in the inputs' dtype."""
     return delta.abs() / (base.abs() + eps)
 
@@ -143,7 +150,7 @@ def sigmoid_weight(form: str) -> float:
     return 3.0 if form == "calibrated" else 2.0
 
 
-def gain(rho: Tensor, slope: Tensor, offset: Tensor, form: str) -> Tensor:
+def gain(rho: Tensor, slope: Tensor | float, offset: Tensor | float, form: str) -> Tensor:
     """M from ρ, elementwise, in ρ's dtype."""
     w = sigmoid_weight(form)
     return w - (w - 1) * torch.sigmoid(slope * rho + offset)
@@ -190,6 +197,7 @@ __all__ = [
     "coefficients",
     "effective_eps",
     "gain",
+    "known_scalars",
     "largest",
     "needs_peak",
     "relative_change",

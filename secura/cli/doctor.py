@@ -84,15 +84,15 @@ def main(argv: list[str]) -> int:
 
 
 def print_kernels(targets: list[str]) -> int:
-    """Prints what each kernel costs on each chip; 1 where a configuration breaks a rule."""
+    """Prints what each kernel costs on each chip; 1 where a launch breaks a rule."""
     from secura_kernels.kernel_table import kernel_reports, kernel_table
 
     problems = []
 
     def reports() -> Iterator[Any]:
-        for config, report in kernel_reports(targets or None):
-            problems.extend(report.problems(config))
-            yield config, report
+        for row in kernel_reports(targets or None):
+            problems.extend(row.problems)
+            yield row
 
     for line in kernel_table(reports()):
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Forward of the space ``activation``: one pass over ``y0``; tiles and the compiled table of both.
+"""Forward of the space ``activation``: one pass over ``y0``; the tiles of both directions.
 
     base = y0 + z P_baseᵀ    Δ = zd Pᵀ + δb    zd = z · z_scale    1/M = inverse_gain(base, Δ)
     out  = (2 base + Δ) f / M            or  (base + Δ / M) f
@@ -10,7 +10,7 @@
 | h                         | [T, m]   | fp32                                |
 | P, P_base                 | [N, m]   | as y0; ∂P in fp32                   |
 | kept (``save="8bit"``)    | [T, N]   | uint8: 255 (2/M − 1), to nearest    |
-| eps, slope, offset        | []       | fp32, loaded by pointer             |
+| [ε, slope, offset]        | [3]      | fp32, or numbers where known before |
 | factor f, δb              | [N]      | fp32, any                           |
 
 Bytes, in units of one [T, N] tensor of the compute dtype (64 MiB at T=8192, N=4096, bf16); the
@@ -30,23 +30,27 @@ Source: DESIGN sections 3, 4 and 6; SECURA (arXiv 2502.18168).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..gain import NormOptions, Restrain, coefficients, needs_peak, restrained, sigmoid_weight
-from .activation_jit import activation_bwd_kernel, activation_fwd_kernel
-from .aot import Config
-from .common import block_of, dot_precision, unit_stride
+from ..gain import (
+    NormOptions,
+    Restrain,
+    coefficients,
+    known_scalars,
+    needs_peak,
+    restrained,
+    sigmoid_weight,
+)
+from ..machine import LARGE_SHARED, SMALL_SHARED, Machine, machine_of
+from .activation_jit import activation_fwd_kernel
+from .common import aligned, block_of, dot_precision, padded, unit_stride
 
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
-_LARGE_SHARED = 160 * 1024  # A100
 _LARGEST_SHARED = 224 * 1024  # H100
 _TILES_A_PROGRAM = 8
 
@@ -60,31 +64,35 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-class Machine(NamedTuple):
-    """What the choice of a tile depends on: shared memory a program may have, multiprocessors."""
+def forward_tile(
+    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, is_aligned: bool
+) -> Tile:
+    """Tall tiles, for P is read once a block of tokens; fp32 has no matrix instructions.
 
-    shared_bytes: int
-    processors: int
-
-
-def forward_tile(machine: Machine, dtype: torch.dtype, m: int, has_base: bool) -> Tile:
-    """Tall tiles, for P is read once a block of tokens; fp32 has no matrix instructions."""
+    Rows that do not start aligned are read an element at a time, each at an address of its own:
+    smaller tiles then, whose addresses fit in registers.
+    """
     if dtype == torch.float32:
         return Tile(32, 32, 4, 2)
-    if machine.shared_bytes < _LARGE_SHARED:
-        return Tile(64, 64, 8, 2)
+    if not is_aligned:
+        return Tile(64, 32, 8, 2)
+    if machine.shared_bytes < LARGE_SHARED:
+        return Tile(64, 64, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
     if not has_base:
         return Tile(128, 64, 8, 2)  # two programs a multiprocessor
     return Tile(128, 64, 8, 2) if m <= LARGEST_M_IN_REGISTERS else Tile(64, 64, 8, 3)
 
 
 def backward_tile(
-    machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool, keeps: bool
-) -> Tile:
+    machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool, keeps: bool,
+    is_aligned: bool,
+) -> Tile:  # fmt: skip
     """A program owns its tokens for all of N: shorter tiles where there are few tokens."""
-    large = machine.shared_bytes >= _LARGE_SHARED
+    large = machine.shared_bytes >= LARGE_SHARED
     if dtype == torch.float32:
         return Tile(32, 32 if large else 16, 4, 2)
+    if not is_aligned:
+        return Tile(32, 32, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
     if m > LARGEST_M_IN_REGISTERS:
         return Tile(64, 64, 8, 3 if large else 2)
     if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large and not keeps):
@@ -97,33 +105,11 @@ def backward_tile(
     return Tile(64, 32, 4, 3 if large else 2)
 
 
-def machine_of(tensor: Tensor) -> Machine:
-    """The device of ``tensor``; an H100 for the CPU, where the interpreter runs."""
-    return _machine(tensor.device.index if tensor.is_cuda else None)
-
-
-@functools.cache
-def _machine(index: int | None) -> Machine:
-    if index is None:
-        return Machine(227 * 1024, 132)
-    properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return Machine(shared, properties.multi_processor_count)
-
-
 def _blocks_m(m: int) -> tuple[int, int]:
     """``(BLOCK_M, CHUNKS)``."""
     if m <= LARGEST_M_IN_REGISTERS:
         return block_of(m, 16, LARGEST_M_IN_REGISTERS), 1
     return _CHUNK, triton.cdiv(m, _CHUNK)
-
-
-def padded(thin: Tensor | None) -> Tensor | None:
-    """``[*, m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
-    if thin is None:
-        return None
-    short = -thin.shape[1] % 16
-    return F.pad(thin, (0, short)) if short else thin.contiguous()
 
 
 class Operands:
@@ -134,7 +120,10 @@ class Operands:
         self.m_rows = z.shape[1]
         self.block_m, self.chunks = _blocks_m(self.m_rows)
         same = p_base is None or (z_scale is None and self.chunks == 1)
-        self.padded = padded(None if same else z), padded(self.zd), padded(p), padded(p_base)
+        self.padded = (
+            None if same else padded(z), padded(self.zd), padded(p),
+            None if p_base is None else padded(p_base),
+        )  # fmt: skip
         self.m = self.m_rows + -self.m_rows % 16
 
 
@@ -154,8 +143,8 @@ def forward(
     restrain: Restrain | None,
     keep: bool,
     in_place: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """``(out, kept, eps, slope, offset, factor)``; thin tensors in y0's dtype, nothing empty.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``(out, kept, [ε, slope, offset], factor)``; thin tensors in y0's dtype, nothing empty.
 
     Every measuring pass the options ask for reads y0 once; the last one writes, over a contiguous
     y0 if ``in_place``: a tile is read and written by one program.
@@ -165,17 +154,20 @@ def forward(
     t, n = y0.shape
     thin = Operands(z, p, p_base, z_scale)
     machine = machine_of(y0)
-    tile = forward_tile(machine, y0.dtype, thin.m_rows, p_base is not None)
+    tile = forward_tile(
+        machine, y0.dtype, thin.m_rows, p_base is not None, aligned(n, y0.stride(0))
+    )
     blocks_t, blocks_n = triton.cdiv(t, tile.block_t), triton.cdiv(n, tile.block_n)
     tiles = max(1, blocks_t * blocks_n // (2 * machine.processors))
     tiles = min(_TILES_A_PROGRAM, 2 ** (tiles.bit_length() - 1))
     programs_n = triton.cdiv(blocks_n, tiles)
-    form, eps, slope, offset, factor = options.form or "calibrated", None, None, None, None
+    form, known, factor = options.form or "calibrated", known_scalars(options), None
+    scalars = None if known else torch.full((3,), options.eps, device=y0.device)
 
     def launch(which, out=None, kept=None, partial=None, edge=0.0) -> None:
         activation_fwd_kernel[(blocks_t * programs_n,)](
-            y0, *thin.padded, delta_bias, factor, eps, slope, offset, out, kept, partial,
-            t, n, thin.m, tiles, programs_n, y0.stride(0), edge,
+            y0, *thin.padded, delta_bias, factor, scalars, out, kept, partial,
+            t, n, thin.m, tiles, programs_n, y0.stride(0), edge, *(known or (0.0, 0.0, 0.0)),
             PASS=which, AVERAGED=options.combine == "averaged",
             SIGMOID_WEIGHT=sigmoid_weight(form), PRECISION=dot_precision(y0.dtype),
             BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=thin.block_m, CHUNKS=thin.chunks,
@@ -187,121 +179,18 @@ def forward(
         launch(which, partial=partial, edge=edge)
         return partial
 
-    if options.eps_relative:
-        eps = options.eps * (measure("square").sum() / y0.numel()).sqrt()
-    else:
-        eps = torch.full((), options.eps, dtype=torch.float32, device=y0.device)
-    peak = measure("peak").amax() if needs_peak(form) else None
-    slope, offset = coefficients(form, options.scale, peak, eps)
+    if scalars is not None:
+        if options.eps_relative:
+            scalars[0] = options.eps * (measure("square").sum() / y0.numel()).sqrt()
+        peak = measure("peak").amax() if needs_peak(form) else None
+        scalars[1], scalars[2] = coefficients(form, options.scale, peak, scalars)
     if restrain is not None:
         small = measure("count", edge=restrain.edge).sum(dtype=torch.float64)
         factor = restrained(small, y0.numel(), restrain)
     out = y0 if in_place else torch.empty_like(y0, memory_format=torch.contiguous_format)
     kept = torch.empty_like(out, dtype=torch.uint8) if keep else None
     launch("out", out, kept)
-    return out, kept, eps, slope, offset, factor
+    return out, kept, scalars, factor
 
 
-# What the launchers pass, for the ahead-of-time table: every case on the chips that share its tile.
-_ROCM = ("gfx942",)
-_FAMILIES = (
-    (Machine(163 * 1024, 108), ("sm_80",)),
-    (Machine(227 * 1024, 132), ("sm_90", "sm_100")),
-    (Machine(99 * 1024, 108), ("sm_89", "sm_120")),
-    (Machine(64 * 1024, 304), _ROCM),
-)
-_ALIGNED = ("n", "m", "m_rows", "first", "width", "stride_y0", "stride_g", "stride_out")
-_TYPES = {
-    **dict.fromkeys(
-        ("y0", "g", "z", "zd", "z_scale", "p", "p_base", "out", "ddelta", "dbase"), None
-    ),
-    **dict.fromkeys(
-        ("delta_bias", "factor", "eps", "slope", "offset", "partial", "h", "dbias"), "*fp32"
-    ),
-    "kept": "*u8",
-    "rows": "*i64",
-}
-
-
-def _config(
-    name: str, kernel: Any, tile: Tile, targets: tuple[str, ...], m: int, dtype: str, none: str,
-    **constexprs: Any,
-) -> Config:  # fmt: skip
-    block_m, chunks = _blocks_m(m)
-    columns = constexprs.get("HAS_H", False) and targets != _ROCM
-    columns = columns and not constexprs["AVERAGED"] and "rows" not in none
-    absent = {f"{pointer}_ptr": None for pointer in none.split()}
-    if targets == _ROCM:
-        absent.pop("h_ptr", None)
-    return Config(
-        f"{name} {dtype} m={m}",
-        kernel,
-        {f"{name}_ptr": kind or f"*{dtype}" for name, kind in _TYPES.items()}
-        | dict.fromkeys(("t", "tiles", "programs_n", *_ALIGNED), "i32") | {"edge": "fp32"},
-        absent | constexprs | {
-            "COLUMNS": columns,
-            "SIGMOID_WEIGHT": 3.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-            "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_M": block_m, "CHUNKS": chunks,
-            "STAGES": tile.num_stages,
-        },
-        _ALIGNED, tile.num_warps, tile.num_stages,
-        wide_stores=int(constexprs.get("PASS", "out") == "out"),
-        narrow=tile.block_t * block_m // (16 * tile.num_warps) if columns else 0,
-        mma=dtype != "fp32", targets=targets,
-    )  # fmt: skip
-
-
-def _configs() -> Iterator[Config]:
-    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    forward_cases = (
-        ("", 128, "bf16", "z p_base delta_bias factor kept partial", "out", False),
-        (" peak", 128, "bf16", "z p_base delta_bias factor kept out slope offset", "peak", False),
-        ("", 512, "bf16", "z p_base delta_bias factor kept partial", "out", False),
-        (" all", 128, "bf16", "partial", "out", True),
-        (" all", 512, "bf16", "partial", "out", True),
-        (" all", 128, "fp32", "partial", "out", True),
-    )
-    thin = "z z_scale p_base delta_bias factor dbase rows dbias"
-    backward_cases = (
-        ("", 8192, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
-        (" few tokens", 64, 128, "bf16", "z kept z_scale p_base delta_bias factor h dbias", False),
-        (" all", 8192, 128, "bf16", "kept h", False),
-        (" averaged all", 8192, 128, "bf16", "kept ddelta", True),
-        (" 8bit", 8192, 128, "bf16", "y0 z z_scale p_base delta_bias factor h dbias", False),
-        (" averaged 8bit all", 8192, 128, "bf16", "y0 ddelta delta_bias", True),
-        (" last chunk all", 8192, 128, "bf16", "kept", False),
-        (" thin", 8192, 128, "bf16", f"kept {thin}", False),
-        (" thin 8bit", 8192, 128, "bf16", f"y0 {thin}", False),
-        (" all", 8192, 512, "bf16", "kept h", False),
-        (" all", 8192, 128, "fp32", "kept h", False),
-    )
-    for machine, targets in _FAMILIES:
-        for name, m, dtype, none, which, averaged in forward_cases:
-            tile = forward_tile(machine, kinds[dtype], m, "p_base" not in none)
-            yield _config(
-                f"activation forward{name}", activation_fwd_kernel, tile, targets, m, dtype, none,
-                PASS=which, AVERAGED=averaged,
-            )  # fmt: skip
-        for name, t, m, dtype, none, averaged in backward_cases:
-            absent = none.split()
-            has_base, keeps = "p_base" not in absent, "kept" not in absent
-            tile = backward_tile(machine, kinds[dtype], t, m, has_base, keeps)
-            yield _config(
-                f"activation backward{name}", activation_bwd_kernel, tile, targets, m, dtype, none,
-                AVERAGED=averaged, HAS_H=_blocks_m(m)[1] == 1 and dtype != "fp32",
-            )  # fmt: skip
-
-
-CONFIGS = list(_configs())
-
-
-__all__ = [
-    "CONFIGS",
-    "Machine",
-    "Operands",
-    "backward_tile",
-    "forward",
-    "forward_tile",
-    "machine_of",
-    "padded",
-]
+__all__ = ["Operands", "backward_tile", "forward", "forward_tile"]

@@ -36,15 +36,14 @@ from torch import Tensor
 
 from ..additive import product_wide
 from ..gain import sigmoid_weight
-from .activation import Operands, backward_tile, machine_of, padded
+from ..machine import machine_of
+from .activation import Operands, backward_tile
 from .activation_jit import activation_bwd_kernel
-from .common import dot_precision, unit_stride
+from .common import aligned, dot_precision, padded, unit_stride
 
 WORKSPACE_MIB = 16
 _ENOUGH_TOKENS = 16384
 _STEP = 64  # a chunk's edges, of which every block is a divisor
-# A CUDA barrier orders a program's stores to one address; on ROCm the code does not wait for them.
-_ORDERS_STORES = torch.version.hip is None
 
 
 def _chunks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
@@ -70,10 +69,9 @@ def backward(
     p_base: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
-    eps: Tensor | None,
-    slope: Tensor | None,
-    offset: Tensor | None,
+    scalars: Tensor | None,
     factor: Tensor | None,
+    known: list[float],
     form: str,
     combine: str,
     needs: list[bool],
@@ -94,17 +92,20 @@ def backward(
     if reads_change := needs[1] or multiplies:
         chunks = list(_chunks(t, n, g.element_size(), multiplies))
     tokens, columns = (part.stop for part in chunks[0])
-    tile = backward_tile(machine, g.dtype, tokens, ops.m_rows, p_base is not None, y0 is None)
+    tile = backward_tile(
+        machine, g.dtype, tokens, ops.m_rows, p_base is not None, y0 is None,
+        aligned(n, g.stride(0), n if y0 is None else y0.stride(0)),
+    )  # fmt: skip
 
     dbase = g.new_empty(t, n) if needs[0] and not thin else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
-    fills_columns = in_registers and not (thin or averaged) and _ORDERS_STORES
+    fills_columns = in_registers and not (thin or averaged) and machine.orders_stores
     keeps_h = needs[0] and not (fills_columns and columns == n)
     h = g.new_empty(t, ops.m, dtype=torch.float32) if keeps_h else None
-    dp = g.new_zeros(p.shape, dtype=torch.float32) if needs[1] else None
+    dp = g.new_empty(p.shape, dtype=torch.float32) if needs[1] else None
     dbias = g.new_zeros(n, dtype=torch.float32) if needs[2] else None
-    by_token = *ops.padded[:2], padded(z_scale)
+    by_token = *ops.padded[:2], None if z_scale is None else padded(z_scale)
     by_column = *ops.padded[2:], delta_bias, factor
 
     def launch(tokens: slice, columns: slice) -> Any:
@@ -119,10 +120,10 @@ def backward(
             *(_part(tensor, tokens, columns) for tensor in (g, y0, kept)),
             *(_part(tensor, tokens) for tensor in by_token),
             *(_part(tensor, columns) for tensor in by_column),
-            rows, eps, slope, offset, ddelta, dbase_part, _part(h, tokens), sums,
+            rows, scalars, ddelta, dbase_part, _part(h, tokens), sums,
             width_t, width_n, ops.m, ops.m_rows, columns.start,
             triton.cdiv(blocks_n, split) * tile.block_n,
-            g.stride(0), 0 if y0 is None else y0.stride(0), n,
+            g.stride(0), 0 if y0 is None else y0.stride(0), n, *(known or (0.0, 0.0, 0.0)),
             AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form),
             PRECISION=dot_precision(g.dtype), HAS_H=in_registers,
             COLUMNS=fills_columns and columns.stop == n,
@@ -136,8 +137,10 @@ def backward(
     share = 0.5 if halves else 1.0
     for at, span in chunks:
         change = launch(at, span)
-        if dp is not None:
-            dp[span].add_(product_wide(change.t(), ops.zd[at]), alpha=share)
+        if dp is not None and at.start == 0:
+            product_wide(change.t(), ops.zd[at], out=dp[span])
+        elif dp is not None:
+            dp[span] += product_wide(change.t(), ops.zd[at])
         if h is not None and multiplies:
             own = product_wide(change, p).mul_(share)
             if z_scale is not None:
@@ -145,6 +148,8 @@ def backward(
             if p_base is not None:
                 own += product_wide((g if dbase is None else dbase)[at], p_base)
             h[at, : ops.m_rows] = own
+    if dp is not None and halves:
+        dp *= share
     if h is None or fills_columns:
         return dbase, dp, dbias
     own_columns = h[:, : ops.m_rows].to(g.dtype)

@@ -78,23 +78,29 @@ def _base_and_delta(
 
 
 @triton.jit
+def _load_scalars(ptr):
+    """ε, slope and offset where the forward measured them."""
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+
+
+@triton.jit(do_not_specialize=["t", "tiles", "programs_n"])
 def activation_fwd_kernel(
     y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, factor_ptr,
-    eps_ptr, slope_ptr, offset_ptr, out_ptr, kept_ptr, partial_ptr,
-    t, n, m, tiles, programs_n, stride_y0, edge,
+    scalars_ptr, out_ptr, kept_ptr, partial_ptr,
+    t, n, m, tiles, programs_n, stride_y0, edge, eps, slope, offset,
     PASS: tl.constexpr, AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``PASS`` is ``out``, or what is measured before it: ``square``, ``peak`` or ``count``."""
+    """``PASS`` is ``out``, or what is measured before it: ``square``, ``peak`` or ``count``.
+
+    ε, slope and offset are numbers, or at ``scalars_ptr`` where that is given.
+    """
     pid = tl.program_id(0)
     offs_t = span(pid // programs_n, BLOCK_T)
     first = (pid % programs_n) * tiles
-    if PASS != "square":
-        eps = tl.load(eps_ptr)
-    if PASS == "out" or PASS == "count":
-        slope = tl.load(slope_ptr)
-        offset = tl.load(offset_ptr)
+    if scalars_ptr is not None:
+        eps, slope, offset = _load_scalars(scalars_ptr)
     z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     if PASS != "out":
         partial = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
@@ -131,11 +137,11 @@ def activation_fwd_kernel(
         tl.store(partial_ptr + pid, tl.sum(partial))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
-    factor_ptr, rows_ptr, eps_ptr, slope_ptr, offset_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
-    t, n, m, m_rows, first, width, stride_g, stride_y0, stride_out,
+    factor_ptr, rows_ptr, scalars_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
+    t, n, m, m_rows, first, width, stride_g, stride_y0, stride_out, eps, slope, offset,
     AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
@@ -156,9 +162,8 @@ def activation_bwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     dtype = g_ptr.dtype.element_ty
     if kept_ptr is None:
-        eps = tl.load(eps_ptr)
-        slope = tl.load(slope_ptr)
-        offset = tl.load(offset_ptr)
+        if scalars_ptr is not None:
+            eps, slope, offset = _load_scalars(scalars_ptr)
         z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     h_base = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import Config
-from .common import block_of, cast, dot, dot_precision, span, unit_stride
+from .common import aligned, block_of, cast, dot, dot_precision, padded, span, unit_stride
 
 
 class Blocks(NamedTuple):
@@ -39,12 +38,18 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def _add_blocks(dtype: torch.dtype) -> Blocks:
+# Rows that do not start aligned are read an element at a time, each at an address of its own:
+# smaller tiles then, whose addresses fit in registers.
+def _add_blocks(dtype: torch.dtype, is_aligned: bool) -> Blocks:
+    if not is_aligned:
+        return Blocks(64, 32, 32, 8, 2)
     return Blocks(32, 64, 32, 8, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
 
 
-def _gradient_blocks(dtype: torch.dtype, m: int) -> Blocks:
+def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
     m = block_of(m, 16, 512)
+    if not is_aligned:
+        return Blocks(16, 32, m, 8, 2)
     if dtype == torch.float32:
         return Blocks(16, 32, m, 4 if m <= 256 else 8, 1)
     if m <= 128:
@@ -52,10 +57,10 @@ def _gradient_blocks(dtype: torch.dtype, m: int) -> Blocks:
     return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
 
 
-_GATHER = Blocks(32, 0, 128, 4, 1)
+_GATHER = Blocks(32, 0, 64, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gather_kernel(
     y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
     T, M, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
@@ -119,16 +124,16 @@ def _add_product_kernel(
     tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
     g_ptr, q_ptr, rows_ptr, share_ptr, scale_ptr, dy_ptr,
-    T, N, M, stride_gt, stride_qn, stride_st, stride_sm, stride_dt,
+    T, N, M, M_PADDED, stride_gt, stride_dt,
     HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     offs_t = span(tl.program_id(0), BLOCK_T)
     offs_m = tl.arange(0, BLOCK_M)
-    mask_t, mask_m = offs_t < T, offs_m < M
+    mask_t, mask_m, mask_q = offs_t < T, offs_m < M, offs_m < M_PADDED
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -136,8 +141,8 @@ def _output_gradient_kernel(
         mask = mask_t[:, None] & mask_n[None, :]
         g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
         g = tl.load(g_block, mask=mask, other=0.0)
-        q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
-        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        q_block = q_ptr + offs_n[:, None] * M_PADDED + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_q[None, :], other=0.0)
         h = dot(g, q, h, PRECISION)
         dy = g
         if HAS_SHARE:
@@ -149,8 +154,8 @@ def _output_gradient_kernel(
     mask = mask_t[:, None] & mask_m[None, :]
     rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     if HAS_SCALE:
-        scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
-        h *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+        scale = scale_ptr + offs_t[:, None] * M_PADDED + offs_m[None, :]
+        h *= tl.load(scale, mask=mask_t[:, None] & mask_q[None, :], other=0.0).to(tl.float32)
     g_columns = g_ptr + offs_t[:, None] * stride_gt + rows[None, :]
     g = tl.load(g_columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
@@ -199,7 +204,7 @@ def add_product(
 
     Args:
         y: ``[T, N]``, any strides.
-        z: ``[T, m]``, any strides.
+        z: ``[T, m]``, any strides; padded or not.
         q: ``[N, m]``.
         share, bias, delta_bias: ``[N]`` or None.
         bias_inside: whether y includes the bias.
@@ -207,15 +212,16 @@ def add_product(
     """
     if bias_inside and share is None:
         bias = None
+    q = padded(q)
+    (t, n), m = y.shape, q.shape[1]
+    z = z if z.shape[1] == m else padded(z)
     if out is y and share is None and bias is None and delta_bias is None:
         return y.addmm_(z, q.t())
     if out is None:
         column_major = y.stride(0) == 1 and y.stride(1) != 1
         out = torch.empty_like(y.t() if column_major else y, memory_format=torch.contiguous_format)
         out = out.t() if column_major else out
-    (t, n), m = y.shape, q.shape[1]
-    q = q.contiguous()
-    blocks = _add_blocks(y.dtype)
+    blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
     if out.numel():
         _add_product_kernel[(triton.cdiv(t, blocks.t) * triton.cdiv(n, blocks.n),)](
             y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out,
@@ -229,18 +235,25 @@ def add_product(
     return out
 
 
+def rebuilt_weight(weight: Tensor, rows: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
+    """``W' = share · W + Q R  [N, K]``, laid out as W."""
+    r = weight.index_select(0, padded(rows))
+    return add_product(weight.t(), r.t(), q, share).t()
+
+
 def output_gradient(
     g: Tensor, rows: Tensor, q: Tensor, share: Tensor | None, z_scale: Tensor | None
 ) -> Tensor:
     """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
     (t, n), m = g.shape, q.shape[1]
     dy = torch.empty_like(g, memory_format=torch.contiguous_format)
-    g, q = unit_stride(g), q.contiguous()
-    blocks = _gradient_blocks(g.dtype, m)
+    g, q = unit_stride(g), padded(q)
+    z_scale = None if z_scale is None else padded(z_scale)
+    blocks = _gradient_blocks(g.dtype, m, aligned(n))
     if dy.numel():
         _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
             g, q, rows.contiguous(), _vector(share), z_scale, dy,
-            t, n, m, g.stride(0), m, *_strides(z_scale), n,
+            t, n, m, q.shape[1], g.stride(0), n,
             HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
             PRECISION=dot_precision(g.dtype),
             BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
@@ -253,61 +266,4 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _config(name: str, kernel, element: str, blocks: Blocks, flags: dict, **options) -> Config:
-    """A launch with aligned tensors, with stride 1 in the last dimension unless flags differ."""
-    types = {arg: f"*{element}" for arg in kernel.arg_names if arg.endswith("_ptr")}
-    types |= {"rows_ptr": "*i64", "share_ptr": "*fp32", "delta_ptr": "*fp32"}
-    integers = [arg for arg in kernel.arg_names if arg in "TNM" or arg.startswith("stride_")]
-    constexprs = {
-        "stride_yn": 1, "stride_zm": 1, "stride_sm": 1, "stride_on": 1,
-        "BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m,
-        "PRECISION": "ieee" if element == "fp32" else "tf32",
-    } | flags  # fmt: skip
-    return Config(
-        name=f"{name} {element}",
-        kernel=kernel,
-        types=types | dict.fromkeys(integers, "i32"),
-        constexprs={
-            arg: value
-            for arg, value in constexprs.items()
-            if arg in kernel.arg_names and value is not None
-        },
-        multiples_of_16=tuple(integers),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **options,
-    )
-
-
-_ELEMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_ADD: dict[str, int | None] = {
-    "HAS_SHARE": True,
-    "HAS_BIAS": True,
-    "HAS_DELTA": True,
-    "BIAS_INSIDE": True,
-}
-_REBUILD: dict[str, int | None] = {**dict.fromkeys(_ADD, False), "HAS_SHARE": True}
-_REBUILD |= {"stride_yn": None, "stride_zm": None, "stride_on": None}
-_REBUILD |= {"stride_yt": 1, "stride_zt": 1, "stride_ot": 1}
-CONFIGS = [
-    _config("gather", _gather_kernel, "bf16", _GATHER, {"HAS_BIAS": True, "HAS_SCALE": True},
-            wide_loads=0, mma=False),
-    *(
-        _config(
-            name, _add_product_kernel, element, _add_blocks(dtype), flags, mma=element != "fp32"
-        )
-        for element, dtype in _ELEMENTS.items()
-        for name, flags in (("add product", _ADD), ("rebuild weight", _REBUILD))
-    ),
-    *(
-        _config(
-            f"output gradient m={m}", _output_gradient_kernel, element,
-            _gradient_blocks(dtype, m), {"HAS_SHARE": True, "HAS_SCALE": True},
-            wide_stores=m <= 256, mma=element != "fp32",
-        )
-        for element, dtype in _ELEMENTS.items()
-        for m in (64, 128, 256, 512)
-    ),
-]  # fmt: skip
-
-__all__ = ["CONFIGS", "add_product", "gather", "output_gradient"]
+__all__ = ["add_product", "gather", "output_gradient", "rebuilt_weight"]

@@ -1,10 +1,11 @@
-"""What a kernel costs, without a GPU: compiled ahead of time for a chip and read from its code.
+"""What a kernel costs, without a GPU: its launches recorded, compiled for a chip and read.
 
-A kernel file exports ``CONFIGS``, a list of :class:`Config`: every configuration it ships by
-default, with the argument types it is launched with. :func:`inspect_config` compiles one for one
-:class:`Target` and reads registers and spills from the binary (``cuobjdump`` of Triton's nvidia
-backend; the metadata in the assembly on AMD), shared memory from Triton's metadata, and 16-byte
-loads, 16-byte stores and matrix instructions from PTX or the assembly.
+:func:`record` lets the launchers run on tensors of the ``meta`` device as if a chip were there, and
+keeps what they pass to Triton in place of running it: so what is compiled here is what is launched
+there, down to the alignment of every argument. :func:`inspect_launch` compiles a :class:`Launch`
+and reads registers and spills from the binary (``cuobjdump`` of Triton's nvidia backend; the
+metadata in the assembly on AMD), shared memory from Triton's metadata, and 16-byte loads, 16-byte
+stores and matrix instructions from PTX or the assembly. Which launches: :mod:`.launches`.
 """
 
 from __future__ import annotations
@@ -13,77 +14,142 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ..machine import Machine, assume
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A chip to compile for."""
 
     name: str
     gpu: GPUTarget
-    shared_limit: int
+    machine: Machine
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
-        Target("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
-        Target("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
+        Target("sm_80", GPUTarget("cuda", 80, 32), Machine(163 * 1024, 108)),
+        Target("sm_89", GPUTarget("cuda", 89, 32), Machine(99 * 1024, 128)),
+        Target("sm_90", GPUTarget("cuda", 90, 32), Machine(227 * 1024, 132)),
+        Target("sm_100", GPUTarget("cuda", 100, 32), Machine(227 * 1024, 148)),
+        Target("sm_120", GPUTarget("cuda", 120, 32), Machine(99 * 1024, 170)),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), Machine(64 * 1024, 304, False)),
     )
 }
 
 
 @dataclass(frozen=True)
-class Config:
-    """One default configuration of one kernel.
+class Launch:
+    """One kernel as a launcher starts it.
 
     Attributes:
-        name: what the table and the test ids show.
+        key: what tells it from other launches: two with one key share their compiled code.
         kernel: the ``@triton.jit`` function.
-        types: Triton's type of every argument that is not a constexpr: ``"*bf16"``, ``"i32"``.
-            Pointers count as 16-byte aligned.
-        constexprs: every ``tl.constexpr`` argument; None values are allowed.
-        multiples_of_16: names of the integer arguments (strides, mostly) that are such multiples.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline.
-        wide_loads: how many 16-byte loads the code must hold at least.
-        wide_stores: how many 16-byte stores the code must hold at least, on CUDA; on AMD Triton
-            stores from the matrix layout, which is its own choice.
-        narrow: how many global accesses of one or two bytes the code may hold, None for any.
-        mma: whether matrix instructions must be there.
-        targets: the chips it ships for.
+        signature: Triton's type of every argument, ``"constexpr"`` for those below.
+        constexprs: the constants, arguments of value 1 and None included, by position.
+        attributes: what Triton knows of an argument's alignment, by position.
+        options: warps and stages.
     """
 
-    name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    multiples_of_16: tuple[str, ...] = ()
-    num_warps: int = 4
-    num_stages: int = 3
-    wide_loads: int = 1
-    wide_stores: int = 1
+    key: str
+    kernel: Any = field(compare=False)
+    signature: Mapping[str, str] = field(compare=False)
+    constexprs: Mapping[tuple[int, ...], Any] = field(compare=False)
+    attributes: Mapping[tuple[int, ...], Any] = field(compare=False)
+    options: Mapping[str, int] = field(compare=False)
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """The constant that an argument is, or ``default`` where it is none or there is none."""
+        names = self.kernel.arg_names
+        return self.constexprs.get((names.index(name),), default) if name in names else default
+
+
+class _Driver:
+    """Stands for a chip's driver, of which Triton asks no more before it launches."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+    def get_current_device(self) -> str:
+        return f"recorded {self.target.name}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def record(target: Target) -> Iterator[list[Launch]]:
+    """Within, kernels launched on tensors of the ``meta`` device are kept instead, once a key.
+
+    Raises:
+        RuntimeError: under ``TRITON_INTERPRET=1``, where kernels are not compiled.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled")
+    launches: dict[str, Launch] = {}
+
+    def keep(*, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+        options = {name: compile[name] for name in ("num_warps", "num_stages")}
+        key = f"{fn.name} {compile['key']}"
+        launches[key] = Launch(
+            key, fn.jit_function, compile["signature"], compile["constants"],
+            compile["configs"][0], options,
+        )  # fmt: skip
+        return True  # Triton then takes the launch as done
+
+    before = _active_driver()
+    try:
+        driver.set_active(_Driver(target))
+        with knobs.runtime.scope(), assume(target.machine):
+            knobs.runtime.jit_cache_hook = keep
+            found: list[Launch] = []
+            yield found
+            found += launches.values()
+    finally:
+        driver.set_active(before)
+
+
+def _active_driver() -> Any:
+    try:
+        return driver.active
+    except RuntimeError:  # no GPU
+        return None
+
+
+class Rule(NamedTuple):
+    """What a kernel's code must hold at least, and at most, beyond being free of spills.
+
+    Attributes:
+        wide_loads: 16-byte loads, at least.
+        wide_stores: 16-byte stores, at least, on CUDA; on AMD Triton stores from the matrix
+            layout, which is its own choice.
+        narrow: global accesses of one or two bytes, at most; None for any.
+        mma: whether matrix instructions must be there.
+    """
+
+    wide_loads: int = 0
+    wide_stores: int = 0
     narrow: int | None = None
-    mma: bool = True
-    targets: tuple[str, ...] = field(default=tuple(TARGETS))
+    mma: bool = False
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the compiled code of a :class:`Config` uses on a :class:`Target`."""
+class Report(NamedTuple):
+    """What the compiled code of a :class:`Launch` uses on a :class:`Target`."""
 
-    config: str
     target: str
     registers: int
     spill_bytes: int
@@ -93,23 +159,20 @@ class Report:
     narrow: int
     mma: int
 
-    def problems(self, config: Config) -> list[str]:
+    def problems(self, rule: Rule) -> list[str]:
         """What the rules forbid: spills, too much shared memory, narrow accesses, no MMA."""
         target = TARGETS[self.target]
-        limit, cuda = target.shared_limit, target.gpu.backend == "cuda"
+        limit, cuda = target.machine.shared_bytes, target.gpu.backend == "cuda"
         checks = (
             (self.spill_bytes > 0, f"spills {self.spill_bytes} bytes"),
             (self.shared_bytes > limit, f"{self.shared_bytes} bytes shared, {limit} allowed"),
-            (self.wide_loads < config.wide_loads, f"{self.wide_loads} 16-byte loads"),
+            (self.wide_loads < rule.wide_loads, f"{self.wide_loads} 16-byte loads"),
+            (cuda and self.wide_stores < rule.wide_stores, f"{self.wide_stores} 16-byte stores"),
             (
-                cuda and self.wide_stores < config.wide_stores,
-                f"{self.wide_stores} 16-byte stores",
-            ),
-            (
-                config.narrow is not None and self.narrow > config.narrow,
+                rule.narrow is not None and self.narrow > rule.narrow,
                 f"{self.narrow} accesses of one or two bytes",
             ),
-            (config.mma and not self.mma, "no matrix instruction"),
+            (rule.mma and not self.mma, "no matrix instruction"),
         )
         return [text for wrong, text in checks if wrong]
 
@@ -131,32 +194,17 @@ _NARROW = {
 _MMA = {"cuda": r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", "hip": r"v_mfma_\w+"}
 
 
-def compile_config(config: Config, target: Target) -> Any:
-    """Triton's compiled kernel; no GPU and no driver needed.
-
-    Raises:
-        RuntimeError: under ``TRITON_INTERPRET=1``, where kernels are not compiled.
-    """
-    fn = config.kernel
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled")
-    signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(fn.arg_names):
-        if name in config.constexprs:
-            signature[name], constexprs[name] = "constexpr", config.constexprs[name]
-            continue
-        signature[name] = config.types[name]
-        if signature[name].startswith("*") or name in config.multiples_of_16:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(fn, signature, constexprs, attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=target.gpu, options=options)
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """Triton's compiled kernel; no GPU and no driver needed."""
+    source = triton.compiler.ASTSource(
+        launch.kernel, dict(launch.signature), dict(launch.constexprs), dict(launch.attributes)
+    )
+    return triton.compile(source, target=target.gpu, options=dict(launch.options))
 
 
-def inspect_config(config: Config, target: Target | str) -> Report:
-    """Compile ``config`` for ``target`` and read what it uses."""
-    target = TARGETS[target] if isinstance(target, str) else target
-    compiled = compile_config(config, target)
+def inspect_launch(launch: Launch, target: Target) -> Report:
+    """Compile ``launch`` for ``target``, for which it was recorded, and read what it uses."""
+    compiled = compile_launch(launch, target)
     backend = target.gpu.backend
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -165,7 +213,6 @@ def inspect_config(config: Config, target: Target | str) -> Report:
         text = compiled.asm["ptx"]
         registers, spilled = _cubin_usage(compiled.asm["cubin"])
     return Report(
-        config=config.name,
         target=target.name,
         registers=registers,
         spill_bytes=spilled,
@@ -201,4 +248,4 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-__all__ = ["TARGETS", "Config", "Report", "Target", "compile_config", "inspect_config"]
+__all__ = ["TARGETS", "Launch", "Report", "Rule", "Target", "inspect_launch", "record"]

@@ -22,10 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import Config
 from .common import block_of, cast, dot, inverse_gain, span
 
-BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 4
+BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 8
 
 
 @triton.jit
@@ -152,34 +151,4 @@ def _launch_channel(
         )  # fmt: skip
 
 
-def _config(name: str, **flags: Any) -> Config:
-    kernel = _channel_kernel
-    types = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
-    integers = ("N", "M", "stride_pn", "stride_bn")
-    types |= dict.fromkeys(integers, "i32")
-    types |= dict.fromkeys(("eps", "slope", "offset"), "*fp32" if flags["POINTERS"] else "fp32")
-    return Config(
-        name=name,
-        kernel=kernel,
-        types=types,
-        constexprs={
-            "SIGMOID_WEIGHT": 3.0, "AVERAGED": True, "HAS_BASE": True,
-            "HAS_FACTOR": flags["POINTERS"], "PRECISION": "ieee",
-            "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, **flags,
-        },
-        multiples_of_16=integers,
-        num_warps=NUM_WARPS,
-        num_stages=1,
-        wide_loads=flags["MEASURE"],
-        wide_stores=flags["APPLY"],
-        mma=False,
-    )  # fmt: skip
-
-
-CONFIGS = [
-    _config("channel", MEASURE=True, APPLY=True, POINTERS=False),
-    _config("channel norms", MEASURE=True, APPLY=False, POINTERS=False),
-    _config("channel apply", MEASURE=False, APPLY=True, POINTERS=True),
-]
-
-__all__ = ["CONFIGS", "channel_product", "delta_norms"]
+__all__ = ["channel_product", "delta_norms"]

@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -106,19 +108,35 @@ def block_of(size: int, smallest: int, largest: int) -> int:
     return max(smallest, min(largest, triton.next_power_of_2(max(1, size))))
 
 
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` itself where its last dimension has stride 1, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def padded(thin: Tensor) -> Tensor:
+    """``[..., m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned.
+
+    For ``rows [m]`` it repeats row 0, which meets the zeros of P or Q.
+    """
+    short = -thin.shape[-1] % 16
+    return F.pad(thin, (0, short)) if short else thin.contiguous()
+
+
+def aligned(*sizes: int) -> bool:
+    """Whether rows of these many elements start at multiples of 16 bytes, whatever the dtype."""
+    return not any(size % 16 for size in sizes)
+
+
 __all__ = [
     "INTERPRET",
+    "aligned",
     "block_of",
     "cast",
     "combine",
     "dot",
     "dot_precision",
     "inverse_gain",
+    "padded",
     "relative_change",
     "span",
     "unit_stride",

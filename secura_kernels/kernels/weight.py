@@ -49,8 +49,8 @@ from ..gain import (
     restrained,
     sigmoid_weight,
 )
-from .aot import Config
-from .common import block_of, dot_precision
+from ..machine import LARGE_SHARED, machine_of
+from .common import aligned, block_of, dot_precision, padded
 from .weight_jit import (
     weight_bwd_kernel,
     weight_fwd_kernel,
@@ -61,9 +61,21 @@ from .weight_jit import (
 WORKSPACE_MIB = 16
 _ROWS_OF_A_TILE = 128
 
-BLOCKS_16BIT = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2}
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
-BLOCKS_32BIT = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+
+
+def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]:
+    """A tile of W.
+
+    Args:
+        dtype: the compute dtype.
+        is_aligned: whether rows start aligned; else each element is read at an address of its own.
+        small: whether the two accumulators of a folded W are too much for the large tile.
+    """
+    block_n, block_k = (64, 128) if is_aligned else (32, 64)
+    if dtype == torch.float32 or small:
+        block_k = 64
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
 
 
 class Tiles:
@@ -71,7 +83,8 @@ class Tiles:
 
     Args:
         weight: ``W [N, K]`` or a slice of its rows.
-        source: where R's rows are read: the whole W with ``rows``, or ``R [m, K]`` with None.
+        source: where R's rows are read: the whole W with ``rows``, or ``R [m, K]`` with None;
+            both of :func:`padded` rows.
         rows: ``[m]`` int64 or None.
         p: ``P [N, m]`` of the same rows as ``weight``.
         p_base: :func:`parts` of P_base, of the same rows, or None.
@@ -80,13 +93,14 @@ class Tiles:
 
     def __init__(self, weight, source, rows, p, p_base, dtype: torch.dtype) -> None:
         self.weight = weight
-        self.p = p.to(dtype).contiguous()
+        self.p = padded(p.to(dtype))
         self.p_base = p_base
         self.tensors = (weight, source, rows, self.p, self.p_base)
         n, k = weight.shape
         stride_low = 0 if p_base is None else p_base.stride(0)
-        self.sizes = (n, k, p.shape[1], *weight.stride(), *source.stride(), stride_low)
-        blocks = BLOCKS_32BIT if dtype == torch.float32 else BLOCKS_16BIT
+        self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
+        small = p_base is not None and machine_of(weight).shared_bytes < LARGE_SHARED
+        blocks = _blocks(dtype, aligned(k if weight.stride(1) == 1 else n), small)
         self.grid = (triton.cdiv(k, blocks["BLOCK_K"]), triton.cdiv(n, blocks["BLOCK_N"]))
         self.options = dict(
             HAS_BASE=p_base is not None,
@@ -99,20 +113,20 @@ class Tiles:
     @classmethod
     def whole(cls, weight, rows, p, p_base, dtype: torch.dtype) -> Tiles:
         """All of W. R is gathered in the kernel, unless its rows are scattered in memory."""
-        p_base = parts(p_base, dtype)
+        p_base, rows = parts(p_base, dtype), padded(rows)
         if weight.stride(1) == 1:
             return cls(weight, weight, rows, p, p_base, dtype)
         return cls(weight, weight.index_select(0, rows), None, p, p_base, dtype)
 
 
 def parts(p_base: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``P_base [N, m]`` as summands ``[1 or 2, N, m]`` in ``dtype``, two where it has 16 bits."""
+    """``P_base [N, m]`` as padded summands ``[1 or 2, N, m]`` in ``dtype``, two of 16 bits."""
     if p_base is None:
         return None
     high = p_base.to(dtype)
     if dtype == torch.float32:
-        return high.contiguous()[None]
-    return torch.stack((high, (p_base - high).to(dtype)))
+        return padded(high)[None]
+    return padded(torch.stack((high, (p_base - high).to(dtype))))
 
 
 def measure(
@@ -182,7 +196,7 @@ def grad_p(
     dp = torch.empty(p.shape, dtype=torch.float32, device=p.device)
     if weight.numel() == 0:
         return dp.zero_()
-    r, g = weight.index_select(0, rows).to(x.dtype), g.contiguous()
+    r, g = weight.index_select(0, padded(rows)).to(x.dtype), g.contiguous()
     p, p_base = p.to(x.dtype), parts(p_base, x.dtype)
     step = chunk_rows(n, k, x.element_size())
     workspace = x.new_empty(step, k)
@@ -197,7 +211,7 @@ def grad_p(
                 d, *tiles.tensors, scalars, None if factor is None else factor[part], *tiles.sizes,
                 SIGMOID_WEIGHT=sigmoid_weight(form), HAS_FACTOR=factor is not None, **tiles.options,
             )  # fmt: skip
-        dp[part] = product_wide(d, r.t())
+        product_wide(d, r[: p.shape[1]].t(), out=dp[part])
     return dp
 
 
@@ -210,76 +224,4 @@ def chunk_rows(n: int, k: int, itemsize: int) -> int:
     return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
 
 
-def _config(kernel, name: str, dtype: str = "bf16", *, folded: bool, **flags) -> Config:
-    """A launch of ``kernel`` at m a multiple of 16 and W of ``dtype``, K its unit stride."""
-    transposed, compute = flags.pop("transposed", False), flags.pop("compute", dtype)
-    blocks = dict(BLOCKS_32BIT if compute == "fp32" else BLOCKS_16BIT)
-    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    measures = kernel is weight_stat_kernel
-    stages = STAT_STAGES if measures else stages
-    types = {
-        "w_ptr": dtype, "r_ptr": dtype, "rows_ptr": "i64", "p_ptr": compute, "p_base_ptr": compute,
-        "scalars_ptr": "fp32", "factor_ptr": "fp32", "d_ptr": compute,
-        "out_ptr": "fp32" if measures else dtype,
-    }  # fmt: skip
-    types = {key: f"*{value}" for key, value in types.items()}
-    integers = [key for key in kernel.arg_names if key in ("N", "K", "M") or "stride_" in key]
-    types |= dict.fromkeys(integers, "i32") | {"edge": "fp32", "seed": "i32"}
-    gather = not transposed and kernel is not weight_bwd_kernel
-    constexprs = {
-        "SIGMOID_WEIGHT": 2.0, "NORMED": True, "AVERAGED": folded, "STOCHASTIC": False,
-        "STAT": "peak", "HAS_BASE": folded, "HAS_FACTOR": folded, "GATHER": gather,
-        "PRECISION": "ieee" if compute == "fp32" else "tf32",
-        "BLOCK_M": 32 if compute == "fp32" else 64, **blocks, "stride_rk": 1,
-    } | flags  # fmt: skip
-    constexprs |= dict.fromkeys(
-        ("stride_wn", "stride_on") if transposed else ("stride_wk", "stride_ok"), 1
-    )
-    absent = {"rows_ptr": gather, "p_base_ptr": folded, "factor_ptr": folded}
-    constexprs |= {key: None for key, present in absent.items() if not present}
-    names = kernel.arg_names
-    return Config(
-        name=f"weight {name} {dtype}{' folded' if folded else ''}",
-        kernel=kernel,
-        types={key: value for key, value in types.items() if key in names},
-        constexprs={key: value for key, value in constexprs.items() if key in names},
-        multiples_of_16=tuple(key for key in integers if key not in constexprs),
-        num_warps=warps, num_stages=stages,
-        wide_stores=0 if measures else 1,
-        narrow=None if transposed else 0,
-        mma=compute != "fp32",
-    )  # fmt: skip
-
-
-# A folded launch holds a second accumulator, so it bounds the plain one's registers and memory.
-CONFIGS = [
-    _config(kernel, name, dtype, folded=folded, **flags)
-    for kernel, name, dtype, folded, flags in (
-        (weight_fwd_kernel, "W'", "bf16", False, {}),
-        (weight_fwd_kernel, "W'", "bf16", True, {}),
-        (weight_fwd_kernel, "W'", "fp16", True, {}),
-        (weight_fwd_kernel, "W'", "fp32", True, {}),
-        (weight_fwd_kernel, "W' transposed", "bf16", True, {"transposed": True}),
-        (weight_fwd_kernel, "merge", "bf16", True, {"compute": "fp32", "STOCHASTIC": True}),
-        (weight_stat_kernel, "largest ρ", "bf16", False, {}),
-        (weight_stat_kernel, "largest ρ", "bf16", True, {}),
-        (weight_stat_kernel, "small gains", "bf16", True, {"STAT": "count"}),
-        (weight_stat_kernel, "largest ρ", "fp32", True, {}),
-        (weight_bwd_kernel, "∂W' / M", "bf16", False, {}),
-        (weight_bwd_kernel, "∂W' / M", "bf16", True, {}),
-        (weight_bwd_kernel, "∂W' / M", "fp32", True, {}),
-    )
-]
-CONFIGS.append(
-    Config(
-        name="weight slope and offset",
-        kernel=weight_scalars_kernel,
-        types={"peaks_ptr": "*fp32", "scalars_ptr": "*fp32", "count": "i32", "scale": "fp32"},
-        constexprs={"FORM": "paper", "BLOCK": 1024},
-        wide_loads=0,
-        wide_stores=0,
-        mma=False,
-    )
-)
-
-__all__ = ["CONFIGS", "WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]
+__all__ = ["WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]

@@ -83,7 +83,7 @@ def weight_stat_kernel(
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def weight_scalars_kernel(
     peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def weight_scalars_kernel(
     tl.store(scalars_ptr + 2, offset)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
     seed, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,

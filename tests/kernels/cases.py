@@ -22,7 +22,8 @@ from secura_kernels import (
     weight_norm_linear,
 )
 
-# (T, N, K, m): ones, nothing, primes, more than one block of each dimension, rank above a block
+# (T, N, K, m): ones, nothing, primes, more than one block of each dimension, rank above a block;
+# rows that start aligned (N, K multiples of 16) and not, which the kernels cut in other tiles
 SHAPES = [
     (1, 1, 1, 1),
     (0, 5, 4, 2),
@@ -31,6 +32,7 @@ SHAPES = [
     (67, 71, 40, 33),
     (16, 64, 64, 64),
     (9, 70, 67, 65),
+    (70, 80, 48, 33),
 ]
 
 FLOORS = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}

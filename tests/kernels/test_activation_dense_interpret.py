@@ -94,12 +94,11 @@ class Largest(TorchDispatchMode):
 def test_backward_through_h_makes_no_tensor_of_all_tokens_and_outputs(needs, m, small_chunks):
     t, n = 200, 500
     case = draw((t, n, 3, m), torch.bfloat16)
-    z, scalar = case.x.new_ones(t, m), torch.ones(())
-    p = case.p.bfloat16()
+    z, p = case.x.new_ones(t, m), case.p.bfloat16()
     with Largest() as seen:
         h, dp, dbias = launcher.backward(
-            case.grad, case.grad, None, z, case.rows, p, None, None, None, scalar, scalar, scalar,
-            None, "calibrated", "gated", needs, thin=needs[0],
+            case.grad, case.grad, None, z, case.rows, p, None, None, None, None, None,
+            [1.0, 1.0, 1.0], "calibrated", "gated", needs, thin=needs[0],
         )  # fmt: skip
     assert [value is not None for value in (h, dp, dbias)] == needs
     assert 0 < seen.numel <= max(t, n) * 144

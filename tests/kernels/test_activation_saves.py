@@ -82,12 +82,12 @@ def test_operators_that_keep_eight_bits_pass_opcheck_and_compile_whole():
     )  # fmt: skip
     operators = torch.ops.secura
     torch.library.opcheck(operators.activation_norm.default, arguments)
-    out, z, kept, *scalars, factor = activation_forward(*arguments)
+    out, z, kept, scalars, factor = activation_forward(*arguments)
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
             operators.activation_norm_backward.default,
-            (out, None, kept, z, CASE.rows, CASE.p, CASE.p_base, None, CASE.z_scale, *scalars,
-             factor, "paper", "gated", needs, "reference"),
+            (out, None, kept, z, CASE.rows, CASE.p, CASE.p_base, None, CASE.z_scale, scalars,
+             factor, [], "paper", "gated", needs, "reference"),
         )  # fmt: skip
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     options = NormOptions("activation", "paper", "averaged")

@@ -1,42 +1,104 @@
-"""Every default configuration of every kernel, compiled for every chip it ships for."""
+"""Every launch of the table's layers, compiled for every chip it ships for."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
 
 from secura.cli import main
-from secura_kernels.kernel_table import COLUMNS, kernel_configs, kernel_reports, kernel_table
+from secura_kernels import NormOptions, lowrank_linear
+from secura_kernels.kernel_table import COLUMNS, kernel_reports, kernel_table
 
 pytest.importorskip("triton")
-from secura_kernels.kernels.aot import TARGETS, Report, compile_config, inspect_config
+from secura_kernels.kernels.aot import TARGETS, Report, Rule, inspect_launch, record
+from secura_kernels.kernels.launches import CASES, Case, launches, rule
+from secura_kernels.machine import Machine, assume, assumed, machine_of
 
-CASES = [(config, target) for config in kernel_configs() for target in config.targets]
-
-
-@pytest.mark.parametrize(
-    ("config", "target"), CASES, ids=[f"{config.name}-{target}" for config, target in CASES]
-)
-def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(config, target):
-    assert inspect_config(config, target).problems(config) == []
+SM_90 = TARGETS["sm_90"]
+ONE = "activation_fwd: activation bfloat16 t=1"
 
 
-def test_names_are_unique_a_target():
-    names = [(config.name, target) for config, target in CASES]
-    assert len(names) == len(set(names))
+inspect = functools.cache(inspect_launch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(case, target):
+    with record(TARGETS[target]) as found:
+        case.run()
+    assert found
+    problems = {
+        launch.key: inspect(launch, TARGETS[target]).problems(rule(launch, case.aligned))
+        for launch in found
+    }
+    assert not any(problems.values()), problems
+
+
+def test_names_are_unique():
+    names = [name for name, _, _ in launches(SM_90)]
+    assert len(names) > 100
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_kernel_is_in_the_table():
+    kernels = {launch.kernel.__name__ for _, launch, _ in launches(SM_90)}
+    assert kernels == {
+        "_gather_kernel", "_add_product_kernel", "_output_gradient_kernel", "_channel_kernel",
+        "activation_fwd_kernel", "activation_bwd_kernel", "weight_fwd_kernel",
+        "weight_bwd_kernel", "weight_stat_kernel", "weight_scalars_kernel",
+    }  # fmt: skip
+
+
+def test_other_numbers_of_tokens_start_the_same_code():
+    """A batch of another length must not wait for a compiler."""
+    for norm in ("none", "channel", "activation", "weight"):
+        keys = []
+        for t in (8192, 8191):
+            with record(SM_90) as found:
+                Case(NormOptions(norm), t=t, given=norm in ("none", "channel")).run()
+            keys.append({launch.key for launch in found} - {*adds_product(found)})
+        assert keys[0] == keys[1]
+
+
+def adds_product(found):
+    # W' transposed has W's columns where a token is, so that kernel looks at their alignment.
+    return [launch.key for launch in found if launch.kernel.__name__ == "_add_product_kernel"]
+
+
+def test_recording_leaves_nothing_behind():
+    x, weight = (torch.empty(4, 4, device="meta") for _ in "ab")
+    rows, p = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(4, 2, device="meta")
+    with record(SM_90) as found:
+        lowrank_linear(x, weight, None, rows, p, impl="triton")
+        assert assumed() == SM_90.machine
+    assert [launch.kernel.__name__ for launch in found] == ["_gather_kernel"]
+    assert assumed() is None
+    with pytest.raises(RuntimeError, match="the tensor is on meta"):
+        lowrank_linear(x, weight, None, rows, p, impl="triton")
+
+
+def test_an_assumed_machine_is_that_of_tensors_elsewhere():
+    machine = Machine(64 * 1024, 304, False)
+    with assume(machine):
+        assert machine_of(torch.empty(1)) is machine
+    assert machine_of(torch.empty(1)).processors == 132
 
 
 def test_problems_name_what_is_wrong():
-    config = CASES[0][0]
-    report = Report(config.name, "gfx942", 256, 4, 65537, 0, 0, 10**6, 0)
-    text = "; ".join(report.problems(config))
+    report = Report("gfx942", 256, 4, 65537, 0, 0, 10**6, 0)
+    text = "; ".join(report.problems(Rule(1, 0, 0, True)))
     for part in ("spills 4", "65537 bytes shared", "0 16-byte loads", "one or two bytes", "no mat"):
         assert part in text
+    cuda = report._replace(target="sm_90").problems(Rule(wide_stores=1))
+    assert cuda == ["spills 4 bytes", "0 16-byte stores"]
 
 
 def test_table_prints_a_row_a_report():
-    rows = list(kernel_table(kernel_reports(["sm_90"], match=CASES[0][0].name)))
+    rows = list(kernel_table(kernel_reports(["sm_90"], match=ONE)))
     assert rows[0] == "| " + " | ".join(COLUMNS) + " |"
-    assert CASES[0][0].name in rows[2] and "sm_90" in rows[2]
+    assert rows[2].startswith(f"| {ONE} | sm_90 |") and rows[2].endswith("| ok |")
 
 
 def test_table_refuses_what_it_cannot_do(monkeypatch):
@@ -46,21 +108,21 @@ def test_table_refuses_what_it_cannot_do(monkeypatch):
         "secura_kernels.kernel_table.triton_missing", lambda: "triton is not installed"
     )
     with pytest.raises(RuntimeError, match="triton is not installed"):
-        kernel_configs()
+        next(kernel_reports())
 
 
 def test_compiling_under_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="interpreted"):
-        compile_config(CASES[0][0], TARGETS["sm_90"])
+    with pytest.raises(RuntimeError, match="interpreted"), record(SM_90):
+        pass
 
 
 def test_doctor_kernels_prints_the_table_and_fails_on_a_problem(monkeypatch, capsys):
-    config = next(config for config, target in CASES if target == "sm_90")
-    monkeypatch.setattr("secura_kernels.kernel_table.kernel_configs", lambda: [config])
+    case = next(case for case in CASES if ONE.endswith(f": {case.name}"))
+    monkeypatch.setattr("secura_kernels.kernels.launches.CASES", (case,))
     assert main(["doctor", "--kernels", "sm_90"]) == 0
-    assert f"| {config.name} | sm_90 |" in capsys.readouterr().out
-    monkeypatch.setattr(Report, "problems", lambda report, config: ["spills 8 bytes"])
+    assert f"| {ONE} | sm_90 |" in capsys.readouterr().out
+    monkeypatch.setattr(Report, "problems", lambda report, rule: ["spills 8 bytes"])
     assert main(["doctor", "--kernels", "sm_90"]) == 1
     assert "spills 8 bytes" in capsys.readouterr().out
     assert main(["doctor", "--kernels", "sm_1"]) == 2

@@ -1,0 +1,80 @@
+"""What the kernels are cut for: shared memory, multiprocessors and the order of stores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Machine(NamedTuple):
+    """What the choice of a tile depends on.
+
+    Attributes:
+        shared_bytes: shared memory that one program may have.
+        processors: multiprocessors.
+        orders_stores: whether a program's barrier orders its stores to one address, as CUDA's does;
+            on ROCm the code does not wait for them.
+    """
+
+    shared_bytes: int
+    processors: int
+    orders_stores: bool = True
+
+
+H100 = Machine(227 * 1024, 132)
+LARGE_SHARED = 160 * 1024
+"""Bytes of shared memory that an A100 has and an RTX 4090 has not."""
+SMALL_SHARED = 64 * 1024
+"""Those of an MI300."""
+
+_assumed: ContextVar[Machine | None] = ContextVar("assumed", default=None)
+
+
+def machine_of(tensor: Tensor) -> Machine:
+    """The GPU that a kernel on ``tensor`` runs on.
+
+    For other devices the one that is assumed; an H100 by default, which the interpreter plays.
+    """
+    return _device(tensor.device.index) if tensor.is_cuda else assumed() or H100
+
+
+def assumed() -> Machine | None:
+    """The GPU whose tensors those of the ``meta`` device stand for, or None."""
+    return _assumed.get()
+
+
+@contextmanager
+def assume(machine: Machine) -> Iterator[None]:
+    """Within, ops launch their kernels on tensors of the ``meta`` device, cut for ``machine``.
+
+    Only of use to who records the launches: :mod:`secura_kernels.kernels.aot`.
+    """
+    token = _assumed.set(machine)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@functools.cache
+def _device(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED)
+    return Machine(shared, properties.multi_processor_count, torch.version.hip is None)
+
+
+__all__ = [
+    "H100",
+    "LARGE_SHARED",
+    "SMALL_SHARED",
+    "Machine",
+    "assume",
+    "assumed",
+    "machine_of",
+]
