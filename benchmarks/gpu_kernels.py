@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from secura_kernels import NormOptions, channel_product, normed_weight, row_norms
 from secura_kernels.activation import checked, gradients, normed
 from secura_kernels.additive import product_wide
+from secura_kernels.columns import project_backward
 from secura_kernels.gain import known_scalars
 from secura_kernels.weight import primitives
 
@@ -106,7 +107,7 @@ class Bench:
     @functools.cached_property
     def p(self) -> Tensor:
         """``[N, m]`` fp32."""
-        return self.data.product(self.data.a, self.data.b)
+        return self.data.product(self.data.a, self.data.b, self.impl)
 
     @functools.cached_property
     def q(self) -> Tensor:
@@ -206,21 +207,17 @@ def _additive(bench: Bench) -> Iterator[Kernel]:
 
 
 def _product(bench: Bench) -> Iterator[Kernel]:
-    """P = C A B and its gradients, in fp32."""
-    (_, n, _, m), s = bench.size, bench.s
-
-    def columns() -> Call:
-        w, cols = bench.data.weight, bench.data.cols
-        moved = bench.column_sectors + s * n * m
-        return Call(lambda: w.index_select(1, cols), moved, "32 S + s N m")
+    """P = C A B and its gradients, fp32 numbers."""
+    _, n, _, m = bench.size
 
     def forward() -> Call:
         a, b = bench.data.a, bench.data.b
         moved = bench.column_sectors + 4 * n * m + 8 * a.numel()
         flop = 2 * n * m * m + 2 * m * a.numel()
         return Call(
-            lambda: bench.data.product(a, b), moved, "32 S + 4 N m + 8 m r", flop, "fp32_tflop_s"
-        )
+            lambda: bench.data.product(a, b, bench.impl), moved, "32 S + 4 N m + 8 m r", flop,
+            "fp32_tflop_s",
+        )  # fmt: skip
 
     def both() -> Call:
         a, b = (leaf.clone().requires_grad_() for leaf in (bench.data.a, bench.data.b))
@@ -229,16 +226,18 @@ def _product(bench: Bench) -> Iterator[Kernel]:
         flop = 4 * n * m * m + 6 * m * a.numel()
 
         def run() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(bench.data.product(a, b), (a, b), dp)
+            return torch.autograd.grad(bench.data.product(a, b, bench.impl), (a, b), dp)
 
         return Call(run, moved, "64 S + 8 N m + 16 m r", flop, "fp32_tflop_s")
 
     def du() -> Call:
-        columns, dp = bench.data.weight.index_select(1, bench.data.cols).float(), bench.p
-        moved, flop = (s + 4) * n * m + 4 * m * m, 2 * n * m * m
-        return Call(lambda: columns.t() @ dp, moved, "(s + 4) N m + 4 m²", flop, "fp32_tflop_s")
+        w, cols, dp = bench.data.weight, bench.data.cols, bench.p
+        moved, flop = bench.column_sectors + 4 * n * m + 4 * m * m, 2 * n * m * m
+        return Call(
+            lambda: project_backward(dp, w, cols, bench.impl), moved, "32 S + 4 N m + 4 m²", flop,
+            "fp32_tflop_s",
+        )  # fmt: skip
 
-    yield Kernel("P: gather of C", columns)
     yield Kernel("P: forward", forward)
     yield Kernel("P: forward and backward", both)
     yield Kernel("P: ∂U = Cᵀ ∂P", du)

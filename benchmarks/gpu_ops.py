@@ -19,7 +19,7 @@ from secura_kernels import (
     channel_product,
     init_a,
     lowrank_linear,
-    projection,
+    project,
     row_norms,
     weight_norm_linear,
 )
@@ -42,7 +42,6 @@ TARGETS = {
     "weight": 1.60,
 }
 LAYERS = ("linear", *TARGETS)
-SCALING = 1.0
 
 
 class Size(NamedTuple):
@@ -74,9 +73,9 @@ class Tensors:
         self.b = normal(self.a.shape[1], m, scale=0.5)
         self.grad = normal(t, n).to(dtype)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``P = C (s A B) [N, m]``, as a layer makes it each step: C is gathered from W."""
-        return projection(self.weight.index_select(1, self.cols), SCALING * (a @ b))
+    def product(self, a: Tensor, b: Tensor, impl: str | None = None) -> Tensor:
+        """``P = C A B [N, m]``, as a layer of scaling 1 makes it each step."""
+        return project(self.weight, self.cols, a @ b, impl=impl)
 
 
 def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -90,7 +89,7 @@ def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor
     def forward() -> Tensor:
         if name == "linear":
             return linear(x, weight)
-        p = data.product(a, b)
+        p = data.product(a, b, impl)
         if name == "weight":
             return weight_norm_linear(x, weight, None, rows, p, NormOptions("weight"), impl=impl)
         if name.startswith("activation"):
@@ -151,7 +150,6 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
 __all__ = [
     "LAYERS",
     "PROJECTIONS",
-    "SCALING",
     "TARGETS",
     "Size",
     "Tensors",

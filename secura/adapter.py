@@ -17,6 +17,7 @@ from secura_kernels import (
     init_a,
     lowrank_add,
     lowrank_linear,
+    project,
     projection,
     row_norms,
     select,
@@ -161,21 +162,25 @@ class CABR(nn.Module):
     def projections(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(P, P_base)``, each ``[N, m]``: what the norm counts as Δ, and as base (M1) or None."""
         self._refresh(base)
-        columns = self.columns
-        if columns is None:
-            columns = bases.weight(base, values=False).index_select(1, self.cols)
         u = self.update()
         if not self.folded:
-            return projection(columns, u), None
+            return self._project(base, u), None
         if self.config.norm == "none" or self.config.norm_reference == "pretrained":
-            return projection(columns, u + self.core), None
-        return projection(columns, u), projection(columns, self.core)
+            return self._project(base, u + self.core), None
+        return self._project(base, u), self._project(base, self.core)
+
+    def _project(self, base: nn.Module, u: Tensor) -> Tensor:
+        """``P = C U [N, m]``, C from W where W is dense."""
+        if self.columns is not None:
+            return projection(self.columns, u)
+        return project(bases.weight(base, values=False), self.cols, u)
 
     def update(self) -> Tensor:
         """``s · A B [m, m]``, fp32 or wider, autocast or not."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         with without_autocast(self.A.device.type):
-            return self.scaling * (self.A.to(dtype) @ self.B.to(dtype))
+            product = self.A.to(dtype) @ self.B.to(dtype)
+            return product if self.scaling == 1 else self.scaling * product
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
@@ -208,8 +213,7 @@ class CABR(nn.Module):
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
         weight = bases.weight(base)
-        columns = weight.index_select(1, self.cols)
-        p = projection(columns, self.update() + self.core)
+        p = project(weight, self.cols, self.update() + self.core)
         return p @ weight.index_select(0, self.rows).to(p.dtype)
 
     @torch.no_grad()
@@ -286,7 +290,7 @@ class CABR(nn.Module):
         if config.norm == "channel":
             p_base = None
             if self.folded and config.norm_reference == "folded":
-                p_base = projection(weight.index_select(1, self.cols), self.core)
+                p_base = project(weight, self.cols, self.core)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:

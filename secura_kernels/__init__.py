@@ -5,6 +5,7 @@ from .activation import activation_norm
 from .activation_dense import activation_linear
 from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
+from .columns import project
 from .cur import important_channels, init_a, projection, select
 from .gain import NormOptions, Restrain, resolve_norm
 from .merge import effective_weight
@@ -22,6 +23,7 @@ __all__ = [
     "lowrank_add",
     "lowrank_linear",
     "normed_weight",
+    "project",
     "projection",
     "resolve_norm",
     "row_norms",

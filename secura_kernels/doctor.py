@@ -21,6 +21,7 @@ from .activation import activation_norm
 from .activation_dense import activation_linear
 from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
+from .columns import project
 from .cur import init_a, projection, select
 from .gain import NormOptions
 from .merge import effective_weight
@@ -57,12 +58,13 @@ class Check(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """``x [T, K]``, ``W [N, K]``, b and δb ``[N]``, ``rows [m]``, P and P_base ``[N, m]``, g."""
+    """``x [T, K]``, ``W [N, K]``, b, δb ``[N]``, rows, cols ``[m]``, P, P_base ``[N, m]``, g."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     rows: Tensor
+    cols: Tensor
     p: Tensor
     p_base: Tensor
     delta_bias: Tensor
@@ -131,7 +133,17 @@ def _random_layer(device: torch.device, dtype: torch.dtype) -> _Layer:
     x, bias, delta_bias, grad = draw(T, K), draw(N), draw(N), draw(T, N)
     floats = (value.to(device, dtype) for value in (x, weight, bias, p, p_base, delta_bias, grad))
     x, weight, bias, p, p_base, delta_bias, grad = floats
-    return _Layer(x, weight, bias, rows.to(device), p, p_base, delta_bias, grad)
+    rows, cols = rows.to(device), cols.to(device)
+    return _Layer(x, weight, bias, rows, cols, p, p_base, delta_bias, grad)
+
+
+def _projected(layer: _Layer, options: NormOptions) -> Tensor:
+    p = project(layer.weight, layer.cols, layer.p[:M])
+    return linear(layer.x[:, :M], p.to(layer.x.dtype), layer.delta_bias)
+
+
+def _projected_oracle(layer: _Layer, options: NormOptions) -> Tensor:
+    return linear(layer.x[:, :M], layer.weight[:, layer.cols] @ layer.p[:M], layer.delta_bias)
 
 
 def _linear(layer: _Layer, options: NormOptions) -> Tensor:
@@ -209,6 +221,7 @@ def _oracle(layer: _Layer, options: NormOptions) -> Tensor:
 Run = Callable[[_Layer, NormOptions], Tensor]
 
 OPS: tuple[tuple[str, str, Run], ...] = (
+    ("project", "none", _projected),
     ("lowrank_linear", "none", _linear),
     ("lowrank_add", "none", _add),
     ("channel_product + lowrank_linear", "channel", _linear),
@@ -226,9 +239,10 @@ def _error(run: Run, layer: _Layer, options: NormOptions) -> float:
     """The largest relative error over the output and the gradients of x, P and δb."""
     wide = _Layer(*(t.double() if t.is_floating_point() else t for t in layer))
     backward = run is not _merged
+    oracle = _projected_oracle if run is _projected else _oracle
     got, exact = (
         _output_and_gradients(function, which, options, backward)
-        for function, which in ((run, layer), (_oracle, wide))
+        for function, which in ((run, layer), (oracle, wide))
     )
     return max(
         float((value.double() - true).norm() / true.norm())

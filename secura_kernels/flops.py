@@ -100,7 +100,17 @@ def _gain_gradients(g, y0, p, p_base, needs) -> int:
     return (again + needs[0] * _sides(p_base) + needs[1]) * _product(*g, p[1])
 
 
+def _project(weight, cols, u, *_: Any, **__: Any) -> int:
+    return _product(weight[0], *u)
+
+
+def _project_backward(dp, weight, cols, *_: Any, **__: Any) -> int:
+    return _product(*dp, cols[0])
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
+    "project": _project,
+    "project_backward": _project_backward,
     "lowrank_linear": _lowrank_linear,
     "lowrank_linear_backward": _lowrank_linear_backward,
     "lowrank_add": _lowrank_add,

@@ -1,4 +1,4 @@
-"""What the kernels are cut for: shared memory, multiprocessors and the order of stores."""
+"""What the kernels are cut for: a GPU's shared memory, its multiprocessors, its maker."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ class Machine(NamedTuple):
     Attributes:
         shared_bytes: shared memory that one program may have.
         processors: multiprocessors.
-        orders_stores: whether a program's barrier orders its stores to one address, as CUDA's does;
-            on ROCm the code does not wait for them.
+        rocm: whether AMD made it.
     """
 
     shared_bytes: int
     processors: int
-    orders_stores: bool = True
+    rocm: bool = False
 
 
 H100 = Machine(227 * 1024, 132)
@@ -66,7 +65,7 @@ def assume(machine: Machine) -> Iterator[None]:
 def _device(index: int) -> Machine:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED)
-    return Machine(shared, properties.multi_processor_count, torch.version.hip is None)
+    return Machine(shared, properties.multi_processor_count, torch.version.hip is not None)
 
 
 __all__ = [

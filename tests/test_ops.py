@@ -18,6 +18,7 @@ from secura_kernels import (
     lowrank_add,
     lowrank_linear,
     normed_weight,
+    project,
     reference,
     row_norms,
     weight_norm_linear,
@@ -252,6 +253,30 @@ def test_every_argument_of_another_shape_is_refused(layer, name):
 def test_integers_are_refused(layer, name):
     with pytest.raises(TypeError, match="floating"):
         call(name, layer, x=layer.x.long(), y0=linear(layer.x, layer.weight).long())
+
+
+def test_p_is_c_u_and_keeps_nothing_of_its_size(layer):
+    u = layer.p[: len(layer.cols)].clone().requires_grad_()
+    p = project(layer.weight, layer.cols, u)
+    torch.testing.assert_close(p, layer.weight[:, layer.cols] @ u)
+    kept = p.grad_fn.saved_tensors
+    assert [tensor.data_ptr() for tensor in kept] == [
+        layer.weight.data_ptr(), layer.cols.data_ptr()
+    ]  # fmt: skip
+    assert torch.autograd.gradcheck(
+        lambda u: project(layer.weight.double(), layer.cols, u),
+        u.detach().double().requires_grad_(),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert project(layer.weight.float(), layer.cols, u.float()).dtype == torch.float32
+
+
+def test_a_projection_that_does_not_fit_is_refused(layer):
+    u = layer.p[: len(layer.cols)]
+    with pytest.raises(ValueError, match=r"must be \[N, K\], \[m\] and \[m, m\]"):
+        project(layer.weight, layer.cols[1:], u)
+    with pytest.raises(TypeError, match="floating"):
+        project(layer.weight.long(), layer.cols, u)
 
 
 @pytest.mark.parametrize("name", ["activation_norm", "activation_linear", "weight_norm_linear"])

@@ -20,9 +20,10 @@ bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N:
 | averaged                 | 4        | 3         | ∂P reads its slice of ∂y0 from L2   |
 | with 8bit, 16-bit dtypes | −½       | −½        | kept instead of y0                  |
 
-h adds 8 m T bytes a launch after the first (m / N of 4 units, mostly from L2), and P_base and P are
-read from L2 once a block of tokens. The columns ``rows`` of ∂y0 are written by the last launch,
-averaged (and on ROCm) after it. Every sum runs in a fixed order: equal inputs give equal bits.
+h adds 8 m T bytes a launch (m / N of 4 units, mostly from L2), and P_base and P are read from L2
+once a block of tokens. The columns ``rows`` of ∂y0 are added in a launch of their own: at the end
+of a program their addresses alone would fill its registers, and a barrier would have to order its
+stores. Every sum runs in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ..gain import sigmoid_weight
 from ..machine import machine_of
 from .activation import Operands, backward_tile
 from .activation_jit import activation_bwd_kernel
+from .additive import add_columns
 from .common import aligned, dot_precision, padded, unit_stride
 
 WORKSPACE_MIB = 16
@@ -81,7 +83,7 @@ def backward(
 
     With ``thin`` (gated and without f, so that dbase is g) h ``[T, m]`` stands in ∂y0's place.
     """
-    g, rows = unit_stride(g), rows.contiguous()
+    g = unit_stride(g)
     y0 = None if y0 is None else unit_stride(y0)
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
     (t, n), averaged, machine = g.shape, combine == "averaged", machine_of(g)
@@ -100,9 +102,7 @@ def backward(
     dbase = g.new_empty(t, n) if needs[0] and not thin else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
-    fills_columns = in_registers and not (thin or averaged) and machine.orders_stores
-    keeps_h = needs[0] and not (fills_columns and columns == n)
-    h = g.new_empty(t, ops.m, dtype=torch.float32) if keeps_h else None
+    h = g.new_empty(t, ops.m, dtype=torch.float32) if needs[0] else None
     dp = g.new_empty(p.shape, dtype=torch.float32) if needs[1] else None
     dbias = g.new_zeros(n, dtype=torch.float32) if needs[2] else None
     by_token = *ops.padded[:2], None if z_scale is None else padded(z_scale)
@@ -120,13 +120,11 @@ def backward(
             *(_part(tensor, tokens, columns) for tensor in (g, y0, kept)),
             *(_part(tensor, tokens) for tensor in by_token),
             *(_part(tensor, columns) for tensor in by_column),
-            rows, scalars, ddelta, dbase_part, _part(h, tokens), sums,
-            width_t, width_n, ops.m, ops.m_rows, columns.start,
-            triton.cdiv(blocks_n, split) * tile.block_n,
+            scalars, ddelta, dbase_part, _part(h, tokens), sums,
+            width_t, width_n, ops.m, columns.start, triton.cdiv(blocks_n, split) * tile.block_n,
             g.stride(0), 0 if y0 is None else y0.stride(0), n, *(known or (0.0, 0.0, 0.0)),
             AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form),
             PRECISION=dot_precision(g.dtype), HAS_H=in_registers,
-            COLUMNS=fills_columns and columns.stop == n,
             BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=ops.block_m, CHUNKS=ops.chunks,
             STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -150,11 +148,12 @@ def backward(
             h[at, : ops.m_rows] = own
     if dp is not None and halves:
         dp *= share
-    if h is None or fills_columns:
-        return dbase, dp, dbias
-    own_columns = h[:, : ops.m_rows].to(g.dtype)
-    change = own_columns if dbase is None else dbase.index_add_(1, rows, own_columns)
-    return change, dp, dbias
+    if h is None:
+        return None, dp, dbias
+    if dbase is None:
+        return h[:, : ops.m_rows].to(g.dtype), dp, dbias
+    add_columns(dbase if averaged else g, None if averaged else factor, h, rows, dbase)
+    return dbase, dp, dbias
 
 
 def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:

@@ -140,11 +140,11 @@ def activation_fwd_kernel(
 @triton.jit(do_not_specialize=["t"])
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
-    factor_ptr, rows_ptr, scalars_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
-    t, n, m, m_rows, first, width, stride_g, stride_y0, stride_out, eps, slope, offset,
+    factor_ptr, scalars_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
+    t, n, m, first, width, stride_g, stride_y0, stride_out, eps, slope, offset,
     AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dΔ and dbase of ``n`` columns from ``first`` on, each where its pointer is given, and h.
 
@@ -152,9 +152,7 @@ def activation_bwd_kernel(
     of the columns. dΔ is contiguous, ``stride_out`` is that of ``kept`` and dbase.
 
     ``HAS_H``: the program has all ``n`` columns and adds its tokens' share of h [BLOCK_T, m] to
-    what launches for earlier columns left at ``h_ptr`` (None where there are none). ``COLUMNS``:
-    this launch is the last, and the sum goes into the columns ``rows`` of dbase, which must then
-    be g itself: gated.
+    what launches for earlier columns left at ``h_ptr``.
     """
     pid = tl.program_id(0)
     offs_t = span(pid, BLOCK_T)
@@ -208,25 +206,12 @@ def activation_bwd_kernel(
                     h = dot(dbase, p_base, h, PRECISION)
     if HAS_H:
         place_h = offs_t[:, None] * m + offs_m[None, :]
-        mask = mask_t & (offs_m[None, :] < m_rows)
+        mask = mask_t & (offs_m[None, :] < m)
         if z_scale_ptr is not None:
             z_scale = tl.load(z_scale_ptr + place_h, mask=mask, other=0.0)
             h = h * z_scale.to(tl.float32) + h_base
-        if h_ptr is not None:
-            h += tl.load(h_ptr + place_h, mask=mask & (first > 0), other=0.0)
-        if COLUMNS:
-            # Other threads of this program may have stored these columns above: theirs come first.
-            tl.debug_barrier()
-            rows = tl.load(rows_ptr + offs_m, mask=offs_m < m_rows, other=0)
-            offs_n = rows - first
-            g = tl.load(g_ptr + offs_t[:, None] * stride_g + offs_n[None, :], mask=mask, other=0.0)
-            g = g.to(tl.float32)
-            if factor_ptr is not None:
-                g *= tl.load(factor_ptr + offs_n)[None, :]
-            place = offs_t[:, None] * stride_out + offs_n[None, :]
-            tl.store(dbase_ptr + place, cast(g + h, dtype), mask=mask)
-        else:
-            tl.store(h_ptr + place_h, h, mask=mask)
+        h += tl.load(h_ptr + place_h, mask=mask & (first > 0), other=0.0)
+        tl.store(h_ptr + place_h, h, mask=mask)
 
 
 __all__ = ["activation_bwd_kernel", "activation_fwd_kernel"]

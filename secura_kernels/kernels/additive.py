@@ -2,7 +2,8 @@
 
     z    = (y[:, rows] − b[rows]) · z_scale                          _gather_kernel
     out  = share · (y − b) + b + δb + z Qᵀ   (or without the − b)    _add_product_kernel
-    dy   = share · g,  dy[:, rows] += (g Q) · z_scale                _output_gradient_kernel
+    dy   = share · g,  h = (g Q) · z_scale                           _output_gradient_kernel
+    dy[:, rows] += h                                                 _add_columns_kernel
 
 | tensor       | shape  | dtype          | | in the kernel                               |
 |--------------|--------|----------------|-|---------------------------------------------|
@@ -48,16 +49,16 @@ def _add_blocks(dtype: torch.dtype, is_aligned: bool) -> Blocks:
 
 def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
     m = block_of(m, 16, 512)
+    if dtype == torch.float32:
+        return Blocks(32, 32, m, 8, 1)
     if not is_aligned:
         return Blocks(16, 32, m, 8, 2)
-    if dtype == torch.float32:
-        return Blocks(16, 32, m, 4 if m <= 256 else 8, 1)
     if m <= 128:
         return Blocks(64, 64, m, 4 if m <= 64 else 8, 4)
     return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
 
 
-_GATHER = Blocks(32, 0, 64, 4, 1)
+_GATHER = Blocks(16, 0, 64, 4, 1)  # and its reverse, adding columns
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -126,14 +127,14 @@ def _add_product_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
-    g_ptr, q_ptr, rows_ptr, share_ptr, scale_ptr, dy_ptr,
-    T, N, M, M_PADDED, stride_gt, stride_dt,
+    g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
+    T, N, M, stride_gt, stride_dt,
     HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     offs_t = span(tl.program_id(0), BLOCK_T)
     offs_m = tl.arange(0, BLOCK_M)
-    mask_t, mask_m, mask_q = offs_t < T, offs_m < M, offs_m < M_PADDED
+    mask_t, mask_m = offs_t < T, offs_m < M
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -141,27 +142,40 @@ def _output_gradient_kernel(
         mask = mask_t[:, None] & mask_n[None, :]
         g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
         g = tl.load(g_block, mask=mask, other=0.0)
-        q_block = q_ptr + offs_n[:, None] * M_PADDED + offs_m[None, :]
-        q = tl.load(q_block, mask=mask_n[:, None] & mask_q[None, :], other=0.0)
+        q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         h = dot(g, q, h, PRECISION)
         dy = g
         if HAS_SHARE:
             share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
-    # The columns `rows` are written twice, by different threads of this program.
-    tl.debug_barrier()
+    place_h = offs_t[:, None] * M + offs_m[None, :]
     mask = mask_t[:, None] & mask_m[None, :]
-    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     if HAS_SCALE:
-        scale = scale_ptr + offs_t[:, None] * M_PADDED + offs_m[None, :]
-        h *= tl.load(scale, mask=mask_t[:, None] & mask_q[None, :], other=0.0).to(tl.float32)
-    g_columns = g_ptr + offs_t[:, None] * stride_gt + rows[None, :]
-    g = tl.load(g_columns, mask=mask, other=0.0).to(tl.float32)
+        h *= tl.load(scale_ptr + place_h, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h_ptr + place_h, h, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _add_columns_kernel(
+    base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
+    T, M, stride_bt, stride_ht, stride_dt,
+    HAS_SHARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
+    mask_m = offs_m < M
+    mask = (offs_t < T)[:, None] & mask_m[None, :]
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    base = base_ptr + offs_t[:, None] * stride_bt + rows[None, :]
+    base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
-        g *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
-    dy_columns = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
-    tl.store(dy_columns, cast(g + h, dy_ptr.dtype.element_ty), mask=mask)
+        base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    h = tl.load(h_ptr + offs_t[:, None] * stride_ht + offs_m[None, :], mask=mask, other=0.0)
+    dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
+    tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -247,23 +261,46 @@ def output_gradient(
     """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
     (t, n), m = g.shape, q.shape[1]
     dy = torch.empty_like(g, memory_format=torch.contiguous_format)
-    g, q = unit_stride(g), padded(q)
+    g, q_padded = unit_stride(g), padded(q)
     z_scale = None if z_scale is None else padded(z_scale)
     blocks = _gradient_blocks(g.dtype, m, aligned(n))
-    if dy.numel():
-        _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
-            g, q, rows.contiguous(), _vector(share), z_scale, dy,
-            t, n, m, q.shape[1], g.stride(0), n,
-            HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
-            PRECISION=dot_precision(g.dtype),
-            BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
-            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-        )  # fmt: skip
+    if dy.numel() == 0:
+        return dy
+    h = g.new_empty(t, q_padded.shape[1], dtype=torch.float32)
+    _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
+        g, q_padded, _vector(share), z_scale, dy, h,
+        t, n, q_padded.shape[1], g.stride(0), n,
+        HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
+        PRECISION=dot_precision(g.dtype),
+        BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    if m:
+        add_columns(g, share, h, rows, dy)
     return dy
+
+
+def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy: Tensor) -> None:
+    """``dy[:, rows] = share[rows] · base[:, rows] + h``, rounded once; base may be dy.
+
+    Args:
+        base, dy: ``[T, N]``, their rows without gaps.
+        share: ``[N]`` or None for 1.
+        h: ``[T, m]`` or wider, fp32.
+        rows: ``[m]``, distinct.
+    """
+    t, m = base.shape[0], rows.numel()
+    block_m = block_of(m, 16, _GATHER.m)
+    _add_columns_kernel[(triton.cdiv(t, _GATHER.t) * triton.cdiv(m, block_m),)](
+        base, _vector(share), h, rows.contiguous(), dy,
+        t, m, base.stride(0), h.stride(0), dy.stride(0),
+        HAS_SHARE=share is not None, BLOCK_T=_GATHER.t, BLOCK_M=block_m,
+        num_warps=_GATHER.num_warps, num_stages=_GATHER.num_stages,
+    )  # fmt: skip
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-__all__ = ["add_product", "gather", "output_gradient", "rebuilt_weight"]
+__all__ = ["add_columns", "add_product", "gather", "output_gradient", "rebuilt_weight"]

@@ -44,7 +44,7 @@ TARGETS = {
         Target("sm_90", GPUTarget("cuda", 90, 32), Machine(227 * 1024, 132)),
         Target("sm_100", GPUTarget("cuda", 100, 32), Machine(227 * 1024, 148)),
         Target("sm_120", GPUTarget("cuda", 120, 32), Machine(99 * 1024, 170)),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), Machine(64 * 1024, 304, False)),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), Machine(64 * 1024, 304, rocm=True)),
     )
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .common import block_of, cast, dot, inverse_gain, span
 
-BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 8
+BLOCK_N, BLOCK_M, NUM_WARPS = 32, 64, 8
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from ..activation import activation_norm
 from ..activation_dense import activation_linear
 from ..additive import lowrank_add, lowrank_linear
 from ..channel import channel_product
+from ..columns import project
 from ..gain import NormOptions, Restrain
 from ..merge import effective_weight
 from ..weight import weight_norm_linear
@@ -82,12 +83,14 @@ class Case:
         return " ".join([*options, dtype, *sizes, *flags])
 
     def run(self) -> None:
-        """The layer forward and backward, or its merge."""
+        """P and its gradient; the layer forward and backward, or its merge."""
         weight = self._empty(self.n, self.k)
         if self.transposed:
             weight = self._empty(self.k, self.n).t()
         rows = torch.empty(self.m, dtype=torch.int64, device=_META)
         p, p_base = (self._empty(self.n, self.m, dtype=torch.float32) for _ in "ab")
+        u = self._empty(self.m, self.m, dtype=torch.float32).requires_grad_()
+        project(weight, rows, u, impl="triton").sum().backward()
         important = torch.empty(self.n, dtype=torch.bool, device=_META)
         restrain = Restrain(important) if self.full and self.options.norm != "none" else None
         if self.merge is not None:
@@ -204,14 +207,14 @@ def rule(launch: Launch, aligned: bool) -> Rule:
     if kernel == "activation_fwd_kernel":
         return Rule(1, constant("PASS") == "out", 0, mma)
     if kernel == "activation_bwd_kernel":
-        # The m scattered columns of ∂y0: each is read and written.
-        columns = constant("BLOCK_T") * constant("BLOCK_M") // (16 * launch.options["num_warps"])
         multiplies = constant("HAS_H") or constant("y0_ptr", 0) is not None
-        return Rule(1, 1, columns if constant("COLUMNS") else 0, mma and multiplies)
+        return Rule(1, 1, 0, mma and multiplies)
     if kernel == "_channel_kernel":
         return Rule(constant("MEASURE"), constant("APPLY"))
+    if kernel.startswith("_project"):
+        return Rule(1, 1, None, constant("PRECISION") != "ieee")
     if kernel == "_output_gradient_kernel":
-        return Rule(1, constant("BLOCK_M") <= 256, None, mma)
+        return Rule(1, 1, None, mma)
     if kernel == "_add_product_kernel":
         return Rule(1, 1, None, mma)
     if kernel.startswith("weight_") and kernel != "weight_scalars_kernel":

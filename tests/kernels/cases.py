@@ -17,6 +17,7 @@ from secura_kernels import (
     important_channels,
     lowrank_add,
     lowrank_linear,
+    project,
     reference,
     row_norms,
     weight_norm_linear,
@@ -172,3 +173,25 @@ def check(shape, options: NormOptions, dtype=torch.float32, device="cpu", **flag
     exact = run(case.to(torch.float64), options, "oracle", **flags)
     assert_no_worse(ours, plain, exact, dtype)
     assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in plain]
+
+
+def check_project(n, k, m, dtype, device="cpu", *, seed=0, transposed=False) -> None:
+    """``project`` of a ``[n, k]`` weight and its gradient, by Triton, against fp64."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    weight = (draw(k, n).t() if transposed else draw(n, k)).to(dtype)
+    cols = torch.randperm(k, generator=generator, device=device)[:m]
+    u, dp = draw(m, m) * m**-0.5, draw(n, m) * n**-0.5
+
+    def run(impl):
+        leaf = u.clone().requires_grad_()
+        p = project(weight, cols, leaf, impl=impl)
+        return p.detach(), *torch.autograd.grad(p, leaf, dp)
+
+    columns = weight.double()[:, cols]
+    ours, exact = run("triton"), (columns @ u.double(), columns.T @ dp.double())
+    assert_no_worse(ours, run("reference"), exact, torch.float32)
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 2

@@ -45,7 +45,8 @@ def test_names_are_unique():
 def test_every_kernel_is_in_the_table():
     kernels = {launch.kernel.__name__ for _, launch, _ in launches(SM_90)}
     assert kernels == {
-        "_gather_kernel", "_add_product_kernel", "_output_gradient_kernel", "_channel_kernel",
+        "_gather_kernel", "_add_product_kernel", "_output_gradient_kernel", "_add_columns_kernel",
+        "_channel_kernel", "_project_fwd_kernel", "_project_bwd_kernel",
         "activation_fwd_kernel", "activation_bwd_kernel", "weight_fwd_kernel",
         "weight_bwd_kernel", "weight_stat_kernel", "weight_scalars_kernel",
     }  # fmt: skip
@@ -80,7 +81,7 @@ def test_recording_leaves_nothing_behind():
 
 
 def test_an_assumed_machine_is_that_of_tensors_elsewhere():
-    machine = Machine(64 * 1024, 304, False)
+    machine = Machine(64 * 1024, 304, rocm=True)
     with assume(machine):
         assert machine_of(torch.empty(1)) is machine
     assert machine_of(torch.empty(1)).processors == 132

@@ -25,7 +25,7 @@ from secura_kernels import (
 )
 from secura_kernels.dispatch import resolve
 
-from .cases import SHAPES, check, draw, forward, loss_of, run
+from .cases import SHAPES, check, check_project, draw, forward, loss_of, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +80,13 @@ def test_auto_takes_the_kernels():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_oracle(options, shape, dtype):
     check(shape, options, dtype, "cuda")
+
+
+@pytest.mark.parametrize("shape", [(131, 67, 33), (4096, 512, 128), (1100, 600, 512)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_projection(shape, dtype, transposed):
+    check_project(*shape, dtype, "cuda", transposed=transposed)
 
 
 @every_option

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import NormOptions, activation_dense, additive, dispatch, lowrank_linear
+from secura_kernels import (
+    NormOptions,
+    activation_dense,
+    additive,
+    dispatch,
+    lowrank_linear,
+    project,
+)
 from secura_kernels.dispatch import interpreting
 from secura_kernels.merge import effective_weight
 
@@ -77,6 +84,8 @@ def all_calls():
                     case.weight, case.rows, case.p, NormOptions(norm),
                     stochastic_rounding=stochastic, impl="reference",
                 )  # fmt: skip
+        u = case.p[:4].clone().requires_grad_()
+        project(case.weight, case.rows % 6, u).sum().backward()
     return calls + recorder.calls
 
 
