@@ -84,10 +84,9 @@ def forward_tile(
 
 
 def backward_tile(
-    machine: Machine, dtype: torch.dtype, t: int, m: int, has_base: bool, keeps: bool,
-    is_aligned: bool,
-) -> Tile:  # fmt: skip
-    """A program owns its tokens for all of N: shorter tiles where there are few tokens."""
+    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, keeps: bool, is_aligned: bool
+) -> Tile:
+    """A program has h of its tokens in registers."""
     large = machine.shared_bytes >= LARGE_SHARED
     if dtype == torch.float32:
         return Tile(32, 32 if large else 16, 4, 2)
@@ -95,7 +94,7 @@ def backward_tile(
         return Tile(32, 32, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
     if m > LARGEST_M_IN_REGISTERS:
         return Tile(64, 64, 8, 3 if large else 2)
-    if 2 * triton.cdiv(t, 64) < machine.processors or (has_base and not large and not keeps):
+    if has_base and not large and not keeps:
         return Tile(32, 32, 4, 2)
     if has_base:
         return Tile(64, 32, 8, 2)

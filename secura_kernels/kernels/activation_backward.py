@@ -6,9 +6,10 @@
 dΔ is needed by ∂P alone (averaged, it is half of dbase), and ∂P sums over tokens: so a launch
 writes a slice of dΔ's columns into a workspace of ``WORKSPACE_MIB``, cuBLAS makes the slice's rows
 of ∂P of it while it is in L2, and the next slice takes its place. A program has BLOCK_T tokens and
-all columns of its launch, with its h in registers; from one launch to the next h is kept in fp32.
-Above 16384 tokens these are cut as well, below that a launch needs them to fill a GPU. Where h does
-not fit in registers (m > 128, fp32) tokens alone are cut, and cuBLAS makes h of the workspace.
+its part of the launch's columns, with its h in registers; from one launch to the next the parts' h
+are kept in fp32. Above 16384 tokens these are cut as well, below that a launch needs them to fill a
+GPU. Where h does not fit in registers (m > 128, fp32) tokens alone are cut, and cuBLAS makes h of
+the workspace.
 
 Bytes from memory, in units of one [T, N] tensor of the compute dtype (64 MiB at T=8192, N=4096,
 bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N:
@@ -20,10 +21,10 @@ bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N:
 | averaged                 | 4        | 3         | ∂P reads its slice of ∂y0 from L2   |
 | with 8bit, 16-bit dtypes | −½       | −½        | kept instead of y0                  |
 
-h adds 8 m T bytes a launch (m / N of 4 units, mostly from L2), and P_base and P are read from L2
-once a block of tokens. The columns ``rows`` of ∂y0 are added in a launch of their own: at the end
-of a program their addresses alone would fill its registers, and a barrier would have to order its
-stores. Every sum runs in a fixed order: equal inputs give equal bits.
+h adds 8 m T bytes a launch and part (m / N of 4 units, mostly from L2), and P_base and P are read
+from L2 once a block of tokens. The columns ``rows`` of ∂y0 are added in a launch of their own: at
+the end of a program their addresses alone would fill its registers, and a barrier would have to
+order its stores. Every sum runs in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ..machine import machine_of
 from .activation import Operands, backward_tile
 from .activation_jit import activation_bwd_kernel
 from .additive import add_columns
-from .common import aligned, dot_precision, padded, unit_stride
+from .common import aligned, dot_precision, padded, splits, unit_stride
 
 WORKSPACE_MIB = 16
 _ENOUGH_TOKENS = 16384
@@ -95,14 +96,17 @@ def backward(
         chunks = list(_chunks(t, n, g.element_size(), multiplies))
     tokens, columns = (part.stop for part in chunks[0])
     tile = backward_tile(
-        machine, g.dtype, tokens, ops.m_rows, p_base is not None, y0 is None,
+        machine, g.dtype, ops.m_rows, p_base is not None, y0 is None,
         aligned(n, g.stride(0), n if y0 is None else y0.stride(0)),
     )  # fmt: skip
 
     dbase = g.new_empty(t, n) if needs[0] and not thin else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
-    h = g.new_empty(t, ops.m, dtype=torch.float32) if needs[0] else None
+    programs, blocks_n = triton.cdiv(tokens, tile.block_t), triton.cdiv(columns, tile.block_n)
+    split = splits(programs, blocks_n, machine.processors)
+    parts = split if in_registers else 1
+    h = g.new_empty(parts, t, ops.m, dtype=torch.float32) if needs[0] else None
     dp = g.new_empty(p.shape, dtype=torch.float32) if needs[1] else None
     dbias = g.new_zeros(n, dtype=torch.float32) if needs[2] else None
     by_token = *ops.padded[:2], None if z_scale is None else padded(z_scale)
@@ -112,7 +116,6 @@ def backward(
         """The chunk's dΔ, or dbase where that is its double."""
         width_t, width_n = tokens.stop - tokens.start, columns.stop - columns.start
         programs, blocks_n = triton.cdiv(width_t, tile.block_t), triton.cdiv(width_n, tile.block_n)
-        split = 1 if in_registers else min(blocks_n, triton.cdiv(4 * machine.processors, programs))
         ddelta = None if workspace is None else workspace[: width_t * width_n].view(width_t, -1)
         dbase_part = _part(dbase, tokens, columns)
         sums = g.new_empty(programs, width_n, dtype=torch.float32) if needs[2] else None
@@ -120,9 +123,10 @@ def backward(
             *(_part(tensor, tokens, columns) for tensor in (g, y0, kept)),
             *(_part(tensor, tokens) for tensor in by_token),
             *(_part(tensor, columns) for tensor in by_column),
-            scalars, ddelta, dbase_part, _part(h, tokens), sums,
+            scalars, ddelta, dbase_part, _part(h, slice(None), tokens), sums,
             width_t, width_n, ops.m, columns.start, triton.cdiv(blocks_n, split) * tile.block_n,
-            g.stride(0), 0 if y0 is None else y0.stride(0), n, *(known or (0.0, 0.0, 0.0)),
+            g.stride(0), 0 if y0 is None else y0.stride(0), n, t * ops.m,
+            *(known or (0.0, 0.0, 0.0)),
             AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form),
             PRECISION=dot_precision(g.dtype), HAS_H=in_registers,
             BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_M=ops.block_m, CHUNKS=ops.chunks,
@@ -145,13 +149,13 @@ def backward(
                 own *= z_scale[at]
             if p_base is not None:
                 own += product_wide((g if dbase is None else dbase)[at], p_base)
-            h[at, : ops.m_rows] = own
+            h[0, at, : ops.m_rows] = own
     if dp is not None and halves:
         dp *= share
     if h is None:
         return None, dp, dbias
     if dbase is None:
-        return h[:, : ops.m_rows].to(g.dtype), dp, dbias
+        return h.sum(0)[:, : ops.m_rows].to(g.dtype), dp, dbias
     add_columns(dbase if averaged else g, None if averaged else factor, h, rows, dbase)
     return dbase, dp, dbias
 

@@ -141,7 +141,7 @@ def activation_fwd_kernel(
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
     factor_ptr, scalars_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
-    t, n, m, first, width, stride_g, stride_y0, stride_out, eps, slope, offset,
+    t, n, m, first, width, stride_g, stride_y0, stride_out, stride_hs, eps, slope, offset,
     AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr, STAGES: tl.constexpr,
@@ -149,10 +149,11 @@ def activation_bwd_kernel(
     """dΔ and dbase of ``n`` columns from ``first`` on, each where its pointer is given, and h.
 
     Every pointer is that of its first token and column in this launch; a program takes ``width``
-    of the columns. dΔ is contiguous, ``stride_out`` is that of ``kept`` and dbase.
+    of the columns, the part of its second index. dΔ is contiguous, ``stride_out`` is that of
+    ``kept`` and dbase.
 
-    ``HAS_H``: the program has all ``n`` columns and adds its tokens' share of h [BLOCK_T, m] to
-    what launches for earlier columns left at ``h_ptr``.
+    ``HAS_H``: the program adds its tokens' share of h [BLOCK_T, m] to what launches for earlier
+    columns left for its part at ``h_ptr [parts, t, m]``.
     """
     pid = tl.program_id(0)
     offs_t = span(pid, BLOCK_T)
@@ -210,6 +211,7 @@ def activation_bwd_kernel(
         if z_scale_ptr is not None:
             z_scale = tl.load(z_scale_ptr + place_h, mask=mask, other=0.0)
             h = h * z_scale.to(tl.float32) + h_base
+        place_h += tl.program_id(1).to(tl.int64) * stride_hs
         h += tl.load(h_ptr + place_h, mask=mask & (first > 0), other=0.0)
         tl.store(h_ptr + place_h, h, mask=mask)
 

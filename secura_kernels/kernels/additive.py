@@ -26,7 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import aligned, block_of, cast, dot, dot_precision, padded, span, unit_stride
+from ..machine import machine_of
+from .common import (
+    aligned,
+    block_of,
+    cast,
+    dot,
+    dot_precision,
+    padded,
+    span,
+    splits,
+    unit_stride,
+)
 
 
 class Blocks(NamedTuple):
@@ -128,16 +139,18 @@ def _add_product_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
     g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
-    T, N, M, stride_gt, stride_dt,
+    T, N, M, width, stride_gt, stride_dt,
     HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """dy of the ``width`` columns of the program's second index, and their part of h."""
+    part = tl.program_id(1)
     offs_t = span(tl.program_id(0), BLOCK_T)
     offs_m = tl.arange(0, BLOCK_M)
     mask_t, mask_m = offs_t < T, offs_m < M
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+    for start in range(0, width, BLOCK_N):
+        offs_n = part * width + start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         mask = mask_t[:, None] & mask_n[None, :]
         g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
@@ -154,13 +167,13 @@ def _output_gradient_kernel(
     mask = mask_t[:, None] & mask_m[None, :]
     if HAS_SCALE:
         h *= tl.load(scale_ptr + place_h, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h_ptr + place_h, h, mask=mask)
+    tl.store(h_ptr + part.to(tl.int64) * T * M + place_h, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "parts"])
 def _add_columns_kernel(
     base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
-    T, M, stride_bt, stride_ht, stride_dt,
+    T, M, parts, stride_bt, stride_hp, stride_ht, stride_dt,
     HAS_SHARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -173,7 +186,10 @@ def _add_columns_kernel(
     base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
         base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
-    h = tl.load(h_ptr + offs_t[:, None] * stride_ht + offs_m[None, :], mask=mask, other=0.0)
+    h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    place_h = h_ptr + offs_t[:, None] * stride_ht + offs_m[None, :]
+    for part in range(0, parts):
+        h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask, other=0.0)
     dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
     tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)
 
@@ -266,10 +282,12 @@ def output_gradient(
     blocks = _gradient_blocks(g.dtype, m, aligned(n))
     if dy.numel() == 0:
         return dy
-    h = g.new_empty(t, q_padded.shape[1], dtype=torch.float32)
-    _output_gradient_kernel[(triton.cdiv(t, blocks.t),)](
+    programs, blocks_n = triton.cdiv(t, blocks.t), triton.cdiv(n, blocks.n)
+    parts = splits(programs, blocks_n, machine_of(g).processors)
+    h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
+    _output_gradient_kernel[(programs, parts)](
         g, q_padded, _vector(share), z_scale, dy, h,
-        t, n, q_padded.shape[1], g.stride(0), n,
+        t, n, q_padded.shape[1], triton.cdiv(blocks_n, parts) * blocks.n, g.stride(0), n,
         HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
         PRECISION=dot_precision(g.dtype),
         BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
@@ -281,19 +299,19 @@ def output_gradient(
 
 
 def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy: Tensor) -> None:
-    """``dy[:, rows] = share[rows] · base[:, rows] + h``, rounded once; base may be dy.
+    """``dy[:, rows] = share[rows] · base[:, rows] + Σ h``, rounded once; base may be dy.
 
     Args:
         base, dy: ``[T, N]``, their rows without gaps.
         share: ``[N]`` or None for 1.
-        h: ``[T, m]`` or wider, fp32.
+        h: ``[parts, T, m]`` or wider, fp32, to be summed over its parts.
         rows: ``[m]``, distinct.
     """
     t, m = base.shape[0], rows.numel()
     block_m = block_of(m, 16, _GATHER.m)
     _add_columns_kernel[(triton.cdiv(t, _GATHER.t) * triton.cdiv(m, block_m),)](
         base, _vector(share), h, rows.contiguous(), dy,
-        t, m, base.stride(0), h.stride(0), dy.stride(0),
+        t, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0),
         HAS_SHARE=share is not None, BLOCK_T=_GATHER.t, BLOCK_M=block_m,
         num_warps=_GATHER.num_warps, num_stages=_GATHER.num_stages,
     )  # fmt: skip

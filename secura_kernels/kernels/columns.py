@@ -24,7 +24,7 @@ from torch import Tensor
 from ..machine import machine_of
 from .common import block_of, dot, dot_precision, span
 
-BLOCK_N, BLOCK_I, LARGEST_J, NUM_WARPS = 32, 32, 128, 4
+BLOCK_N, BLOCK_I, NUM_WARPS = 32, 32, 4
 MOST_SPLITS = 64
 
 
@@ -83,7 +83,7 @@ def forward(weight: Tensor, cols: Tensor, u: Tensor) -> Tensor:
     """``P [N, m]`` in fp32 of ``W [N, K]``, ``cols [m]`` and ``U [m, m]``."""
     (n, m), u = (weight.shape[0], cols.numel()), u.contiguous()
     p = u.new_empty(n, m)
-    block_j = block_of(m, 16, LARGEST_J)
+    block_j = _block_j(weight, m)
     _project_fwd_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, block_j))](
         weight, cols.contiguous(), u, p, n, m, *weight.stride(), **_options(weight, block_j)
     )
@@ -97,12 +97,16 @@ def backward(dp: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
     rows = triton.cdiv(blocks, MOST_SPLITS) * BLOCK_N
     splits = triton.cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
-    block_j = block_of(m, 16, LARGEST_J)
+    block_j = _block_j(weight, m)
     _project_bwd_kernel[(triton.cdiv(m, BLOCK_I), triton.cdiv(m, block_j), splits)](
         dp, weight, cols.contiguous(), partial, n, m, rows, *weight.stride(),
         **_options(weight, block_j),
     )  # fmt: skip
     return partial.sum(0)
+
+
+def _block_j(weight: Tensor, m: int) -> int:
+    return block_of(m, 16, 64 if weight.dtype == torch.float32 else 128)
 
 
 def _options(weight: Tensor, block_j: int) -> dict[str, object]:

@@ -23,8 +23,14 @@ ONE = "activation_fwd: activation bfloat16 t=1"
 inspect = functools.cache(inspect_launch)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        pytest.param(case, target, id=f"{case.name}-{target}")
+        for case in CASES
+        for target in case.targets
+    ],
+)
 def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(case, target):
     with record(TARGETS[target]) as found:
         case.run()
