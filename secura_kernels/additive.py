@@ -235,7 +235,8 @@ def add_forward(
     """``(out [T, N], z [T, m])`` of flat inputs in one dtype; y0 includes the bias."""
     if resolve(impl, y0) == "triton":
         z = _kernels().gather(y0, bias, rows, z_scale)
-        out = _kernels().add_product(y0, z, q, share, bias, delta_bias, bias_inside=True)
+        out = torch.empty_like(y0, memory_format=torch.contiguous_format)
+        _kernels().add_product(y0, z, q, share, bias, delta_bias, bias_inside=True, out=out)
         return out, z
     z = gather(y0, bias, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format)

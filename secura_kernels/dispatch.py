@@ -94,7 +94,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(body)
         def call(tensor: Tensor, *args: Any) -> Any:
-            return operator(tensor, *args) if _is_watched(tensor) else run(tensor, *args)
+            return operator(tensor, *args) if _is_watched(tensor, *args) else run(tensor, *args)
 
         call.register_fake = operator.register_fake  # type: ignore[attr-defined]
         return call
@@ -102,12 +102,15 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _is_watched(tensor: Tensor) -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_watched(*args: Any) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
     )
 
 

@@ -161,7 +161,9 @@ def forward(
     tiles = min(_TILES_A_PROGRAM, 2 ** (tiles.bit_length() - 1))
     programs_n = triton.cdiv(blocks_n, tiles)
     form, known, factor = options.form or "calibrated", known_scalars(options), None
-    scalars = None if known else torch.full((3,), options.eps, device=y0.device)
+    scalars = (
+        None if known else torch.full((3,), options.eps, dtype=torch.float32, device=y0.device)
+    )
 
     def launch(which, out=None, kept=None, partial=None, edge=0.0) -> None:
         activation_fwd_kernel[(blocks_t * programs_n,)](

@@ -34,6 +34,7 @@ from .common import (
     dot,
     dot_precision,
     padded,
+    padded_rows,
     span,
     splits,
     unit_stride,
@@ -238,7 +239,7 @@ def add_product(
         q: ``[N, m]``.
         share, bias, delta_bias: ``[N]`` or None.
         bias_inside: whether y includes the bias.
-        out: y itself to work in place, or None for a new tensor laid out as y.
+        out: what to write, y itself to work in place; None for a new tensor laid out as y.
     """
     if bias_inside and share is None:
         bias = None
@@ -267,7 +268,7 @@ def add_product(
 
 def rebuilt_weight(weight: Tensor, rows: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
     """``W' = share · W + Q R  [N, K]``, laid out as W."""
-    r = weight.index_select(0, padded(rows))
+    r = weight.index_select(0, padded_rows(rows))
     return add_product(weight.t(), r.t(), q, share).t()
 
 

@@ -116,12 +116,15 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 def padded(thin: Tensor) -> Tensor:
-    """``[..., m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned.
-
-    For ``rows [m]`` it repeats row 0, which meets the zeros of P or Q.
-    """
+    """``[..., m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
     short = -thin.shape[-1] % 16
     return F.pad(thin, (0, short)) if short else thin.contiguous()
+
+
+def padded_rows(rows: Tensor) -> Tensor:
+    """``rows [m]`` with the first repeated behind, where it meets the zeros of a padded P or Q."""
+    short = -rows.numel() % 16
+    return torch.cat((rows, rows[:1].expand(short))) if short else rows.contiguous()
 
 
 def splits(programs: int, blocks: int, processors: int) -> int:
@@ -148,6 +151,7 @@ __all__ = [
     "dot_precision",
     "inverse_gain",
     "padded",
+    "padded_rows",
     "relative_change",
     "span",
     "splits",

@@ -50,7 +50,7 @@ from ..gain import (
     sigmoid_weight,
 )
 from ..machine import LARGE_SHARED, machine_of
-from .common import aligned, block_of, dot_precision, padded
+from .common import aligned, block_of, dot_precision, padded, padded_rows
 from .weight_jit import (
     weight_bwd_kernel,
     weight_fwd_kernel,
@@ -84,7 +84,7 @@ class Tiles:
     Args:
         weight: ``W [N, K]`` or a slice of its rows.
         source: where R's rows are read: the whole W with ``rows``, or ``R [m, K]`` with None;
-            both of :func:`padded` rows.
+            both of :func:`padded_rows`.
         rows: ``[m]`` int64 or None.
         p: ``P [N, m]`` of the same rows as ``weight``.
         p_base: :func:`parts` of P_base, of the same rows, or None.
@@ -113,7 +113,7 @@ class Tiles:
     @classmethod
     def whole(cls, weight, rows, p, p_base, dtype: torch.dtype) -> Tiles:
         """All of W. R is gathered in the kernel, unless its rows are scattered in memory."""
-        p_base, rows = parts(p_base, dtype), padded(rows)
+        p_base, rows = parts(p_base, dtype), padded_rows(rows)
         if weight.stride(1) == 1:
             return cls(weight, weight, rows, p, p_base, dtype)
         return cls(weight, weight.index_select(0, rows), None, p, p_base, dtype)
@@ -196,7 +196,7 @@ def grad_p(
     dp = torch.empty(p.shape, dtype=torch.float32, device=p.device)
     if weight.numel() == 0:
         return dp.zero_()
-    r, g = weight.index_select(0, padded(rows)).to(x.dtype), g.contiguous()
+    r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     p, p_base = p.to(x.dtype), parts(p_base, x.dtype)
     step = chunk_rows(n, k, x.element_size())
     workspace = x.new_empty(step, k)

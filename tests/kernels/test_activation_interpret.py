@@ -213,6 +213,20 @@ def test_chunks_cover_everything_once_and_fit_the_workspace(t, n, itemsize, whol
     assert all(a.start % 64 == 0 and b.start % 64 == 0 for a, b in chunks)
 
 
+def test_torchs_default_dtype_changes_nothing():
+    case, options = Case(20, 40, 5, torch.float16), NormOptions("activation", "paper")
+    arguments = (case.y0, None, case.rows, case.p, options)
+    expected = activation_norm(*arguments, impl="triton")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = activation_norm(*arguments, impl="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scalars = [t for t in got.grad_fn.next_functions[0][0].saved_tensors if t is not None]
+    assert torch.float64 not in {tensor.dtype for tensor in scalars}
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     t=st.integers(1, 70), n=st.integers(1, 140), m=st.integers(1, 40), seed=st.integers(0, 99),

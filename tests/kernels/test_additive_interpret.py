@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secura_kernels import NormOptions, additive, lowrank_linear
+from secura_kernels import NormOptions, additive, lowrank_add, lowrank_linear
 from secura_kernels.gain import COMBINES, FORMS
 from secura_kernels.kernels import additive as kernels
 from secura_kernels.kernels import channel as channel_kernels
@@ -162,3 +162,11 @@ def test_a_dtype_without_a_kernel_is_refused():
     case = draw((3, 5, 4, 2)).to(torch.float64)
     with pytest.raises(RuntimeError, match="no kernel takes float64"):
         lowrank_linear(case.x, case.weight, None, case.rows, case.p, impl="triton")
+
+
+def test_the_output_has_the_strides_that_compilers_are_told():
+    case = draw((9, 16, 5, 4))
+    y0 = case.grad.t().contiguous().t()
+    for impl in ("triton", "reference"):
+        out = lowrank_add(y0, case.bias, case.rows, case.p, impl=impl)
+        assert out.stride() == (16, 1)

@@ -127,8 +127,19 @@ def test_operations_are_those_of_the_products_within(options, folded, fused, mon
         return counter.get_total_flops()
 
     by_formula = counted()
-    monkeypatch.setattr(dispatch, "_is_watched", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "_is_watched", lambda *args: False)
     assert by_formula == counted() > 0
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_operator_that_gets_a_tensor_subclass_is_one(place):
+    class Sharded(torch.Tensor):
+        pass
+
+    arguments = [torch.ones(1), None, torch.ones(1), 3]
+    assert not dispatch._is_watched(*arguments)
+    arguments[place] = arguments[place].as_subclass(Sharded)
+    assert dispatch._is_watched(*arguments)
 
 
 def test_fake_tensors_see_the_operator_outside_their_mode():
