@@ -70,7 +70,7 @@ def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
     return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
 
 
-_GATHER = Blocks(16, 0, 64, 4, 1)  # and its reverse, adding columns
+_GATHER = Blocks(16, 0, 64, 8, 1)  # and its reverse, adding columns
 
 
 @triton.jit(do_not_specialize=["T"])
