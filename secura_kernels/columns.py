@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import op, resolve
+from .checks import check_floating
+from .dispatch import op, supported, wide
 
 
 def project(weight: Tensor, cols: Tensor, u: Tensor, *, impl: str | None = None) -> Tensor:
@@ -41,19 +42,17 @@ def project(weight: Tensor, cols: Tensor, u: Tensor, *, impl: str | None = None)
         ValueError: where shapes do not fit, or for an unknown ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take ``weight`` and ``u``.
     """
-    if not weight.is_floating_point():
-        raise TypeError(f"the weight is {weight.dtype}: the ops take floating numbers")
+    check_floating(weight)
     if weight.dim() != 2 or cols.dim() != 1 or u.shape != (cols.numel(), cols.numel()):
         raise ValueError(
             f"weight {list(weight.shape)}, cols {list(cols.shape)} and u {list(u.shape)} must be "
             "[N, K], [m] and [m, m]"
         )
-    return _Project.apply(weight, cols, u.to(torch.promote_types(u.dtype, torch.float32)), impl)
+    return _Project.apply(weight, cols, u.to(wide(u.dtype)), impl)
 
 
 def _runs_triton(impl: str | None, weight: Tensor, u: Tensor) -> bool:
-    fits = [resolve(impl, tensor) == "triton" for tensor in (weight, u)]
-    return all(fits) and weight.numel() > 0 and u.numel() > 0
+    return supported(impl, weight, u) == "triton" and weight.numel() > 0 and u.numel() > 0
 
 
 @op("project")

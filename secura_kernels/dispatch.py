@@ -73,6 +73,12 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     return "reference"
 
 
+def supported(impl: str | None, *tensors: Tensor) -> str:
+    """:func:`resolve` of several tensors: Triton where it can take them all."""
+    found = [resolve(impl, tensor) for tensor in tensors]
+    return "triton" if all(name == "triton" for name in found) else "reference"
+
+
 def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """``torch.library.custom_op("secura::<name>")`` with autocast off and its device current.
 
@@ -146,6 +152,7 @@ __all__ = [
     "interpreting",
     "op",
     "resolve",
+    "supported",
     "triton_missing",
     "why_not_triton",
     "wide",

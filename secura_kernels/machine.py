@@ -29,8 +29,10 @@ class Machine(NamedTuple):
 H100 = Machine(227 * 1024, 132)
 LARGE_SHARED = 160 * 1024
 """Bytes of shared memory that an A100 has and an RTX 4090 has not."""
+LARGEST_SHARED = 224 * 1024
+"""That an H100 has and an A100 has not."""
 SMALL_SHARED = 64 * 1024
-"""Those of an MI300."""
+"""That an MI300 has."""
 
 _assumed: ContextVar[Machine | None] = ContextVar("assumed", default=None)
 
@@ -70,6 +72,7 @@ def _device(index: int) -> Machine:
 
 __all__ = [
     "H100",
+    "LARGEST_SHARED",
     "LARGE_SHARED",
     "SMALL_SHARED",
     "Machine",

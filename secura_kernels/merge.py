@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .channel import channel_product, row_norms
 from .checks import check_operands
-from .dispatch import absent, op, wide, without_autocast
+from .dispatch import absent, op, supported, wide, without_autocast
 from .gain import NormOptions, Restrain
-from .weight import generator, normed_weight, round_stochastically, supported
+from .weight import generator, normed_weight, round_stochastically
 
 
 def effective_weight(

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_input, check_operands, check_space
-from .dispatch import absent, compute_dtype, op, resolve, wide
+from .dispatch import absent, compute_dtype, op, supported, wide
 from .gain import (
     NormOptions,
     Restrain,
@@ -132,12 +132,6 @@ def primitives(
         important, form, combine, float(options.scale), float(options.eps), options.eps_relative,
         [float(limit) for limit in limits],
     )  # fmt: skip
-
-
-def supported(impl: str | None, *tensors: Tensor) -> str:
-    """:func:`dispatch.resolve` of several tensors: Triton where it can take them all."""
-    found = [resolve(impl, tensor) for tensor in tensors]
-    return "triton" if all(name == "triton" for name in found) else "reference"
 
 
 class _Norm:

@@ -45,13 +45,12 @@ from ..gain import (
     restrained,
     sigmoid_weight,
 )
-from ..machine import LARGE_SHARED, SMALL_SHARED, Machine, machine_of
+from ..machine import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine, machine_of
 from .activation_jit import activation_fwd_kernel
 from .common import aligned, block_of, dot_precision, padded, unit_stride
 
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
-_LARGEST_SHARED = 224 * 1024  # H100
 _TILES_A_PROGRAM = 8
 
 
@@ -99,7 +98,7 @@ def backward_tile(
     if has_base:
         return Tile(64, 32, 8, 2)
     # h's product chains on dΔ, so all warps share 64 rows: more than 4 would repeat the work.
-    if machine.shared_bytes >= _LARGEST_SHARED or keeps:
+    if machine.shared_bytes >= LARGEST_SHARED or keeps:
         return Tile(64, 64, 4, 3)
     return Tile(64, 32, 4, 3 if large else 2)
 

@@ -63,8 +63,8 @@ class Case:
 
     @property
     def aligned(self) -> bool:
-        """Whether rows of every tensor begin at multiples of 16 bytes."""
-        return not (self.n % 16 or self.k % 16 or self.m % 16 or self.transposed)
+        """Whether rows of W (Wᵀ, if transposed) and of outputs begin at multiples of 16 bytes."""
+        return not (self.n % 16 or self.k % 16)
 
     @property
     def name(self) -> str:
@@ -190,12 +190,13 @@ def launches(target: Target, match: str = "") -> Iterator[tuple[str, Launch, Rul
             name = f"{launch.kernel.__name__.strip('_').removesuffix('_kernel')}: {case.name}"
             if launch.key not in seen and match in name:
                 seen.add(launch.key)
-                yield name, launch, rule(launch, case.aligned)
+                yield name, launch, rule(launch, case)
 
 
-def rule(launch: Launch, aligned: bool) -> Rule:
+def rule(launch: Launch, case: Case) -> Rule:
     """What is asked of a launch's code: of one whose rows are not aligned no more than no spill."""
-    if not aligned:
+    unpadded = launch.kernel.__name__.startswith(("_channel", "_project"))
+    if not case.aligned or (unpadded and case.m % 16):
         return Rule()
     constant, kernel = launch.constant, launch.kernel.__name__
     mma = constant("PRECISION") == "tf32"
@@ -213,7 +214,8 @@ def rule(launch: Launch, aligned: bool) -> Rule:
     if kernel == "_add_product_kernel":
         return Rule(1, 1, None, mma)
     if kernel.startswith("weight_") and kernel != "weight_scalars_kernel":
-        return Rule(1, kernel != "weight_stat_kernel", 0, mma)
+        narrow = None if case.transposed else 0
+        return Rule(1, kernel != "weight_stat_kernel", narrow, mma)
     return Rule()
 
 

@@ -12,7 +12,17 @@ from secura_kernels import NormOptions, lowrank_linear
 from secura_kernels.kernel_table import COLUMNS, kernel_reports, kernel_table
 
 pytest.importorskip("triton")
-from secura_kernels.kernels.aot import TARGETS, Report, Rule, inspect_launch, record
+from triton import knobs
+
+from secura_kernels.kernels.aot import (
+    TARGETS,
+    Report,
+    Rule,
+    _active_driver,
+    inspect_launch,
+    record,
+)
+from secura_kernels.kernels.common import splits
 from secura_kernels.kernels.launches import CASES, Case, launches, rule
 from secura_kernels.machine import Machine, assume, assumed, machine_of
 
@@ -36,7 +46,7 @@ def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(case, t
         case.run()
     assert found
     problems = {
-        launch.key: inspect(launch, TARGETS[target]).problems(rule(launch, case.aligned))
+        launch.key: inspect(launch, TARGETS[target]).problems(rule(launch, case))
         for launch in found
     }
     assert not any(problems.values()), problems
@@ -69,6 +79,14 @@ def test_other_numbers_of_tokens_start_the_same_code():
         assert keys[0] == keys[1]
 
 
+def test_programs_share_columns_until_each_multiprocessor_has_two():
+    h100 = 132
+    assert [splits(programs, 64, h100) for programs in (1, 32, 128, 132, 133, 1000)] == [
+        8, 8, 2, 2, 1, 1
+    ]  # fmt: skip
+    assert splits(1, 3, h100) == 3
+
+
 def adds_product(found):
     # W' transposed has W's columns where a token is, so that kernel looks at their alignment.
     return [launch.key for launch in found if launch.kernel.__name__ == "_add_product_kernel"]
@@ -77,11 +95,15 @@ def adds_product(found):
 def test_recording_leaves_nothing_behind():
     x, weight = (torch.empty(4, 4, device="meta") for _ in "ab")
     rows, p = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(4, 2, device="meta")
+    before = _active_driver()
     with record(SM_90) as found:
         lowrank_linear(x, weight, None, rows, p, impl="triton")
-        assert assumed() == SM_90.machine
+        assert assumed() == SM_90.machine and _active_driver() is not before
     assert [launch.kernel.__name__ for launch in found] == ["_gather_kernel"]
-    assert assumed() is None
+    with pytest.raises(ZeroDivisionError), record(SM_90):
+        raise ZeroDivisionError
+    assert assumed() is None and _active_driver() is before
+    assert knobs.runtime.jit_cache_hook is None
     with pytest.raises(RuntimeError, match="the tensor is on meta"):
         lowrank_linear(x, weight, None, rows, p, impl="triton")
 
