@@ -68,4 +68,35 @@ def work(family: str, case: LayerCase, itemsize: int) -> dict[str, Work]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-__all__ = ["Work", "work"]
+def allowed_ratio(
+    name: str, size: tuple[int, int, int, int], ceilings: dict[str, float]
+) -> float | None:
+    """What a machine's ceilings allow a SECURA layer, as a ratio to the frozen layer's time.
+
+    The bytes of the passes as they are made (the ops' docstrings), at the speed of a copy, beside
+    the two products at the speed of a product (``weight``: three); thin products are left out.
+
+    Args:
+        name: a provider's; None is returned for one that is not SECURA's.
+        size: T, N, K, m.
+        ceilings: ``copy_gb_s`` and ``gemm_tflop_s``.
+    """
+    t, n, k, m = size
+    gather, tn, nk = 16 * t * m, t * n, n * k  # a sector of 32 bytes an element, in elements of 2
+    additive = 2 * tn + gather + min(2 * nk, 2 * tn + gather) + tn
+    passes = {
+        "none": additive,
+        "channel": additive,
+        "activation": 2 * tn + gather + 3 * tn,
+        "weight": 3 * nk + 2 * nk + nk,
+    }
+    space = next((space for space in passes if name.startswith(f"secura {space}")), None)
+    if space is None:
+        return None
+    product_s = 2 * t * n * k / ceilings["gemm_tflop_s"] / 1e12
+    moved_s = 2 * passes[space] / ceilings["copy_gb_s"] / 1e9
+    products = 3 if space == "weight" else 2
+    return (products * product_s + moved_s) / (2 * product_s)
+
+
+__all__ = ["Work", "allowed_ratio", "work"]

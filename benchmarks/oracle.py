@@ -65,8 +65,8 @@ def expected(
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, weight: Tensor) -> None:
-    """Give a fresh adapter, which changes nothing, a ΔW of ``CHANGE · ‖W‖``."""
+def randomise(module: nn.Module, weight: Tensor, change: float = CHANGE) -> None:
+    """Give a fresh adapter, which changes nothing, a ΔW of ``change · ‖W‖``."""
     parameters = trainable(module)
     if not parameters:
         return
@@ -74,10 +74,10 @@ def randomise(module: nn.Module, weight: Tensor) -> None:
     second.normal_()
     wide = {name: parameter.double() for name, parameter in parameters.items()}
     size = delta_weight(module, weight.double(), wide).norm()
-    second.mul_((CHANGE * weight.double().norm() / size).to(second.dtype))
+    second.mul_((change * weight.double().norm() / size).to(second.dtype))
     for name, parameter in parameters.items():
         if "magnitude" in name:
-            parameter.mul_(1 + CHANGE * torch.randn_like(parameter))
+            parameter.mul_(1 + change * torch.randn_like(parameter))
 
 
 def errors(

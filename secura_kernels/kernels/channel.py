@@ -25,6 +25,7 @@ from torch import Tensor
 from .common import block_of, cast, dot, inverse_gain, span
 
 BLOCK_N, BLOCK_M, NUM_WARPS = 32, 64, 8
+PRECISION = "ieee"
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def _launch_channel(
             q, share, inverse, n, m, p.stride(0), m,
             MEASURE=measure, APPLY=apply, POINTERS=isinstance(scalars[0], Tensor),
             SIGMOID_WEIGHT=sigmoid_weight, AVERAGED=averaged, HAS_BASE=p_base is not None,
-            HAS_FACTOR=factor is not None, PRECISION="ieee",
+            HAS_FACTOR=factor is not None, PRECISION=PRECISION,
             BLOCK_N=BLOCK_N, BLOCK_M=block_of(m, 16, BLOCK_M),
             num_warps=NUM_WARPS, num_stages=1,
         )  # fmt: skip
