@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from secura_kernels import (
+    Layer,
     Restrain,
-    activation_linear,
     activation_norm,
     channel_product,
     effective_weight,
     important_channels,
     init_a,
     lowrank_add,
-    lowrank_linear,
     project,
     projection,
     row_norms,
+    secura_linear,
     select,
+    update,
     weight_norm_linear,
 )
-from secura_kernels.dispatch import without_autocast
 
 from . import bases
 from .config import AdapterConfig
@@ -117,26 +117,50 @@ class CABR(nn.Module):
             ValueError: for another last dimension, a base weight that is not at hand, or with
                 ``norm="weight"`` a dense base that is more than a frozen product.
         """
-        weight = bases.dense_weight(base)
-        self._check_input(weight, x)
-        norm = self.config.norm
-        if norm == "weight":
-            return self._weight_space(base, weight, x)
-        bias = bases.bias(base)
-        if weight is not None and bases.why_not_product(base):
-            weight = None
-        kwargs: dict[str, Any] = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
-        if norm == "activation":
-            p, kwargs["p_base"] = self.projections(base)
-            kwargs |= {"restrain": self._restrain(), "save": self.config.norm_save}
-            options = self.config.norm_options
-            if weight is not None:
-                return activation_linear(x, weight, bias, self.rows, p, options, **kwargs)
-            return activation_norm(base(x), bias, self.rows, p, options, **kwargs)
-        q, kwargs["share"] = self.product(base)
-        if weight is not None:
-            return lowrank_linear(x, weight, bias, self.rows, q, **kwargs)
-        return lowrank_add(base(x), bias, self.rows, q, **kwargs)
+        dense = bases.dense_weight(base)
+        self._check_input(dense, x)
+        if dense is not None and not bases.why_not_product(base):
+            self._refresh(base)
+            mask = None if self.config.norm == "weight" else self.dropout_mask(x)
+            return secura_linear(
+                x, self._layer(base), self.A, self.B, delta_bias=self.bias, z_scale=mask
+            )
+        if self.config.norm == "weight":
+            return self._weight_space(base, dense, x)
+        return self._on_output(base, x)
+
+    def _layer(self, base: nn.Module) -> Layer:
+        """What of the adapted layer is not trained, of a dense base."""
+        config = self.config
+        return Layer(
+            bases.weight(base, values=False),
+            bases.bias(base),
+            self.rows,
+            self.cols,
+            config.norm_options,
+            self.scaling,
+            self.core if self.folded else None,
+            config.norm != "none" and config.norm_reference == "folded",
+            self.gram,
+            self.base_norms,
+            self._restrain(),
+            config.norm_save,
+        )
+
+    def _on_output(self, base: nn.Module, x: Tensor) -> Tensor:
+        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
+        bias, mask = bases.bias(base), self.dropout_mask(x)
+        if self.config.norm == "activation":
+            p, p_base = self.projections(base)
+            return activation_norm(
+                base(x), bias, self.rows, p, self.config.norm_options, p_base=p_base,
+                delta_bias=self.bias, z_scale=mask, restrain=self._restrain(),
+                save=self.config.norm_save,
+            )  # fmt: skip
+        q, share = self.product(base)
+        return lowrank_add(
+            base(x), bias, self.rows, q, share=share, delta_bias=self.bias, z_scale=mask
+        )
 
     def _weight_space(self, base: nn.Module, dense: Tensor | None, x: Tensor) -> Tensor:
         p, p_base = self.projections(base)
@@ -177,10 +201,7 @@ class CABR(nn.Module):
 
     def update(self) -> Tensor:
         """``s · A B [m, m]``, fp32 or wider, autocast or not."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        with without_autocast(self.A.device.type):
-            product = self.A.to(dtype) @ self.B.to(dtype)
-            return product if self.scaling == 1 else self.scaling * product
+        return update(self.A, self.B, self.scaling)
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""

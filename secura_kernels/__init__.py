@@ -8,10 +8,12 @@ from .channel import channel_product, row_norms
 from .columns import project
 from .cur import important_channels, init_a, projection, select
 from .gain import NormOptions, Restrain, resolve_norm
+from .linear import Layer, secura_linear, update
 from .merge import effective_weight
 from .weight import normed_weight, weight_norm_linear
 
 __all__ = [
+    "Layer",
     "NormOptions",
     "Restrain",
     "activation_linear",
@@ -27,7 +29,9 @@ __all__ = [
     "projection",
     "resolve_norm",
     "row_norms",
+    "secura_linear",
     "select",
+    "update",
     "weight_norm_linear",
 ]
 

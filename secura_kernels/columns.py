@@ -58,11 +58,18 @@ def _runs_triton(impl: str | None, weight: Tensor, u: Tensor) -> bool:
 @op("project")
 def project_forward(weight: Tensor, cols: Tensor, u: Tensor, impl: str | None) -> Tensor:
     """``P [N, m]``."""
+    return projected(weight, cols, u, u.dtype, impl)
+
+
+def projected(
+    weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
+) -> Tensor:
+    """``P [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
     if _runs_triton(impl, weight, u):
         from .kernels.columns import forward
 
-        return forward(weight, cols, u)
-    return weight.index_select(1, cols).to(u.dtype) @ u
+        return forward(weight, cols, u, dtype)
+    return (weight.index_select(1, cols).to(u.dtype) @ u).to(dtype)
 
 
 @project_forward.register_fake

@@ -87,22 +87,23 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     Called on plain tensors with nobody watching, the body runs at once: an operator's way through
     the dispatcher takes the host about as long as all the body's own launches (benchmarks/LOG.md).
+    Who has seen to watchers, device and autocast already calls ``.body``.
     """
 
     def register(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
         def run(tensor: Tensor, *args: Any) -> Any:
-            device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-            with device, without_autocast(tensor.device.type):
+            with current_device(tensor), without_autocast(tensor.device.type):
                 return body(tensor, *args)
 
         operator = torch.library.custom_op(f"secura::{name}", run, mutates_args=())
 
         @functools.wraps(body)
         def call(tensor: Tensor, *args: Any) -> Any:
-            return operator(tensor, *args) if _is_watched(tensor, *args) else run(tensor, *args)
+            return operator(tensor, *args) if is_watched(tensor, *args) else run(tensor, *args)
 
         call.register_fake = operator.register_fake  # type: ignore[attr-defined]
+        call.body = body  # type: ignore[attr-defined]
         return call
 
     return register
@@ -111,13 +112,19 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_watched(*args: Any) -> bool:
+def is_watched(*args: Any) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
-    )
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    for arg in args:
+        if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
+            return True
+    return False
+
+
+def current_device(tensor: Tensor) -> AbstractContextManager:
+    """A context in which ``tensor``'s device is the current one."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -149,7 +156,9 @@ __all__ = [
     "IMPLS",
     "absent",
     "compute_dtype",
+    "current_device",
     "interpreting",
+    "is_watched",
     "op",
     "resolve",
     "supported",

@@ -33,7 +33,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..gain import (
@@ -47,7 +46,7 @@ from ..gain import (
 )
 from ..machine import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine, machine_of
 from .activation_jit import activation_fwd_kernel
-from .common import aligned, block_of, dot_precision, padded, unit_stride
+from .common import aligned, block_of, cdiv, dot_precision, padded, unit_stride
 
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
@@ -107,7 +106,7 @@ def _blocks_m(m: int) -> tuple[int, int]:
     """``(BLOCK_M, CHUNKS)``."""
     if m <= LARGEST_M_IN_REGISTERS:
         return block_of(m, 16, LARGEST_M_IN_REGISTERS), 1
-    return _CHUNK, triton.cdiv(m, _CHUNK)
+    return _CHUNK, cdiv(m, _CHUNK)
 
 
 class Operands:
@@ -155,10 +154,10 @@ def forward(
     tile = forward_tile(
         machine, y0.dtype, thin.m_rows, p_base is not None, aligned(n, y0.stride(0))
     )
-    blocks_t, blocks_n = triton.cdiv(t, tile.block_t), triton.cdiv(n, tile.block_n)
+    blocks_t, blocks_n = cdiv(t, tile.block_t), cdiv(n, tile.block_n)
     tiles = max(1, blocks_t * blocks_n // (2 * machine.processors))
     tiles = min(_TILES_A_PROGRAM, 2 ** (tiles.bit_length() - 1))
-    programs_n = triton.cdiv(blocks_n, tiles)
+    programs_n = cdiv(blocks_n, tiles)
     form, known, factor = options.form or "calibrated", known_scalars(options), None
     scalars = (
         None if known else torch.full((3,), options.eps, dtype=torch.float32, device=y0.device)

@@ -33,7 +33,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..additive import product_wide
@@ -42,7 +41,7 @@ from ..machine import machine_of
 from .activation import Operands, backward_tile
 from .activation_jit import activation_bwd_kernel
 from .additive import add_columns
-from .common import aligned, dot_precision, padded, splits, unit_stride
+from .common import aligned, cdiv, dot_precision, padded, splits, unit_stride
 
 WORKSPACE_MIB = 16
 _ENOUGH_TOKENS = 16384
@@ -103,7 +102,7 @@ def backward(
     dbase = g.new_empty(t, n) if needs[0] and not thin else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
-    programs, blocks_n = triton.cdiv(tokens, tile.block_t), triton.cdiv(columns, tile.block_n)
+    programs, blocks_n = cdiv(tokens, tile.block_t), cdiv(columns, tile.block_n)
     split = splits(programs, blocks_n, machine.processors)
     parts = split if in_registers else 1
     h = g.new_empty(parts, t, ops.m, dtype=torch.float32) if needs[0] else None
@@ -115,7 +114,7 @@ def backward(
     def launch(tokens: slice, columns: slice) -> Any:
         """The chunk's dΔ, or dbase where that is its double."""
         width_t, width_n = tokens.stop - tokens.start, columns.stop - columns.start
-        programs, blocks_n = triton.cdiv(width_t, tile.block_t), triton.cdiv(width_n, tile.block_n)
+        programs, blocks_n = cdiv(width_t, tile.block_t), cdiv(width_n, tile.block_n)
         ddelta = None if workspace is None else workspace[: width_t * width_n].view(width_t, -1)
         dbase_part = _part(dbase, tokens, columns)
         sums = g.new_empty(programs, width_n, dtype=torch.float32) if needs[2] else None
@@ -124,7 +123,7 @@ def backward(
             *(_part(tensor, tokens) for tensor in by_token),
             *(_part(tensor, columns) for tensor in by_column),
             scalars, ddelta, dbase_part, _part(h, slice(None), tokens), sums,
-            width_t, width_n, ops.m, columns.start, triton.cdiv(blocks_n, split) * tile.block_n,
+            width_t, width_n, ops.m, columns.start, cdiv(blocks_n, split) * tile.block_n,
             g.stride(0), 0 if y0 is None else y0.stride(0), n, t * ops.m,
             *(known or (0.0, 0.0, 0.0)),
             AVERAGED=averaged, SIGMOID_WEIGHT=sigmoid_weight(form),

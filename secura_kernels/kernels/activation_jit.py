@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import cast, combine, dot, inverse_gain, relative_change, span
+from .launch import Kernel
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def _load_scalars(ptr):
     return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["t", "tiles", "programs_n"])
 def activation_fwd_kernel(
     y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, factor_ptr,
@@ -137,6 +139,7 @@ def activation_fwd_kernel(
         tl.store(partial_ptr + pid, tl.sum(partial))
 
 
+@Kernel
 @triton.jit(do_not_specialize=["t"])
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,

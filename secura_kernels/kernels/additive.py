@@ -31,6 +31,7 @@ from .common import (
     aligned,
     block_of,
     cast,
+    cdiv,
     dot,
     dot_precision,
     padded,
@@ -39,6 +40,7 @@ from .common import (
     splits,
     unit_stride,
 )
+from .launch import Kernel
 
 
 class Blocks(NamedTuple):
@@ -73,6 +75,7 @@ def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
 _GATHER = Blocks(16, 0, 64, 8, 1)  # and its reverse, adding columns
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _gather_kernel(
     y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
@@ -97,6 +100,7 @@ def _gather_kernel(
     tl.store(out, cast(z, z_ptr.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit
 def _add_product_kernel(
     y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
@@ -137,6 +141,7 @@ def _add_product_kernel(
     tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
     g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
@@ -171,6 +176,7 @@ def _output_gradient_kernel(
     tl.store(h_ptr + part.to(tl.int64) * T * M + place_h, h, mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T", "parts"])
 def _add_columns_kernel(
     base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
@@ -205,7 +211,7 @@ def gather(y: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None)
     z = y.new_empty(t, m)
     blocks = _GATHER
     block_m = block_of(m, 16, blocks.m)
-    grid = (triton.cdiv(t, blocks.t) * triton.cdiv(m, block_m),)
+    grid = (cdiv(t, blocks.t) * cdiv(m, block_m),)
     if z.numel():
         _gather_kernel[grid](
             y, _vector(bias), rows.contiguous(), z_scale, z,
@@ -254,7 +260,7 @@ def add_product(
         out = out.t() if column_major else out
     blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
     if out.numel():
-        _add_product_kernel[(triton.cdiv(t, blocks.t) * triton.cdiv(n, blocks.n),)](
+        _add_product_kernel[(cdiv(t, blocks.t) * cdiv(n, blocks.n),)](
             y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out,
             t, n, m, *_strides(y), *_strides(z), m, *_strides(out),
             HAS_SHARE=share is not None, HAS_BIAS=bias is not None,
@@ -283,12 +289,12 @@ def output_gradient(
     blocks = _gradient_blocks(g.dtype, m, aligned(n))
     if dy.numel() == 0:
         return dy
-    programs, blocks_n = triton.cdiv(t, blocks.t), triton.cdiv(n, blocks.n)
+    programs, blocks_n = cdiv(t, blocks.t), cdiv(n, blocks.n)
     parts = splits(programs, blocks_n, machine_of(g).processors)
     h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
     _output_gradient_kernel[(programs, parts)](
         g, q_padded, _vector(share), z_scale, dy, h,
-        t, n, q_padded.shape[1], triton.cdiv(blocks_n, parts) * blocks.n, g.stride(0), n,
+        t, n, q_padded.shape[1], cdiv(blocks_n, parts) * blocks.n, g.stride(0), n,
         HAS_SHARE=share is not None, HAS_SCALE=z_scale is not None,
         PRECISION=dot_precision(g.dtype),
         BLOCK_T=blocks.t, BLOCK_N=blocks.n, BLOCK_M=blocks.m,
@@ -310,7 +316,7 @@ def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy:
     """
     t, m = base.shape[0], rows.numel()
     block_m = block_of(m, 16, _GATHER.m)
-    _add_columns_kernel[(triton.cdiv(t, _GATHER.t) * triton.cdiv(m, block_m),)](
+    _add_columns_kernel[(cdiv(t, _GATHER.t) * cdiv(m, block_m),)](
         base, _vector(share), h, rows.contiguous(), dy,
         t, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0),
         HAS_SHARE=share is not None, BLOCK_T=_GATHER.t, BLOCK_M=block_m,

@@ -22,12 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_of, cast, dot, inverse_gain, span
+from .common import block_of, cast, cdiv, dot, inverse_gain, span
+from .launch import Kernel
 
 BLOCK_N, BLOCK_M, NUM_WARPS = 32, 64, 8
 PRECISION = "ieee"
 
 
+@Kernel
 @triton.jit
 def _channel_kernel(
     p_ptr, base_ptr, gram_ptr, base_norms_ptr, delta_norms_ptr, factor_ptr,
@@ -139,7 +141,7 @@ def _launch_channel(
     p = p if p.stride(1) == 1 else p.contiguous()
     p_base = None if p_base is None else p_base.contiguous()
     if n:
-        _channel_kernel[(triton.cdiv(n, BLOCK_N),)](
+        _channel_kernel[(cdiv(n, BLOCK_N),)](
             p, p_base, None if gram is None else gram.float().contiguous(),
             None if base_norms is None else base_norms.float().contiguous(),
             norms, None if factor is None else factor.contiguous(), *scalars,

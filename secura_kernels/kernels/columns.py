@@ -6,7 +6,8 @@
 | tensor    | shape          | dtype: in / accumulate / out  |
 |-----------|----------------|-------------------------------|
 | W         | [N, K]         | bf16, fp16, fp32; any strides |
-| U, P, ∂P  | [m, m], [N, m] | fp32 / fp32 / fp32            |
+| U, ∂U, ∂P | [m, m], [N, m] | fp32 / fp32 / fp32            |
+| P         | [N, m]         | – / fp32 / any                |
 | partial   | [splits, m, m] | fp32                          |
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
@@ -22,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..machine import machine_of
-from .common import block_of, dot, dot_precision, span
+from .common import block_of, cast, cdiv, dot, dot_precision, span
+from .launch import Kernel
 
 BLOCK_N, BLOCK_I, NUM_WARPS = 32, 32, 4
 MOST_SPLITS = 64
@@ -37,6 +39,7 @@ def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, M, stride_wn, stride_wk):
     return tl.load(place, mask=(offs_n < N)[:, None] & mask_i[None, :], other=0.0).to(tl.float32)
 
 
+@Kernel
 @triton.jit
 def _project_fwd_kernel(
     w_ptr, cols_ptr, u_ptr, p_ptr, N, M, stride_wn, stride_wk,
@@ -54,9 +57,11 @@ def _project_fwd_kernel(
         )  # fmt: skip
         acc = dot(c, u, acc, PRECISION)
     place = p_ptr + offs_n[:, None] * M + offs_j[None, :]
-    tl.store(place, acc, mask=(offs_n < N)[:, None] & mask_j[None, :])
+    out = cast(acc, p_ptr.dtype.element_ty)
+    tl.store(place, out, mask=(offs_n < N)[:, None] & mask_j[None, :])
 
 
+@Kernel
 @triton.jit
 def _project_bwd_kernel(
     dp_ptr, w_ptr, cols_ptr, partial_ptr, N, M, rows, stride_wn, stride_wk,
@@ -79,12 +84,12 @@ def _project_bwd_kernel(
     tl.store(place, acc, mask=mask_i[:, None] & mask_j[None, :])
 
 
-def forward(weight: Tensor, cols: Tensor, u: Tensor) -> Tensor:
-    """``P [N, m]`` in fp32 of ``W [N, K]``, ``cols [m]`` and ``U [m, m]``."""
+def forward(weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``P [N, m]`` in ``dtype`` of ``W [N, K]``, ``cols [m]`` and ``U [m, m]``."""
     (n, m), u = (weight.shape[0], cols.numel()), u.contiguous()
-    p = u.new_empty(n, m)
+    p = u.new_empty(n, m, dtype=dtype)
     block_j = _block_j(weight, m)
-    _project_fwd_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, block_j))](
+    _project_fwd_kernel[(cdiv(n, BLOCK_N), cdiv(m, block_j))](
         weight, cols.contiguous(), u, p, n, m, *weight.stride(), **_options(weight, block_j)
     )
     return p
@@ -93,12 +98,12 @@ def forward(weight: Tensor, cols: Tensor, u: Tensor) -> Tensor:
 def backward(dp: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
     """``∂U [m, m]`` in fp32 of ``∂P [N, m]``."""
     (n, m), dp = dp.shape, dp.contiguous()
-    blocks = triton.cdiv(n, BLOCK_N)
-    rows = triton.cdiv(blocks, MOST_SPLITS) * BLOCK_N
-    splits = triton.cdiv(n, rows)
+    blocks = cdiv(n, BLOCK_N)
+    rows = cdiv(blocks, MOST_SPLITS) * BLOCK_N
+    splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
     block_j = _block_j(weight, m)
-    _project_bwd_kernel[(triton.cdiv(m, BLOCK_I), triton.cdiv(m, block_j), splits)](
+    _project_bwd_kernel[(cdiv(m, BLOCK_I), cdiv(m, block_j), splits)](
         dp, weight, cols.contiguous(), partial, n, m, rows, *weight.stride(),
         **_options(weight, block_j),
     )  # fmt: skip

@@ -38,7 +38,6 @@ Source: DESIGN sections 4 and 6.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..additive import product_wide
@@ -50,7 +49,7 @@ from ..gain import (
     sigmoid_weight,
 )
 from ..machine import LARGE_SHARED, machine_of
-from .common import aligned, block_of, dot_precision, padded, padded_rows
+from .common import aligned, block_of, cdiv, dot_precision, padded, padded_rows
 from .weight_jit import (
     weight_bwd_kernel,
     weight_fwd_kernel,
@@ -101,7 +100,7 @@ class Tiles:
         self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
         small = p_base is not None and machine_of(weight).shared_bytes < LARGE_SHARED
         blocks = _blocks(dtype, aligned(k if weight.stride(1) == 1 else n), small)
-        self.grid = (triton.cdiv(k, blocks["BLOCK_K"]), triton.cdiv(n, blocks["BLOCK_N"]))
+        self.grid = (cdiv(k, blocks["BLOCK_K"]), cdiv(n, blocks["BLOCK_N"]))
         self.options = dict(
             HAS_BASE=p_base is not None,
             GATHER=rows is not None,
@@ -218,9 +217,9 @@ def grad_p(
 def chunk_rows(n: int, k: int, itemsize: int) -> int:
     """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W."""
     most = max(1, WORKSPACE_MIB * 2**20 // max(1, k * itemsize))
-    chunks = max(2, triton.cdiv(n, most))
-    rows = max(1, triton.cdiv(n, chunks))
-    whole_tiles = triton.cdiv(rows, _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
+    chunks = max(2, cdiv(n, most))
+    rows = max(1, cdiv(n, chunks))
+    whole_tiles = cdiv(rows, _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
     return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
 
 

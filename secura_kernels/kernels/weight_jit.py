@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import cast, combine, dot, inverse_gain, relative_change, span
+from .launch import Kernel
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def _base_and_delta(
     return base + w.to(tl.float32), delta
 
 
+@Kernel
 @triton.jit
 def weight_stat_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, out_ptr,
@@ -83,6 +85,7 @@ def weight_stat_kernel(
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), value)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def weight_scalars_kernel(
     peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
@@ -104,6 +107,7 @@ def weight_scalars_kernel(
     tl.store(scalars_ptr + 2, offset)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["seed"])
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
@@ -160,6 +164,7 @@ def _round_stochastically(x, seed, offset):
     return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
+@Kernel
 @triton.jit
 def weight_bwd_kernel(
     d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr,
