@@ -27,6 +27,7 @@ from .gpu_kernels import workspace
 from .gpu_ops import Size, Tensors
 from .layer import Problem, prepare
 from .providers import Provider, Ranks, catalogue, frozen_linear
+from .schema import Row
 from .shapes import LayerCase
 
 LAYERS = (
@@ -145,7 +146,13 @@ def questions() -> list[Question]:
         Question("tiles: W' of none, channel", _rebuild_tiles),
         Question("tiles: W' of weight", _weight_tiles),
         Question("channel precision", _channel_precision),
+        Question("tiles: gather", _gather_tiles),
+        Question("tiles: P", _project_tiles),
+        Question("tiles: Q of channel", _channel_tiles),
     ]
+    for label, size in (sizes | wide).items():
+        ask = functools.partial(_activation_dx, size)
+        found.append(Question(f"activation dx way: {label}", ask))
     for label, size in short.items():
         found.append(Question(f"dx way: {label}", functools.partial(_dx_ways, size)))
     return found
@@ -163,7 +170,7 @@ def _layer(name: str, dims: tuple[int, int, int], asker: Asker) -> dict[str, Any
     """A provider's layer: errors against fp64, memory, and forward, backward and graph."""
     size = asker.size(*dims)
     runner = prepare(_provider(name, asker), Problem(_case(size), asker.device, asker.dtype, 0))
-    if not hasattr(runner, "both"):
+    if isinstance(runner, Row):
         raise RuntimeError(f"{runner.status}: {runner.note}")
     figures = dict(runner.figures)
     with runner.provider.running():
@@ -202,7 +209,7 @@ def _add(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
 
 
 def _forward_ways(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
-    """A forward of ``none``: gather and add, or W' rebuilt (to nearest, stochastically) and x Rᵀ."""
+    """A forward of ``none``: gather and add, or W' rebuilt and x Rᵀ."""
     from secura_kernels.kernels import additive
     from secura_kernels.kernels import weight as whole
 
@@ -283,7 +290,7 @@ def _host(name: str, asker: Asker) -> dict[str, Any]:
     """One layer on few tokens, so that its time is the host's."""
     size = asker.size(HOST_TOKENS, 4096, 4096)
     runner = prepare(_provider(name, asker), Problem(_case(size), asker.device, asker.dtype, 0))
-    if not hasattr(runner, "both"):
+    if isinstance(runner, Row):
         raise RuntimeError(f"{runner.status}: {runner.note}")
     with runner.provider.running():
         return {
@@ -477,6 +484,87 @@ def _channel_precision(asker: Asker) -> dict[str, Any]:
             found = channel.delta_norms(p, gram)
             figures[f"{precision} error"] = oracle.relative_error(found, exact)
             figures[f"{precision}_us"] = asker.us(run)
+    return figures
+
+
+def _gather_tiles(asker: Asker) -> dict[str, Any]:
+    from secura_kernels.kernels import additive
+
+    size = asker.size(8192, 4096, 4096)
+    data = asker.tensors(size)
+    figures = {}
+    for t, m, warps in ((16, 64, 8), (16, 128, 8), (32, 64, 8), (8, 128, 4), (32, 128, 4)):
+        with replaced(additive, _GATHER=additive.Blocks(t, 0, m, warps, 1)):
+            run = functools.partial(additive.gather, data.grad, None, data.rows, None)
+            figures[f"{t} × {m}, {warps} warps_us"] = asker.us(run)
+    return figures
+
+
+def _project_tiles(asker: Asker) -> dict[str, Any]:
+    """P = C U, ∂U = Cᵀ ∂P and A B, as they are and in other tiles."""
+    from secura_kernels.kernels import columns
+
+    size = asker.size(8192, 4096, 4096)
+    data = asker.tensors(size)
+    u = torch.randn(size.m, size.m, device=asker.device)
+    dp = torch.randn(size.n, size.m, device=asker.device)
+    figures = {"A B_us": asker.us(lambda: data.a @ data.b)}
+    forward = functools.partial(columns.forward, data.weight, data.cols, u, torch.float32)
+    backward = functools.partial(columns.backward, dp, data.weight, data.cols)
+    for n, i, warps in ((32, 32, 4), (16, 32, 4), (16, 64, 4), (16, 128, 4), (32, 128, 8)):
+        with replaced(columns, FORWARD=columns.Blocks(n, i, warps)):
+            figures[f"P {n} × {i}, {warps} warps_us"] = asker.us(forward)
+    for n, i, warps, splits in (
+        (32, 32, 4, 64), (64, 32, 4, 64), (64, 64, 8, 64), (64, 32, 4, 32), (32, 32, 4, 128),
+        (32, 64, 8, 128),
+    ):  # fmt: skip
+        with replaced(columns, BACKWARD=columns.Blocks(n, i, warps), MOST_SPLITS=splits):
+            figures[f"∂U {n} × {i}, {warps} warps, {splits} splits_us"] = asker.us(backward)
+    return figures
+
+
+def _channel_tiles(asker: Asker) -> dict[str, Any]:
+    from secura_kernels.kernels import channel
+
+    size = asker.size(8192, 4096, 4096)
+    data = asker.tensors(size)
+    p = torch.randn(size.n, size.m, device=asker.device) * 0.05
+    gram, norms = row_norms(data.weight, data.rows, None)
+    options = NormOptions("channel")
+    run = functools.partial(channel_product, p, None, gram, norms, options, impl="triton")
+    figures = {}
+    for precision in ("ieee", "tf32x3"):
+        for n, m, warps in ((32, 64, 8), (16, 64, 4), (16, 128, 4), (16, 128, 8), (32, 128, 8)):
+            values = {"BLOCK_N": n, "BLOCK_M": m, "NUM_WARPS": warps, "PRECISION": precision}
+            with replaced(channel, **values):
+                figures[f"{n} × {m}, {warps} warps, {precision}_us"] = asker.us(run)
+    return figures
+
+
+def _activation_dx(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
+    """∂x and ∂P of ``activation``, gated, with ∂y0 and with h R, by MiB of workspace."""
+    from secura_kernels import activation_dense
+
+    size = asker.size(*dims)
+    data = asker.tensors(size)
+    options = checked(NormOptions("activation"), "recompute")
+    y0 = linear(data.x, data.weight)
+    q = (torch.randn(size.n, size.m, device=asker.device) * 0.05).to(asker.dtype)
+    z = y0.index_select(1, data.rows)
+    figures = {"frozen_us": asker.us(lambda: data.grad @ data.weight)}
+    for thin in (False, True):
+        for mib in (16, 64, 128, 256):
+
+            def run(mib: int = mib) -> Any:
+                with workspace(mib):
+                    return activation_dense.linear_backward.body(
+                        data.grad, y0, None, z, data.weight, data.rows, q, None, None, None, None,
+                        None, known_scalars(options), options.form, options.combine,
+                        [True, True, False], "triton",
+                    )  # fmt: skip
+
+            with replaced(activation_dense, adds_thin=lambda *_, thin=thin: thin):
+                figures[f"{'h R' if thin else '∂y0'} {mib} MiB_us"] = asker.us(run)
     return figures
 
 

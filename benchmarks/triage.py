@@ -5,9 +5,9 @@
 One process measures, after ``WARMERS`` others have compiled what it will run. It prints one JSON
 line a question (:mod:`benchmarks.decisions`) and, while time lasts, one an op beside its floor
 (:mod:`benchmarks.gpu_kernels`), keeps them in ``triage.json`` as they come, and prints a table
-last. ``--resume`` asks only what has no answer there yet. ``--dry_run`` goes through all of it on a
-CPU, in Triton's interpreter with tiny shapes: its figures mean nothing. Exit status: 0 all asked and
-answered, 1 not, 2 no GPU.
+last. ``--resume`` asks only what has no answer there yet. ``--dry_run`` goes through all of it on
+a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing. Exit status: 0 all asked
+and answered, 1 not, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -46,31 +46,35 @@ def _op(kernel: gpu_kernels.Kernel, ceilings: dict[str, float], asker: Asker) ->
     return {"time_us": time_us, "floor_us": floor_us, "floor_share": floor_us / time_us}
 
 
-def plan(asker: Asker, ceilings: dict[str, float]) -> list[Question]:
-    """Every question and every op."""
+def plan(asker: Asker, ceilings: dict[str, float], only: str = "") -> list[Question]:
+    """Every question and every op, or those whose names begin with one of the parts of ``only``."""
     size = asker.size(*LAYER)
     ops = [
         Question(f"op: {kernel.name}", functools.partial(_op, kernel, ceilings))
         for kernel in gpu_kernels.kernels(size, str(asker.device), asker.dtype, "triton")
     ]
-    return [*decisions.questions(), *ops]
+    parts = tuple(only.split(","))
+    return [one for one in (*decisions.questions(), *ops) if one.name.startswith(parts)]
 
 
-def warm(part: int, parts: int) -> None:
+def warm(part: int, parts: int, only: str) -> None:
     """Run every ``parts``-th question once, so that its kernels are in Triton's cache."""
     asker = Asker("cuda", warming=True)
-    for question in plan(asker, {})[part::parts]:
+    for question in plan(asker, {}, only)[part::parts]:
         try:
             question.ask(asker)
         except Exception as error:  # it will be asked again, and its failure kept
             print(f"{question.name}: {error!r}"[:300], flush=True)
 
 
-def warmed(out: Path, seconds: float) -> None:
+def warmed(out: Path, seconds: float, only: str) -> None:
     """Have other processes compile; none outlives its seconds."""
     end = time.monotonic() + seconds
-    command = [sys.executable, "-m", "benchmarks.triage", "--out", str(out), "--warm"]
-    children = [Child([*command, f"{part}/{WARMERS}"], out / "warm.log") for part in range(WARMERS)]
+    command = [sys.executable, "-m", "benchmarks.triage", "--out", str(out), "--only", only]
+    children = [
+        Child([*command, "--warm", f"{part}/{WARMERS}"], out / "warm.log")
+        for part in range(WARMERS)
+    ]
     try:
         for child in children:
             child.wait(end - time.monotonic())
@@ -144,12 +148,12 @@ def run(options: argparse.Namespace) -> int:
     result.rows = [row for row in result.rows if row.status == "ok" or LOST in row.note]
     print(json.dumps([result.machine, result.versions, result.commit]), flush=True)
     if not options.dry_run and not result.rows:
-        warmed(options.out, min(WARM_S, options.budget_s / 2))
+        warmed(options.out, min(WARM_S, options.budget_s / 2), options.only)
         print(f"compiled: {time.monotonic() - start:.0f} s", flush=True)
     result.ceilings = result.ceilings or gpu_ops.ceilings(asker.device.type, asker.dtype)
     print(json.dumps(result.ceilings), flush=True)
     known = {row.case["question"] for row in result.rows}
-    for question in plan(asker, result.ceilings):
+    for question in plan(asker, result.ceilings, options.only):
         if question.name in known:
             continue
         if time.monotonic() - start > options.budget_s:
@@ -179,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what it writes")
     parser.add_argument("--budget_s", type=float, default=130.0, help="nothing is begun later")
     parser.add_argument("--resume", action="store_true", help="ask what has no answer there yet")
+    parser.add_argument("--only", default="", help="those that begin so: layer,host,tiles")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--dry_run", action="store_true", help="on a CPU, to try the script")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
@@ -189,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     exit_when_asked()
     if options.warm:
         part, _, parts = options.warm.partition("/")
-        warm(int(part), int(parts))
+        warm(int(part), int(parts), options.only)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     return run(options)

@@ -116,10 +116,7 @@ def is_watched(*args: Any) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    for arg in args:
-        if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
-            return True
-    return False
+    return any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager:

@@ -12,11 +12,10 @@
 | A, B        | [m, r] [r, m]     | any; multiplied in fp32 or wider             |
 | U_acc       | [m, m]            | fp32                                         |
 
-It is :func:`project`, :func:`channel_product` and the space's own op one after the other, with their
-bytes and what they save, and the same bits. As one ``autograd.Function`` it costs the host about
-half: on the CPU beside an H100 a function's way through autograd took 11 µs each way, an op's
-wrapper and checks as much again. Where a compiler, a dispatch mode or a tensor subclass looks on,
-the ops themselves are called.
+It is :func:`project`, :func:`channel_product` and the space's own op one after the other, with
+their bytes and what they save, and the same bits. As one ``autograd.Function`` it costs the host
+less: beside an H100 a function's way through autograd took 11 µs, forward alone. Where a compiler,
+a dispatch mode or a tensor subclass looks on, the ops themselves are called.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def secura_linear(
     _check(x, layer, a, b, delta_bias, z_scale)
     dtype = compute_dtype(x)
     tokens = math.prod(x.shape[:-1])
-    flat = x.reshape(tokens, x.shape[-1]).to(dtype)
+    flat = _as(x.reshape(tokens, x.shape[-1]), dtype)
     z_scale = None if z_scale is None else z_scale.reshape(tokens, z_scale.shape[-1])
     impl = supported(impl, flat, weight) if norm == "weight" else resolve(impl, flat)
     out = _SecuraLinear.apply(flat, a, b, delta_bias, z_scale, layer, impl)
@@ -127,8 +126,13 @@ def update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``U = s · A B [m, m]`` in fp32 or wider, autocast or not."""
     dtype = wide(a.dtype)
     with without_autocast(a.device.type):
-        product = a.to(dtype) @ b.to(dtype)
+        product = _as(a, dtype) @ _as(b, dtype)
         return product if scaling == 1 else product * scaling
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; torch takes 3 µs to find out that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check(x: Tensor, layer: Layer, a: Tensor, b: Tensor, delta_bias, z_scale) -> None:
@@ -155,7 +159,7 @@ def _composed(x, layer: Layer, a, b, delta_bias, z_scale, impl) -> Tensor:
     """:func:`secura_linear` as its ops, each of which a compiler sees."""
     weight, rows, options, p_base = layer.weight, layer.rows, layer.options, None
     u = update(a, b, layer.scaling)
-    if layer.core is not None and layer.core_is_base:
+    if layer.core is not None and _core_is_base(layer):
         p_base = project(weight, layer.cols, layer.core, impl=impl)
     elif layer.core is not None:
         u = u + layer.core
@@ -176,8 +180,6 @@ def _composed(x, layer: Layer, a, b, delta_bias, z_scale, impl) -> Tensor:
         p, named["share"] = channel.channel_product(
             p, p_base, layer.gram, layer.base_norms, options, layer.restrain, impl=impl
         )
-    elif p_base is not None:
-        p = p + p_base
     return additive.lowrank_linear(x, weight, layer.bias, rows, p, **named)
 
 
@@ -204,11 +206,12 @@ class _SecuraLinear(torch.autograd.Function):
             dx, dp, dbias = _BACKWARD[layer.options.norm](ctx, g, saved, wanted)
             da = db = None
             if wanted[1]:
-                du = project_backward.body(dp.to(ctx.u_dtype), layer.weight, layer.cols, impl)
+                dtype = ctx.u_dtype
+                du = project_backward.body(_as(dp, dtype), layer.weight, layer.cols, impl)
                 if layer.scaling != 1:
                     du = du.mul_(layer.scaling)
-                da = (du @ b.to(du.dtype).t()).to(a.dtype) if needs[1] else None
-                db = (a.to(du.dtype).t() @ du).to(b.dtype) if needs[2] else None
+                da = _as(du @ _as(b, dtype).t(), a.dtype) if needs[1] else None
+                db = _as(_as(a, dtype).t() @ du, b.dtype) if needs[2] else None
         dx = dx if needs[0] else None
         return dx, da, db, dbias.to(ctx.bias_dtype) if needs[3] else None, None, None, None
 
@@ -218,8 +221,12 @@ def _factors(layer: Layer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]
     u = update(a, b, layer.scaling)
     if layer.core is None:
         return u, None
-    core = layer.core.to(u.dtype)
-    return (u, core) if layer.core_is_base else (u + core, None)
+    core = _as(layer.core, u.dtype)
+    return (u, core) if _core_is_base(layer) else (u + core, None)
+
+
+def _core_is_base(layer: Layer) -> bool:
+    return layer.core_is_base and layer.options.norm != "none"
 
 
 def _projections(ctx, u, u_base, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -233,12 +240,11 @@ def _additive_forward(ctx, x, a, b, u, u_base, delta_bias, z_scale) -> Tensor:
     share = inverse = None
     if layer.options.norm == "channel":
         q, share, inverse = _channel_product(ctx, *_projections(ctx, u, u_base, u.dtype))
-        q = q.to(dtype)
+        q = _as(q, dtype)
     else:
-        u = u if u_base is None else u + u_base
         q, _ = _projections(ctx, u, None, dtype)
-    weight = layer.weight.to(dtype)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    weight = _as(layer.weight, dtype)
+    bias = None if layer.bias is None else _as(layer.bias, dtype)
     out, z = additive.linear_forward.body(
         x, weight, bias, layer.rows, q, share, delta_bias, z_scale, ctx.impl
     )
@@ -271,8 +277,8 @@ def _activation_forward(ctx, x, a, b, u, u_base, delta_bias, z_scale) -> Tensor:
     layer, dtype = ctx.layer, x.dtype
     options = checked(layer.options, layer.save)
     p, p_base = _projections(ctx, u, u_base, dtype)
-    weight = layer.weight.to(dtype)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    weight = _as(layer.weight, dtype)
+    bias = None if layer.bias is None else _as(layer.bias, dtype)
     important, *limits = (None,) if layer.restrain is None else layer.restrain
     keep = layer.save == "8bit"
     y0, out, z, kept, scalars, factor = activation_dense.linear_forward.body(
@@ -297,7 +303,7 @@ def _activation_backward(ctx, g, saved, needs) -> tuple:
 def _weight_forward(ctx, x, a, b, u, u_base, delta_bias, z_scale) -> Tensor:
     layer = ctx.layer
     p, p_base = _projections(ctx, u, u_base, u.dtype)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    bias = None if layer.bias is None else _as(layer.bias, x.dtype)
     norm = weight_space.primitives(layer.options, layer.restrain)
     ctx.how = norm[1:3]
     out, scalars, factor = weight_space.linear_forward.body(

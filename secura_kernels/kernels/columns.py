@@ -17,6 +17,8 @@ at most; fp32 weights, and ROCm, multiply in fp32. Source: DESIGN section 3.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,18 @@ from ..machine import machine_of
 from .common import block_of, cast, cdiv, dot, dot_precision, span
 from .launch import Kernel
 
-BLOCK_N, BLOCK_I, NUM_WARPS = 32, 32, 4
 MOST_SPLITS = 64
+
+
+class Blocks(NamedTuple):
+    """Rows of W, columns of C a step, and warps of a program."""
+
+    n: int
+    i: int
+    num_warps: int
+
+
+FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(32, 32, 4)
 
 
 @triton.jit
@@ -89,23 +101,24 @@ def forward(weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype) -> Tens
     (n, m), u = (weight.shape[0], cols.numel()), u.contiguous()
     p = u.new_empty(n, m, dtype=dtype)
     block_j = _block_j(weight, m)
-    _project_fwd_kernel[(cdiv(n, BLOCK_N), cdiv(m, block_j))](
-        weight, cols.contiguous(), u, p, n, m, *weight.stride(), **_options(weight, block_j)
-    )
+    _project_fwd_kernel[(cdiv(n, FORWARD.n), cdiv(m, block_j))](
+        weight, cols.contiguous(), u, p, n, m, *weight.stride(),
+        **_options(weight, FORWARD, block_j),
+    )  # fmt: skip
     return p
 
 
 def backward(dp: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
     """``∂U [m, m]`` in fp32 of ``∂P [N, m]``."""
     (n, m), dp = dp.shape, dp.contiguous()
-    blocks = cdiv(n, BLOCK_N)
-    rows = cdiv(blocks, MOST_SPLITS) * BLOCK_N
+    blocks = cdiv(n, BACKWARD.n)
+    rows = cdiv(blocks, MOST_SPLITS) * BACKWARD.n
     splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
     block_j = _block_j(weight, m)
-    _project_bwd_kernel[(cdiv(m, BLOCK_I), cdiv(m, block_j), splits)](
+    _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
         dp, weight, cols.contiguous(), partial, n, m, rows, *weight.stride(),
-        **_options(weight, block_j),
+        **_options(weight, BACKWARD, block_j),
     )  # fmt: skip
     return partial.sum(0)
 
@@ -114,12 +127,12 @@ def _block_j(weight: Tensor, m: int) -> int:
     return block_of(m, 16, 64 if weight.dtype == torch.float32 else 128)
 
 
-def _options(weight: Tensor, block_j: int) -> dict[str, object]:
+def _options(weight: Tensor, blocks: Blocks, block_j: int) -> dict[str, object]:
     parts = weight.dtype != torch.float32 and not machine_of(weight).rocm
     precision = "tf32x3" if parts else dot_precision(torch.float32)
     return {
-        "PRECISION": precision, "BLOCK_N": BLOCK_N, "BLOCK_I": BLOCK_I, "BLOCK_J": block_j,
-        "num_warps": NUM_WARPS, "num_stages": 2,
+        "PRECISION": precision, "BLOCK_N": blocks.n, "BLOCK_I": blocks.i, "BLOCK_J": block_j,
+        "num_warps": blocks.num_warps, "num_stages": 2,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from secura_kernels import (
+    Layer,
     NormOptions,
     Restrain,
     activation_linear,
@@ -20,6 +21,7 @@ from secura_kernels import (
     project,
     reference,
     row_norms,
+    secura_linear,
     weight_norm_linear,
 )
 
@@ -195,3 +197,48 @@ def check_project(n, k, m, dtype, device="cpu", *, seed=0, transposed=False) -> 
     ours, exact = run("triton"), (columns @ u.double(), columns.T @ dp.double())
     assert_no_worse(ours, run("reference"), exact, torch.float32)
     assert [tensor.dtype for tensor in ours] == [torch.float32] * 2
+
+
+def check_layer_op(shape, options: NormOptions, dtype, device="cpu", *, impl, seeds=(0,), **flags):
+    """``secura_linear`` against its ops one after the other: the same bits, gradients included.
+
+    ``flags``: folded (``"base"``, ``"change"`` or None), dropout, bias, restrain, scaling.
+    """
+    for seed in seeds:
+        case = draw(shape, dtype, device, seed)
+        (_, _, k, m), generator = shape, torch.Generator(device).manual_seed(seed)
+
+        def normal(*size, generator=generator):
+            return torch.randn(*size, generator=generator, device=device)
+
+        cols = torch.randperm(k, generator=generator, device=device)[:m]
+        core = normal(m, m) / m if flags.get("folded") else None
+        is_base = flags.get("folded") == "base"
+        p_base = project(case.weight, cols, core) if is_base else None
+        gram, norms = row_norms(case.weight, case.rows, p_base)
+        layer = Layer(
+            case.weight, case.bias if flags.get("bias") else None, case.rows, cols, options,
+            flags.get("scaling", 1.0), core, is_base, gram, norms,
+            case.restrain if flags.get("restrain") else None, flags.get("save", "recompute"),
+        )  # fmt: skip
+        a, b = normal(m, 2 * m) / m, normal(2 * m, m) / m
+        found = []
+        for run_layer in (secura_linear, secura_linear, _composed_layer):
+            leaves = [leaf.clone().requires_grad_() for leaf in (case.x, a, b, case.delta_bias)]
+            out = run_layer(
+                leaves[0], layer, leaves[1], leaves[2],
+                delta_bias=leaves[3] if flags.get("bias") else None,
+                z_scale=case.z_scale if flags.get("dropout") else None, impl=impl,
+            )  # fmt: skip
+            wanted = leaves if flags.get("bias") else leaves[:3]
+            found.append([out.detach(), *torch.autograd.grad(out, wanted, case.grad)])
+        for other in found[:2]:
+            for got, expected in zip(other, found[2], strict=True):
+                assert got.dtype == expected.dtype
+                torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def _composed_layer(x, layer, a, b, *, delta_bias, z_scale, impl):
+    from secura_kernels.linear import _composed
+
+    return _composed(x, layer, a, b, delta_bias, z_scale, impl)

@@ -1,6 +1,6 @@
 """The kernels on a GPU: the interpreter's table and what only a device can show.
 
-``python -m benchmarks.gpu_check`` runs these with pytest alone, split over processes.
+``python -m benchmarks.gpu_tests`` runs these with pytest alone, split over processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from secura_kernels import (
 )
 from secura_kernels.dispatch import resolve
 
-from .cases import SHAPES, check, check_project, draw, forward, loss_of, run
+from .cases import SHAPES, check, check_layer_op, check_project, draw, forward, loss_of, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,6 +112,34 @@ def test_add_on_a_given_output(norm, dropout, dtype):
 def test_layers_of_an_8b_model(options, n, k):
     big_enough(20)
     check((2048, n, k, 128), options, torch.bfloat16, "cuda")
+
+
+@every_option
+@pytest.mark.parametrize("folded", [None, "base", "change"])
+def test_layer_op_is_its_ops(options, folded):
+    """Twice and on fresh tensors: the second launch of each kernel skips Triton's look-up."""
+    for shape in ((256, 512, 256, 64), (255, 512, 256, 64), (70, 96, 67, 33)):
+        dropout = options.norm != "weight"
+        for flags in ({}, {"bias": True, "dropout": dropout, "scaling": 0.5}):
+            check_layer_op(
+                shape, options, torch.bfloat16, "cuda", impl="triton", seeds=(0, 1), folded=folded,
+                **flags,
+            )  # fmt: skip
+
+
+@every_option
+def test_layer_op_sees_where_tensors_begin(options):
+    """A tensor that begins between two multiples of 16 bytes has compiled code of its own."""
+    case = draw((64, 96, 64, 16), torch.bfloat16, "cuda")
+    expected = run(case, options, "triton")
+    padding = torch.zeros(1, dtype=torch.bfloat16, device="cuda")
+    for name in ("x", "weight", "grad"):
+        tensor = getattr(case, name)
+        moved = torch.cat((padding, tensor.flatten()))[1:].view(tensor.shape)
+        assert moved.data_ptr() % 16
+        setattr(case, name, moved)
+    for got, value in zip(run(case, options, "triton"), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=2e-2, atol=2e-2)
 
 
 @every_option
