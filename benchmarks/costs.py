@@ -13,7 +13,7 @@ product ``abc`` counts 2abc operations. Beyond the frozen layer's ``TNK`` and ``
 | dora           | NKr                | 2nk          | 2TKr + 2TNr + NKr   | tk tn 2nk     |
 | released       | TNK + NKm + Nm²    | 9tn tk 2nk   | 2TNK + 2NKm         | 6tn 2tk 3nk   |
 
-``activation`` writes ∂y0 (tn) or, where 2K < N, h R and reads it again (2tk and TKm).
+``activation`` writes ∂y0 (tn) or, where K ≤ N, h R and reads it again (2tk and TKm).
 
 They are floors: an implementation that moves more shows it as a small share of the ceilings.
 """
@@ -49,8 +49,8 @@ def work(family: str, case: LayerCase, itemsize: int) -> dict[str, Work]:
         "secura activation": (
             tn * m + n * m * m,
             2 * tn,
-            3 * tn * m + (tk * m if 2 * k < n else 0),
-            2 * tn + min(tn, 2 * tk),
+            3 * tn * m + (tk * m if k <= n else 0),
+            2 * tn + (2 * tk if k <= n else tn),
         ),
         "secura weight": (nk * m + n * m * m, 2 * nk, gemm + 2 * nk * m, 2 * nk + tk),
         "lora": (tk * r + tn * r, tk, 2 * tk * r + 2 * tn * r, tk),

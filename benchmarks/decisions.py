@@ -226,7 +226,7 @@ def _forward_ways(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
         return additive.add_product(y0, z, q, out=y0), z
 
     def rebuilt() -> tuple[Tensor, Tensor]:
-        return linear(x, additive.rebuilt_weight(w, rows, q, None)), x @ r.t()
+        return linear(x, additive.rebuilt_weight(w, additive.padded_r(w, rows), q, None)), x @ r.t()
 
     def stochastic() -> Tensor:
         tiles = whole.Tiles.whole(w, rows, p, None, asker.dtype)
@@ -236,7 +236,7 @@ def _forward_ways(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
         "frozen": lambda: linear(x, w),
         "gather + add": gathered,
         "W' + x R": rebuilt,
-        "W' alone": lambda: additive.rebuilt_weight(w, rows, q, None),
+        "W' alone": lambda: additive.rebuilt_weight(w, additive.padded_r(w, rows), q, None),
         "W' stochastic alone": stochastic,
         "x R alone": lambda: x @ r.t(),
         "gather alone": lambda: additive.gather(data.grad, None, rows, None),
@@ -419,16 +419,16 @@ def _rebuild_tiles(asker: Asker) -> dict[str, Any]:
     data = asker.tensors(size)
     q = (torch.randn(size.n, size.m, device=asker.device) * 0.05).to(asker.dtype)
     share = torch.ones(size.n, device=asker.device)
+    r = additive.padded_r(data.weight, data.rows)
     figures: dict[str, Any] = {}
     for shared in (None, share):
         end = "" if shared is None else ", share"
-        run = functools.partial(additive.rebuilt_weight, data.weight, data.rows, q, shared)
+        run = functools.partial(additive.rebuilt_weight, data.weight, r, q, shared)
         figures[f"as it is{end}_us"] = asker.us(run)
         for blocks in ((64, 128, 64, 8, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2)):
             chosen = additive.Blocks(*blocks)
             with replaced(additive, _add_blocks=lambda *_, chosen=chosen: chosen):
                 figures[f"{blocks}{end}_us"] = asker.us(run)
-    r = data.weight.index_select(0, data.rows)
     figures["cuBLAS addmm_us"] = asker.us(lambda: torch.addmm(data.weight, q, r))
     return figures
 
@@ -578,7 +578,7 @@ def _dx_ways(dims: tuple[int, int, int], asker: Asker) -> dict[str, Any]:
     q = (torch.randn(size.n, size.m, device=asker.device) * 0.05).to(asker.dtype)
     parts: dict[str, Callable[[], Any]] = {
         "frozen": lambda: g @ w,
-        "W'": lambda: g @ additive.rebuilt_weight(w, rows, q, None),
+        "W'": lambda: g @ additive.rebuilt_weight(w, additive.padded_r(w, rows), q, None),
         "∂y0": lambda: additive.output_gradient(g, rows, q, None, None) @ w,
         "∂y0 alone": lambda: additive.output_gradient(g, rows, q, None, None),
     }

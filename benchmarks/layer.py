@@ -151,6 +151,7 @@ def run_case(
     *,
     seed: int = 0,
     rounds: int = 3,
+    phases: tuple[str, ...] = (*PHASES, GRAPH),
     deadline: float = float("inf"),
     end: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
@@ -171,6 +172,8 @@ def run_case(
         say(f"checking {provider.name}")
         prepared.append(prepare(provider, problem))
     runners = [entry for entry in prepared if isinstance(entry, Runner)]
+    for runner in runners:
+        runner.phases = tuple(phase for phase in runner.phases if phase in phases)
     times, failures = _times(runners, device, rounds=rounds, deadline=deadline, progress=say)
     return [
         entry if isinstance(entry, Row) else _timed_row(entry, times, failures)
@@ -188,6 +191,8 @@ def _timed_row(runner: Runner, times: dict, failures: dict) -> Row:
         if (name, phase) in failures:
             row.status, row.note = excuse(failures[name, phase])
             return row
+        if (name, phase) not in times:
+            continue
         figures[f"{phase}_ms"] = times[name, phase]
         figures[f"{phase}_gflop"] = work[phase].flop / 1e9
         figures[f"{phase}_moved_mib"] = work[phase].bytes / measure.MIB
@@ -227,6 +232,9 @@ def run(options: argparse.Namespace) -> Recorder:
     if not cases:
         raise ValueError(f"no case of preset {options.preset!r} has these --models and --tokens")
     providers = choose(catalogue(dtype), options.providers)
+    phases = tuple(options.phases.split(",")) if options.phases else (*PHASES, GRAPH)
+    if not {"both"} <= set(phases) <= {*PHASES, GRAPH}:
+        raise ValueError(f"--phases {options.phases}: give both, and any of {(*PHASES, GRAPH)}")
     rounds = options.rounds or ROUNDS.get(device.type, CPU_ROUNDS)
     compiled = options.compile if options.compile is not None else device.type == "cuda"
     settings = {
@@ -234,6 +242,7 @@ def run(options: argparse.Namespace) -> Recorder:
         "headline_t": preset.headline_t,
         "seed": options.seed,
         "rounds": rounds,
+        "phases": list(phases),
         "compiled": compiled,
     }
     result = new_result(
@@ -257,6 +266,7 @@ def run(options: argparse.Namespace) -> Recorder:
             dtype,
             seed=options.seed,
             rounds=rounds,
+            phases=phases,
             deadline=clock.deadline([float(rest.T * rest.N * rest.K) for rest in cases[index:]]),
             end=clock.end,
             say=progress.say,
@@ -282,9 +292,10 @@ def _skipped(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
-    parser = console.parser(__doc__ or "", ("quick", "host", "llama3-8b", "full"))
+    parser = console.parser(__doc__ or "", ("quick", "host", "llama3-8b", "block", "full"))
     parser.add_argument("--models", help="only these of the preset, e.g. qwen2-7b,gemma2-2b")
     parser.add_argument("--tokens", help="only these T of the preset, e.g. 512,2048")
+    parser.add_argument("--phases", help="time only these: forward,backward,both,both_graph")
     parser.add_argument("--rounds", type=int, help="turns at most; default 4 on cuda, 40 elsewhere")
     parser.add_argument(
         "--compile",

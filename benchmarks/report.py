@@ -142,7 +142,10 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
         )
         cells = [
             label,
-            *(f"{time[phase]['median']:.2f}" for phase in ("forward", "backward")),
+            *(
+                f"{time[phase]['median']:.2f}" if phase in time else ""
+                for phase in ("forward", "backward")
+            ),
             both,
             *[f"{time['both_graph']['median']:.2f}" if "both_graph" in time else ""] * graphs,
             f"{ratio:.2f} ×",

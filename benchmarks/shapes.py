@@ -102,6 +102,7 @@ def layer_preset(name: str) -> LayerPreset:
 
     ``quick`` is one square layer, small enough for a CPU; ``host`` one so small that its time is
     the host's, Python and launches; ``llama3-8b`` every projection of Llama-3-8B at T=8192;
+    ``block`` the same, then at T=2048 and 512;
     ``full`` every model and every T, and ``ranks``, m = r on one layer of Llama-3-8B: hours, to be
     run in parts (``--models``, ``--tokens``, ``--resume``).
     """
@@ -113,6 +114,9 @@ def layer_preset(name: str) -> LayerPreset:
         return LayerPreset([LayerCase("tiny", "linear", 1, 16, 64, 64, 16, 16)], 16)
     if name == "llama3-8b":
         return LayerPreset(model_cases("llama3-8b", 8192, 128, 16), 8192)
+    if name == "block":
+        cases = [case for t in (8192, 2048, 512) for case in model_cases("llama3-8b", t, 128, 16)]
+        return LayerPreset(cases, 8192)
     if name == "full":
         cases = [
             case
@@ -124,7 +128,7 @@ def layer_preset(name: str) -> LayerPreset:
         alone = square.as_dict() | {"model": "ranks", "projection": "q", "count": 1}
         sweep = [LayerCase(**alone | {"m": rank, "r": rank}) for rank in RANKS]
         return LayerPreset(cases + sweep, 8192)
-    raise ValueError(f"unknown preset {name!r}: choose quick, host, llama3-8b or full")
+    raise ValueError(f"unknown preset {name!r}: choose quick, host, llama3-8b, block or full")
 
 
 __all__ = [

@@ -117,32 +117,34 @@ class CABR(nn.Module):
             ValueError: for another last dimension, a base weight that is not at hand, or with
                 ``norm="weight"`` a dense base that is more than a frozen product.
         """
-        dense = bases.dense_weight(base)
-        self._check_input(dense, x)
-        if dense is not None and not bases.why_not_product(base):
-            self._refresh(base)
-            mask = None if self.config.norm == "weight" else self.dropout_mask(x)
-            return secura_linear(
-                x, self._layer(base), self.A, self.B, delta_bias=self.bias, z_scale=mask
-            )
-        if self.config.norm == "weight":
-            return self._weight_space(base, dense, x)
-        return self._on_output(base, x)
+        weight = bases.product_weight(base)
+        if weight is None:
+            dense = bases.dense_weight(base)
+            self._check_input(dense, x)
+            if self.config.norm == "weight":
+                return self._weight_space(base, dense, x)
+            return self._on_output(base, x)
+        self._check_input(weight, x)
+        self._refresh(base)
+        mask = None if self.config.norm == "weight" else self.dropout_mask(x)
+        layer = self._layer(base, weight)
+        return secura_linear(x, layer, self.A, self.B, delta_bias=self.bias, z_scale=mask)
 
-    def _layer(self, base: nn.Module) -> Layer:
-        """What of the adapted layer is not trained, of a dense base."""
+    def _layer(self, base: nn.Module, weight: Tensor) -> Layer:
+        """What of the adapted layer is not trained; ``weight`` is W."""
         config = self.config
+        own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
         return Layer(
-            bases.weight(base, values=False),
+            weight,
             bases.bias(base),
-            self.rows,
-            self.cols,
+            own["rows"],
+            own["cols"],
             config.norm_options,
             self.scaling,
-            self.core if self.folded else None,
-            config.norm != "none" and config.norm_reference == "folded",
-            self.gram,
-            self.base_norms,
+            own["core"] if self.folded else None,
+            config.norm_reference == "folded",
+            own["gram"],
+            own["base_norms"],
             self._restrain(),
             config.norm_save,
         )
@@ -273,10 +275,11 @@ class CABR(nn.Module):
 
     def _restrain(self) -> Restrain | None:
         config = self.config
-        if self.important is None:
+        important: Any = self._buffers["important"]
+        if important is None:
             return None
         return Restrain(
-            self.important, config.restrain_percent, config.restrain_edge, config.restrain_decay
+            important, config.restrain_percent, config.restrain_edge, config.restrain_decay
         )
 
     def _refresh(self, base: nn.Module) -> None:

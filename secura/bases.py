@@ -34,6 +34,27 @@ def dense_weight(base: nn.Module) -> Tensor | None:
     return weight.t() if is_conv1d(base) else weight
 
 
+def product_weight(base: nn.Module) -> Tensor | None:
+    """The weight ``[N, K]``, detached, of a base that is no more than a frozen product with it.
+
+    None for every other base, a quantised or hooked one say.
+
+    Raises:
+        ValueError: where the weight is not here, as in :func:`weight`.
+    """
+    if type(base) is nn.Linear:  # most layers by far, and the quickest to tell
+        stored: Any = base._parameters.get("weight")
+        own_bias = base._parameters.get("bias")
+        plain = type(stored) is nn.Parameter and stored.is_floating_point() and stored.dim() == 2
+        if plain and stored.itemsize > 1 and not stored.is_meta and not stored.requires_grad:
+            frozen = own_bias is None or not own_bias.requires_grad
+            if frozen and not _adds(base) and "forward" not in base.__dict__:
+                return stored.detach()
+    if dense_weight(base) is None or why_not_product(base):
+        return None
+    return weight(base, values=False)
+
+
 def weight(base: nn.Module, *, values: bool = True) -> Tensor:
     """The weight ``[N, K]``, dequantised where it must be; detached.
 
@@ -119,6 +140,16 @@ def _is_product(base: nn.Module, own_forward: Any) -> bool:
 
 
 def _why_not_frozen(base: nn.Module) -> str | None:
+    if added := _adds(base):
+        return added
+    for parameter in base._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return "the training of its weight"
+    return None
+
+
+def _adds(base: nn.Module) -> str | None:
+    """What is hung on ``base`` beside its own forward, or None."""
     if (
         base._forward_hooks
         or base._forward_pre_hooks
@@ -126,12 +157,7 @@ def _why_not_frozen(base: nn.Module) -> str | None:
         or base._backward_pre_hooks
     ):
         return "its hooks"
-    if base._modules:
-        return "the modules in it"
-    for parameter in base._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return "the training of its weight"
-    return None
+    return "the modules in it" if base._modules else None
 
 
 def set_weight(base: nn.Module, value: Tensor) -> None:
@@ -170,6 +196,7 @@ __all__ = [
     "dense_weight",
     "is_conv1d",
     "only_moves_inputs",
+    "product_weight",
     "set_weight",
     "weight",
     "why_not_product",

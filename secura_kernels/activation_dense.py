@@ -18,8 +18,8 @@ Bytes of the backward pass, in units of T·N elements, κ = K / N, beside the fr
 
 | ∂x                                  | moves  | 8bit, 16-bit dtypes | :func:`adds_thin` takes   |
 |-------------------------------------|--------|---------------------|---------------------------|
-| ∂y0 W: g, y0 in, ∂y0 out            | 3      | 2½                  | κ ≥ ½, averaged, restrain |
-| h R + g W: g, y0 in, h R out and in | 2 + 2κ | 1½ + 2κ             | κ < ½ and gated           |
+| ∂y0 W: g, y0 in, ∂y0 out            | 3      | 2½                  | κ > 1, averaged, restrain |
+| h R + g W: g, y0 in, h R out and in | 2 + 2κ | 1½ + 2κ             | κ ≤ 1 and gated           |
 
 h R comes first and g W is added to it, so that the matrix product reads its addend while it
 computes, and what is rounded once more is the small term. dΔ = g/M, for ∂P, stays in the L2 cache
@@ -102,11 +102,13 @@ def activation_linear(
 
 
 def adds_thin(n: int, k: int, combine: str, factor: Tensor | None) -> bool:
-    """Whether ∂x is h R + g W (2 T K elements moved) rather than ∂y0 W (T N elements).
+    """Whether ∂x is h R + g W rather than ∂y0 W.
 
-    Only where ∂base is g itself: gated, without the restraint's ``factor``.
+    Only where ∂base is g itself: gated, without the restraint's ``factor``. By elements the one
+    moves 2 T K and the other T N, but ∂y0 also has m scattered columns to be added in: at K = N an
+    H100 took 520 µs the one way and 560 the other, both with the product of 343.
     """
-    return combine == "gated" and factor is None and 2 * k < n
+    return combine == "gated" and factor is None and k <= n
 
 
 @op("activation_linear")

@@ -22,12 +22,14 @@ Bytes, s of them an element, beside the frozen layer's own two products:
 |------------------------|------------------|----------------------------------------------|
 | z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
 | out, in place of y0    | 2 s T N          | cuBLAS addmm_ without share and biases       |
+| out by W', z = x Rᵀ    | 2 s N K + s T K  | instead of both; :func:`takes_weight`        |
 | ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
 | ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
 | ∂Q                     | s T N            | cuBLAS, fp32 out                             |
 
-W' is not an option for the forward: rounded to bf16 it would drop every change smaller than half a
-unit in W's last place. In ∂x the same rounding is that of any bf16 product.
+W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
+smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
+(benchmarks/results/triage-h100.json), so the forward takes whichever moves less.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def lowrank_linear(
         x: ``[..., K]``.
         weight: ``W [N, K]``, frozen, any strides.
         bias: ``b [N]``, frozen, or None.
-        rows: ``[m]`` int64, distinct, the rows of W that are R.
+        rows: ``[m]`` int64, the rows of W that are R.
         q: ``Q [N, m]``.
         share: ``[N]``, scales ``y0 − b``, or None for 1.
         delta_bias: trainable bias ``[N]`` or None.
@@ -145,6 +147,15 @@ def rebuilds_weight(t: int, n: int, k: int, z_scale: Tensor | None) -> bool:
     return z_scale is None and 2 * n * k <= 2 * t * n
 
 
+def takes_weight(t: int, n: int, k: int, m: int, z_scale: Tensor | None) -> bool:
+    """Whether the kernels' forward goes through W' and x Rᵀ rather than through y0.
+
+    By elements moved: 2 N K + T K against 2 T N and a sector of 32 bytes for each of T m. That told
+    the quicker of the two in all five shapes that were timed on an H100.
+    """
+    return z_scale is None and 2 * n * k + t * k < 2 * t * n + 16 * t * m
+
+
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
@@ -168,12 +179,17 @@ def linear_forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [T, N], z [T, m])`` of flat inputs in one dtype; share and δb may be wider."""
+    kernels = _kernels() if resolve(impl, x) == "triton" else None
+    (t, k), (n, m) = x.shape, q.shape
+    if kernels is not None and takes_weight(t, n, k, m, z_scale):
+        r = kernels.padded_r(weight, rows)
+        fused = kernels.rebuilt_weight(weight, r, q, share)
+        return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r[:m].t()
     # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
     y0 = F.linear(x, weight)
-    if resolve(impl, x) == "triton":
-        z = _kernels().gather(y0, None, rows, z_scale)
-        out = _kernels().add_product(y0, z, q, share, bias, delta_bias, out=y0)
-        return out, z
+    if kernels is not None:
+        z = kernels.gather(y0, None, rows, z_scale)
+        return kernels.add_product(y0, z, q, share, bias, delta_bias, out=y0), z
     z = gather(y0, None, rows, z_scale)
     if share is not None:
         y0.mul_(share)
@@ -205,7 +221,8 @@ def linear_backward(
         kernels = _kernels() if resolve(impl, g) == "triton" else None
         if rebuilds_weight(t, n, k, z_scale):
             if kernels is not None:
-                fused = kernels.rebuilt_weight(weight, rows, q, share)
+                r = kernels.padded_r(weight, rows)
+                fused = kernels.rebuilt_weight(weight, r, q, share)
             else:
                 fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
                 fused = torch.addmm(fused, q, weight.index_select(0, rows))
@@ -273,6 +290,14 @@ def add_backward(
 def _add_backward_fake(g, z, rows, q, share, z_scale, needs, impl):
     dy0 = g.new_empty(g.shape) if needs[0] else absent(g)
     return dy0, *_thin_gradients_fake(g, rows, needs)
+
+
+def _sum(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
+    if bias is None or delta is None:
+        found = delta if bias is None else bias
+        return None if found is None else found.to(dtype)
+    return (bias.to(wide(dtype)) + delta).to(dtype)
 
 
 def _add_(out: Tensor, *biases: Tensor | None) -> Tensor:
@@ -375,4 +400,11 @@ class _LowrankAdd(torch.autograd.Function):
         )  # fmt: skip
 
 
-__all__ = ["gather", "lowrank_add", "lowrank_linear", "product_wide", "rebuilds_weight"]
+__all__ = [
+    "gather",
+    "lowrank_add",
+    "lowrank_linear",
+    "product_wide",
+    "rebuilds_weight",
+    "takes_weight",
+]

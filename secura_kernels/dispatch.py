@@ -60,10 +60,14 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
         ValueError: for an unknown ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take the tensor.
     """
+    if impl == "reference":
+        return impl
     impl = impl or os.environ.get("SECURA_IMPL", "auto")
+    if impl == "reference":
+        return impl
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
-    if impl == "reference" or (impl == "auto" and tensor.device.type != "cuda"):
+    if impl == "auto" and tensor.device.type != "cuda":
         return "reference"
     reason = why_not_triton(tensor)
     if reason is None:
@@ -75,6 +79,8 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
 
 def supported(impl: str | None, *tensors: Tensor) -> str:
     """:func:`resolve` of several tensors: Triton where it can take them all."""
+    if impl == "reference":
+        return impl
     found = [resolve(impl, tensor) for tensor in tensors]
     return "triton" if all(name == "triton" for name in found) else "reference"
 
@@ -116,7 +122,10 @@ def is_watched(*args: Any) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+    for arg in args:  # noqa: SIM110  a generator costs the host as much as a launch
+        if type(arg) not in _PLAIN and isinstance(arg, Tensor):
+            return True
+    return False
 
 
 def current_device(tensor: Tensor) -> AbstractContextManager:

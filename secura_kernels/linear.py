@@ -124,10 +124,14 @@ def secura_linear(
 
 def update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``U = s · A B [m, m]`` in fp32 or wider, autocast or not."""
-    dtype = wide(a.dtype)
     with without_autocast(a.device.type):
-        product = _as(a, dtype) @ _as(b, dtype)
-        return product if scaling == 1 else product * scaling
+        return _update(a, b, scaling)
+
+
+def _update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    dtype = wide(a.dtype)
+    product = _as(a, dtype) @ _as(b, dtype)
+    return product if scaling == 1 else product * scaling
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,7 +222,7 @@ class _SecuraLinear(torch.autograd.Function):
 
 def _factors(layer: Layer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
     """``(U of the change, U of the base or None)``."""
-    u = update(a, b, layer.scaling)
+    u = _update(a, b, layer.scaling)
     if layer.core is None:
         return u, None
     core = _as(layer.core, u.dtype)

@@ -1,20 +1,23 @@
-"""Backward of the space ``activation``: dΔ in chunks that the L2 cache holds, one read of g and y0.
+"""Backward of the space ``activation``: dΔ in chunks of bounded memory, one read of g and y0.
 
     dΔ = g f / M    dbase = 2 g f / M  or  g f     h = (dΔ P) · z_scale + dbase P_base
     ∂P = dΔᵀ zd     ∂δb = Σ dΔ     ∂y0 = dbase,  ∂y0[:, rows] += h
 
 dΔ is needed by ∂P alone (averaged, it is half of dbase), and ∂P sums over tokens: so a launch
 writes a slice of dΔ's columns into a workspace of ``WORKSPACE_MIB``, cuBLAS makes the slice's rows
-of ∂P of it while it is in L2, and the next slice takes its place. A program has BLOCK_T tokens and
-its part of the launch's columns, with its h in registers; from one launch to the next the parts' h
-are kept in fp32. Above 16384 tokens these are cut as well, below that a launch needs them to fill a
-GPU. Where h does not fit in registers (m > 128, fp32) tokens alone are cut, and cuBLAS makes h of
-the workspace.
+of ∂P of it, and the next slice takes its place. Slices of 16 MiB, for the L2 cache to keep, were
+measured and lost to what more launches cost: on an H100 at T=8192, N=4096 262 µs, 229 with 32 MiB,
+211 with 64 and with dΔ whole. The workspace bounds memory, not traffic.
+
+A program has BLOCK_T tokens and its part of the launch's columns, with its h in registers; from one
+launch to the next the parts' h are kept in fp32. Above 16384 tokens these are cut as well, below
+that a launch needs them to fill a GPU. Where h does not fit in registers (m > 128, fp32) tokens
+alone are cut, and cuBLAS makes h of the workspace.
 
 Bytes from memory, in units of one [T, N] tensor of the compute dtype (64 MiB at T=8192, N=4096,
 bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N:
 
-| what                     | dΔ whole | in chunks | of which                            |
+| what                     | dΔ whole | in L2     | of which                            |
 |--------------------------|----------|-----------|-------------------------------------|
 | gated, ∂y0               | 5        | 3         | reads g and y0, writes ∂y0          |
 | gated, ``thin``          | 4 + 2κ   | 2 + 2κ    | h R written and read in place of it |
@@ -43,7 +46,7 @@ from .activation_jit import activation_bwd_kernel
 from .additive import add_columns
 from .common import aligned, cdiv, dot_precision, padded, splits, unit_stride
 
-WORKSPACE_MIB = 16
+WORKSPACE_MIB = 64
 _ENOUGH_TOKENS = 16384
 _STEP = 64  # a chunk's edges, of which every block is a divisor
 

@@ -193,10 +193,19 @@ def _add_columns_kernel(
     base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
         base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    # A row that is named twice has one column: each of its programs stores the sum of both.
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-    place_h = h_ptr + offs_t[:, None] * stride_ht + offs_m[None, :]
-    for part in range(0, parts):
-        h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask, other=0.0)
+    for start in range(0, M, BLOCK_M):
+        others = start + tl.arange(0, BLOCK_M)
+        mask_o = others < M
+        rows_o = tl.load(rows_ptr + others, mask=mask_o, other=-1).to(tl.int64)
+        place_h = h_ptr + offs_t[:, None] * stride_ht + others[None, :]
+        mask_h = (offs_t < T)[:, None] & mask_o[None, :]
+        part_h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+        for part in range(0, parts):
+            part_h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask_h, other=0.0)
+        same = (rows_o[:, None] == rows[None, :]).to(tl.float32)
+        h = dot(part_h, same, h, "ieee")
     dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
     tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)
 
@@ -272,9 +281,13 @@ def add_product(
     return out
 
 
-def rebuilt_weight(weight: Tensor, rows: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
-    """``W' = share · W + Q R  [N, K]``, laid out as W."""
-    r = weight.index_select(0, padded_rows(rows))
+def padded_r(weight: Tensor, rows: Tensor) -> Tensor:
+    """R, with rows behind it up to a multiple of 16: ``[m or more, K]``."""
+    return weight.index_select(0, padded_rows(rows))
+
+
+def rebuilt_weight(weight: Tensor, r: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
+    """``W' = share · W + Q R  [N, K]``, laid out as W; R of :func:`padded_r`."""
     return add_product(weight.t(), r.t(), q, share).t()
 
 
@@ -312,7 +325,7 @@ def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy:
         base, dy: ``[T, N]``, their rows without gaps.
         share: ``[N]`` or None for 1.
         h: ``[parts, T, m]`` or wider, fp32, to be summed over its parts.
-        rows: ``[m]``, distinct.
+        rows: ``[m]``; one named twice takes the sum of both columns of h.
     """
     t, m = base.shape[0], rows.numel()
     block_m = block_of(m, 16, _GATHER.m)
@@ -328,4 +341,4 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-__all__ = ["add_columns", "add_product", "gather", "output_gradient", "rebuilt_weight"]
+__all__ = ["add_columns", "add_product", "gather", "output_gradient", "padded_r", "rebuilt_weight"]

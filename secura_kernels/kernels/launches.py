@@ -19,7 +19,7 @@ from ..activation import activation_norm
 from ..activation_dense import activation_linear
 from ..additive import lowrank_add, lowrank_linear
 from ..channel import channel_product
-from ..columns import project
+from ..columns import project, projected
 from ..gain import NormOptions, Restrain
 from ..merge import effective_weight
 from ..weight import weight_norm_linear
@@ -92,6 +92,7 @@ class Case:
         p, p_base = (self._empty(self.n, self.m, dtype=torch.float32) for _ in "ab")
         u = self._empty(self.m, self.m, dtype=torch.float32).requires_grad_()
         project(weight, rows, u, impl="triton").sum().backward()
+        projected(weight, rows, u.detach(), self.dtype, "triton")
         important = torch.empty(self.n, dtype=torch.bool, device=_META)
         restrain = Restrain(important) if self.full and self.options.norm != "none" else None
         if self.merge is not None:

@@ -71,7 +71,8 @@ def test_forms_that_look_at_the_whole_batch(form):
 
 def test_route_is_the_one_that_moves_fewer_bytes():
     assert adds_thin(14336, 4096, "gated", None)
-    assert not adds_thin(8192, 4096, "gated", None)
+    assert adds_thin(4096, 4096, "gated", None)
+    assert not adds_thin(4096, 14336, "gated", None)
     assert not adds_thin(14336, 4096, "averaged", None)
     assert not adds_thin(14336, 4096, "gated", torch.ones(14336))
 

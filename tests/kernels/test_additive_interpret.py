@@ -29,6 +29,7 @@ def poisoned():
 
 def both_routes(monkeypatch, rebuild: bool):
     monkeypatch.setattr(additive, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
+    monkeypatch.setattr(additive, "takes_weight", lambda t, n, k, m, z_scale: rebuild)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
@@ -36,6 +37,19 @@ def both_routes(monkeypatch, rebuild: bool):
 def test_linear(shape, dtype, rebuild, monkeypatch):
     both_routes(monkeypatch, rebuild)
     check(shape, NormOptions("channel", "calibrated", "averaged"), dtype, folded=True)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rebuild", [True, False], ids=["rebuilt", "gathered"])
+@pytest.mark.parametrize("m", [6, 90])
+def test_rows_named_twice(fused, rebuild, m, monkeypatch):
+    """Two adapters that chose the same rows of W: their columns of ∂y0 add up."""
+    both_routes(monkeypatch, rebuild)
+    case, options = draw((20, 70, 48, m)), NormOptions("none")
+    case.rows = case.rows[torch.randint(m // 2, (m,), generator=torch.Generator().manual_seed(0))]
+    assert case.rows.unique().numel() < m
+    ours, plain = (run(case, options, impl, fused=fused) for impl in ("triton", "reference"))
+    assert_no_worse(ours, plain, run(case.to(torch.float64), options, "oracle"), torch.float32)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)

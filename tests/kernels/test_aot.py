@@ -93,7 +93,7 @@ def adds_product(found):
 
 
 def test_recording_leaves_nothing_behind():
-    x, weight = (torch.empty(4, 4, device="meta") for _ in "ab")
+    x, weight = (torch.empty(4, 64, device="meta") for _ in "ab")
     rows, p = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(4, 2, device="meta")
     before = _active_driver()
     with record(SM_90) as found:

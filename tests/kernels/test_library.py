@@ -137,9 +137,9 @@ def test_an_operator_that_gets_a_tensor_subclass_is_one(place):
         pass
 
     arguments = [torch.ones(1), None, torch.ones(1), 3]
-    assert not dispatch._is_watched(*arguments)
+    assert not dispatch.is_watched(*arguments)
     arguments[place] = arguments[place].as_subclass(Sharded)
-    assert dispatch._is_watched(*arguments)
+    assert dispatch.is_watched(*arguments)
 
 
 def test_fake_tensors_see_the_operator_outside_their_mode():
