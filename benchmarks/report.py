@@ -49,11 +49,12 @@ def summed(rows: list[Row]) -> dict[str, Any]:
 
     ``{"time": {phase: {"median", "q20", "q80"}}, "saved_mib", "peak_mib", "gflop", "moved_mib"}``.
     Everything adds up (quantiles too, which overstates the spread of a sum) but the peaks, of which
-    the largest stands. The phase ``both_graph`` is there where every layer has it.
+    the largest stands. A phase but ``both`` is there where every layer has it.
     """
-    phases = ["forward", "backward", "both"]
-    if all("both_graph_ms" in row.figures for row in rows):
-        phases.append("both_graph")
+    phases = ["both"]
+    for phase in ("forward", "backward", "both_graph"):
+        if all(f"{phase}_ms" in row.figures for row in rows):
+            phases.append(phase)
     return {
         "time": {
             phase: {
