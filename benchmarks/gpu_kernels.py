@@ -1,4 +1,4 @@
-"""Single ops for ``benchmarks.gpu_check`` to time, each with the least it can move and compute.
+"""Single ops for ``benchmarks.triage`` to time, each with the least it can move and compute.
 
 Bytes count inputs once and outputs once, s of them an element; columns scattered over a row count
 by the 32-byte sectors they lie in, 32 S of them for the columns ``rows`` of a [T, N] tensor.

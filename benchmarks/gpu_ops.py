@@ -1,17 +1,12 @@
-"""What ``benchmarks.gpu_check`` runs: the tensors of one layer, and whole layers under each norm.
-
-A layer is the forward and backward of an adapted projection, P = C A B included, beside the frozen
-projection alone (forward and gradient of its input), whose two products are its floor.
-"""
+"""The tensors of one layer, and its forward and backward under each norm, P = C A B included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from secura_kernels import (
     NormOptions,
@@ -26,22 +21,7 @@ from secura_kernels import (
 
 from . import measure
 
-# name, N, K and how many of them a Llama-3-8B decoder block holds
-PROJECTIONS = [
-    ("q+o", 4096, 4096, 2),
-    ("k+v", 1024, 4096, 2),
-    ("gate+up", 14336, 4096, 2),
-    ("down", 4096, 14336, 1),
-]
-# share of the frozen layer's time a layer of each space may take (T = 8192, m = 128, bf16)
-TARGETS = {
-    "none": 1.10,
-    "channel": 1.10,
-    "activation": 1.15,
-    "activation 8bit": 1.15,
-    "weight": 1.60,
-}
-LAYERS = ("linear", *TARGETS)
+SPACES = ("none", "channel", "activation", "activation 8bit", "weight")
 
 
 class Size(NamedTuple):
@@ -79,16 +59,13 @@ class Tensors:
 
 
 def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A forward and a backward of a layer: ``(out, ∂x, ∂A, ∂B)``, or ``(out, ∂x)`` when frozen."""
+    """What runs a layer's forward and backward: ``(out, ∂x, ∂A, ∂B)``."""
     x = data.x.clone().requires_grad_()
     a, b = data.a.clone().requires_grad_(), data.b.clone().requires_grad_()
     rows, weight = data.rows, data.weight
     gram, norms = row_norms(weight, rows, None)
-    leaves = (x,) if name == "linear" else (x, a, b)
 
     def forward() -> Tensor:
-        if name == "linear":
-            return linear(x, weight)
         p = data.product(a, b, impl)
         if name == "weight":
             return weight_norm_linear(x, weight, None, rows, p, NormOptions("weight"), impl=impl)
@@ -104,22 +81,9 @@ def layer_step(name: str, data: Tensors, impl: str) -> Callable[[], tuple[Tensor
 
     def step() -> tuple[Tensor, ...]:
         out = forward()
-        return out, *torch.autograd.grad(out, leaves, data.grad)
+        return out, *torch.autograd.grad(out, (x, a, b), data.grad)
 
     return step
-
-
-def worst_error(name: str, size: Size, device: str, dtype: torch.dtype, impl: str) -> float:
-    """Largest relative error of a layer's output and gradients against plain torch in fp32."""
-    data = Tensors(size._replace(t=min(size.t, 256)), device, dtype)
-    got = layer_step(name, data, impl)()
-    for field in ("x", "weight", "grad"):
-        setattr(data, field, getattr(data, field).float())
-    expected = [value.detach() for value in layer_step(name, data, "reference")()]
-    return max(
-        float((value.detach().float() - exact).norm() / exact.norm().clamp_min(1e-20))
-        for value, exact in zip(got, expected, strict=True)
-    )
 
 
 def every_op_once(device: str = "cuda", impl: str = "triton") -> None:
@@ -127,15 +91,10 @@ def every_op_once(device: str = "cuda", impl: str = "triton") -> None:
     for m in (5, 64):
         for dtype in (torch.bfloat16, torch.float32):
             data = Tensors(Size(67, 131, 77, m), device, dtype)
-            for name in LAYERS:
+            for name in SPACES:
                 layer_step(name, data, impl)()
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def time_ms(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Median and 20% and 80% quantiles in milliseconds, the cache cleared between runs on CUDA."""
-    return measure.timing(measure.sample(call, torch.device(device)))
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -147,15 +106,4 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     return found | {"fp32_tflop_s": narrow["gemm_tflop_s"]}
 
 
-__all__ = [
-    "LAYERS",
-    "PROJECTIONS",
-    "TARGETS",
-    "Size",
-    "Tensors",
-    "ceilings",
-    "every_op_once",
-    "layer_step",
-    "time_ms",
-    "worst_error",
-]
+__all__ = ["SPACES", "Size", "Tensors", "ceilings", "every_op_once", "layer_step"]

@@ -1,4 +1,4 @@
-"""Pictures of a layer result, as SVG beside it: speed by T, memory, roofline.
+"""Pictures of results, as SVG beside them: layers' speed by T, memory, roofline; models' steps.
 
 The same results give the same files, byte for byte, with one version of matplotlib.
 """
@@ -35,7 +35,7 @@ def layer_plots(name: str) -> list[Path]:
 
 
 def draw_all(results: Path) -> list[Path]:
-    """Draw every layer result of a folder; files that would not change are left alone."""
+    """Draw every layer and model result of a folder; files that would not change are left alone."""
     try:
         import matplotlib
     except ImportError:
@@ -44,10 +44,13 @@ def draw_all(results: Path) -> list[Path]:
     drawn = []
     style = {"svg.hashsalt": "secura", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(style):
-        for path in sorted(results.glob("layer-*.json")):
-            result = Result.load(path)
-            for kind, draw in (("speed", speed), ("memory", memory), ("roofline", roofline)):
-                figure = draw(result)
+        pictures = {
+            "layer": {"speed": speed, "memory": memory, "roofline": roofline},
+            "model": {"steps": steps},
+        }
+        for path in sorted(results.glob("*.json")):
+            for kind, draw in pictures.get(path.name.partition("-")[0], {}).items():
+                figure = draw(Result.load(path))
                 if figure is None:
                     continue
                 target = path.with_name(f"{path.stem}-{kind}.svg")
@@ -57,35 +60,93 @@ def draw_all(results: Path) -> list[Path]:
 
 
 def speed(result: Result) -> Any:
-    """Forward + backward against the frozen layer, by T; None where only one T was measured."""
+    """Forward + backward against the frozen layer, by T; None where only one T was measured.
+
+    Where there are CUDA graphs one panel shows their replays and one what an eager call takes.
+    """
+    graphs = any("both_graph_ms" in row.figures for row in result.rows)
+    panels = {"both": "eager: what the host adds included"} if graphs else {"both": ""}
+    if graphs:
+        panels = {"both_graph": "CUDA graph: the GPU's time alone", **panels}
+    curves = {phase: _over_frozen(result, phase) for phase in panels}
+    if max((len(one) for found in curves.values() for one in found.values()), default=0) < 2:
+        return None
+    first = result.rows[0].case
+    square = first["model"] == "square"
+    what = f"{first['K']}→{first['N']}" if square else f"the projections of {first['model']}"
+    title = f"Forward + backward over the frozen layer's: {what}"
+    figure, axes = _figure(title, result, len(panels))
+    for panel, (phase, label) in zip(axes, panels.items(), strict=True):
+        for name, curve in curves[phase].items():
+            tokens = sorted(curve)
+            values = [curve[t] for t in tokens]
+            colour, dash = _colour(name), _dash(name)
+            panel.plot(tokens, values, dash, color=colour, marker="o", markersize=3, label=name)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(tokens, [str(t) for t in tokens])
+        panel.set_xlabel(f"tokens T\n{label}".rstrip())
+        panel.set_ylim(bottom=0)
+    _legend(axes[-1])
+    return figure
+
+
+def _over_frozen(result: Result, phase: str) -> dict[str, dict[int, float]]:
+    """A phase's time over the frozen layer's, by provider and T, of the first model."""
     from .report import groups, summed
 
     model = result.rows[0].case["model"] if result.rows else None
     curves: dict[str, dict[int, float]] = {}
     for (of, t, _, _), providers in groups(result).items():
-        good = {name: rows for name, rows in providers.items() if _measured(rows)}
-        if of != model or "frozen" not in good:
+        good = {name: summed(rows)["time"] for name, rows in providers.items() if _measured(rows)}
+        if of != model or phase not in good.get("frozen", {}):
             continue
-        floor = summed(good["frozen"])["time"]["both"]["median"]
-        for name, rows in good.items():
-            ratio = summed(rows)["time"]["both"]["median"] / floor
-            curves.setdefault(name, {}).setdefault(t, ratio)
-    if max((len(curve) for curve in curves.values()), default=0) < 2:
+        floor = good["frozen"][phase]["median"]
+        for name, times in good.items():
+            if phase in times:
+                curves.setdefault(name, {}).setdefault(t, times[phase]["median"] / floor)
+    return curves
+
+
+def steps(result: Result) -> Any:
+    """Bars of tokens per second and of peak memory of a model's training steps, by setting."""
+    good = [row for row in result.rows if row.status == "ok"]
+    cases = list({str(row.case): row.case for row in good}.values())
+    if not cases:
         return None
-    first = result.rows[0].case
-    what = f"{first['K']}→{first['N']}" if model == "square" else f"the projections of {model}"
-    figure, axes = _figure(f"Forward + backward over the frozen layer's: {what}", result)
-    for name, curve in curves.items():
-        tokens = sorted(curve)
-        values = [curve[t] for t in tokens]
-        colour, dash = _colour(name), _dash(name)
-        axes.plot(tokens, values, dash, color=colour, marker="o", markersize=3, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(t) for t in tokens])
-    axes.set_xlabel("tokens T")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
+    first = cases[0]
+    title = f"Training steps: {first['blocks']} blocks of {first['model']}, all linears"
+    title = title if first["targets"] == "all" else title.replace("all linears", first["targets"])
+    figure, axes = _figure(title, result, 2)
+    names = list(dict.fromkeys(row.provider for row in good))[::-1]
+    height = 0.8 / len(names)
+    shown = (
+        ("tokens per second", "tokens_per_s", 1.0),
+        ("peak above the weights, GiB", "peak_mib", 1024.0),
+    )
+    for panel, (label, figure_name, unit) in zip(axes, shown, strict=True):
+        for index, name in enumerate(names):
+            rows = [row for row in good if row.provider == name]
+            places = [len(cases) - cases.index(row.case) + index * height for row in rows]
+            values = [row.figures[figure_name] / unit for row in rows]
+            bars = panel.barh(places, values, height, color=_colour(name), label=name)
+            panel.bar_label(bars, fmt="%.0f" if unit == 1 else "%.1f", padding=2, fontsize=6)
+        middle = height * (len(names) - 1) / 2
+        settings = [_setting(case) for case in cases]
+        panel.set_yticks([len(cases) - i + middle for i in range(len(cases))], settings)
+        panel.set_xlabel(label)
+        panel.margins(x=0.12)
+    axes[1].set_yticklabels([])
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[1].legend(
+        handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
+        frameon=False,
+    )  # fmt: skip
     return figure
+
+
+def _setting(case: dict[str, Any]) -> str:
+    text = f"{case['batch']} × {case['sequence']}"
+    return f"{text}\ncheckpointed" if case["checkpointing"] else text
 
 
 def memory(result: Result) -> Any:
@@ -100,7 +161,7 @@ def memory(result: Result) -> Any:
                     bars[name] = summed(rows)["saved_mib"]
     if not bars:
         return None
-    figure, axes = _figure("Saved for the backward pass, MiB", result)
+    figure, (axes,) = _figure("Saved for the backward pass, MiB", result)
     names = list(bars)[::-1]
     places = axes.barh(names, [bars[name] for name in names], color=[_colour(n) for n in names])
     axes.bar_label(places, fmt="%.1f", padding=3, fontsize=7)
@@ -114,7 +175,7 @@ def roofline(result: Result) -> Any:
     if not points:
         return None
     copy, gemm = result.ceilings["copy_gb_s"], result.ceilings["gemm_tflop_s"]
-    figure, axes = _figure("Roofline: forward + backward", result)
+    figure, (axes,) = _figure("Roofline: forward + backward", result)
     seen: set[str] = set()
     intensities = []
     for row in points:
@@ -148,17 +209,18 @@ def _dash(name: str) -> str:
     return next((dash for part, dash in DASHES.items() if part in name), "-")
 
 
-def _figure(title: str, result: Result) -> tuple[Any, Any]:
+def _figure(title: str, result: Result, panels: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
+    all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
     where = f"{result.machine['name']}, {result.dtype}, commit {result.commit}"
-    axes.set_title(f"{title}\n{where}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure.suptitle(f"{title}\n{where}", fontsize=10)
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, all_axes
 
 
 def _legend(axes: Any) -> None:
@@ -174,4 +236,4 @@ def _save(figure: Any, path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-__all__ = ["COLOURS", "draw_all", "layer_plots", "memory", "roofline", "speed"]
+__all__ = ["COLOURS", "draw_all", "layer_plots", "memory", "roofline", "speed", "steps"]

@@ -226,6 +226,8 @@ def model_table(result: Result, name: str) -> str:
         "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix rate "
         "measured there; recomputation is not counted as work."
     )
+    if not result.complete:
+        caption += " The run was cut short by its time budget."
     return "\n".join([*lines, "", caption]) + "\n"
 
 

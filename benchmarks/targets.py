@@ -69,7 +69,7 @@ def layer_targets(dtype: str, impl: str) -> list[Target]:
     time = [
         Target("time", f"secura channel {impl}", peft, 0.85),
         Target("time", f"secura activation {impl}", peft, 0.90),
-        Target("time", f"secura channel {impl}", "strong lora", 1.0),
+        Target("time", f"secura channel {impl}", "strong lora", 0.95),
         Target("time", f"secura activation {impl}", "strong lora", 1.0),
     ]
     for rival, limit in ((dora, 0.7), ("strong dora", 0.9), ("released way", 0.4)):

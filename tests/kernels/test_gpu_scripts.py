@@ -1,0 +1,243 @@
+"""What runs on a GPU machine, tried without one: its steps, its rows, and what breaks in them."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import (
+    costs,
+    decisions,
+    gpu_kernels,
+    gpu_tests,
+    graphs,
+    layer,
+    model,
+    report,
+    shapes,
+    targets,
+    triage,
+)
+from benchmarks.children import Child, last_line
+from benchmarks.providers import catalogue, choose
+from benchmarks.rivals import StrongDoRA
+from benchmarks.schema import Result
+
+from .conftest import interpreter_broken
+
+ROOT = Path(__file__).resolve().parents[2]
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def run_module(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, args)]
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["triage", "gpu_tests"])
+def test_without_a_gpu_it_says_so_and_exits_2(name, tmp_path):
+    done = run_module(name, "--out", tmp_path)
+    assert done.returncode == 2
+    assert len(done.stdout.splitlines()) == 1 and "no GPU" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@no_gpu
+def test_gpu_tests_dry_run_needs_no_plugin_and_goes_on(tmp_path):
+    bare = {"PYTEST_ADDOPTS": "-p no:timeout -p no:xdist"}
+    done = run_module("gpu_tests", "--dry_run", "--out", tmp_path, "--commit", "abc", **bare)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = Result.load(tmp_path / "gpu_tests.json")
+    assert result.complete and result.commit == "abc" and len(result.rows) == 20
+    assert {row.status for row in result.rows} == {"missing"}
+    assert "test session starts" in (tmp_path / "gpu_tests.log").read_text()
+
+
+@no_gpu
+def test_tests_that_were_not_reached_are_listed_and_do_not_pass(tmp_path):
+    done = run_module("gpu_tests", "--dry_run", "--out", tmp_path, "--budget_s", 0.001)
+    assert done.returncode == 1
+    rows = Result.load(tmp_path / "gpu_tests.json").rows
+    assert len(rows) == 20 and {row.status for row in rows} == {"skipped"}
+    assert all("not reached" in row.note for row in rows)
+
+
+def test_the_most_telling_tests_come_first_and_the_large_ones_last():
+    names = ["a::test_odd", f"a::{gpu_tests.LARGE}[none]", "a::test_cuda_graph[x]",
+             "a::test_layers_of_an_8b_model[1]", "a::test_matches_oracle[131, 67]"]  # fmt: skip
+    found = gpu_tests.ordered(names)
+    assert found == [names[3], names[2], names[4], names[0], names[1]]
+    assert gpu_tests.shared_out(found, 2) == [found[::2], found[1::2]]
+    assert gpu_tests.shared_out(found[:1], 3) == [found[:1]]
+
+
+OUTCOMES = """
+def test_good(): pass
+def test_bad(): assert False
+def test_slow():
+    import time; print("asleep", flush=True); time.sleep(600)
+def test_after(): pass
+"""
+
+
+def test_a_run_cut_short_keeps_what_it_found(tmp_path):
+    path = tmp_path / "test_outcomes.py"
+    path.write_text(OUTCOMES)
+    names = [f"{path}::test_{name}" for name in ("good", "bad", "slow", "after")]
+    log = tmp_path / "log"
+    until = time.monotonic() + 60
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.gpu_tests.pytest_command", lambda: COMMAND)
+        rows = gpu_tests.run_tests(names[:2] + names[3:], 2, until, log)
+        assert [row.status for row in rows] == ["ok", "failed", "ok"]
+        rows = gpu_tests.run_tests(names[2:], 1, time.monotonic() + 6, log)
+    assert [row.status for row in rows] == ["skipped", "skipped"]
+
+
+COMMAND = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", "/", "-p", "no:xdist"]
+
+
+@pytest.mark.skipif(interpreter_broken() is not None, reason=str(interpreter_broken()))
+def test_every_question_is_answered_in_the_interpreter_and_asked_once(tmp_path):
+    flags = ("triage", "--dry_run", "--out", tmp_path, "--commit", "abc")
+    done = run_module(*flags, "--only", "tiles", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    tiles = len(Result.load(tmp_path / "triage.json").rows)
+    done = run_module(*flags, "--resume", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = Result.load(tmp_path / "triage.json")
+    names = [row.case["question"] for row in result.rows]
+    assert [row.note for row in result.rows if row.status != "ok"] == [] and result.complete
+    planned = [question.name for question in triage.plan(decisions.Asker("cpu"), {})]
+    assert sorted(names) == sorted(planned) and len(set(names)) == len(names)
+    assert tiles == sum(name.startswith("tiles") for name in names) < len(names)
+    assert names[0].startswith("tiles") and done.stdout.count('"tiles') == 0
+
+
+def question(name, ask):
+    return decisions.Question(name, ask)
+
+
+def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
+    def bad(asker):
+        raise RuntimeError("no such kernel")
+
+    asker = decisions.Asker("cpu")
+    row = triage.answer(question("a", bad), asker)
+    assert row.status == "failed" and "no such kernel" in row.note and triage.LOST not in row.note
+    monkeypatch.setattr(triage, "is_lost", lambda device: True)
+    assert triage.LOST in triage.answer(question("a", bad), asker).note
+    assert triage.answer(question("b", lambda asker: {"x": 1.0}), asker).figures == {"x": 1.0}
+
+
+def test_what_stands_in_a_modules_place_is_put_back():
+    with pytest.raises(ZeroDivisionError), decisions.replaced(triage, LOST="gone", WARM_S=0):
+        assert (triage.LOST, triage.WARM_S) == ("gone", 0)
+        raise ZeroDivisionError
+    assert triage.LOST != "gone" and triage.WARM_S > 0
+
+
+def test_the_ceilings_allow_what_the_bytes_and_products_come_to():
+    ceilings = {"copy_gb_s": 3000.0, "gemm_tflop_s": 700.0}
+    size = (8192, 4096, 4096, 128)
+    allowed = {
+        space: costs.allowed_ratio(f"secura {space} triton", size, ceilings)
+        for space in ("none", "channel", "activation", "weight")
+    }
+    assert costs.allowed_ratio("peft lora bf16", size, ceilings) is None
+    assert 1.1 < allowed["none"] == allowed["channel"] < allowed["activation"] < 1.2
+    assert 1.5 < allowed["weight"] < 1.7
+    faster = costs.allowed_ratio("secura none", size, ceilings | {"copy_gb_s": 4300.0})
+    assert faster < allowed["none"]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("height", "width"), [(1, 16), (7, 64), (5, 33), (40, 7)])
+def test_sectors_are_those_that_the_columns_bytes_lie_in(height, width, itemsize):
+    columns = random.Random(0).sample(range(width), width // 3 + 1)
+    touched = {
+        (row * width + column) * itemsize // 32 for row in range(height) for column in columns
+    }
+    found = gpu_kernels.sectors(torch.tensor(columns), height, width, itemsize)
+    assert found == len(touched)
+
+
+def test_a_workspace_is_put_back():
+    from secura_kernels.kernels import activation_backward
+
+    before = activation_backward.WORKSPACE_MIB
+    with pytest.raises(ZeroDivisionError), gpu_kernels.workspace(1024):
+        assert activation_backward.WORKSPACE_MIB == 1024
+        raise ZeroDivisionError
+    assert before == activation_backward.WORKSPACE_MIB
+
+
+def test_a_child_that_does_not_heed_is_ended_with_its_own(tmp_path):
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    log = tmp_path / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.children.GRACE_S", 0.5)
+        command = [sys.executable, "-c", deaf + "print('up'); time.sleep(600)"]
+        with Child(command, log) as child:
+            until = time.monotonic() + 60
+            while last_line(log) != "up" and time.monotonic() < until:
+                assert child.wait(0.05) is None
+    assert child.wait(0) == -9
+
+
+def test_layers_are_timed_and_judged_by_graph_where_both_have_one(monkeypatch):
+    def graphed(call):
+        if isinstance(call.__self__.layer, StrongDoRA):
+            raise graphs.NotCapturableError("it waits for the device")
+        return call
+
+    monkeypatch.setattr(graphs, "supported", lambda device: True)
+    monkeypatch.setattr(graphs, "graphed", graphed)
+    case = shapes.LayerCase("square", "linear", 1, T=24, N=40, K=56, m=6, r=3)
+    providers = choose(catalogue(torch.float32), "frozen,strong,secura channel reference")
+    rows = layer.run_case(case, providers, torch.device("cpu"), torch.float32, rounds=1)
+    for row in rows:
+        captured = row.provider != "strong dora"
+        assert row.status == "ok" and ("both_graph_ms" in row.figures) == captured
+        assert ("it waits" in row.note) == (not captured)
+    machine = {"device": "cpu", "name": "cpu", "threads": 1}
+    result = Result(
+        "layer", "quick", "cmd", "abc", "now", "fp32", machine, {}, {"headline_t": 24},
+        {"copy_gb_s": 1.0, "gemm_tflop_s": 1.0}, rows,
+    )  # fmt: skip
+    assert "both, graph, ms" in report.layer_table(result, "none").splitlines()[0]
+    (verdicts,) = targets.of_layers(result).values()
+    judged = {
+        verdict.target.rival: verdict.figure
+        for verdict in verdicts
+        if verdict.ratio and "channel" in verdict.target.ours
+    }
+    assert judged == {"strong lora": "graph time", "strong dora": "eager time"}
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_and_a_call_that_waits_is_refused():
+    x = torch.ones(8, device="cuda")
+    replay = graphs.graphed(lambda: x.mul_(2))
+    before = x.clone()
+    replay()
+    assert torch.equal(x, 2 * before)
+    assert graphs.why_not(lambda: x.sum().item()) is not None
+    assert graphs.why_not(lambda: torch.randn(8, device="cuda")) is None
+    torch.randn(8, device="cuda")
+
+
+def test_the_presets_of_a_quarter_of_an_hour():
+    cases = shapes.layer_preset("block").cases
+    assert [case.T for case in cases] == [8192] * 4 + [2048] * 4 + [512] * 4
+    steps = model.model_preset("block")
+    assert {case.blocks for case in steps} == {8} and steps[1].checkpointing
