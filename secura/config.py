@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from secura_kernels.activation import SAVES
 from secura_kernels.cur import INITS, SELECTIONS
 from secura_kernels.gain import REFERENCES, NormOptions, resolve_norm
@@ -96,6 +98,11 @@ class AdapterConfig:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be a finite number above 0")
+            if not _FP32.tiny <= value <= _FP32.max:
+                raise ValueError(
+                    f"{name}={value!r} is 0 or infinite in fp32, which the norm is computed in: it "
+                    f"must lie between {_FP32.tiny:.2g} and {_FP32.max:.2g}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.dropout and self.norm == "weight":
@@ -121,6 +128,9 @@ class AdapterConfig:
             float(self.norm_eps),
             self.norm_eps_relative,
         )
+
+
+_FP32 = torch.finfo(torch.float32)
 
 
 def check_rank(name: str, value: Any) -> None:

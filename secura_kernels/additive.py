@@ -34,6 +34,7 @@ smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.5
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ def takes_weight(t: int, n: int, k: int, m: int, z_scale: Tensor | None) -> bool
 
 
 def _flat(tensor: Any) -> Any:
-    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
+    # Not -1: torch cannot tell how many tokens an empty tensor has.
+    shape = None if tensor is None else tensor.shape
+    return None if shape is None else tensor.reshape(math.prod(shape[:-1]), shape[-1])
 
 
 def _kernels() -> Any:

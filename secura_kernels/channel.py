@@ -98,6 +98,20 @@ def channel_product(
     return q, share if combine == "averaged" or restrain is not None else None
 
 
+def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
+    """``‖ΔW_i‖ [N]``: squares are of P over its row's largest entry and of R over its longest row.
+
+    Of P and R as they are they overflow where ‖ΔW_i‖ itself is far from it.
+    """
+    if p.numel() == 0:
+        return p.new_zeros(p.shape[0])
+    tiny = torch.finfo(p.dtype).tiny
+    largest, longest = p.abs().amax(1).clamp_min_(tiny), gram.diagonal().amax().clamp_min(tiny)
+    p = p / largest[:, None]
+    squares = (p * (p @ (gram / longest))).sum(1)
+    return squares.clamp_min_(0).sqrt_().mul_(largest).mul_(longest.sqrt())
+
+
 @op("channel_product")
 def product_forward(
     p: Tensor,
@@ -128,8 +142,7 @@ def product_forward(
     if kernels is not None:
         norms = kernels.delta_norms(p, gram)
     else:
-        p_wide = p.to(base_norms.dtype)
-        norms = (p_wide * (p_wide @ gram.to(p_wide.dtype))).sum(1).clamp_min(0).sqrt()
+        norms = _delta_norms(p.to(base_norms.dtype), gram.to(base_norms.dtype))
     epsilon = effective_eps(base_norms, eps, eps_relative)
     rho = relative_change(base_norms, norms, epsilon)
     peak = largest(rho) if needs_peak(form) else None

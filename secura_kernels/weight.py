@@ -21,6 +21,7 @@ over chunks of rows of at most ``WORKSPACE_MIB``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +91,7 @@ def weight_norm_linear(
         restrain=restrain,
     )  # fmt: skip
     dtype = compute_dtype(x)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     out = _WeightNormLinear.apply(
         flat, weight, bias, rows, p, p_base, delta_bias, *primitives(options, restrain), impl

@@ -368,9 +368,8 @@ def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
     run_layer(tmp_path / "r.json")
     capsys.readouterr()
     targets.main([str(tmp_path / "r.json")])
-    assert (
-        "| eager time | secura channel reference | strong lora | ≤ 0.95 × |" in capsys.readouterr().out
-    )
+    judged = "| eager time | secura channel reference | strong lora | ≤ 0.95 × |"
+    assert judged in capsys.readouterr().out
 
 
 @pytest.mark.gpu

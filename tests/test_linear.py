@@ -351,6 +351,8 @@ def test_leading_dimensions_empty_ones_included(norm, shape):
         ({"init": "zeros"}, "unknown init"),
         ({"norm_save": "4bit"}, "unknown norm_save"),
         ({"scaling": 0}, "scaling=0 must be a finite number above 0"),
+        ({"norm_eps": 1e-46}, "norm_eps=1e-46 is 0 or infinite in fp32"),
+        ({"norm_scale": 1e39}, "norm_scale=1e\\+39 is 0 or infinite in fp32"),
         ({"norm_eps": float("nan")}, "norm_eps=nan must be"),
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
         ({"dropout": 0.1, "norm": "weight"}, "never forms"),

@@ -308,3 +308,23 @@ def test_averaged_scales_the_base_of_an_entry_that_hardly_moves(layer):
     ratio = (fused / layer.weight).min()
     assert ratio == pytest.approx(2 / (2 - torch.sigmoid(torch.tensor(-3.0))).item(), abs=1e-3)
     assert ratio == pytest.approx(1.0243, abs=1e-3)
+
+
+@pytest.mark.parametrize(("t", "n", "k"), [(3, 0, 5), (3, 4, 0), (3, 0, 0), (0, 4, 5), (0, 0, 0)])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_every_dimension_may_be_empty(t, n, k, lead):
+    none = torch.empty(0, dtype=torch.int64)
+    x, y0 = torch.randn(*lead, t, k), torch.ones(*lead, t, n)
+    weight, bias, p = torch.randn(n, k), torch.ones(n), torch.randn(n, 0)
+    ops = {
+        "linear": lambda x, p: lowrank_linear(x, weight, bias, none, p),
+        "add": lambda y0, p: lowrank_add(y0, torch.zeros(n), none, p),
+        "weight": lambda x, p: weight_norm_linear(x, weight, bias, none, p, NormOptions("weight")),
+    }
+    for name, op in ops.items():
+        leaves = [(y0 if name == "add" else x).clone().requires_grad_(), p.clone().requires_grad_()]
+        out = op(*leaves)
+        assert out.shape == (*lead, t, n) and bool((out == 1).all()), name
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        for leaf, gradient in zip(leaves, found, strict=True):
+            assert gradient is None or gradient.shape == leaf.shape

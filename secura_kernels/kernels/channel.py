@@ -27,6 +27,7 @@ from .launch import Kernel
 
 BLOCK_N, BLOCK_M, NUM_WARPS = 32, 64, 8
 PRECISION = "ieee"
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @Kernel
@@ -43,6 +44,19 @@ def _channel_kernel(
     offs_n = span(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
     if MEASURE:
+        # Squares are of P over its row's largest entry and of R over its longest row: of P and R as
+        # they are they overflow where ‖ΔW_i‖ itself is far from it.
+        largest = tl.full((BLOCK_N,), TINY, dtype=tl.float32)
+        longest = tl.full((BLOCK_M,), TINY, dtype=tl.float32)
+        for start in range(0, M, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            mask_m = offs_m < M
+            p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
+            p = tl.load(p_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(p.to(tl.float32)), axis=1))
+            diagonal = tl.load(gram_ptr + offs_m * (M + 1), mask=mask_m, other=0.0)
+            longest = tl.maximum(longest, diagonal)
+        longest = tl.max(longest, axis=0)
         squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in range(0, M, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
@@ -55,11 +69,13 @@ def _channel_kernel(
                 p = tl.load(p_block, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
                 gram_block = gram_ptr + offs_k[:, None] * M + offs_m[None, :]
                 gram = tl.load(gram_block, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-                acc = dot(p.to(tl.float32), gram, acc, PRECISION)
+                p = p.to(tl.float32) / largest[:, None]
+                acc = dot(p, gram / longest, acc, PRECISION)
             p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
             p = tl.load(p_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
-            squares += tl.sum(acc * p.to(tl.float32), axis=1)
-        delta = tl.sqrt(tl.maximum(squares, 0.0))
+            squares += tl.sum(acc * (p.to(tl.float32) / largest[:, None]), axis=1)
+        squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        delta = tl.sqrt(squares) * largest * tl.sqrt(longest)
         tl.store(delta_norms_ptr + offs_n, delta, mask=mask_n)
     if APPLY:
         if POINTERS:

@@ -35,7 +35,7 @@ def inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT: tl.constexpr):
     """
     rho = relative_change(base, delta, eps)
     power = rho * (slope * _MINUS_LOG2_E) + offset * _MINUS_LOG2_E
-    e = tl.exp2(tl.minimum(power, _LARGEST_POWER))
+    e = tl.exp2(tl.minimum(power, _LARGEST_POWER, propagate_nan=tl.PropagateNan.ALL))
     return divide(1.0 + e, 1.0 + SIGMOID_WEIGHT * e)
 
 

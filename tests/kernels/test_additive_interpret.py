@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secura_kernels import NormOptions, additive, lowrank_add, lowrank_linear
+from secura_kernels import NormOptions, additive, channel_product, lowrank_add, lowrank_linear
 from secura_kernels.gain import COMBINES, FORMS
 from secura_kernels.kernels import additive as kernels
 from secura_kernels.kernels import channel as channel_kernels
@@ -56,6 +56,23 @@ def test_rows_named_twice(fused, rebuild, m, monkeypatch):
 def test_add_with_dropout(shape, dtype):
     options = NormOptions("channel", "calibrated", "averaged")
     check(shape, options, dtype, folded=False, dropout=True, fused=False)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("form", FORMS)
+def test_channel_norms_neither_overflow_nor_hide_nan(impl, form):
+    generator = torch.Generator().manual_seed(0)
+    r, p = (torch.randn(*size, generator=generator) for size in ((34, 50), (37, 34)))
+    p[3] = 0.0
+    options, norms = NormOptions("channel", form, eps=1e-37), torch.ones(37)
+    q, _ = channel_product(p, None, r @ r.T, norms, options, impl=impl)
+    for power in (1e-15, 1e15):
+        wide = (power * r) @ (power * r).T
+        found, _ = channel_product(power * p, None, wide, power**2 * norms, options, impl=impl)
+        torch.testing.assert_close(found / power, q, rtol=1e-5, atol=1e-6)
+    p[5, 2] = torch.nan
+    q, _ = channel_product(p, None, r @ r.T, norms, NormOptions("channel"), impl=impl)
+    assert q[5].isnan().all() and q[:5].isfinite().all() and q[6:].isfinite().all()
 
 
 @pytest.mark.parametrize("form", FORMS)
