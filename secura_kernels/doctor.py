@@ -23,7 +23,8 @@ from .additive import lowrank_add, lowrank_linear
 from .channel import channel_product, row_norms
 from .columns import project
 from .cur import init_a, projection, select
-from .gain import NormOptions
+from .gain import NORMS, NormOptions
+from .linear import Layer, secura_linear
 from .merge import effective_weight
 from .weight import weight_norm_linear
 
@@ -218,6 +219,24 @@ def _oracle(layer: _Layer, options: NormOptions) -> Tensor:
     )
 
 
+def _whole(layer: _Layer, options: NormOptions) -> Tensor:
+    core = layer.p_base[:M].to(dispatch.wide(layer.p_base.dtype))
+    p_base = project(layer.weight, layer.cols, core)
+    gram, norms = row_norms(layer.weight, layer.rows, p_base)
+    frozen = Layer(
+        layer.weight, layer.bias, layer.rows, layer.cols, options, core=core, core_is_base=True,
+        gram=gram, base_norms=norms,
+    )  # fmt: skip
+    one = torch.eye(M, dtype=layer.p.dtype, device=layer.p.device)
+    return secura_linear(layer.x, frozen, layer.p[:M], one, delta_bias=layer.delta_bias)
+
+
+def _whole_oracle(layer: _Layer, options: NormOptions) -> Tensor:
+    columns = layer.weight[:, layer.cols]
+    p, p_base = columns @ layer.p[:M], columns @ layer.p_base[:M]
+    return _oracle(layer._replace(p=p, p_base=p_base), options)
+
+
 Run = Callable[[_Layer, NormOptions], Tensor]
 
 OPS: tuple[tuple[str, str, Run], ...] = (
@@ -228,6 +247,7 @@ OPS: tuple[tuple[str, str, Run], ...] = (
     ("weight_norm_linear", "weight", _weight),
     ("activation_norm", "activation", _activation),
     ("activation_linear", "activation", _activation_linear),
+    *(("secura_linear", norm, _whole) for norm in NORMS),
     ("effective_weight", "none", _merged),
     ("effective_weight", "channel", _merged),
     ("effective_weight", "weight", _merged),
@@ -239,7 +259,8 @@ def _error(run: Run, layer: _Layer, options: NormOptions) -> float:
     """The largest relative error over the output and the gradients of x, P and δb."""
     wide = _Layer(*(t.double() if t.is_floating_point() else t for t in layer))
     backward = run is not _merged
-    oracle = _projected_oracle if run is _projected else _oracle
+    oracles: dict[Run, Run] = {_projected: _projected_oracle, _whole: _whole_oracle}
+    oracle = oracles.get(run, _oracle)
     got, exact = (
         _output_and_gradients(function, which, options, backward)
         for function, which in ((run, layer), (oracle, wide))
