@@ -3,10 +3,11 @@
     python -m benchmarks.triage --out DIR [--budget_s 130] [--resume]
 
 One process measures, after ``WARMERS`` others have compiled what it will run. It prints one JSON
-line a question (:mod:`benchmarks.decisions`) and, while time lasts, one an op beside its floor
-(:mod:`benchmarks.gpu_kernels`), keeps them in ``triage.json`` as they come, and prints a table
-last. ``--resume`` asks only what has no answer there yet. ``--dry_run`` goes through all of it on
-a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing. Exit status: 0 all asked
+line a question (:mod:`benchmarks.decisions`, :mod:`benchmarks.tiles`) and, while time lasts, one an
+op beside its floor (:mod:`benchmarks.gpu_kernels`), keeps them in ``triage.json`` as they come, and
+prints a table last. ``--resume`` asks only what has no answer there yet. ``--dry_run`` goes through
+all of it on a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing.
+Exit status: 0 all asked
 and answered, 1 not, 2 no GPU.
 """
 
@@ -23,10 +24,10 @@ from typing import Any
 
 import torch
 
-from . import decisions, gpu_kernels, gpu_ops
+from . import decisions, gpu_kernels, gpu_ops, tiles
+from .asker import Asker, Question
 from .children import Child, exit_when_asked
 from .costs import allowed_ratio
-from .decisions import Asker, Question
 from .machine import new_result
 from .providers import excuse
 from .schema import SPENT, Recorder, Row
@@ -54,7 +55,11 @@ def plan(asker: Asker, ceilings: dict[str, float], only: str = "") -> list[Quest
         for kernel in gpu_kernels.kernels(size, str(asker.device), asker.dtype, "triton")
     ]
     parts = tuple(only.split(","))
-    return [one for one in (*decisions.questions(), *ops) if one.name.startswith(parts)]
+    return [
+        one
+        for one in (*decisions.questions(), *tiles.questions(), *ops)
+        if one.name.startswith(parts)
+    ]
 
 
 def warm(part: int, parts: int, only: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks import (
+    asker,
     costs,
-    decisions,
     gpu_kernels,
     gpu_tests,
     graphs,
@@ -118,30 +118,30 @@ def test_every_question_is_answered_in_the_interpreter_and_asked_once(tmp_path):
     result = Result.load(tmp_path / "triage.json")
     names = [row.case["question"] for row in result.rows]
     assert [row.note for row in result.rows if row.status != "ok"] == [] and result.complete
-    planned = [question.name for question in triage.plan(decisions.Asker("cpu"), {})]
+    planned = [question.name for question in triage.plan(asker.Asker("cpu"), {})]
     assert sorted(names) == sorted(planned) and len(set(names)) == len(names)
     assert tiles == sum(name.startswith("tiles") for name in names) < len(names)
     assert names[0].startswith("tiles") and done.stdout.count('"tiles') == 0
 
 
 def question(name, ask):
-    return decisions.Question(name, ask)
+    return asker.Question(name, ask)
 
 
 def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
     def bad(asker):
         raise RuntimeError("no such kernel")
 
-    asker = decisions.Asker("cpu")
-    row = triage.answer(question("a", bad), asker)
+    cpu = asker.Asker("cpu")
+    row = triage.answer(question("a", bad), cpu)
     assert row.status == "failed" and "no such kernel" in row.note and triage.LOST not in row.note
     monkeypatch.setattr(triage, "is_lost", lambda device: True)
-    assert triage.LOST in triage.answer(question("a", bad), asker).note
-    assert triage.answer(question("b", lambda asker: {"x": 1.0}), asker).figures == {"x": 1.0}
+    assert triage.LOST in triage.answer(question("a", bad), cpu).note
+    assert triage.answer(question("b", lambda asker: {"x": 1.0}), cpu).figures == {"x": 1.0}
 
 
 def test_what_stands_in_a_modules_place_is_put_back():
-    with pytest.raises(ZeroDivisionError), decisions.replaced(triage, LOST="gone", WARM_S=0):
+    with pytest.raises(ZeroDivisionError), asker.replaced(triage, LOST="gone", WARM_S=0):
         assert (triage.LOST, triage.WARM_S) == ("gone", 0)
         raise ZeroDivisionError
     assert triage.LOST != "gone" and triage.WARM_S > 0
