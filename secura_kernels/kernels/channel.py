@@ -26,7 +26,7 @@ from ..machine import machine_of
 from .common import block_of, cast, cdiv, dot, inverse_gain, span
 from .launch import Kernel
 
-BLOCK_N, BLOCK_M, NUM_WARPS = 32, 64, 8
+BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 4
 PRECISION = "tf32x3"  # on CUDA: right to 1e-7 where "ieee" is to 4e-8, and free of spills
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
