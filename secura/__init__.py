@@ -1,7 +1,7 @@
 """SECURA: fine-tuning with a CUR adapter and a norm that holds important weights back.
 
-Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, ``FoldCallback`` and
-``export_lora``, which load PEFT and transformers, need torch alone.
+Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, ``FoldCallback``,
+``export_lora`` and ``from_pretrained``, which load PEFT and transformers, need torch alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .folding import fold
     from .linear import SECURALinear
-    from .tuner import SecuraConfig, SecuraModel
+    from .tuner import SecuraConfig, SecuraModel, from_pretrained
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _LAZY = {
     "SecuraModel": "secura.tuner",
     "export_lora": "secura.export",
     "fold": "secura.folding",
+    "from_pretrained": "secura.tuner",
 }
 
 
@@ -48,4 +49,5 @@ __all__ = [
     "SecuraModel",
     "export_lora",
     "fold",
+    "from_pretrained",
 ]

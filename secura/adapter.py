@@ -27,10 +27,11 @@ from secura_kernels import (
 
 from . import bases
 from .config import AdapterConfig
-from .integrity import check_state, checksum, fingerprint
+from .integrity import fingerprint
+from .state import AdapterState
 
 
-class CABR(nn.Module):
+class CABR(AdapterState):
     """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (DESIGN sections 3 to 5).
 
     The module holds no weight of the base: methods take the base layer. C and R are gathered from
@@ -56,25 +57,10 @@ class CABR(nn.Module):
         ValueError: for a rank that does not fit, or a weight that cannot be decomposed.
     """
 
-    A: nn.Parameter
-    B: nn.Parameter
-    bias: nn.Parameter | None
-    rows: Tensor
-    cols: Tensor
-    core: Tensor
-    fingerprint: Tensor
-    checksum: Tensor
     columns: Tensor
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
-
-    STATE = ("A", "B", "bias", "rows", "cols", "core", "fingerprint", "checksum")
-    """Names of the tensors an adapter file may hold for one layer."""
-
-    _KEEP_FP32 = ("core", "fingerprint", "gram", "base_norms")
-    _assigned = False
-    name = "layer"
 
     def __init__(
         self,
@@ -96,7 +82,8 @@ class CABR(nn.Module):
         self.out_features, self.in_features = weight.shape
         a = init_a(weight, m, inner, config.init, generator)
         self.A = nn.Parameter(a.to(dtype))
-        self.B = nn.Parameter(torch.zeros(inner, m, dtype=dtype, device=weight.device))
+        b = torch.zeros(inner, m) if config.init_weights else torch.randn(inner, m) / inner**0.5
+        self.B = nn.Parameter(b.to(weight.device, dtype))
         bias = torch.zeros(self.out_features, dtype=dtype, device=weight.device)
         self.bias = nn.Parameter(bias) if config.train_bias else None
         self.register_buffer("rows", rows)
@@ -104,7 +91,7 @@ class CABR(nn.Module):
         self.register_buffer("core", torch.zeros(m, m, device=weight.device))
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
-        self.folded = False
+        self.folded, self._core_version = False, 0
         for name in ("columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self._derive(base, weight)
@@ -230,6 +217,7 @@ class CABR(nn.Module):
         self.core.add_(update.full_tensor() if hasattr(update, "full_tensor") else update)
         self.B.zero_()
         self.folded = True
+        self._core_version = 0 if self.core.is_inference() else self.core._version
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 
     @torch.no_grad()
@@ -284,19 +272,13 @@ class CABR(nn.Module):
 
     def _refresh(self, base: nn.Module) -> None:
         if self._assigned:
-            self._check_assigned(base)
+            self.check_assigned(base)
+        if not torch.compiler.is_compiling():  # which cannot ask for a version
+            core: Any = self._buffers["core"]
+            if self._core_version != (0 if core.is_inference() else core._version):
+                self._note_core()
         if self._stale:
             self._derive(base, None)
-
-    def _check_assigned(self, base: nn.Module) -> None:
-        """Take over tensors that were assigned without ``load_state_dict``, at their first use."""
-        own = fingerprint(bases.weight(base))
-        state = {name: getattr(self, name) for name in ("A", "B", "rows", "cols", "core")}
-        state["fingerprint"] = self.fingerprint
-        shape = (self.out_features, self.in_features)
-        check_state(self.name, state, shape, own if self.config.check_base else None)
-        self.fingerprint = own
-        self.folded, self._stale, self._assigned = bool(self.core.any()), True, False
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -331,51 +313,6 @@ class CABR(nn.Module):
             f"the input is {x.dtype} and the base weight {weight.dtype}: cast one of them, or run "
             "under torch.autocast"
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CABR:
-        kept = {name: getattr(self, name) for name in self._KEEP_FP32}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved = getattr(self, name)
-            if tensor is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("rows", "cols", "core"):
-            self._assigned = True
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "checksum"]
-        own = self._own(destination, prefix)
-        if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
-            destination[prefix + "checksum"] = checksum(own)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.check_loadable(state_dict, prefix)
-        state_dict[prefix + "checksum"] = self.checksum
-        if not self.fingerprint.is_meta and prefix + "fingerprint" in state_dict:
-            state_dict[prefix + "fingerprint"] = self.fingerprint
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.folded = not self.core.is_meta and bool(self.core.any())
-        self._stale, self._assigned = True, False
-
-    def check_loadable(self, state_dict: Any, prefix: str) -> None:
-        """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded."""
-        own = None if self.fingerprint.is_meta or not self.config.check_base else self.fingerprint
-        state = self._own(state_dict, prefix)
-        if not state:
-            return
-        shape = (self.out_features, self.in_features)
-        expected = {name: getattr(self, name) for name in self.STATE[:-1]}
-        expected = {name: tensor for name, tensor in expected.items() if tensor is not None}
-        check_state(prefix.rstrip("."), state, shape, own, expected)
-
-    def _own(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
-        names = [name for name in self.STATE if prefix + name in state_dict]
-        return {name: state_dict[prefix + name] for name in names}
 
 
 __all__ = ["CABR"]

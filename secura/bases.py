@@ -89,6 +89,16 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
     return detached
 
 
+def weight_here(base: nn.Module) -> Tensor | None:
+    """The weight ``[N, K]``, detached, where it is dense and whole on this process, else None."""
+    dense = dense_weight(base)
+    if dense is None:
+        return None
+    detached = dense.detach()
+    here = type(detached) is Tensor and not detached.is_meta and detached.dim() == 2
+    return detached if here else None
+
+
 def check_at_hand(base: nn.Module) -> None:
     """Raise ``ValueError`` where the weight of ``base`` is kept elsewhere between its forwards."""
     stored = getattr(base, "weight", None)
@@ -143,7 +153,8 @@ def _why_not_frozen(base: nn.Module) -> str | None:
     if added := _adds(base):
         return added
     for parameter in base._parameters.values():
-        if parameter is not None and parameter.requires_grad:
+        # a view that is no leaf is FSDP1's, of a frozen weight beside trained ones
+        if parameter is not None and parameter.requires_grad and parameter.is_leaf:
             return "the training of its weight"
     return None
 
@@ -199,5 +210,6 @@ __all__ = [
     "product_weight",
     "set_weight",
     "weight",
+    "weight_here",
     "why_not_product",
 ]

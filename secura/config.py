@@ -51,6 +51,8 @@ class AdapterConfig:
         restrain_edge: a gain up to this is small.
         restrain_decay: factor of the suppressed channels.
         seed: of every random choice, the same in each layer.
+        init_weights: whether B starts at 0, so that a new adapter changes nothing; False draws it
+            from torch's global generator (for tests).
         check_base: whether loading on another base weight is an error; a saved config always says
             so. To load there all the same,
             ``PeftModel.from_pretrained(model, folder, check_base=False)``, or give it a config from
@@ -82,6 +84,7 @@ class AdapterConfig:
     restrain_edge: float = 1.2
     restrain_decay: float = 0.99
     seed: int = 0
+    init_weights: bool = True
     check_base: bool = True
     allow_inexact_merge: bool = False
 
@@ -128,6 +131,21 @@ class AdapterConfig:
             float(self.norm_eps),
             self.norm_eps_relative,
         )
+
+    def fixed_settings(self, folded: bool) -> str:
+        """What the settings say of the result, beside tensors' shapes: saved with a checksum.
+
+        Args:
+            folded: whether the adapter has a core, which the norm's reference is about.
+        """
+        parts: list[Any] = [self.scaling, self.norm]
+        if self.norm != "none":
+            parts += resolve_norm(self.norm, self.norm_form, self.norm_combine)
+            parts += [self.norm_scale, self.norm_eps, self.norm_eps_relative]
+            parts += [self.norm_reference] if folded else []
+        if self.restrain:
+            parts += [self.restrain_percent, self.restrain_edge, self.restrain_decay]
+        return repr([float(part) if isinstance(part, int | float) else part for part in parts])
 
 
 _FP32 = torch.finfo(torch.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import bases
 from ._extras import require
@@ -26,10 +26,9 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
     """Write a SECURA adapter as a PEFT LoRA adapter that computes the same without this package.
 
     ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, fp32 (or wider, as the adapter), rank and alpha
-    m; ``rank_pattern`` and ``alpha_pattern`` hold the ranks of layers with fewer rows than others:
-    a server that does not read them (llama.cpp) needs one rank throughout. Modules saved in full
-    (``modules_to_save``) are carried over; vLLM takes none. A base quantised to few bits is
-    dequantised for R, and the LoRA then belongs to that base.
+    m: one rank for all layers, which many servers want, so layers with fewer rows than others are
+    filled up with zeros. Modules saved in full (``modules_to_save``) are carried over; vLLM takes
+    none. A base quantised to few bits is dequantised for R, and the LoRA then belongs to that base.
 
     Example:
         >>> export_lora(PeftModel.from_pretrained(base, "adapter"), "lora")
@@ -60,22 +59,26 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
     config = model.peft_config[adapter_name]
     check_exportable(config)
     kind = require("secura.tuner", "train").SecuraLayer
+    without_wrappers = require("secura.tuner.config", "train").without_wrappers
     layers = {
-        name.removeprefix(_PREFIX): layer
+        without_wrappers(name).removeprefix(_PREFIX): layer
         for name, layer in model.named_modules()
         if isinstance(layer, kind) and adapter_name in layer.secura_adapter
     }
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
+    adapters = {name: layer.secura_adapter[adapter_name] for name, layer in layers.items()}
+    rank = max(adapter.rows.numel() for adapter in adapters.values())
     tensors = {}
     for name, layer in layers.items():
-        a, b = _factors(name, layer.base_layer, layer.secura_adapter[adapter_name])
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+        a, b = _factors(name, layer.base_layer, adapters[name])
+        lacking = rank - a.shape[0]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
     if config.modules_to_save:
         tensors |= _saved_in_full(model, adapter_name)
-    ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in layers}
-    lora = _lora_config(config, ranks, [name for name, _ in model.get_base_model().named_modules()])
+    modules = [without_wrappers(name) for name, _ in model.get_base_model().named_modules()]
+    lora = _lora_config(config, rank, set(layers), modules)
     lora.fan_in_fan_out = any(bases.is_conv1d(layer.base_layer) for layer in layers.values())
     with complete_folder(Path(folder)) as made:
         save_file(tensors, made / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -134,18 +137,14 @@ def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _lora_config(config: Any, ranks: dict[str, int], modules: list[str]) -> Any:
-    """A ``LoraConfig`` for the layers in ``ranks``, by full name, and no other of ``modules``."""
-    r = max(ranks.values())
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
-    namesakes = [name for name in modules if name not in ranks and _ends_like(name, ranks)]
+def _lora_config(config: Any, r: int, layers: set[str], modules: list[str]) -> Any:
+    """A ``LoraConfig`` of rank r for ``layers``, by full name, and no other of ``modules``."""
+    namesakes = [name for name in modules if name not in layers and _ends_like(name, layers)]
     return require("peft", "train").LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=sorted(ranks),
+        target_modules=sorted(layers),
         exclude_modules=namesakes or None,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -154,7 +153,7 @@ def _lora_config(config: Any, ranks: dict[str, int], modules: list[str]) -> Any:
     )
 
 
-def _ends_like(name: str, targets: dict[str, int]) -> bool:
+def _ends_like(name: str, targets: set[str]) -> bool:
     """Whether PEFT, which matches the ends of names, would take ``name`` for one of ``targets``."""
     return any(name[dot.end() :] in targets for dot in re.finditer(r"\.", name))
 

@@ -3,29 +3,106 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SCRATCH = ".saving"
+"""Name of the folder inside an output folder in which files are written before they move out."""
+
+LOCK = ".lock"
+"""Name of the file in an output folder that the run which is writing there holds locked."""
+
+OWN = (SCRATCH, LOCK)
+"""What a run may leave in a folder and the folder still counts as empty."""
+
+_LAST = ("config.json", "adapter_config.json")
+
 
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``path`` only when the block ends well.
+    """Yield a folder to fill, whose files are under ``path`` only when the block ends well.
+
+    A ``path`` that is not there is made by one rename. An empty folder (or a link to one, or the
+    current folder) stays the folder it is: files move into it, the configuration last, without
+    which nothing loads. Files and folders get the modes that the umask allows.
 
     Raises:
         FileExistsError: ``path`` is there already and is no empty folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already and is no empty folder: choose another")
+    path = Path(os.path.abspath(path))
+    if path.exists() or path.is_symlink():
+        if not path.is_dir() or any(file.name not in OWN for file in path.iterdir()):
+            raise FileExistsError(f"{path} is there already and is no empty folder: choose another")
+        made = empty_scratch(path)
+        try:
+            made.mkdir()
+            yield made
+            move_out(made, path)
+        except BaseException:
+            clear(made)
+            raise
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         made = Path(scratch) / path.name
         made.mkdir()
         yield made
-        if path.exists():
-            path.rmdir()
+        use_umask(made)
         os.replace(made, path)
 
 
-__all__ = ["complete_folder"]
+def empty_scratch(folder: Path) -> Path:
+    """The name of ``folder``'s scratch folder, with what a killed run left there removed."""
+    clear(folder / SCRATCH)
+    return folder / SCRATCH
+
+
+def clear(path: Path) -> None:
+    """Remove a folder, or a link or a file in its place; a link's target stays as it is."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def move_out(source: Path, target: Path) -> None:
+    """Move every file of ``source`` into ``target``, and remove ``source``.
+
+    The configuration goes last, and an older one first, so that no mixture of two is ever loaded.
+    """
+    use_umask(source)
+    for name in _LAST:
+        if (source / name).exists():
+            (target / name).unlink(missing_ok=True)
+    for file in sorted(source.iterdir(), key=lambda file: file.name in _LAST):
+        if file.is_dir():
+            clear(target / file.name)
+        os.replace(file, target / file.name)
+    source.rmdir()
+
+
+def use_umask(folder: Path) -> None:
+    """Give ``folder`` and all in it the modes new files get here: safetensors writes 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    folder.chmod(mode | (mode & 0o444) >> 2)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
+__all__ = [
+    "LOCK",
+    "OWN",
+    "SCRATCH",
+    "clear",
+    "complete_folder",
+    "empty_scratch",
+    "move_out",
+    "use_umask",
+]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 SKETCH = 8
@@ -37,6 +41,13 @@ def fingerprint(weight: Tensor) -> Tensor:
         return mixed @ right
 
 
+def sketch(p: Tensor, rows: Tensor) -> Tensor:
+    """The fingerprint ``[8, 8]`` of ``P R``, from ``P [N, m]`` and ``R [m, K]``."""
+    left = _signs(p.shape[0], 2, p.device).to(p.dtype)
+    right = _signs(rows.shape[1], 1, rows.device).to(p.dtype)
+    return (left.t() @ p) @ (rows.to(p.dtype) @ right)
+
+
 def distance(first: Tensor, second: Tensor) -> float:
     """Estimated ``‖W₁ − W₂‖ / ‖W₂‖`` of the weights behind two fingerprints."""
     first, second = first.double().cpu(), second.double().cpu()
@@ -45,8 +56,22 @@ def distance(first: Tensor, second: Tensor) -> float:
     return gap / scale if scale else (0.0 if gap == 0 else math.inf)
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
-    """A 64-bit sum over names, shapes and bytes of ``tensors``, as a 0-dim int64 tensor."""
+def checksum(tensors: Mapping[str, Tensor], settings: str = "") -> Tensor:
+    """A 64-bit sum of tensors (upper half) and settings (lower half), as a 0-dim int64 tensor.
+
+    The upper half is of names, shapes and values: the same values in a wider dtype sum up alike.
+    """
+    values = hashlib.blake2b(digest_size=4)
+    for name, tensor in sorted(tensors.items()):
+        values.update(f"{name}{tuple(tensor.shape)}".encode())
+        kept = tensor.detach().cpu()
+        values.update(_bytes(kept.double() if kept.is_floating_point() else kept.long()))
+    rest = hashlib.blake2b(settings.encode(), digest_size=4)
+    return torch.tensor(int.from_bytes(values.digest() + rest.digest(), "big", signed=True))
+
+
+def _older_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """The sum of formats 1 and 2, which leaves the settings out."""
     total = torch.zeros((), dtype=torch.int64)
     for name, tensor in sorted(tensors.items()):
         header = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
@@ -57,7 +82,69 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
             position = torch.arange(1, data.numel() + 1)
             factor = position * 2_654_435_761 % 65_521 + 1
             total = total * 1_000_003 + (data.long() * factor).sum()
-    return total
+    return int(total)
+
+
+def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
+    """Raise ``ValueError`` where a layer's tensors or settings are not those that were saved.
+
+    Tensors without a checksum, with 0 in its place, or cast after they were saved (``core`` and
+    ``fingerprint`` are always saved in fp32) are not checked.
+    """
+    own = {name: tensor for name, tensor in state.items() if name != "checksum"}
+    stored = int(state.get("checksum", 0))
+    if not stored or was_cast(own):
+        return
+    found = int(checksum(own, settings))
+    if stored == found or stored == _older_checksum(own):
+        return
+    if stored >> 32 == found >> 32:
+        raise ValueError(
+            f"{layer}: the adapter was saved with other settings than its adapter_config.json (or "
+            "the config given) has: the scaling, the norm or restrain was changed. Restore it; "
+            "set_scale() changes the scaling of an adapter once it is loaded"
+        )
+    raise ValueError(
+        f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
+        "adapter_config.json) was damaged or changed after it was saved; save or download it "
+        "again"
+    )
+
+
+def was_cast(state: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's tensors were cast to another dtype after they were saved."""
+    fixed = [state[name] for name in ("core", "fingerprint") if name in state]
+    return any(tensor.dtype != torch.float32 for tensor in fixed)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A checksum over all tensors of an adapter file, whatever their names and order."""
+    parts = []
+    for tensor in tensors:
+        part = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
+        part.update(_bytes(tensor))
+        parts.append(part.hexdigest())
+    return hashlib.blake2b("".join(sorted(parts)).encode(), digest_size=16).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A tensor's bytes, without numpy, which torch can do without."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    view: Any = (ctypes.c_char * (flat.numel() * flat.itemsize)).from_address(flat.data_ptr())
+    view.tensor = flat  # to outlive the view
+    return view
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def check_file(path: Path) -> None:
@@ -68,9 +155,13 @@ def check_file(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} was cut short or is no safetensors file ({error}): save or download it again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} was cut short or is no safetensors file ({error}): save or download it again"
+    )
 
 
 def check_state(
@@ -84,8 +175,7 @@ def check_state(
 
     Args:
         layer: the layer's name, for messages.
-        state: tensors by attribute name (``A``, ``rows``, …). ``checksum`` may be missing or 0: a
-            sharded model gathers its state without one.
+        state: tensors by attribute name (``A``, ``rows``, …), without ``checksum``.
         shape: ``(N, K)`` of the base weight.
         own_fingerprint: of the base weight the adapter is loaded on, or None to skip that check.
         expected: the tensors they take the place of, or None to skip that check.
@@ -93,16 +183,8 @@ def check_state(
     Raises:
         ValueError: for a file that was damaged or written for another weight.
     """
-    own = {name: tensor for name, tensor in state.items() if name != "checksum"}
-    stored = int(state.get("checksum", 0))
-    if stored and stored != int(checksum(own)):
-        raise ValueError(
-            f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
-            "adapter_config.json) was damaged or changed after it was saved; save or download it "
-            "again"
-        )
     if expected is not None:
-        found, taken = _shapes(own), _shapes(expected)
+        found, taken = _shapes(state), _shapes(expected)
         if found != taken:
             names = sorted(n for n in found | taken if found.get(n) != taken.get(n))
             raise ValueError(
@@ -155,7 +237,12 @@ __all__ = [
     "TOLERANCE",
     "check_file",
     "check_state",
+    "check_sum",
     "checksum",
+    "digest",
     "distance",
     "fingerprint",
+    "read_file",
+    "sketch",
+    "was_cast",
 ]

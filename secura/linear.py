@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import bases
 from .adapter import CABR
 from .config import AdapterConfig
+from .state import MERGED, refuse_merged
 
 
 class MergedState:
@@ -24,8 +25,18 @@ class MergedState:
             base.bias = nn.Parameter(bias, requires_grad=False)
 
     def undo(self, base: Any) -> None:
-        """Restore the weight and the bias that were there."""
-        base.weight.data, base.bias = self.weight, self.bias
+        """Restore the weight and the bias that were there, in the base's present dtype."""
+        here = {"device": base.weight.device, "dtype": base.weight.dtype}
+        base.weight.data, base.bias = self.weight.to(**here), self.bias
+        if base.bias is not None:
+            base.bias.data = base.bias.data.to(**here)
+
+
+def weight_before(merged: MergedState | None, base: nn.Module) -> Tensor | None:
+    """The base weight ``[N, K]`` without what was merged into it, or None where it is not here."""
+    if merged is None:
+        return bases.weight_here(base)
+    return merged.weight.t() if bases.is_conv1d(base) else merged.weight
 
 
 class SECURALinear(CABR):
@@ -79,6 +90,18 @@ class SECURALinear(CABR):
             check_not_training(self)
             return self.base(x)
         return super().forward(self.base, x)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.renew(destination, prefix, weight_before(self._merged, self.base))
+        if self.merged:
+            destination[prefix + MERGED] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        refuse_merged(state_dict, prefix, prefix.rstrip(".") or self.name, merged=self.merged)
+        brings_base = any(name.startswith(f"{prefix}base.") for name in state_dict)
+        self.check_loadable(state_dict, prefix, None if brings_base else self.base)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def active_cabr(self) -> list[CABR]:
         """The adapters that act in this layer: itself."""

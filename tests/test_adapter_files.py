@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secura import SecuraConfig
-from secura.integrity import checksum
+from secura.integrity import _older_checksum, checksum, digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NEW_IN_3 = ("base_tensors", "checksum", "how_to_load", "init_weights", "layer_replication")
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
 
 
@@ -27,15 +28,24 @@ def folder(tmp_path):
 
 
 def rewrite(folder, change, *, fix_checksum=False) -> None:
-    """Change the tensors of a saved adapter."""
+    """Change the tensors of a saved adapter, and its checksums with them if asked."""
     state = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     change(state)
     if fix_checksum:
         own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
         own.pop("checksum")
-        state[FIRST + "checksum"] = checksum(own)
+        state[FIRST + "checksum"] = checksum(
+            own, SecuraConfig.from_pretrained(folder).fixed_settings(False)
+        )
+        edit(folder, checksum=digest(state.values()))
     (folder / WEIGHTS).unlink()
     save_file(state, folder / WEIGHTS)
+
+
+def edit(folder, **changes) -> None:
+    """Change entries of a saved adapter's config."""
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
 def refused(folder, message: str, *, error: type[Exception] = ValueError) -> None:
@@ -66,7 +76,7 @@ def test_contents(folder):
         "fingerprint": (8, 8), "checksum": (),
     }  # fmt: skip
     config = json.loads((folder / CONFIG).read_text())
-    assert (config["peft_type"], config["format_version"]) == ("SECURA", 2)
+    assert (config["peft_type"], config["format_version"]) == ("SECURA", 3)
 
 
 @pytest.mark.parametrize("norm", ["channel", "activation"])
@@ -168,7 +178,7 @@ def test_every_bit_of_the_tensors_is_guarded(folder):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
         (folder / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ValueError, match="do not match their checksum"):
+        with pytest.raises(ValueError, match=r"do not match their checksum|with other settings"):
             base.load_adapter(folder, "default")
     tiny.assert_same(tiny.snapshot(base), before)
 
@@ -203,6 +213,9 @@ def test_a_missing_tensor(folder, name):
 def test_a_checksum_of_zero_stands_for_none(folder):
     expected = tiny.logits(PeftModel.from_pretrained(tiny.llama(), folder))
     rewrite(folder, lambda state: state[FIRST + "checksum"].zero_())
+    with pytest.raises(ValueError, match=r"do not match the checksum in its adapter_config\.json"):
+        PeftModel.from_pretrained(tiny.llama(), folder)
+    edit(folder, checksum="")
     assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.llama(), folder)), expected)
 
 
@@ -250,13 +263,10 @@ def test_another_shape(folder):
 
 
 def test_a_newer_format(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    config["format_version"] = 3
-    config["gate"] = "a setting this version does not know"
-    (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"format 3.*reads up to 2: upgrade"):
+    edit(folder, format_version=4, gate="a setting this version does not know")
+    with pytest.raises(ValueError, match=r"format 4.*reads up to 3: upgrade"):
         PeftModel.from_pretrained(tiny.llama(), folder)
-    with pytest.raises(ValueError, match="format 3"):
+    with pytest.raises(ValueError, match="format 4"):
         SecuraConfig.from_pretrained(folder)
 
 
@@ -266,13 +276,21 @@ def test_an_older_format_keeps_what_its_default_meant(norm, tmp_path):
     before = tiny.adapted(norm=norm, norm_combine=averaged)
     before.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    old = config | {"format_version": 1, "norm_combine": None}
+    old = {name: value for name, value in config.items() if name not in NEW_IN_3}
+    old |= {"format_version": 1, "norm_combine": None}
     (tmp_path / CONFIG).write_text(json.dumps(old))
+    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    for name in [name for name in state if name.endswith(".checksum")]:
+        layer = name.removesuffix("checksum")
+        own = {n.removeprefix(layer): t for n, t in state.items() if n.startswith(layer)}
+        own.pop("checksum")
+        state[name] = torch.tensor(_older_checksum(own))
+    save_file(state, tmp_path / WEIGHTS)
     after = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     assert torch.equal(tiny.logits(after.eval()), tiny.logits(before))
     after.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / CONFIG).read_text())
-    assert (again["format_version"], again["norm_combine"]) == (2, averaged)
+    assert (again["format_version"], again["norm_combine"]) == (3, averaged)
 
 
 @pytest.mark.parametrize("value", ["1", None, 1.5, True, 0])

@@ -19,6 +19,9 @@ CHAT = (
 )
 
 
+TURN = '{"messages": [{"role": "user", "content": "hi"}]}\n'
+
+
 def rows_of(path, name="train", **kwargs):
     options = {"text_field": "text", "chat": False} | kwargs
     return to_training_columns(load_split(str(path), None, name), str(path), **options)
@@ -71,7 +74,19 @@ def test_columns(tmp_path, data):
     ("text", "parts"),
     [
         ('{"body": "a", "id": 1}\n', ["'body', 'id'", "'question' and 'answer'"]),
-        ('{"text": "a"}\n{"text": null}\n', ["1 of 2 rows have no 'text'"]),
+        ('{"text": "a"}\n{"text": null}\n', ["1 of 2 rows have no 'text' (row 2)"]),
+        ('{"text": 3}\n', ["rows.jsonl", "column 'text', row 1", "found 3", "quotes"]),
+        ('{"prompt": "a", "completion": 1.5}\n', ["column 'completion', row 1", "1.5"]),
+        ('{"question": ["a"], "answer": "b"}\n', ["column 'question', row 1", "wanted text"]),
+        ('{"messages": "hi"}\n', ["column 'messages', row 1", "list of messages", "'hi'"]),
+        (TURN + '{"messages": []}\n', ["column 'messages', row 2", "no message"]),
+        (TURN.replace("content", "text"), ["row 1", "'role', 'text'", "'content'"]),
+        (TURN.replace('"user"', "null"), ["row 1", "message 1", "role None"]),
+        (TURN.replace('"hi"', "null"), ["row 1", "message 1", "content None"]),
+        (TURN.replace('"hi"', "7"), ["row 1", "message 1", "content 7"]),
+        ('{"messages": [["user", "hi"]]}\n', ["row 1", "message 1"]),
+        ('{"messages": [1]}\n', ["row 1", "message 1 has 1"]),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n', ["both"]),
         ('{"text": "a"\n', ["rows.jsonl"]),
         ("", ["rows.jsonl"]),
     ],
@@ -87,6 +102,32 @@ def test_an_unknown_kind_of_file(base, tmp_path, capfd):
     path = tmp_path / "rows.xlsx"
     path.write_text("")
     fails(train_flags(base, path, tmp_path / "out"), capfd, "rows.xlsx", ".jsonl")
+
+
+def test_a_file_that_is_not_utf8_is_named(base, tmp_path, capfd):
+    for name, text in (("a.jsonl", '{"text": "caf\xe9"}\n'), ("b.csv", "text\ncaf\xe9\n")):
+        path = tmp_path / name
+        path.write_bytes(text.encode("latin-1") * 3)
+        fails(train_flags(base, path, tmp_path / "out"), capfd, name, "is not UTF-8 text")
+
+
+def test_suffixes_in_capitals_and_numbers_in_csv_files(tmp_path):
+    path = tmp_path / "ROWS.JSONL"
+    path.write_text('{"text": "a"}\n')
+    assert rows_of(path)[0] == {"text": "a"}
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nhow many,007\nhow much,2.50\n")
+    assert [row["completion"] for row in rows_of(path)] == ["007", "2.50"]
+
+
+def test_a_chat_template_that_refuses_a_row(base, tmp_path, capfd):
+    model, path = tmp_path / "chat", tmp_path / "rows.jsonl"
+    shutil.copytree(base, model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained(model)
+    path.write_text(TURN)
+    fails(train_flags(model, path, tmp_path / "out"), capfd, "roles must alternate")
 
 
 def test_packaged_data_lists_its_splits():

@@ -66,12 +66,19 @@ def test_the_exported_lora_computes_the_same(settings, reference, tmp_path):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_layers_of_two_ranks(tmp_path):
+def test_layers_of_two_ranks_are_filled_up_to_one(tmp_path):
     model = tiny.adapted(norm="channel", rank_pattern={r"layers\.1.*q_proj": 6, "v_proj": 3})
     config = check(model, tiny.llama(), tmp_path / "lora")
     assert config["r"] == config["lora_alpha"] == 6
-    assert sorted(config["rank_pattern"].values()) == [3, 3, 4]
-    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    state = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in state.items() if ".lora_A." in name} == {6}
+    assert {t.shape[1] for name, t in state.items() if ".lora_B." in name} == {6}
+
+
+def test_a_compiled_base_leaves_no_trace_in_the_names(tmp_path):
+    model = tiny.adapted(torch.compile(tiny.llama(), backend="eager"), norm="channel")
+    check(model, tiny.llama(), tmp_path / "lora")
 
 
 @pytest.mark.parametrize("norm", ["none", "channel"])

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura import AdapterConfig, SECURALinear, fold
 from secura_kernels import NormOptions, activation, activation_dense, additive, channel, reference
+from secura_kernels.gain import REFERENCES
 
 N, K, M, T = 40, 56, 4, 23
 SPACES = ("none", "weight", "channel", "activation")
@@ -403,3 +404,10 @@ def test_options_reach_the_kernels():
         norm_eps_relative=True,
     )  # fmt: skip
     assert config.norm_options == NormOptions("weight", "calibrated", "gated", 4.0, 0.1, True)
+
+
+def test_the_norms_reference_counts_where_something_was_folded():
+    """Until then both references compute the same, so a file may be continued under either."""
+    first, second = (AdapterConfig(r=4, norm="channel", norm_reference=name) for name in REFERENCES)
+    assert first.fixed_settings(False) == second.fixed_settings(False)
+    assert first.fixed_settings(True) != second.fixed_settings(True)

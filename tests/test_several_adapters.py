@@ -1,10 +1,13 @@
-"""Several SECURA adapters on one model: switching, adding up, leaving each other alone."""
+"""Several SECURA adapters on one model: switching, adding up, scaling, being left alone."""
 
 from __future__ import annotations
 
 import pytest
 import tiny
 import torch
+from peft import PeftModel
+
+import secura
 
 
 def two_adapters(norm="none", **second):
@@ -90,3 +93,42 @@ def test_an_adapter_name_that_is_also_a_tensors_is_an_error():
     with pytest.raises(ValueError, match="adapter name 'B' is a tensor's name"):
         model.add_adapter("B", tiny.config())
     assert set(model.peft_config) == {"default"}
+
+
+def test_a_second_adapter_on_all_linear_layers():
+    model = tiny.adapted(norm="none", target_modules="all-linear")
+    model.add_adapter("second", tiny.config(norm="none", target_modules="all-linear"))
+    assert all(
+        set(one.secura_adapter) == {"default", "second"} for one in tiny.layers(model).values()
+    )
+    assert not any("lm_head" in name for name in tiny.layers(model))
+    plain = tiny.logits(tiny.llama())
+    model.set_adapter("second")
+    tiny.perturb(model, 2, "second")
+    assert not torch.equal(tiny.logits(model), plain)
+
+
+def test_scales(tmp_path):
+    model = tiny.adapted(norm="none", scaling=0.5)
+    plain, whole = tiny.logits(tiny.llama()), tiny.logits(model)
+    scale(model, lambda layer: layer.set_scale("default", 0))
+    torch.testing.assert_close(tiny.logits(model), plain, rtol=0, atol=1e-5)
+    scale(model, lambda layer: layer.set_scale("default", 3))
+    tripled = tiny.logits(model)
+    assert {part.scaling for part in tiny.parts(model)} == {1.5}
+    scale(model, lambda layer: layer.unscale_layer())
+    assert torch.equal(tiny.logits(model), whole)
+    scale(model, lambda layer: layer.scale_layer(3))
+    assert torch.equal(tiny.logits(model), tripled)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.llama(), tmp_path)), whole)
+    scale(model, lambda layer: layer.unscale_layer(3))
+    torch.testing.assert_close(tiny.logits(model), whole)
+    secura.fold(model)
+    with pytest.raises(RuntimeError, match=r"q_proj: an adapter that is merged or was folded"):
+        scale(model, lambda layer: layer.set_scale("default", 0))
+
+
+def scale(model, change) -> None:
+    for layer in tiny.layers(model).values():
+        change(layer)

@@ -20,6 +20,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from secura import FoldCallback, fold
+from secura.callbacks import DivergedError, FiniteCallback, trained_tensors
 
 STEPS = 6
 
@@ -213,6 +214,35 @@ def test_released_settings_leave_a_without_gradient(tmp_path):
     for part, a in zip(tiny.parts(model), before, strict=True):
         assert torch.equal(part.A, a)
         assert part.core.any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["A", "B", "core", "bias"])
+def test_a_trained_tensor_that_is_not_finite_is_noticed(name, value):
+    model = tiny.adapted(norm="channel", train_bias=True)
+    callback, state = FiniteCallback(), TrainerState(global_step=7)
+    callback.on_step_end(None, state, None, model=model)
+    with torch.no_grad():
+        getattr(tiny.parts(model)[-1], name).view(-1)[-1] = value
+    with pytest.raises(DivergedError, match=rf"after step 7, 1 of 16 .*v_proj.*{name}"):
+        callback.on_step_end(None, state, None, model=model)
+
+
+def test_large_values_and_frozen_ones_are_no_divergence():
+    model = tiny.adapted(norm="channel")
+    with torch.no_grad():
+        tiny.parts(model)[0].B.fill_(3e38)
+        model.get_input_embeddings().weight[0] = math.nan
+    assert not any("embed_tokens" in name for name in trained_tensors(model))
+    FiniteCallback().on_step_end(None, TrainerState(), None, model=model)
+
+
+@pytest.mark.parametrize("name", ["loss", "train_loss"])
+def test_a_loss_that_is_not_finite_is_noticed(name):
+    callback = FiniteCallback()
+    callback.on_log(None, TrainerState(), None, logs={name: 1.0, "grad_norm": math.inf})
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        callback.on_log(None, TrainerState(), None, logs={name: math.nan})
 
 
 @pytest.mark.parametrize("fold_every", [0, 2])

@@ -23,7 +23,7 @@ PROG = "secura train"
 LEARNING_RATE = 2e-4
 """Unless set; `SFTConfig`'s own 2e-5 is meant for training every weight."""
 
-ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "rank": "r"}
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 COMMON_TRAINER_FLAGS = (
     "max_steps",
@@ -127,15 +127,19 @@ def adapter_arguments() -> type:
     types = get_type_hints(AdapterConfig)
     texts = docstring_entries(AdapterConfig.__doc__ or "")
     own = [
-        (entry.name, types[entry.name], _with_help(entry.default, texts[entry.name]))
+        (entry.name, types[entry.name], _described(entry, texts[entry.name]))
         for entry in fields(AdapterConfig)
         if entry.name != "seed"
     ]
     return make_dataclass("AdapterArguments", [*own, *_targeting()])
 
 
-def _with_help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+def _described(entry: Any, text: str) -> Any:
+    """The entry's default with its help; `--rank` for `--r`, which torchrun takes for its own."""
+    metadata: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if entry.name == "r":
+        metadata["aliases"] = ["--rank"]
+    return field(default=entry.default, metadata=metadata)
 
 
 def print_help() -> None:
@@ -198,7 +202,9 @@ def make_parser() -> Any:
 
     class TrainParser(trl.TrlParser):  # type: ignore[name-defined]
         def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message} (see '{PROG} --help')")
+            commas = re.search(r"'[\w.]+(,[\w.]+)+'", message)
+            hint = "; separate values by spaces" if commas else ""
+            raise UserError(f"{message}{hint} (see '{PROG} --help')")
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
             parsed, unknown = super().parse_known_args(args, namespace)
@@ -211,9 +217,10 @@ def make_parser() -> Any:
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
-        elif getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+        elif _takes_bool(action) and action.nargs is None:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
     parser.set_defaults(learning_rate=LEARNING_RATE)
+    parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
     parser.set_defaults(bf16=None, gradient_checkpointing=None)  # for `settle` to choose
     return parser
 
@@ -228,12 +235,27 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any]:
     argv, config_file = take_config_flag(argv)
     if config_file is not None:
         config = read_config(config_file)
-        known = {action.dest for action in parser._actions}
-        for key in config:
+        known = {action.dest: action for action in parser._actions}
+        for key, value in config.items():
             if key not in known:
                 raise UserError(f"{config_file}: unknown key {key!r}{suggest(key, known)}")
+            config[key] = as_written(value, known[key])
         parser.set_defaults_with_config(**config)
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+
+
+def _takes_bool(action: Any) -> bool:
+    return getattr(action.type, "__name__", "") == "string_to_bool"
+
+
+def as_written(value: Any, action: Any) -> Any:
+    """A YAML value as the flag's own words, so that one parser judges both.
+
+    YAML reads `no` as False: for a flag that is no switch it was a word, as in `save_strategy: no`.
+    """
+    if isinstance(value, bool):
+        return str(value) if _takes_bool(action) else "yes" if value else "no"
+    return str(value) if isinstance(value, int | float) else value
 
 
 def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
@@ -299,6 +321,10 @@ def to_secura_config(arguments: Any, seed: int) -> Any:
             pattern = json.loads(pattern)
         except ValueError as error:
             raise UserError(f"--rank_pattern {pattern!r} is not JSON: {error}") from error
+    if not isinstance(pattern, dict):
+        raise UserError(f'--rank_pattern {pattern!r}: wanted r by layer, such as {{"v_proj": 8}}')
+    for name in pattern:
+        _check_pattern(name)
     config = require("secura.tuner", "train").SecuraConfig
     return config(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
 
@@ -308,6 +334,20 @@ def _module_names(names: list[str] | str | None) -> list[str] | str | None:
     if names is None:
         return None
     names = [names] if isinstance(names, str) else names
+    for name in names:
+        if re.fullmatch(r"[\w.]*(,\s*[\w.]*)+", name):
+            several = " ".join(part.strip() for part in name.split(","))
+            raise UserError(f"{name!r} is no layer's name; separate names by spaces: {several}")
     if len(names) == 1 and (names[0] == "all-linear" or re.search(r"[^\w.]", names[0])):
+        _check_pattern(names[0])
         return names[0]
     return names
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"{pattern!r} is no layer's name, and as a regular expression it has an error: {error}"
+        ) from error

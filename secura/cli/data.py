@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
+from secura.cli.rows import check_rows
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "answer"))
@@ -44,14 +46,14 @@ def load_split(name: str, config: str | None, split: str) -> Any:
 def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix not in FORMATS:
+        if path.suffix.lower() not in FORMATS:
             raise ValueError(f"unknown kind of file; {', '.join(FORMATS)} are read")
         return _load_file(datasets, path, "train", split)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _load_saved(datasets, path, split)
         return datasets.load_dataset(str(path), config, split=split)
-    if path.suffix in FORMATS or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in FORMATS or name.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file or folder")
     if packaged := packaged_splits(name):
         base = split.partition("[")[0]
@@ -64,8 +66,35 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
 
 
 def _load_file(datasets: Any, path: Path, base: str, split: str) -> Any:
-    files = {base: str(path)}
-    return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split=split)
+    files, kind = {base: str(path)}, FORMATS[path.suffix.lower()]
+    if kind != "parquet":
+        _check_utf8(path)
+    more = {"features": _as_text_columns(datasets, path)} if kind == "csv" else {}
+    return datasets.load_dataset(kind, data_files=files, split=split, **more)
+
+
+def _check_utf8(path: Path) -> None:
+    """Raises `ValueError` for the first line that is in another encoding."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"line {number} is not UTF-8 text ({error.reason}): save the file as UTF-8"
+                ) from None
+
+
+def _as_text_columns(datasets: Any, path: Path) -> Any:
+    """Features that keep a CSV file's cells as written, where its columns are named for certain.
+
+    The reader would make numbers of an answer such as 007.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file), [])
+    if not all(names) or len(set(names)) != len(names):
+        return None
+    return datasets.Features({name: datasets.Value("string") for name in names})
 
 
 def _load_saved(datasets: Any, path: Path, split: str) -> Any:
@@ -114,12 +143,7 @@ def to_training_columns(dataset: Any, name: str, text_field: str, *, chat: bool)
             f"data set {name!r} has the columns {', '.join(map(repr, columns)) or 'none'}; wanted: "
             f"{WANTED} (rename its columns, or name the text's with --dataset_text_field)"
         )
-    for column in shape:
-        if missing := dataset.data.column(column).null_count:
-            raise UserError(
-                f"data set {name!r}: {missing} of {len(dataset)} rows have no {column!r}; "
-                "fill or remove them"
-            )
+    check_rows(dataset, name, shape)
     kept = [*shape, "tools"] if "tools" in columns and shape == ("messages",) else list(shape)
     dataset = dataset.select_columns(kept)
     if shape != ("question", "answer"):

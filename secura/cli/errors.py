@@ -15,7 +15,11 @@ class UserError(Exception):
 
 
 # Core and libraries report bad input as these. Anything else is a defect and keeps its traceback.
-USER_ERRORS = (UserError, MissingExtraError, ValueError, OSError, RuntimeError)
+# An ImportError is a package that a flag such as `--optim adamw_8bit` needs.
+USER_ERRORS = (UserError, MissingExtraError, ImportError, ValueError, OSError, RuntimeError)
+
+EXTRAS = {"bitsandbytes": "quant", "matplotlib": "demo", "gguf": "demo"}
+"""Extras of SECURA's by the package whose absence a library reports in its own words."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,5 +56,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line; its type's name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message on one line; its type's name where it has none.
+
+    A package that is missing is named with the extra that brings it.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
+        extra = next((extra for package, extra in EXTRAS.items() if package in text), None)
+        return text + (f" (pip install 'secura[{extra}]')" if extra else "")
+    return text

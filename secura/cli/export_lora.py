@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secura.cli.errors import Parser
-from secura.cli.folders import check_output_folder
-from secura.cli.models import (
-    add_adapter_flags,
-    add_loading_flags,
+from secura.cli.adapters import (
     base_of,
     load_adapted,
     load_adapter_config,
+    refuse_undeclared,
 )
+from secura.cli.errors import Parser
+from secura.cli.folders import check_output_folder
+from secura.cli.models import add_adapter_flags, add_loading_flags
 
 
 def make_parser() -> Parser:
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
     loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
+    refuse_undeclared(model, adapter)
     config.base_model_name_or_path, config.revision = base, revision
     export_lora(model, output)
     print(f"secura: exported {adapter} as a LoRA adapter into {output}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from secura._extras import require
 from secura.cli.errors import UserError
+from secura.folders import LOCK, OWN
 from secura.folders import complete_folder as complete_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -23,22 +26,45 @@ def check_output_folder(path: Path, *, hint: str) -> None:
         path: the folder a command is about to fill.
         hint: what else the user can do, for the message.
     """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"{path} is a file, not a folder; choose another --output_dir")
-    if any(path.iterdir()):
+    refuse_no_folder(path)
+    if path.exists() and any(file.name not in OWN for file in path.iterdir()):
         raise UserError(f"the output folder {path} is not empty; {hint}")
 
 
-def publish(source: Path, target: Path) -> None:
-    """Moves a finished adapter's files into `target`, the config last: without it nothing loads."""
-    files = sorted(source.iterdir(), key=lambda file: file.name == ADAPTER_CONFIG)
-    for file in files:
-        if file.is_dir():
-            shutil.rmtree(target / file.name, ignore_errors=True)
-        os.replace(file, target / file.name)
-    source.rmdir()
+def refuse_no_folder(path: Path) -> None:
+    """Raises `UserError` where `path` is a file, or a link to nothing."""
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        what = "a file" if path.exists() else "a link to nothing"
+        raise UserError(f"{path} is {what}, not a folder; choose another --output_dir")
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of an output folder; removes it again if nothing came into it.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    filelock = require("filelock", "train")
+    refuse_no_folder(folder)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            try:
+                yield
+            finally:
+                (folder / LOCK).unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another run is writing into {folder}; wait until it ends, or choose another "
+            "--output_dir"
+        ) from error
+    finally:
+        for part in made:
+            with suppress(OSError):  # something is in it
+                part.rmdir()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -55,7 +81,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
     """What keeps a training run from resuming at `checkpoint`, or None.
 
     A trainer writes `trainer_state.json` last, so a run that was stopped while it saved is
-    recognised by its absence.
+    recognised by its absence. Without the optimizer's state it would go on with a fresh one.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -64,6 +90,8 @@ def why_incomplete(checkpoint: Path) -> str | None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "trainer_state.json"):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
+    if not any(any(checkpoint.glob(name)) for name in _OPTIMIZER):
+        return "optimizer.pt is missing (a checkpoint saved with --save_only_model has none)"
     try:
         with safe_open(checkpoint / ADAPTER_WEIGHTS, framework="numpy"):
             pass

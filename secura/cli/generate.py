@@ -7,17 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from secura._extras import require
+from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
 from secura.cli.errors import Parser, UserError
-from secura.cli.models import (
-    DTYPES,
-    add_loading_flags,
-    base_of,
-    load_adapted,
-    load_adapter_config,
-    load_model,
-    load_tokenizer,
-    set_seed,
-)
+from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer, set_seed
 
 
 def make_parser() -> Parser:
@@ -91,7 +83,7 @@ def check(args: Any) -> None:
 
 
 def load(args: Any) -> tuple[Any, Any]:
-    """The model, with its adapter if one is named, on its device; and the base's tokenizer."""
+    """The model, with its adapter if one is named, on its device; and the tokenizer."""
     torch = require("torch", "train")
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = torch.device(args.device or best)
@@ -101,16 +93,20 @@ def load(args: Any) -> tuple[Any, Any]:
         args.model_name_or_path,
         args.model_revision,
     )
-    config = load_adapter_config(adapter, check_base=not args.no_check_base) if adapter else None
-    if config is not None:
-        base, revision = base_of(config, adapter, base, revision)
     loading = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
-    tokenizer = load_tokenizer(base, **loading)
-    loading["dtype"] = dtype
-    if config is None:
-        model = load_model(base, **loading).eval()
-    else:
-        model = load_adapted(adapter, config, base, **loading)
+    if not adapter:
+        model = load_model(base, dtype=dtype, **loading).eval()
+        return model.to(device), load_tokenizer(base, **loading)
+    config = load_adapter_config(adapter, check_base=not args.no_check_base)
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(
+            f"adapter {adapter!r} was trained for {task}: there is no text to generate; 'secura "
+            "merge' makes a plain checkpoint of it"
+        )
+    base, loading["revision"] = base_of(config, adapter, base, revision)
+    model = load_adapted(adapter, config, base, dtype=dtype, **loading)
+    tokenizer = tokenizer_for(model, adapter, base, loading)
     return model.to(device), tokenizer
 
 
@@ -150,15 +146,21 @@ def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool =
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
         set_seed(args.seed)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode():
-        tokens = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=args.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            streamer=streamer if stream else None,
-            **sampling,
-        )
+    try:
+        with torch.inference_mode():
+            tokens = model.generate(
+                input_ids=inputs["input_ids"].to(model.device),
+                attention_mask=inputs["attention_mask"].to(model.device),
+                max_new_tokens=args.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                streamer=streamer if stream else None,
+                **sampling,
+            )
+    except IndexError as error:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", "no more")
+        raise UserError(
+            f"the model has {positions} positions: shorten --prompt or lower --max_new_tokens"
+        ) from error
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 

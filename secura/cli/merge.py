@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
+from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
 from secura.cli.errors import Parser, UserError
 from secura.cli.folders import check_output_folder, complete_folder
-from secura.cli.models import (
-    add_adapter_flags,
-    add_loading_flags,
-    base_of,
-    load_adapted,
-    load_adapter_config,
-    load_tokenizer,
-)
+from secura.cli.models import add_adapter_flags, add_loading_flags
 
 
 def make_parser() -> Parser:
@@ -44,8 +38,8 @@ def main(argv: list[str]) -> int:
     allow_inexact(config, adapter, allow=args.allow_inexact)
     base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
     loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = adapter_tokenizer(adapter, base, loading)
     model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
+    tokenizer = tokenizer_for(model, adapter, base, loading)
     refuse_lost_biases(model, adapter)
     merged = model.merge_and_unload(progressbar=True)
     with complete_folder(output) as folder:
@@ -87,11 +81,3 @@ def refuse_lost_biases(model: Any, adapter: str) -> None:
             "loads the merged checkpoint. Serve the adapter unmerged, or train one with "
             "train_bias=False"
         )
-
-
-def adapter_tokenizer(adapter: str, base: str, loading: dict[str, Any]) -> Any:
-    """The tokenizer saved with the adapter, where there is one, else the base's."""
-    folder = Path(adapter).expanduser()
-    if (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder.resolve()))
-    return load_tokenizer(base, **loading)

@@ -1,7 +1,8 @@
-"""Models and adapters by name: packaged, local, or of the hub."""
+"""Models by name: packaged, local, or of the hub."""
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,17 @@ def add_loading_flags(parser: Parser) -> None:
 
 
 def resolve_model(name: str) -> str:
-    """What to give to `from_pretrained`: a packaged model's folder, else `name` itself.
+    """What to give to `from_pretrained`: a folder's absolute path, else `name` itself.
+
+    An adapter records it, so that it is found from any working folder and never taken for a
+    repository of the hub. A packaged model's name becomes its folder.
 
     Raises:
         UserError: `name` is a path where there is no folder.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(path)
+        return os.path.abspath(path)
     if path.is_file() or name.startswith((".", "/", "~")):
         raise UserError(f"model {name!r}: no such folder; give a checkpoint folder or a hub name")
     from secura.assets import ASSETS, model_dir
@@ -66,6 +70,21 @@ def resolve_model(name: str) -> str:
     if name in ASSETS and ASSETS[name].kind == "model":
         return str(model_dir(name))
     return name
+
+
+def refuse_adapter(name: str, revision: str | None = None) -> None:
+    """Raises `UserError` where an adapter stands in a model's place.
+
+    transformers would load its base in silence, and training would drop the adapter.
+    """
+    hub = require("transformers.utils", "train")
+    if hub.find_adapter_config_file(resolve_model(name), revision=revision) is not None:
+        raise UserError(
+            f"model {name!r} is an adapter, not a model: to use it, give it as "
+            "--adapter_name_or_path; to train on top of it, first merge it ('secura merge') and "
+            "give the merged folder as --model_name_or_path; to go on with its training, give its "
+            "run's flags and --resume_from_checkpoint"
+        )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> Any:
@@ -77,60 +96,20 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
 
 
-def load_model(name: str, **kwargs: Any) -> Any:
-    """A causal language model. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
+def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:
+    """A model, a causal language model unless `kind` names another class of transformers.
+
+    Args:
+        name: a packaged model, a folder, or a model of the hub.
+        kind: the class.
+        kwargs: given to its `from_pretrained`.
+    """
     transformers = require("transformers", "train")
+    refuse_adapter(name, kwargs.get("revision"))
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(resolve_model(name), **kwargs)
+        return getattr(transformers, kind).from_pretrained(resolve_model(name), **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
-
-
-def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
-    """The `PeftConfig` of a local or hub adapter, with the SECURA tuner registered.
-
-    Args:
-        adapter: the adapter's folder or hub name.
-        check_base: whether loading it on another base weight is to be an error.
-    """
-    peft = require("peft", "train")
-    require("secura.tuner", "train")
-    path = Path(adapter).expanduser()
-    if not path.is_dir() and (path.exists() or adapter.startswith((".", "/", "~"))):
-        raise UserError(f"adapter {adapter!r}: no such folder")
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"adapter {adapter!r}: the folder has no adapter_config.json; give the --output_dir of "
-            "a finished training run, or one of its checkpoint folders"
-        )
-    config = peft.PeftConfig.from_pretrained(str(path) if path.is_dir() else adapter)
-    config.check_base = check_base
-    return config
-
-
-def base_of(config: Any, adapter: str, model: str | None, revision: str | None) -> tuple[str, str]:
-    """The base's name and revision: the flags' where given, else those the adapter records."""
-    name = model or config.base_model_name_or_path
-    if not name:
-        raise UserError(f"adapter {adapter!r} does not name its base; give --model_name_or_path")
-    recorded = None if model else config.revision
-    return name, revision or recorded or "main"
-
-
-def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
-    """A base model with an adapter on it, as a `PeftModel` in eval mode.
-
-    Args:
-        adapter: the adapter's folder or hub name.
-        config: the adapter's config, from `load_adapter_config`.
-        base: the base's name.
-        kwargs: given to `from_pretrained` of the base.
-    """
-    peft = require("peft", "train")
-    path = Path(adapter).expanduser()
-    return peft.PeftModel.from_pretrained(
-        load_model(base, **kwargs), str(path) if path.is_dir() else adapter, config=config
-    ).eval()
 
 
 def set_seed(seed: int) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli import arguments
+from secura.cli import arguments, checks
+from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
-from secura.cli.folders import (
-    ADAPTER_CONFIG,
-    check_output_folder,
-    checkpoints,
-    publish,
-    why_incomplete,
-)
-from secura.cli.models import load_model, load_tokenizer, resolve_model
+from secura.cli.folders import ADAPTER_CONFIG, checkpoints, sole_use
+from secura.cli.models import load_model, load_tokenizer, refuse_adapter, resolve_model
+from secura.cli.resume import resume_point
+from secura.folders import SCRATCH, clear, empty_scratch, move_out
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +29,15 @@ def main(argv: list[str]) -> int:
     if "--help_all" in argv:
         arguments.make_parser().print_help()
         return 0
-    training, model_args, data_args, adapter_args = arguments.parse(argv)
+    groups = arguments.parse(argv)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with sole_use(Path(groups[0].output_dir)) if first else nullcontext():
+        run(*groups)
+    return 0
+
+
+def run(training: Any, model_args: Any, data_args: Any, adapter_args: Any) -> None:
+    """Trains with parsed flags; the output folder is this run's alone."""
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
     if model_args.model_revision != "main":
@@ -39,73 +46,86 @@ def main(argv: list[str]) -> int:
         "revision": model_args.model_revision,
         "trust_remote_code": getattr(training, "trust_remote_code", False),
     }
+    refuse_adapter(model_args.model_name_or_path, model_args.model_revision)
     tokenizer = load_tokenizer(model_args.model_name_or_path, **loading)
     train_set, eval_set = load_data(training, data_args, chat=bool(tokenizer.chat_template))
+    settings = resuming.settings(training, config, train_set, data_args)
+    if resume is not None:
+        resuming.check_settings(resume, settings)
     model = load_model(
         model_args.model_name_or_path,
         dtype=model_args.dtype or ("bfloat16" if training.bf16 else "float32"),
         attn_implementation=model_args.attn_implementation,
         **loading,
     )
+    wanted = copy.deepcopy(config)  # putting it on the model changes its target_modules
     trainer = make_trainer(
         model=model,
         args=training,
-        train_dataset=train_set,
+        train_dataset=checks.number(train_set),
         eval_dataset=eval_set,
         processing_class=tokenizer,
         peft_config=config,
-        callbacks=callbacks(config),
+        callbacks=callbacks(config, settings),
     )
+    checks.check_targets(trainer.model, wanted)
+    checks.check_lengths(trainer)
+    for note in (checks.lost_rows(trainer, train_set), checks.left_out(trainer.model, wanted)):
+        if note:
+            trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
     if data_args.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
         for old in checkpoints(Path(training.output_dir)):
-            shutil.rmtree(old)
-    result = trainer.train(resume_from_checkpoint=resume)
-    save(trainer, model_args.model_name_or_path)
+            clear(old)
+    trainer.accelerator.print(train(trainer, resume, model_args.model_name_or_path))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
-    seconds = result.metrics.get("train_runtime", 0.0)
-    trainer.accelerator.print(
-        f"secura: {trainer.state.global_step} steps in {seconds:.0f} s, mean training loss "
-        f"{result.training_loss:.4f}; the adapter is in {training.output_dir}"
-    )
-    return 0
 
 
-def resume_point(training: Any, *, overwrite: bool) -> str | None:
-    """The checkpoint to go on from, or None to begin; refuses a folder with other work in it.
+def train(trainer: Any, resume: str | None, model_name: str) -> str:
+    """Trains and publishes, and says in one line what came of it.
 
     Raises:
-        UserError: the output folder is not empty, or there is no complete checkpoint to resume.
+        UserError: training diverged; nothing is published, and the checkpoints before stay.
     """
-    output, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "no", "none", "0"):
-        if not overwrite and int(os.environ.get("RANK", "0")) == 0:
-            check_output_folder(
-                output,
-                hint="choose another --output_dir, go on with --resume_from_checkpoint, or give "
-                "--overwrite_output_dir",
-            )
-        return None
-    if str(wanted).lower() not in ("true", "yes", "1"):
-        if Path(wanted).resolve() == output.resolve():
-            raise UserError(
-                "--resume_from_checkpoint is the output folder itself; give it without a value, or "
-                "name one of the checkpoint folders in it"
-            )
-        if reason := why_incomplete(Path(wanted)):
-            raise UserError(f"cannot resume from {wanted}: {reason}")
-        return str(wanted)
-    reasons = []
-    for checkpoint in reversed(checkpoints(output)):
-        reason = why_incomplete(checkpoint)
-        if reason is None:
-            return str(checkpoint)
-        reasons.append(f"{checkpoint.name}: {reason}")
-    raise UserError(
-        f"{output} has no complete checkpoint to resume from ({'; '.join(reasons) or 'none'}); "
-        "leave out --resume_from_checkpoint to begin anew"
+    from secura.callbacks import DivergedError, FinishedError
+
+    output = Path(trainer.args.output_dir)
+    try:
+        with closed_progress(trainer):
+            result = trainer.train(resume_from_checkpoint=resume)
+    except FinishedError as finished:
+        if resuming.published_step(output) >= trainer.state.global_step:
+            return f"secura: {finished}; the adapter in {output} stays as it is"
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        save(trainer, model_name)
+        return f"secura: {finished}; the adapter of {resume} is in {output}"
+    except DivergedError as error:
+        kept = checkpoints(output)
+        raise UserError(
+            f"{error}; nothing was published"
+            + (f", and {kept[-1]} is the last checkpoint before it" if kept else "")
+            + "; begin anew with a lower --learning_rate, with --warmup_steps or --max_grad_norm 1"
+        ) from error
+    save(trainer, model_name)
+    seconds = result.metrics.get("train_runtime", 0.0)
+    return (
+        f"secura: {trainer.state.global_step} steps in {seconds:.0f} s, mean training loss "
+        f"{result.training_loss:.4f}; the adapter is in {output}"
     )
+
+
+@contextmanager
+def closed_progress(trainer: Any) -> Iterator[None]:
+    """Ends the progress bar's line where training ends by an error, so that it has its own."""
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.on_train_end(trainer.args, trainer.state, trainer.control)
+        raise
 
 
 def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
@@ -127,18 +147,24 @@ def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
 
 
 def make_trainer(**kwargs: Any) -> Any:
-    """TRL's `SFTTrainer`; a layer that cannot be adapted is the user's to mend."""
+    """TRL's `SFTTrainer`; what it cannot take of layers and rows is the user's to mend."""
+    trl, jinja2 = require("trl", "train"), require("jinja2", "train")
     try:
-        return require("trl", "train").SFTTrainer(**kwargs)
-    except TypeError as error:
+        return trl.SFTTrainer(**kwargs)
+    except (TypeError, jinja2.TemplateError) as error:
         raise UserError(one_line(error)) from error
 
 
-def callbacks(config: Any) -> list[Any]:
-    """The fold callback where the config folds."""
-    if not config.fold_every:
-        return []
-    return [require("secura.callbacks", "train").FoldCallback()]
+def callbacks(config: Any, settings: dict[str, Any]) -> list[Any]:
+    """What runs beside the trainer: the fold where the config folds, then the checks."""
+    own = require("secura.callbacks", "train")
+    folding = [own.FoldCallback()] if config.fold_every else []
+    return [
+        own.FinishedCallback(),
+        *folding,
+        own.FiniteCallback(),
+        own.SettingsCallback(**settings),
+    ]
 
 
 def describe(trainer: Any, config: Any) -> str:
@@ -156,20 +182,20 @@ def save(trainer: Any, model_name: str) -> None:
     A packaged model is named in the adapter by its short name, not by this machine's cache folder.
     """
     output = Path(trainer.args.output_dir)
-    scratch = output / ".saving"
+    scratch = output / SCRATCH
     if trainer.is_world_process_zero():
-        shutil.rmtree(scratch, ignore_errors=True)
+        empty_scratch(output)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(scratch))
-    trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)
+    trainer.state.save_to_json(str(scratch / resuming.STATE))
     folder = resolve_model(model_name)
-    if folder != str(Path(model_name).expanduser()) and folder != model_name:
+    if folder != model_name and not Path(model_name).expanduser().is_dir():
         rename_base(scratch, folder, model_name)
-    publish(scratch, output)
+    move_out(scratch, output)
 
 
 def rename_base(adapter: Path, folder: str, name: str) -> None:

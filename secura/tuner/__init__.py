@@ -8,9 +8,10 @@ require("peft", "train")
 
 from .config import SecuraConfig  # noqa: E402
 from .layer import SecuraLayer  # noqa: E402
+from .loading import from_pretrained  # noqa: E402
 from .model import SecuraModel  # noqa: E402
 from .registration import register  # noqa: E402
 
 register(SecuraConfig, SecuraModel)
 
-__all__ = ["SecuraConfig", "SecuraLayer", "SecuraModel"]
+__all__ = ["SecuraConfig", "SecuraLayer", "SecuraModel", "from_pretrained"]

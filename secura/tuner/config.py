@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from secura.config import AdapterConfig, check_rank
-from secura.integrity import check_file
+from secura.integrity import check_file, digest, read_file
 
 from .registration import peft_type
 
-FORMAT = 2
-"""Version of the adapter files this package writes. In 1 ``norm="weight"`` averaged by default."""
+FORMAT = 3
+"""Version of the adapter files this package writes.
+
+In 1 ``norm="weight"`` averaged by default; checksums count the settings, and there is one over the
+whole file, from 3 on.
+"""
+
+_HOW_TO_LOAD = "import secura.tuner first: PEFT knows SECURA from then on"
 
 _RELEASED: dict[str, dict[str, Any]] = {
     "M1": {"norm": "activation", "norm_reference": "folded", "fold_every": 1, "restrain": True},
@@ -39,7 +47,11 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         layers_pattern: name of the list those indices count in.
         modules_to_save: modules trained in full and saved with the adapter.
         rank_pattern: ``r`` by layer name or regular expression.
+        layer_replication: refused: SECURA does not repeat layers.
         format_version: of the adapter file.
+        checksum: over the tensors of the file these settings were read with, until it is loaded.
+        base_tensors: names of the base's own tensors (resized embeddings) that the file holds.
+        how_to_load: a note in ``adapter_config.json`` for whoever finds it.
 
     Raises:
         ValueError: for a setting out of range, or a file a newer version wrote.
@@ -51,7 +63,11 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    layer_replication: Any = None
     format_version: int = FORMAT
+    checksum: str | None = field(default=None, compare=False, repr=False)
+    base_tensors: list[str] | None = field(default=None, compare=False, repr=False)
+    how_to_load: str = field(default=_HOW_TO_LOAD, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_rank("format_version", self.format_version)
@@ -63,6 +79,12 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         if self.format_version == 1 and self.norm == "weight" and self.norm_combine is None:
             self.norm_combine = "averaged"
         self.format_version = FORMAT
+        self.how_to_load = _HOW_TO_LOAD
+        if self.layer_replication is not None:
+            raise ValueError(
+                "SECURA does not repeat layers, so layer_replication is not taken: repeat them in "
+                "the base model, save it, and adapt that"
+            )
         PeftConfig.__post_init__(self)
         AdapterConfig.__post_init__(self)
         self.peft_type = peft_type()
@@ -102,7 +124,39 @@ class SecuraConfig(AdapterConfig, PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are saved; an override of ``check_base`` is for one loading."""
-        return super().to_dict() | {"check_base": True}
+        own = super().to_dict() | {"check_base": True, "checksum": "", "base_tensors": None}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(own[name], set):
+                own[name] = {without_wrappers(module) for module in own[name]}
+        return own
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, with a checksum where PEFT has just written the tensors.
+
+        The folder's model card, where there is one, then says what to import.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if "auto_mapping_dict" not in kwargs:  # then another saved: its tensors are not there yet
+            return
+        folder = Path(save_directory)
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            tensors = read_file(folder / SAFETENSORS_WEIGHTS_NAME)
+            written = json.loads((folder / CONFIG_NAME).read_text())
+            written["checksum"] = digest(tensors.values())
+            written["base_tensors"] = self._base_tensors(tensors) or None
+            (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
+        describe_loading(folder / "README.md")
+
+    def _base_tensors(self, names: Iterable[str]) -> list[str]:
+        """Of an adapter file's tensors, those of the base that PEFT added: resized embeddings."""
+        rest = (n.removeprefix("base_model.model.") for n in names if ".secura_adapter." not in n)
+        own = [f".{module}." for module in self.modules_to_save or ()]
+        copies = (".modules_to_save.", ".original_module.")  # of embeddings that are saved in full
+        return sorted(
+            n
+            for n in rest
+            if any(copy in n for copy in copies) or not any(name in f".{n}" for name in own)
+        )
 
     @classmethod
     def released(cls, kind: str = "M1", **settings: Any) -> SecuraConfig:
@@ -137,4 +191,26 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         return cls(**(released | settings))
 
 
-__all__ = ["FORMAT", "SecuraConfig"]
+def without_wrappers(name: str) -> str:
+    """A module's or tensor's name without what ``torch.compile`` and FSDP1 add to it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
+def describe_loading(card: Path) -> None:
+    """Add to a folder's model card, where there is one, how an adapter of SECURA's is loaded."""
+    if not card.is_file() or "import secura.tuner" in (text := card.read_text(encoding="utf-8")):
+        return
+    heading = "## How to Get Started with the Model"
+    lines = (
+        "PEFT knows this adapter's method once `secura` (`pip install 'secura[train]'`) is "
+        "imported:\n\n```python\nimport secura.tuner  # before peft loads it\n"
+        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
+    )
+    before, found, after = text.partition(heading)
+    card.write_text(
+        f"{before}{heading}\n\n{lines}{after}" if found else f"{text}\n{heading}\n\n{lines}",
+        encoding="utf-8",
+    )
+
+
+__all__ = ["FORMAT", "SecuraConfig", "describe_loading", "without_wrappers"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from secura import bases
 from secura.adapter import CABR
-from secura.linear import MergedState, check_finite, check_not_training
+from secura.linear import MergedState, check_finite, check_not_training, weight_before
+from secura.state import MERGED, refuse_merged
 from secura_kernels import lowrank_add
 
 from .config import SecuraConfig
@@ -22,7 +25,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     Several adapters may be active at once where the layer is additive (``norm="none"``).
     """
 
-    base_layer: nn.Module
+    base_layer: Any
     active_adapters: list[str]
     merged: bool
     disable_adapters: bool
@@ -75,8 +78,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         dense = bases.dense_weight(base)
         dtype = torch.float32 if dense is None else dense.dtype
-        adapter = CABR(config, base, r=r, dtype=dtype)
+        adapter = CABR(config, base, r=r, dtype=dtype).train(self.training)
         adapter.name = name
+        if config.inference_mode and config.checksum is not None:
+            adapter.await_file()
         self.secura_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -105,6 +110,70 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if len(active) == 1:
             return active[0](base, x)
         return self._sum(active, x)
+
+    def train(self, mode: bool = True) -> SecuraLayer:
+        """As ``nn.Module.train``, and check what a loader assigned, where the base is here."""
+        super().train(mode)
+        for name in self.secura_adapter if not self.merged else ():
+            adapter = cast(CABR, self.secura_adapter[name])
+            waits = adapter._assigned and not adapter._awaits_file
+            if waits and bases.weight_here(self.base_layer) is not None:
+                adapter.check_assigned(self.base_layer)
+        return self
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make one adapter act ``scale`` times as strongly as its config says.
+
+        Raises:
+            RuntimeError: it is merged, or holds what was folded, which stays as it is.
+        """
+        for one in self._named([adapter]):
+            self._rescale(one, scale * float(one.config.scaling))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters (see :meth:`set_scale`)."""
+        for one in self._named(self.active_adapters):
+            self._rescale(one, one.scaling * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None takes their config's again."""
+        for one in self._named(self.active_adapters):
+            self._rescale(one, float(one.config.scaling) if scale is None else one.scaling / scale)
+
+    def _rescale(self, adapter: CABR, scaling: float) -> None:
+        if scaling == adapter.scaling:
+            return
+        if self.merged or bool(adapter.core.any()):
+            raise RuntimeError(
+                f"{adapter.name}: an adapter that is merged or was folded keeps its scaling: "
+                "unmerge it, or set the scale before it is folded"
+            )
+        adapter.scaling = scaling
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + MERGED] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_loadable(self, state_dict: Any, prefix: str, *, whole: bool = False) -> None:
+        """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded.
+
+        ``whole`` says that every tensor of an adapter has to be there, if one is.
+        """
+        refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
+        base = None if f"{prefix}base_layer.weight" in state_dict else self.base_layer
+        for name, adapter in self.secura_adapter.items():
+            own = f"{prefix}secura_adapter.{name}."
+            cast(CABR, adapter).check_loadable(state_dict, own, base, whole=whole)
+
+    def renew_saved(self, state_dict: Any, prefix: str, adapter: str) -> None:
+        """Make an adapter's saved state that of one on the base weight as it is now."""
+        weight = weight_before(self._merged, self.base_layer)
+        self._named([adapter])[0].renew(state_dict, prefix, weight)
 
     def active_cabr(self) -> list[CABR]:
         """The adapters that act in this layer.
@@ -153,7 +222,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D)."""
-        delta = self._named([adapter])[0].delta_of(self.base_layer)
+        with self._before_merging():
+            delta = self._named([adapter])[0].delta_of(self.base_layer)
         return delta.t() if bases.is_conv1d(self.base_layer) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -163,28 +233,58 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             safe_merge: ignored: a merge that would write NaN or inf is always refused.
             adapter_names: default: the active ones.
 
+        Adapters that are merged already stay so, with a warning, as PEFT's methods do it.
+
         Raises:
-            RuntimeError: when merged already.
             ValueError: for ``norm="activation"`` without ``allow_inexact_merge``, several adapters
                 with a norm, a quantised base, or a weight that would hold NaN or inf.
         """
         del safe_merge
-        weight, bias, names = self.merged_weight(adapter_names)
-        if names:
-            check_finite(weight)
-            self._merged = MergedState(self.base_layer, weight, bias)
-            self.merged_adapters = names
+        names = [
+            n for n in check_adapters_to_merge(self, adapter_names) if n in self.secura_adapter
+        ]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        with self._before_merging():
+            weight, bias = self._sum_weight(names)
+        check_finite(weight)
+        if self._merged is not None:
+            self._merged.undo(self.base_layer)
+        self._merged = MergedState(self.base_layer, weight, bias)
+        self.merged_adapters = names
 
-    def merged_weight(
-        self, adapter_names: list[str] | None = None
-    ) -> tuple[Tensor, Tensor | None, list[str]]:
-        """What :meth:`merge` would write: weight ``[N, K]``, bias ``[N]`` or None, adapters."""
-        if self.merged:
-            raise RuntimeError(f"adapters {self.merged_adapters} are merged already: unmerge first")
+    def weight_to_merge(self, adapter_names: list[str] | None = None) -> Tensor | None:
+        """What :meth:`merge` would write, ``[N, K]``, or None where it has nothing to do.
+
+        Raises:
+            ValueError: as :meth:`merge`.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in names if name in self.secura_adapter]
-        adapters = self._named(names)
-        base = self.base_layer
+        names = [n for n in names if n in self.secura_adapter and n not in self.merged_adapters]
+        if not names:
+            return None
+        with self._before_merging():
+            weight, _ = self._sum_weight([*self.merged_adapters, *names])
+        check_finite(weight)
+        return weight
+
+    @contextmanager
+    def _before_merging(self) -> Iterator[None]:
+        """The base for a while as it was before anything was merged into it."""
+        if self._merged is None:
+            yield
+            return
+        held = self.base_layer.weight.data, self.base_layer.bias
+        self._merged.undo(self.base_layer)
+        try:
+            yield
+        finally:
+            self.base_layer.weight.data, self.base_layer.bias = held
+
+    def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
+        adapters, base = self._named(names), self.base_layer
         if bases.dense_weight(base) is None:
             raise ValueError("a quantised weight takes no merge: load the model in full precision")
         if len(adapters) == 1:
@@ -197,7 +297,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
             weight = sum(deltas, start=wide).to(dense.dtype)
         bias = _sum_biases(adapters)
-        return weight, None if bias is None else bias.detach(), names
+        return weight, None if bias is None else bias.detach()
 
     def unmerge(self) -> None:
         """Restore the base weight.
@@ -222,9 +322,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         return "secura." + super().__repr__()
 
 
+class SecuraLinear(SecuraLayer):
+    """:class:`SecuraLayer`, by a name that PEFT's ``all-linear`` takes for a linear layer's."""
+
+
 def _sum_biases(adapters: list[CABR]) -> Tensor | None:
     biases: list[Tensor] = [adapter.bias for adapter in adapters if adapter.bias is not None]
     return torch.stack(biases).sum(0) if biases else None
 
 
-__all__ = ["SecuraLayer"]
+__all__ = ["SecuraLayer", "SecuraLinear"]

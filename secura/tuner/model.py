@@ -13,10 +13,10 @@ from torch import nn
 
 from secura import bases
 from secura.adapter import CABR
-from secura.linear import check_finite
 
-from .config import SecuraConfig
-from .layer import SecuraLayer
+from . import saved
+from .config import SecuraConfig, without_wrappers
+from .layer import SecuraLayer, SecuraLinear
 
 
 class SecuraModel(BaseTuner):
@@ -69,14 +69,28 @@ class SecuraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Any
     ) -> Any:
-        if not any(cls.prefix in name for name in state_dict):
-            raise ValueError(
-                f"the file of adapter {adapter_name!r} holds no tensor of SECURA's: it was damaged "
-                "or emptied; save or download it again"
-            )
-        return super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        return saved.for_loading(
+            model,
+            config,
+            adapter_name,
+            state_dict,
+            super()._remap_adapter_state_dict_for_load,
         )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        for name, layer in saved.adapted_layers(model, adapter_name).items():
+            layer.renew_saved(found, f"{name}.secura_adapter.{adapter_name}.", adapter_name)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_wrappers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -108,7 +122,8 @@ class SecuraModel(BaseTuner):
             if isinstance(target, SecuraLayer):
                 target.update_layer(adapter_name, peft_config, rank, name=current_key)
                 return
-            layer = SecuraLayer(target, adapter_name, peft_config, rank, name=current_key)
+            layer = SecuraLinear(target, adapter_name, peft_config, rank, name=current_key)
+            layer.train(target.training)
         except ValueError as error:
             raise ValueError(
                 f"{current_key}: {error}; for this layer alone set rank_pattern, or leave it out "
@@ -126,8 +141,7 @@ class SecuraModel(BaseTuner):
                 owners.setdefault(parameter, []).append(name)
         for name, layer in _secura_layers(self.model):
             try:
-                weight, _, merging = layer.merged_weight(adapter_names)
-                check_finite(weight)
+                merging = layer.weight_to_merge(adapter_names) is not None
             except (RuntimeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             others = owners.get(layer.base_layer.weight, [])
@@ -152,7 +166,6 @@ class SecuraModel(BaseTuner):
         """Merge the active adapters into the base weights, all or none.
 
         Raises:
-            RuntimeError: when merged already.
             ValueError: see :meth:`SecuraLayer.merge`.
         """
         self._check_mergeable(adapter_names)
@@ -173,23 +186,8 @@ class SecuraModel(BaseTuner):
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:
     """Refuse before the first tensor is copied, so that no adapter is left half loaded."""
-    lacking: dict[str, list[str]] = {}
-    loading = set()
-    for name, part in module.named_modules():
-        if not isinstance(part, CABR):
-            continue
-        layer, _, adapter = f"{prefix}{name}".rpartition(".")
-        part.check_loadable(state_dict, f"{prefix}{name}.")
-        if any(f"{prefix}{name}.{tensor}" in state_dict for tensor in CABR.STATE):
-            loading.add(adapter)
-        else:
-            lacking.setdefault(adapter, []).append(layer.removesuffix(".secura_adapter"))
-    for incomplete in loading & lacking.keys():
-        layers = lacking[incomplete]
-        raise ValueError(
-            f"{layers[0]}: the file has nothing for this layer ({len(layers)} such in all) of "
-            f"adapter {incomplete!r}: it was damaged, or its adapter_config.json is another's"
-        )
+    for name, layer in _secura_layers(module):
+        layer.check_loadable(state_dict, f"{prefix}{name}.")
 
 
 def _secura_layers(model: Any) -> list[tuple[str, SecuraLayer]]:

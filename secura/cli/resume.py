@@ -1,0 +1,161 @@
+"""Where `secura train` begins: anew, or at a checkpoint that was trained with the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from secura.cli.errors import UserError
+from secura.cli.folders import ADAPTER_CONFIG, check_output_folder, checkpoints, why_incomplete
+
+KEPT = (
+    "learning_rate",
+    "weight_decay",
+    "optim",
+    "seed",
+    "max_length",
+    "packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "eos_token",
+)
+"""Fields of `SFTConfig` that a resumed run takes from its checkpoint, or that change its data."""
+
+_NOT_LEARNT = {
+    "allow_inexact_merge",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "check_base",
+    "format_version",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+STATE = "trainer_state.json"
+_DATA = "data set"
+
+
+def resume_point(training: Any, *, overwrite: bool) -> str | None:
+    """The checkpoint to go on from, or None to begin; refuses a folder with other work in it.
+
+    Raises:
+        UserError: the output folder is not empty, or there is no complete checkpoint to resume.
+    """
+    output, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "no", "none", "0"):
+        if not overwrite and int(os.environ.get("RANK", "0")) == 0:
+            check_output_folder(
+                output,
+                hint="choose another --output_dir, go on with --resume_from_checkpoint, or give "
+                "--overwrite_output_dir",
+            )
+        return None
+    if str(wanted).lower() not in ("true", "yes", "1"):
+        if Path(wanted).resolve() == output.resolve():
+            raise UserError(
+                "--resume_from_checkpoint is the output folder itself; give it without a value, or "
+                "name one of the checkpoint folders in it"
+            )
+        if reason := why_incomplete(Path(wanted)):
+            raise UserError(f"cannot resume from {wanted}: {reason}")
+        return str(wanted)
+    reasons = []
+    for checkpoint in reversed(checkpoints(output)):
+        reason = why_incomplete(checkpoint)
+        if reason is None:
+            return str(checkpoint)
+        reasons.append(f"{checkpoint.name}: {reason}")
+    raise UserError(
+        f"{output} has no complete checkpoint to resume from ({'; '.join(reasons) or 'none'}); "
+        "leave out --resume_from_checkpoint to begin anew"
+    )
+
+
+def settings(training: Any, config: Any, dataset: Any, data: Any) -> dict[str, Any]:
+    """What has to be the same when a run is resumed, in JSON's types.
+
+    Args:
+        training: the `SFTConfig`.
+        config: the adapter's, before it is put on a model.
+        dataset: the training rows.
+        data: the `DataArguments`, to name them.
+    """
+    adapter = {name: value for name, value in config.to_dict().items() if name not in _NOT_LEARNT}
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    name = f"{data.dataset_name} ({data.dataset_train_split}, {len(dataset)} rows)"
+    return {
+        **{
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in adapter.items()
+        },
+        **{key: getattr(training, key) for key in KEPT},
+        "optim": str(getattr(training.optim, "value", training.optim)),
+        "batch size": batch * training.world_size,
+        _DATA: [name, digest(dataset)],
+    }
+
+
+def digest(dataset: Any) -> str:
+    """A checksum of a data set's rows, whatever the file they came from is called."""
+    total = hashlib.sha256()
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        total.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
+    """Refuses to go on from a checkpoint that was trained with other settings.
+
+    One saved without a record is compared by what its `adapter_config.json` says.
+
+    Raises:
+        UserError: names each setting, its former value and the new one.
+    """
+    from secura.callbacks import recorded_settings
+    from secura.config import AdapterConfig
+
+    folder = Path(checkpoint)
+    before = recorded_settings(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    if not before:
+        saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        own = {entry.name for entry in fields(AdapterConfig)} - _NOT_LEARNT
+        before = {name: saved[name] for name in own & saved.keys()}
+    changes = [
+        _change(name, before[name], now[name])
+        for name in sorted(before.keys() & now.keys())
+        if _content(name, before[name]) != _content(name, now[name])
+    ]
+    if changes:
+        raise UserError(
+            f"cannot resume from {checkpoint} with other settings: {'; '.join(changes)}: give the "
+            "former ones, or begin anew in another --output_dir"
+        )
+
+
+def _content(name: str, value: Any) -> Any:
+    return value[1] if name == _DATA else json.loads(json.dumps(value))
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    if name == _DATA:
+        before, now = before[0], now[0] + (" with other rows" if now[0] == before[0] else "")
+        return f"the data set was {before} and is now {now}"
+    return f"{name} was {before!r} and is now {now!r}"
+
+
+def published_step(output: Path) -> int:
+    """The step at which the adapter in `output` was published; -1 where there is none."""
+    try:
+        (output / ADAPTER_CONFIG).stat()
+        return int(json.loads((output / STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+__all__ = ["check_settings", "digest", "published_step", "resume_point", "settings"]

@@ -1,0 +1,91 @@
+"""What training rows must look like: text where text is wanted, turns where messages are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secura.cli.errors import UserError
+
+_SHOWN = 5
+"""How many rows a message names."""
+
+
+def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
+    """Refuses the first row that a chat template or tokenizer would stumble over.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: what to call it in an error.
+        columns: those to train on; each holds text, or each lists of messages.
+
+    Raises:
+        UserError: names the file, the column and the row, counted from 1.
+    """
+    kinds = {column: _kind(dataset.features[column]) for column in columns}
+    for column, kind in kinds.items():
+        values = dataset.data.column(column)
+        if values.null_count:
+            rows = [row for row, value in enumerate(dataset[column], 1) if value is None]
+            raise UserError(
+                f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
+                f"({listed(rows)}); fill or remove them"
+            )
+        if kind == "text" and column != "messages":
+            continue
+        if kind == "turns" and column not in ("text", "question", "answer"):
+            check_turns(dataset[column], name, column)
+            continue
+        wanted = "a list of messages" if column == "messages" else "text"
+        first = repr(dataset[0][column])
+        raise UserError(
+            f"data set {name!r}, column {column!r}, row 1: wanted {wanted}, found "
+            f"{first if len(first) < 60 else first[:59] + '…'}"
+            + ("; write numbers in quotes" if isinstance(dataset[0][column], int | float) else "")
+        )
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{column!r} holds {kind}" for column, kind in kinds.items())
+        raise UserError(f"data set {name!r}: {found}; make them both text or both messages")
+
+
+def check_turns(rows: Any, name: str, column: str) -> None:
+    """Refuses the first row of `rows` that is no list of messages with a role and a content."""
+    for number, turns in enumerate(rows, 1):
+        problem = _problem(turns)
+        if problem:
+            raise UserError(f"data set {name!r}, column {column!r}, row {number}: {problem}")
+
+
+def listed(rows: list[int]) -> str:
+    """`"rows 3, 8, …"`, the first few of them."""
+    word = "row" if len(rows) == 1 else "rows"
+    more = ", …" if len(rows) > _SHOWN else ""
+    return f"{word} {', '.join(map(str, rows[:_SHOWN]))}{more}"
+
+
+def _problem(turns: Any) -> str | None:
+    if not turns:
+        return "no message; fill or remove the row"
+    for place, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            keys = ", ".join(map(repr, turn)) if isinstance(turn, dict) else repr(turn)
+            return f"message {place} has {keys}; wanted 'role' and 'content'"
+        if not isinstance(turn["role"], str) or not turn["role"]:
+            return f"message {place} has the role {turn['role']!r}; wanted text such as 'user'"
+        content = turn["content"]
+        if content is None and turn.get("tool_calls"):
+            continue
+        if not isinstance(content, str | list):
+            return f"message {place} has the content {content!r}; wanted text"
+    return None
+
+
+def _kind(feature: Any) -> str:
+    """`"text"`, `"turns"` (lists of anything), or the feature's own name."""
+    if getattr(feature, "dtype", None) in ("string", "large_string", "string_view"):
+        return "text"
+    if isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        return "turns"
+    return str(getattr(feature, "dtype", feature))
+
+
+__all__ = ["check_rows", "check_turns", "listed"]

@@ -1,0 +1,225 @@
+"""What an adapter's module does when its tensors are saved, loaded, assigned or cast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secura_kernels import update
+
+from . import bases
+from .config import AdapterConfig
+from .integrity import check_state, check_sum, checksum, fingerprint, sketch
+
+MERGED = "secura_merged"
+"""Name of the mark in a ``state_dict`` that was taken while an adapter was merged."""
+
+_SAME = 1e-5
+_ALIKE = 0.6
+
+
+class AdapterState(nn.Module):
+    """The tensors of one adapter: whole, checked before they are loaded, ``core`` always fp32.
+
+    Tensors that ``load_state_dict`` brings are checked there. Those that a loader assigns one by
+    one (transformers') are checked at ``eval()``, a cast, or their first use.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    rows: Tensor
+    cols: Tensor
+    core: Tensor
+    fingerprint: Tensor
+    checksum: Tensor
+    config: AdapterConfig
+    scaling: float
+    folded: bool
+    out_features: int
+    in_features: int
+
+    STATE = ("A", "B", "bias", "rows", "cols", "core", "fingerprint", "checksum")
+    """Names of the tensors an adapter file may hold for one layer."""
+
+    name = "layer"
+    _KEEP_FP32 = ("core", "fingerprint", "gram", "base_norms")
+    _assigned = _awaits_file = False
+    _stale = True
+    _core_version = -1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("rows", "cols", "core"):
+            self._assigned, self._awaits_file = True, False
+
+    def await_file(self) -> None:
+        """Make every use an error until the adapter's tensors are loaded."""
+        self._assigned = self._awaits_file = True
+
+    def check_assigned(self, base: nn.Module) -> None:
+        """Take over tensors that were assigned without ``load_state_dict``.
+
+        Raises:
+            ValueError: they are missing, damaged, or another weight's.
+        """
+        if self._awaits_file:
+            raise ValueError(
+                f"{self.name}: nothing of the adapter's file reached this layer: the file was "
+                "damaged, or is of a model whose layers have other names (compiled, or part of "
+                "another); PeftModel.from_pretrained says which"
+            )
+        self._check_assigned_sum()
+        weight, state = bases.weight(base), self._tensors()
+        state.pop("checksum")
+        own = fingerprint(weight) if self.config.check_base else None
+        check_state(self.name, state, (self.out_features, self.in_features), own)
+        self._check_not_merged(self.name, state, weight, own)
+        self._note_loaded()
+
+    def _check_assigned_sum(self) -> None:
+        if self._assigned and not self._awaits_file and not self.A.is_meta:
+            own = self._tensors()
+            check_sum(self.name, own, self._settings(own))
+            self.checksum = torch.zeros_like(self.checksum)
+
+    def _note_loaded(self) -> None:
+        self._note_core()
+        self._stale, self._assigned, self._awaits_file = True, False, False
+
+    def _note_core(self) -> None:
+        """Look whether ``core`` holds anything, after it was changed."""
+        core = self.core
+        self.folded = not core.is_meta and bool(core.any())
+        self._core_version = 0 if core.is_inference() else core._version
+        self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterState:
+        self._check_assigned_sum()
+        kept = {name: getattr(self, name) for name in self._KEEP_FP32}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if tensor is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._add_checksum(destination, prefix)
+
+    def renew(self, state_dict: Any, prefix: str, weight: Tensor | None) -> None:
+        """Make a saved state that of an adapter on ``weight [N, K]`` as it is now."""
+        if prefix + "fingerprint" not in state_dict:
+            return
+        if weight is not None:
+            state_dict[prefix + "fingerprint"] = fingerprint(weight)
+        self._add_checksum(state_dict, prefix)
+
+    def _add_checksum(self, state_dict: Any, prefix: str) -> None:
+        """Add this layer's checksum, or none where its tensors are sharded or on meta."""
+        state_dict.pop(prefix + "checksum", None)
+        own = self._own(state_dict, prefix)
+        if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
+            state_dict[prefix + "checksum"] = checksum(own, self._settings(own))
+
+    def _settings(self, own: Mapping[str, Tensor]) -> str:
+        """What of the settings a sum over the tensors ``own`` counts in."""
+        core = own.get("core")
+        return self.config.fixed_settings(core is not None and bool(core.any()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        known = any(prefix + name in state_dict for name in self.STATE)
+        state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if known:
+            self._note_loaded()
+
+    def check_loadable(
+        self,
+        state_dict: Any,
+        prefix: str,
+        base: nn.Module | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Raise ``ValueError`` if what ``state_dict`` holds under ``prefix`` must not be loaded.
+
+        Args:
+            state_dict: the tensors.
+            prefix: of this layer's names in it.
+            base: the layer the adapter sits on, to compare with the one it was trained on; None
+                where ``state_dict`` brings the base's weight along.
+            whole: whether every tensor has to be there.
+        """
+        state, layer = self._own(state_dict, prefix), prefix.rstrip(".")
+        if not state:
+            return
+        check_sum(layer, state, self._settings(state))
+        state.pop("checksum", None)
+        expected = self._tensors()
+        expected.pop("checksum")
+        if not whole:
+            expected = {name: tensor for name, tensor in expected.items() if name in state}
+        own = weight = None
+        if base is not None and self.config.check_base and "fingerprint" in state:
+            weight = bases.weight_here(base)
+            own = self.fingerprint if weight is None else fingerprint(weight)
+            own = None if own.is_meta else own
+        check_state(layer, state, (self.out_features, self.in_features), own, expected)
+        if own is not None and weight is not None:
+            self._check_not_merged(layer, state, weight, own)
+
+    def _check_not_merged(
+        self, layer: str, state: dict[str, Tensor], weight: Tensor, own: Tensor | None
+    ) -> None:
+        """Refuse a weight that is the adapter's own plus what the adapter adds to it."""
+        if own is None or not {"A", "B", "rows", "cols", "core"} <= state.keys():
+            return
+        saved = state["fingerprint"].to(own)
+        gap = own - saved
+        if gap.norm() <= _SAME * saved.norm():
+            return
+        here = weight.device
+        a, b, core, rows, cols = (
+            state[name].detach().to(here) for name in ("A", "B", "core", "rows", "cols")
+        )
+        u = update(a, b, self.config.scaling) + core
+        change = sketch(weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows))
+        alike = torch.cosine_similarity(gap.flatten().double(), change.flatten().double(), dim=0)
+        if alike > _ALIKE:
+            raise ValueError(
+                f"{layer}: the base weight holds what this adapter adds already: it was merged "
+                "into this model, and would act twice. Load it on the model it was trained on, or "
+                "use it all the same with check_base=False in the config (--no_check_base on the "
+                "command line)"
+            )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, name) for name in self.STATE}
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+    def _own(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self.STATE if prefix + name in state_dict]
+        return {name: state_dict[prefix + name] for name in names}
+
+
+def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> None:
+    """Raise ``ValueError`` where a merged layer's state is loaded, or one into a merged layer."""
+    if prefix + MERGED in state_dict:
+        raise ValueError(
+            f"{layer}: this state was taken while the adapter was merged into the base weight, "
+            "and would act twice: unmerge before state_dict()"
+        )
+    if merged and any(name.startswith(prefix) for name in state_dict):
+        raise ValueError(
+            f"{layer}: the adapter is merged into the base weight, so what is loaded would not "
+            "act: unmerge it to load"
+        )
+
+
+__all__ = ["MERGED", "AdapterState", "refuse_merged"]

@@ -1,0 +1,162 @@
+"""From an adapter file's tensors to a model's: nothing may lack, nothing be left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from secura.adapter import CABR
+from secura.integrity import digest, was_cast
+
+from .config import without_wrappers
+from .layer import SecuraLayer
+
+_PREFIX = "base_model.model."
+
+
+def _bare(name: str) -> str:
+    """A name as it is in the model that PEFT was given."""
+    return without_wrappers(name).removeprefix(_PREFIX)
+
+
+def adapted_layers(model: Any, adapter: str) -> dict[str, SecuraLayer]:
+    """The layers with an adapter, by the name that a ``state_dict`` gives them."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SecuraLayer) and adapter in layer.secura_adapter
+    }
+
+
+def for_loading(
+    model: Any,
+    config: Any,
+    adapter: str,
+    state_dict: Mapping[str, Tensor],
+    remap: Callable[..., dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The tensors of an adapter file by the names they have in ``model``.
+
+    Args:
+        model: the model, with the adapter in place.
+        config: the adapter's; the checksum it was read with is compared, once.
+        adapter: its name.
+        state_dict: the file's tensors.
+        remap: PEFT's own way from the file's names to the model's.
+
+    Raises:
+        ValueError: for tensors that are damaged, too many or too few, or of another model, before
+            any is loaded.
+    """
+    state_dict = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+    found = {n: t for n, t in state_dict.items() if f".{SecuraLayer.adapter_layer_names[0]}." in n}
+    if not found:
+        raise ValueError(
+            f"the file of adapter {adapter!r} holds no tensor of SECURA's: it was damaged "
+            "or emptied; save or download it again"
+        )
+    mapped = remap(model=model, config=config, adapter_name=adapter, state_dict=state_dict)
+    layers = adapted_layers(model, adapter)
+    bare = {_bare(name): name for name in layers}
+    mapped = {_checksum_name(name, bare, adapter): tensor for name, tensor in mapped.items()}
+    _check_names(model, config, adapter, mapped, layers)
+    for name, layer in layers.items():
+        layer.check_loadable(mapped, f"{name}.", whole=True)
+    _check_digest(config, state_dict, found)
+    return mapped
+
+
+def _checksum_name(name: str, bare: dict[str, str], adapter: str) -> str:
+    """A checksum's name in the model: PEFT finds none where the model's tensors are elsewhere."""
+    layer = name.removeprefix(_PREFIX).removesuffix(".secura_adapter.checksum")
+    if layer not in bare or not name.endswith(".secura_adapter.checksum"):
+        return name
+    return f"{bare[layer]}.secura_adapter.{adapter}.checksum"
+
+
+def _check_names(
+    model: Any,
+    config: Any,
+    adapter: str,
+    mapped: Mapping[str, Tensor],
+    layers: dict[str, SecuraLayer],
+) -> None:
+    owners = {name: f"{name}.secura_adapter.{adapter}." for name in layers}
+    taken = {own + tensor for own in owners.values() for tensor in CABR.STATE}
+    filled = {name.rpartition(".")[0] + "." for name in mapped if name in taken}
+    others = _saved_in_full(model, adapter) | set(config.base_tensors or ())
+    if not config.checksum:  # then the config does not say what PEFT saved beside the adapter
+        embeddings = _embeddings(model, adapter)
+        resized = embeddings.keys() <= {_bare(name) for name in mapped}
+        others |= {name for name, own in embeddings.items() if resized or _equal(mapped, name, own)}
+    left = [n for n in mapped if n not in taken and _bare(n) not in others]
+    homeless = [name for name in left if ".secura_adapter." in name]
+    if homeless:
+        where = sorted({name.partition(".secura_adapter.")[0] for name in homeless})
+        here = _bare(next(iter(layers), "none"))
+        raise ValueError(
+            f"the file of adapter {adapter!r} holds {len(where)} layer(s) that the model or its "
+            f"adapter_config.json has not, such as {where[0].removeprefix(_PREFIX)} (adapted here: "
+            f"{here}{', …' if len(layers) > 1 else ''}): load it on the model it was trained "
+            "on, with the adapter_config.json it was saved with"
+        )
+    if left:
+        raise ValueError(
+            f"the file of adapter {adapter!r} holds {len(left)} tensor(s) that are no adapter's, "
+            f"such as {left[0].removeprefix(_PREFIX)}, and would overwrite the model's: take them "
+            "out, or name their modules in modules_to_save of adapter_config.json"
+        )
+    lacking = [name for name, own in owners.items() if own not in filled]
+    if lacking:
+        raise ValueError(
+            f"{without_wrappers(lacking[0])}: the file has nothing for this layer ({len(lacking)} "
+            f"such in all) of adapter {adapter!r}: it was damaged, or its adapter_config.json is "
+            "another's"
+        )
+
+
+def _saved_in_full(model: Any, adapter: str) -> set[str]:
+    """Names of the tensors of ``modules_to_save`` and the like, without PEFT's prefix."""
+    return {
+        _bare(f"{name}.{key}")
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter).values()
+    }
+
+
+def _embeddings(model: Any, adapter: str) -> dict[str, Tensor]:
+    """The input's and output's embeddings, which PEFT saves, both, where they were resized."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return {
+        _bare(f"{name}.{key}".replace(f".modules_to_save.{adapter}.", ".modules_to_save.")): tensor
+        for name, module in model.named_modules()
+        if id(module) in ends
+        for key, tensor in module.named_parameters()
+        if ".secura_adapter." not in f".{key}"
+    }
+
+
+def _equal(mapped: Mapping[str, Tensor], name: str, own: Tensor) -> bool:
+    """Whether the file's tensor of that name is the model's already."""
+    found = next((mapped[full] for full in (name, _PREFIX + name) if full in mapped), None)
+    return found is not None and found.shape == own.shape and bool((found.to(own) == own).all())
+
+
+def _check_digest(config: Any, state_dict: Mapping[str, Tensor], found: Any) -> None:
+    expected, config.checksum = config.checksum, None
+    if not expected or was_cast({name.rpartition(".")[2]: t for name, t in found.items()}):
+        return
+    if digest(state_dict.values()) != expected:
+        raise ValueError(
+            "the adapter's tensors do not match the checksum in its adapter_config.json: one of "
+            "the two was damaged or changed after it was saved; save or download it again"
+        )
+
+
+__all__ = ["adapted_layers", "for_loading"]

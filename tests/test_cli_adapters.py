@@ -1,0 +1,215 @@
+"""Adapters on the base, the vocabulary and the tokenizer they were trained with."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import tiny
+import torch
+from cli_fixtures import fails, train_flags
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from secura.cli import main
+
+PROMPT = ["--prompt", "ann has 3 apples", "--max_new_tokens", "6"]
+CHAT = (
+    "{% for turn in messages %}<s> {{ turn['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}answer is {% endif %}"
+)
+
+
+def argv(command, adapter, *more):
+    return [command, "--adapter", str(adapter), *map(str, more)]
+
+
+def adapter_on(model, base, folder, tokenizer=None, **settings):
+    """An adapter of `model` that names `base`, in `folder`; and the model."""
+    model = tiny.adapted(model, norm="channel", **settings)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return model
+
+
+def logits(model, ids=None):
+    with torch.inference_mode():
+        return model(torch.arange(3, 20)[None] if ids is None else ids).logits
+
+
+@pytest.mark.parametrize("command", ["generate", "merge"])
+def test_an_adapter_in_a_models_place(command, trained, tmp_path, capfd):
+    more = PROMPT if command == "generate" else ["--output_dir", tmp_path / "out"]
+    flags = argv(command, trained, "--model", trained, *more)
+    fails(flags, capfd, "is an adapter, not a model", "--adapter_name_or_path")
+    if command == "generate":
+        fails(["generate", "--model", trained, *more], capfd, "is an adapter, not a model")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_classifier_is_merged_with_its_head(named, base, tmp_path, capfd):
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    settings = {"task_type": "SEQ_CLS"} if named else {"modules_to_save": ["score"]}
+    model = adapter_on(model, base, tmp_path / "adapter", **settings)
+    flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert main(flags) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    model.config.pad_token_id = merged.config.pad_token_id
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+    if named:
+        fails(argv("generate", tmp_path / "adapter", *PROMPT), capfd, "SEQ_CLS", "no text")
+
+
+def test_the_merged_configurations_agree_with_the_tokenizer(base, data, tmp_path):
+    flags = ("--eos_token", "is", "--save_strategy", "no", "--max_steps", 1)
+    assert main(train_flags(base, data, tmp_path / "adapter", *flags)) == 0
+    merged = tmp_path / "merged"
+    assert main(argv("merge", tmp_path / "adapter", "--output_dir", merged)) == 0
+    eos = AutoTokenizer.from_pretrained(merged).eos_token_id
+    assert eos != 2
+    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == eos
+    ends = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [eos, 2]
+
+
+def test_the_adapters_chat_template_is_used(base, tmp_path, capfd):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.chat_template = CHAT
+    model = adapter_on(
+        AutoModelForCausalLM.from_pretrained(base), base, tmp_path / "adapter", tokenizer,
+        target_modules="all-linear",
+    )  # fmt: skip
+    assert main(argv("generate", tmp_path / "adapter", *PROMPT)) == 0
+    answer = capfd.readouterr().out.split()
+    ids = tokenizer("<s> ann has 3 apples </s> answer is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )
+    assert answer == tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).split()
+    assert main(argv("generate", tmp_path / "adapter", *PROMPT, "--raw")) == 0
+    assert capfd.readouterr().out.split() != answer
+
+
+def grown(base):
+    """The base with two more tokens, its tokenizer, and their ids."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens(["<x>", "<y>"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer, torch.tensor([[len(tokenizer) - 2, len(tokenizer) - 1, 5, 6]])
+
+
+def test_added_tokens_outlast_merging_and_exporting(base, tmp_path, capfd):
+    model, tokenizer, ids = grown(base)
+    saved = ["embed_tokens", "lm_head"]
+    model = get_peft_model(model, tiny.config(norm="channel", modules_to_save=saved))
+    tiny.perturb(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2:] += 1
+    model = adapter_on_peft(model, base, tmp_path / "adapter", tokenizer)
+    out = ("--output_dir", tmp_path / "merged")
+    assert main(argv("merge", tmp_path / "adapter", *out)) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert main(argv("generate", tmp_path / "adapter", *PROMPT)) == 0
+    assert main(argv("export_lora", tmp_path / "adapter", "--output_dir", tmp_path / "lora")) == 0
+    lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert lora["base_model.model.lm_head.weight"].shape[0] == len(tokenizer)
+    only_head = {
+        name: value
+        for name, value in load_file(tmp_path / "adapter/adapter_model.safetensors").items()
+        if "embed_tokens" not in name
+    }
+    save_file(only_head, tmp_path / "adapter/adapter_model.safetensors")
+    flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "again")
+    fails(flags, capfd, "39 tokens, its base has 37", "embed_tokens", "--modules_to_save")
+
+
+def adapter_on_peft(model, base, folder, tokenizer):
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("command", ["merge", "generate"])
+def test_added_tokens_that_nothing_holds(command, base, tmp_path, capfd):
+    _, tokenizer, _ = grown(base)
+    adapter_on(AutoModelForCausalLM.from_pretrained(base), base, tmp_path / "adapter", tokenizer)
+    more = PROMPT if command == "generate" else ["--output_dir", tmp_path / "out"]
+    flags = argv(command, tmp_path / "adapter", *more)
+    fails(flags, capfd, "39 tokens, its base has 37", "--modules_to_save embed_tokens lm_head")
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_an_adapter_file_holds_undeclared_are_not_dropped(base, tmp_path, capfd):
+    model, tokenizer, ids = grown(base)
+    model = adapter_on(model, base, tmp_path / "adapter", tokenizer)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    if "base_model.model.lm_head.weight" not in load_file(file):
+        pytest.skip("embeddings that were resized alone are not written beside the adapter")
+    out = ("--output_dir", tmp_path / "lora")
+    parts = ("2 tensors", "modules_to_save", "would be lost")
+    fails(argv("export_lora", tmp_path / "adapter", *out), capfd, *parts)
+    assert not (tmp_path / "lora").exists()
+    flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    if main(flags) == 0:
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    else:
+        assert "would be lost" in capfd.readouterr().err
+
+
+def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in trained.glob("adapter_*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((trained / "adapter_config.json").read_text())
+    out = ["--output_dir", tmp_path / "merged"]
+    for change in ({"target_modules": 3}, {"r": "4"}, {"rank_pattern": []}, {"modules_to_save": 1}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        fails(argv("merge", folder, *out), capfd)
+    (folder / "adapter_config.json").write_text("[]")
+    fails(argv("merge", folder, *out), capfd, "adapter_config.json")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.parametrize("kind", ["new", "empty", "link", "here"])
+def test_where_a_merged_checkpoint_goes(kind, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "merged"
+    if kind != "new":
+        folder.mkdir()
+    target = folder
+    if kind == "link":
+        target = tmp_path / "link"
+        target.symlink_to(folder)
+    if kind == "here":
+        monkeypatch.chdir(folder)
+        target = "."
+    before = os.umask(0o022)
+    try:
+        assert main(argv("merge", trained, "--output_dir", target)) == 0
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert os.path.samefile(target, folder)
+    assert {path.name for path in tmp_path.iterdir()} <= {"merged", "link"}
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors"} <= names and ".saving" not in names
