@@ -34,9 +34,8 @@ def rewrite(folder, change, *, fix_checksum=False) -> None:
     if fix_checksum:
         own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
         own.pop("checksum")
-        state[FIRST + "checksum"] = checksum(
-            own, SecuraConfig.from_pretrained(folder).fixed_settings(False)
-        )
+        settings = SecuraConfig.from_pretrained(folder).fixed_settings(bool(own["core"].any()))
+        state[FIRST + "checksum"] = checksum(own, settings)
         edit(folder, checksum=digest(state.values()))
     (folder / WEIGHTS).unlink()
     save_file(state, folder / WEIGHTS)
