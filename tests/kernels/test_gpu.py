@@ -137,6 +137,15 @@ def test_layer_op_is_its_ops(options, folded):
             )  # fmt: skip
 
 
+@every_option
+def test_nan_is_not_hidden(options):
+    """A row of P that is NaN shows in the output and in the gradient of x."""
+    case = draw((64, 96, 64, 16), torch.bfloat16, "cuda")
+    case.p[7] = torch.nan
+    out, dx, *_ = run(case, options, "triton", delta_bias=False)
+    assert out[:, 7].isnan().all() and dx.isnan().any()
+
+
 @pytest.mark.parametrize("norm", ["none", "activation"])
 @pytest.mark.parametrize("t", [70, 2048])
 def test_rows_named_twice(norm, t):
