@@ -65,6 +65,8 @@ def effective_weight(
         raise ValueError(f"stochastic rounding is for torch.bfloat16, not {dtype}: leave it off")
     check_operands((), weight.shape[0], rows, p=p, p_base=p_base, restrain=restrain)
     draw = seed if stochastic_rounding else None
+    p = p.to(wide(p.dtype))  # a 16-bit P is not to be rounded again on the way to W'
+    p_base = None if p_base is None else p_base.to(wide(p_base.dtype))
     if options.norm == "weight":
         return normed_weight(
             weight, rows, p, options, p_base=p_base, restrain=restrain, dtype=dtype, seed=draw,

@@ -15,6 +15,7 @@ from secura_kernels import (
     NormOptions,
     activation_norm,
     channel_product,
+    effective_weight,
     lowrank_add,
     lowrank_linear,
     normed_weight,
@@ -328,3 +329,17 @@ def test_every_dimension_may_be_empty(t, n, k, lead):
         found = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
         for leaf, gradient in zip(leaves, found, strict=True):
             assert gradient is None or gradient.shape == leaf.shape
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_a_merge_of_a_16_bit_p_rounds_once(norm):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 30, generator=generator)
+    p, p_base = (torch.randn(40, 8, generator=generator).bfloat16() for _ in "ab")
+    form = None if norm == "none" else "calibrated"
+    rows, options = torch.arange(8), NormOptions(norm, form)
+    merged = effective_weight(weight, rows, p, options, p_base=p_base)
+    exact = effective_weight(
+        weight.double(), rows, p.double(), options, p_base=p_base.double()
+    ).float()
+    torch.testing.assert_close(merged, exact, rtol=1e-5, atol=1e-5)
