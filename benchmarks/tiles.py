@@ -15,6 +15,7 @@ from . import oracle
 from .asker import ActivationCase, Asker, Dims, Launched, Question, replaced
 
 LAYER = (8192, 4096, 4096)
+_ADD_BLOCKS = ((64, 128, 64, 8, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
 
 
 def questions() -> list[Question]:
@@ -33,6 +34,18 @@ def questions() -> list[Question]:
     return [Question(f"tiles: {name}", ask) for name, ask in asked.items()]
 
 
+def _timed(
+    asker: Asker, run: Callable[[], Any], module: Any, chooser: str, choices: list[Any],
+    begin: str = "", end: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """A call's microseconds where ``module.chooser`` returns each of the choices in turn."""
+    figures = {}
+    for choice in choices:
+        with replaced(module, **{chooser: lambda *_, choice=choice: choice}):
+            figures[f"{begin}{tuple(choice)}{end}_us"] = asker.us(run)
+    return figures
+
+
 def _add(dims: Dims, asker: Asker) -> dict[str, Any]:
     """``y0 + z Qᵀ`` in place: cuBLAS, our pass, with fewer registers, in other blocks."""
     from secura_kernels.kernels import additive
@@ -48,11 +61,8 @@ def _add(dims: Dims, asker: Asker) -> dict[str, Any]:
     for most in (80, 128):
         with replaced(additive, _add_product_kernel=Launched(kernel, maxnreg=most)):
             figures[f"pass maxnreg {most}_us"] = asker.us(ours)
-    for blocks in ((64, 128, 64, 8, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2)):
-        chosen = additive.Blocks(*blocks)
-        with replaced(additive, _add_blocks=lambda *_, chosen=chosen: chosen):
-            figures[f"pass {blocks}_us"] = asker.us(ours)
-    return figures
+    choices = [additive.Blocks(*blocks) for blocks in _ADD_BLOCKS]
+    return figures | _timed(asker, ours, additive, "_add_blocks", choices, "pass ")
 
 
 def _forward_tiles(asker: Asker) -> dict[str, Any]:
@@ -67,10 +77,8 @@ def _forward_tiles(asker: Asker) -> dict[str, Any]:
 
     figures = {"as it is_us": asker.us(run)}
     tiles = ((64, 64, 4, 2), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 8, 3), (64, 128, 4, 2))
-    for tile in tiles:
-        chosen = activation.Tile(*tile)
-        with replaced(activation, forward_tile=lambda *_, chosen=chosen: chosen):
-            figures[f"{tile}_us"] = asker.us(run)
+    choices = [activation.Tile(*tile) for tile in tiles]
+    figures |= _timed(asker, run, activation, "forward_tile", choices)
     for count in (1, 4, 16):
         with replaced(activation, _TILES_A_PROGRAM=count):
             figures[f"{count} tiles a program_us"] = asker.us(run)
@@ -89,11 +97,8 @@ def _backward_tiles(asker: Asker) -> dict[str, Any]:
 
     figures = {"as it is_us": asker.us(run)}
     tiles = ((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 128, 4, 2))
-    for tile in tiles:
-        chosen = activation.Tile(*tile)
-        with replaced(activation_backward, backward_tile=lambda *_, chosen=chosen: chosen):
-            figures[f"{tile}_us"] = asker.us(run)
-    return figures
+    choices = [activation.Tile(*tile) for tile in tiles]
+    return figures | _timed(asker, run, activation_backward, "backward_tile", choices)
 
 
 def _rebuild_tiles(asker: Asker) -> dict[str, Any]:
@@ -109,10 +114,8 @@ def _rebuild_tiles(asker: Asker) -> dict[str, Any]:
         end = "" if shared is None else ", share"
         run = functools.partial(additive.rebuilt_weight, data.weight, r, q, shared)
         figures[f"as it is{end}_us"] = asker.us(run)
-        for blocks in ((64, 128, 64, 8, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2)):
-            chosen = additive.Blocks(*blocks)
-            with replaced(additive, _add_blocks=lambda *_, chosen=chosen: chosen):
-                figures[f"{blocks}{end}_us"] = asker.us(run)
+        choices = [additive.Blocks(*blocks) for blocks in _ADD_BLOCKS]
+        figures |= _timed(asker, run, additive, "_add_blocks", choices, end=end)
     figures["cuBLAS addmm_us"] = asker.us(lambda: torch.addmm(data.weight, q, r))
     return figures
 
