@@ -5,6 +5,8 @@
 
     ∂U = Cᵀ ∂P      ∂A = s · ∂U Bᵀ      ∂B = s · Aᵀ ∂U
 
+Without B, A is ``[m, m]`` and U = s · A: a core that is trained itself.
+
 | tensor      | shape             | dtype                                        |
 |-------------|-------------------|----------------------------------------------|
 | x, out      | [..., K] [..., N] | compute dtype (autocast's)                   |
@@ -80,7 +82,7 @@ def secura_linear(
     x: Tensor,
     layer: Layer,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None = None,
     *,
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
@@ -91,8 +93,8 @@ def secura_linear(
     Args:
         x: ``[..., K]``.
         layer: the frozen layer and how it is adapted.
-        a: ``A [m, r]``.
-        b: ``B [r, m]``.
+        a: ``A [m, r]``, or ``[m, m]`` where there is no ``b``.
+        b: ``B [r, m]``, or None.
         delta_bias: trainable bias ``[N]`` or None.
         z_scale: ``[..., m]`` (dropout) or None; not for ``weight``.
         impl: ``"auto"``, ``"triton"``, ``"reference"``, or None for what ``SECURA_IMPL`` says.
@@ -122,15 +124,15 @@ def secura_linear(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``U = s · A B [m, m]`` in fp32 or wider, autocast or not."""
+def update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
+    """``U = s · A B [m, m]``, or ``s · A`` without B, in fp32 or wider, autocast or not."""
     with without_autocast(a.device.type):
         return _update(a, b, scaling)
 
 
-def _update(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
     dtype = wide(a.dtype)
-    product = _as(a, dtype) @ _as(b, dtype)
+    product = _as(a, dtype) if b is None else _as(a, dtype) @ _as(b, dtype)
     return product if scaling == 1 else product * scaling
 
 
@@ -139,16 +141,18 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _check(x: Tensor, layer: Layer, a: Tensor, b: Tensor, delta_bias, z_scale) -> None:
+def _check(x: Tensor, layer: Layer, a: Tensor, b: Tensor | None, delta_bias, z_scale) -> None:
     weight, m = layer.weight, layer.rows.numel()
     check_operands(
         x.shape[:-1], weight.shape[0], layer.rows, bias=layer.bias, delta_bias=delta_bias,
         z_scale=z_scale, restrain=layer.restrain,
     )  # fmt: skip
-    if a.shape[0] != m or b.shape != (a.shape[1], m) or layer.cols.numel() != m:
+    inner = m if b is None else b.shape[0]
+    if a.shape != (m, inner) or (b is not None and b.shape[1:] != (m,)) or layer.cols.numel() != m:
         raise ValueError(
-            f"a {list(a.shape)}, b {list(b.shape)} and cols {list(layer.cols.shape)} must be "
-            f"[{m}, r], [r, {m}] and [{m}] beside rows [{m}]"
+            f"a {list(a.shape)}, b {None if b is None else list(b.shape)} and cols "
+            f"{list(layer.cols.shape)} must be [{m}, r], [r, {m}] and [{m}] beside rows [{m}]; "
+            f"without b, a is [{m}, {m}]"
         )
     if layer.core is not None and layer.core.shape != (m, m):
         raise ValueError(f"core {list(layer.core.shape)} must be [{m}, {m}]")
@@ -214,13 +218,14 @@ class _SecuraLinear(torch.autograd.Function):
                 du = project_backward.body(_as(dp, dtype), layer.weight, layer.cols, impl)
                 if layer.scaling != 1:
                     du = du.mul_(layer.scaling)
-                da = _as(du @ _as(b, dtype).t(), a.dtype) if needs[1] else None
+                if needs[1]:
+                    da = _as(du if b is None else du @ _as(b, dtype).t(), a.dtype)
                 db = _as(_as(a, dtype).t() @ du, b.dtype) if needs[2] else None
         dx = dx if needs[0] else None
         return dx, da, db, dbias.to(ctx.bias_dtype) if needs[3] else None, None, None, None
 
 
-def _factors(layer: Layer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+def _factors(layer: Layer, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``(U of the change, U of the base or None)``."""
     u = _update(a, b, layer.scaling)
     if layer.core is None:
