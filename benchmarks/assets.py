@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from secura._extras import require
-from secura.asset_table import ASSETS, Asset, Part
+from benchmarks.asset_table import ASSETS, Asset, Part
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""What methods learn, keep and forget: ``python -m benchmarks.retention {run,report}``."""

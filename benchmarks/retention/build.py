@@ -1,0 +1,193 @@
+"""Makes the model a cell trains: the base with the method's adapter, anchored or whitened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import secura
+from benchmarks.retention.cells import TARGETS, Cell
+from benchmarks.retention.material import Material
+from benchmarks.retention.methods import Method
+from benchmarks.retention.rows import causal
+from benchmarks.retention.score import autocast, evaluating
+
+_WHITENING_DAMPING = 1e-2
+
+
+def build(
+    cell: Cell, method: Method, material: Material, before: dict[str, Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    """The model with what the parent cell trained, and what the anchoring pass says of itself.
+
+    Args:
+        cell: what is trained.
+        method: its method.
+        material: of its stage.
+        before: the adapter's tensors at the parent's end, see :func:`adapter_state`; empty for
+            the first task.
+    """
+    model = material.load_model()
+    torch.manual_seed(cell.seed)
+    config = method.make_config(cell.targets, cell.seed)
+    if config is None:
+        model.requires_grad_(True)
+    else:
+        import peft
+
+        model = peft.get_peft_model(model, config)
+    if method.whiten:
+        whiten(model, material.samples(cell.seed), autocasts=material.bf16)
+    report: dict[str, Any] = {}
+    if method.anchor:
+        report = _anchor(model, method, _anchor_texts(method, material, cell.seed))
+    if before:
+        load_adapter(model, before)
+        if method.fold == "task":
+            secura.fold(model)
+        if method.anchor:
+            batches = material.batches(cell.tasks[-2], cell.seed, cell.steps)
+            rows = [row for batch in batches for row in batch][: material.settings.samples]
+            texts = [torch.tensor([*row.prompt, *row.completions[0]]) for row in rows]
+            report = _anchor(model, method, texts, add=True)
+    return model, report
+
+
+def _anchor_texts(method: Method, material: Material, seed: int) -> list[Tensor]:
+    return material.samples(seed) if method.anchor == "self" else material.anchor_texts()
+
+
+def _anchor(model: nn.Module, method: Method, texts: list[Tensor], **more: Any) -> dict[str, Any]:
+    longest = max(len(text) for text in texts)
+    total = sum(len(text) for text in texts)
+    report = secura.anchor(
+        model,
+        texts,
+        damping=method.damping,
+        sides=method.sides,
+        length=longest,
+        tokens=total,
+        **more,
+    )
+    return {name: value for name, value in vars(report).items() if isinstance(value, int | float)}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what training changes: trained parameters, and the buffers of SECURA's adapters."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().cpu().clone()
+        for name, value in model.state_dict().items()
+        if name in trained or ".secura_adapter." in name
+    }
+
+
+def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Takes up what :func:`adapter_state` gave.
+
+    Raises:
+        ValueError: a tensor of it is not one of the model's.
+    """
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"the state is another model's: {', '.join(unexpected[:3])}")
+
+
+def gradient_norms(model: nn.Module, targets: str) -> dict[str, float]:
+    """The 2-norm of the gradients in each kind of adapted layer."""
+    grads: dict[str, list[Tensor]] = {kind: [] for kind in TARGETS[targets]}
+    for name, value in model.named_parameters():
+        if value.grad is not None:
+            for kind, found in grads.items():
+                if f".{kind}." in name:
+                    found.append(value.grad)
+    return {k: float(nn.utils.get_total_norm(found)) for k, found in grads.items() if found}
+
+
+def make_optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:
+    """AdamW or Muon over what is trained.
+
+    Muon's steps have the root mean square of 0.2 times the rate in every entry, as Adam's have
+    about; it takes matrices alone.
+    """
+    trained = [value for value in model.parameters() if value.requires_grad]
+    if method.optimizer == "muon":
+        return torch.optim.Muon(
+            trained, lr=rate, weight_decay=method.decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=method.decay)
+
+
+def scale_update(model: nn.Module, factor: float) -> None:
+    """Multiplies what an adapter adds, once it is trained."""
+    for module in model.modules():
+        if hasattr(module, "scale_layer") and hasattr(module, "lora_A"):
+            module.scale_layer(factor)
+
+
+class Whitening(nn.Module):
+    """A parametrization: A = Ã (Cov(x) + λ)^−½, scaled to leave a random Ã's norm alone.
+
+    Args:
+        covariance: `[K, K]` of the layer's inputs.
+    """
+
+    factor: Tensor
+
+    def __init__(self, covariance: Tensor) -> None:
+        super().__init__()
+        size = covariance.shape[0]
+        values, vectors = torch.linalg.eigh(covariance.double())
+        values = values.clamp(min=0) + _WHITENING_DAMPING * values.mean()
+        factor = (vectors * values.rsqrt()) @ vectors.T
+        factor *= math.sqrt(size) / torch.linalg.matrix_norm(factor)
+        self.register_buffer("factor", factor.to(covariance.dtype), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """A `[r, K]` of Ã `[r, K]`."""
+        return weight @ self.factor
+
+
+@torch.no_grad()
+def whiten(model: nn.Module, texts: list[Tensor], *, autocasts: bool) -> None:
+    """Reparametrises every LoRA A by the covariance of its layer's inputs on texts `[T]`."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    sums: dict[nn.Module, Tensor] = {}
+
+    def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        sums[module] = sums.get(module, 0) + x.T @ x
+
+    handles = [layer.register_forward_pre_hook(collect) for layer in layers]
+    device = next(model.parameters()).device
+    with evaluating(model), autocast(device, autocasts):
+        for text in texts:
+            causal(model).get_decoder()(input_ids=text[None].to(device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    tokens = sum(len(text) for text in texts)
+    for layer, adapter in _adapters(layers):
+        parametrize.register_parametrization(adapter, "weight", Whitening(sums[layer] / tokens))
+
+
+def _adapters(layers: list[Any]) -> Iterator[tuple[Any, nn.Module]]:
+    for layer in layers:
+        for adapter in layer.lora_A.values():
+            yield layer, adapter
+
+
+__all__ = [
+    "Whitening",
+    "adapter_state",
+    "build",
+    "gradient_norms",
+    "load_adapter",
+    "make_optimizer",
+    "scale_update",
+    "whiten",
+]
