@@ -56,10 +56,19 @@ class AnchorReport:
 
 
 class Statistics(NamedTuple):
-    """Sums over the tokens of one layer, ``[m, m]`` each, fp32."""
+    """What one layer's tokens sum up to, and its own C and R, ``[m, m]`` each, fp32.
+
+    Attributes:
+        sigma: the sum of z zᵀ.
+        gamma: the sum of h hᵀ.
+        columns: CᵀC.
+        rows: R Rᵀ.
+    """
 
     sigma: Tensor
     gamma: Tensor
+    columns: Tensor
+    rows: Tensor
 
 
 def anchor(
@@ -132,9 +141,8 @@ def anchor(
     sums, read = _over_processes(sums, read, device)
     unseen = tuple(name for name, one in sums.items() if not bool(one.sigma.any()))
     made = {}
-    for name, (adapter, base) in adapters.items():
-        scaled = _per_mean(name, sums[name])
-        made[name] = _solve(name, adapter, base, scaled, damping, add)
+    for name, (adapter, _) in adapters.items():
+        made[name] = _solve(name, adapter, sums[name], damping, add)
     for name, (adapter, _) in adapters.items():
         adapter.set_anchor(*made[name])
         if damping is not None:
@@ -305,8 +313,7 @@ def _read(
     """Each layer's sums over ``batches`` of ``[B, T]`` ids, and how many tokens those have."""
     sums, handles = {}, []
     for name, (adapter, layer) in adapters.items():
-        zeros = torch.zeros_like(adapter.core)
-        sums[name] = Statistics(zeros, zeros.clone())
+        sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
         handles.append(layer.register_forward_hook(_Watch(adapter, sums[name])))
     try:
         for batch in batches:
@@ -335,9 +342,13 @@ class _Watch:
         base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             weight = bases.weight(base)
-            z = _flat(inputs[0]).to(weight.dtype) @ weight.index_select(0, self.adapter.rows).t()
-            squares = z.float().t() @ z.float()
+            rows = weight.index_select(0, self.adapter.rows)
             columns = weight.index_select(1, self.adapter.cols)
+            if not bool(self.sums.rows.any()):  # later, the weight may be elsewhere
+                self.sums.rows.copy_(rows.float() @ rows.float().t())
+                self.sums.columns.copy_(columns.float().t() @ columns.float())
+            z = (_flat(inputs[0]).to(weight.dtype) @ rows.t()).float()
+            squares = z.t() @ z
 
         def add(gradient: Tensor) -> None:
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
@@ -366,7 +377,7 @@ def _over_processes(
     if _processes()[1] == 1:
         return sums, read
     count = torch.tensor(read, device=device)
-    for tensor in (*(side for one in sums.values() for side in one), count):
+    for tensor in (*(side for one in sums.values() for side in one[:2]), count):
         torch.distributed.all_reduce(tensor)
     return sums, int(count)
 
@@ -374,7 +385,7 @@ def _over_processes(
 def _per_mean(name: str, sums: Statistics) -> tuple[Tensor, Tensor]:
     """Σ and Γ divided by their mean eigenvalue, fp64 ``[m, m]``; the identity where one is 0."""
     scaled = []
-    for tensor in sums:
+    for tensor in (sums.sigma, sums.gamma):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"{name}: the statistics of old text hold NaN or inf: nothing was anchored"
@@ -388,14 +399,13 @@ def _per_mean(name: str, sums: Statistics) -> tuple[Tensor, Tensor]:
 def _solve(
     name: str,
     adapter: CABR,
-    layer: Any,
-    scaled: tuple[Tensor, Tensor],
+    sums: Statistics,
     damping: float | None,
     add: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(κ L, S, Ũ)`` of one layer from Σ and Γ, all ``[m, m]``; Ũ computes what U did."""
+    """``(κ L, S, Ũ)`` of one layer, all ``[m, m]``; Ũ computes what U did."""
     lam = adapter.config.anchor_damping if damping is None else float(damping)
-    sigma, gamma = scaled
+    sigma, gamma = _per_mean(name, sums)
     if add and adapter.left is not None and adapter.right is not None:
         before = adapter.config.anchor_damping
         old = _undamped(adapter.right, before)
@@ -403,11 +413,8 @@ def _solve(
         sigma = sigma + old
         gamma = gamma + _undamped(adapter.left, before, mean=count)
     right, left = _root(sigma, lam), _root(gamma, lam)
-    base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
-    weight = bases.weight(base)
-    columns = weight.index_select(1, adapter.cols).double()
-    rows = weight.index_select(0, adapter.rows).double()
-    left = left * (columns.norm() * rows.norm() / ((columns @ left).norm() * (right @ rows).norm()))
+    ratio = _stretch(sums.columns, left) * _stretch(sums.rows, right)
+    left = left / ratio if ratio > 0 else left
     u = gathered(adapter.U).detach().double()
     if adapter.left is not None and adapter.right is not None:
         u = adapter.left.double() @ u @ adapter.right.double()
@@ -420,6 +427,12 @@ def _solve(
                 "anchored; try a larger damping"
             )
     return left.float(), right.float(), u
+
+
+def _stretch(gram: Tensor, root: Tensor) -> Tensor:
+    """``‖X root‖ / ‖X‖`` from the gram matrix XᵀX; 0 where that is 0."""
+    wide = gram.double()
+    return ((root @ wide @ root).trace() / wide.trace().clamp_min(1e-300)).clamp_min(0).sqrt()
 
 
 def _root(matrix: Tensor, damping: float) -> Tensor:
