@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,6 +17,7 @@ from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method
 from benchmarks.retention.rows import causal
 from benchmarks.retention.score import autocast, evaluating
+from secura.folding import secura_layers
 
 _WHITENING_DAMPING = 1e-2
 
@@ -38,13 +40,11 @@ def build(
     if config is None:
         model.requires_grad_(True)
     else:
-        import peft
-
         model = peft.get_peft_model(model, config)
     if method.whiten:
         whiten(model, material.samples(cell.seed), autocasts=material.bf16)
     report: dict[str, Any] = {}
-    if method.anchor:
+    if method.anchor and not before:
         report = _anchor(model, method, _anchor_texts(method, material, cell.seed))
     if before:
         load_adapter(model, before)
@@ -63,18 +63,34 @@ def _anchor_texts(method: Method, material: Material, seed: int) -> list[Tensor]
 
 
 def _anchor(model: nn.Module, method: Method, texts: list[Tensor], **more: Any) -> dict[str, Any]:
-    longest = max(len(text) for text in texts)
-    total = sum(len(text) for text in texts)
     report = secura.anchor(
         model,
         texts,
         damping=method.damping,
-        sides=method.sides,
-        length=longest,
-        tokens=total,
+        length=max(len(text) for text in texts),
+        tokens=sum(len(text) for text in texts),
         **more,
     )
+    if method.sides != "both":
+        _keep_side(model, method.sides)
     return {name: value for name, value in vars(report).items() if isinstance(value, int | float)}
+
+
+@torch.no_grad()
+def _keep_side(model: nn.Module, side: str) -> None:
+    """Anchors by the inputs' statistics alone (``"in"``), or by the outputs' (``"out"``)."""
+    for layer in secura_layers(model):
+        for adapter in layer.active_cabr():
+            weight = layer.get_base_layer().weight
+            eye = torch.eye(len(adapter.rows), device=weight.device)
+            if side == "in":
+                r = weight[adapter.rows]
+                right = adapter.right * (r.norm() / (adapter.right @ r).norm())
+                adapter.set_anchor(eye, right, torch.zeros_like(adapter.core))
+            else:
+                c = weight[:, adapter.cols]
+                left = adapter.left * (c.norm() / (c @ adapter.left).norm())
+                adapter.set_anchor(left, eye, torch.zeros_like(adapter.core))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import ceil
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,9 +153,9 @@ class Material:
             examples = list(data.load_probe(name)[: self.settings.probe_questions])
             rows = [task_row(example, self.tokenizer, choices=True) for example in examples]
             path = self._cached("probe", rows, "json")
-            if not path.is_file():
-                shares = self.evaluator.choose(self.base, examples, rows)
-                with replacing(path) as scratch:
+            with _made(path) as scratch:
+                if scratch:
+                    shares = self.evaluator.choose(self.base, examples, rows)
                     scratch.write_text(json.dumps(shares), encoding="utf-8")
             base = tuple(json.loads(path.read_text(encoding="utf-8")))
             found[name] = (examples, rows, base)
@@ -178,9 +180,9 @@ class Material:
         if seed not in self._samples:
             key = (self.settings.samples, self.settings.sample_tokens, seed)
             path = self._cached("samples", key)
-            if not path.is_file():
-                ids = self._write_samples(seed)
-                with replacing(path) as scratch:
+            with _made(path) as scratch:
+                if scratch:
+                    ids = self._write_samples(seed)
                     save_file({f"{i:04d}": text for i, text in enumerate(ids)}, scratch)
             self._samples[seed] = [text for _, text in sorted(load_file(path).items())]
         return self._samples[seed]
@@ -234,10 +236,9 @@ class Material:
 
     def _states(self, rows: list[Row]) -> Tensor:
         path = self._cached("states", rows)
-        if not path.is_file():
-            states = self.evaluator.states(self.base, rows)
-            with replacing(path) as scratch:
-                save_file({"states": states.cpu()}, scratch)
+        with _made(path) as scratch:
+            if scratch:
+                save_file({"states": self.evaluator.states(self.base, rows).cpu()}, scratch)
         return load_file(path)["states"]
 
     def _cached(self, kind: str, key: Any, suffix: str = "safetensors") -> Path:
@@ -252,6 +253,20 @@ class Material:
         name = self.settings.model
         about = ASSETS[name].describe() if name in ASSETS else name
         return {"model": about, "rows_sha256": self.checksum, "bf16": self.bf16}
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[Path | None]:
+    """Where to write a file that is missing, by one process at a time; None where it is there."""
+    if path.is_file():
+        yield None
+        return
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            yield None
+        else:
+            with replacing(path) as scratch:
+                yield scratch
 
 
 def _digest(*parts: Any) -> str:

@@ -141,9 +141,10 @@ class Record:
         content["probes"] = {name: Probe(**probe) for name, probe in content["probes"].items()}
         return cls(**content)
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON, floats cut to six significant digits."""
-        return _rounded(dataclasses.asdict(self))
+    def to_json(self, *, exact: bool = False) -> dict[str, Any]:
+        """The record as JSON, floats cut to six significant digits unless they are to be exact."""
+        content = dataclasses.asdict(self)
+        return content if exact else _rounded(content)
 
 
 def measure_from(entry: dict[str, Any]) -> Measure:

@@ -1,0 +1,147 @@
+"""Run cells of the retention experiment, or report on what was run.
+
+    python -m benchmarks.retention run screen --out benchmarks/results/retention
+    python -m benchmarks.retention run try --out DIR --methods lora,core-u --rates 1e-3 --steps 8
+
+A stage's name is followed by nothing where its cells are those that were decided on (see grid.py),
+or by --methods, --targets, --rates, --seeds, --tasks and --steps, whose product it then is. A run
+that was stopped goes on where it stopped; several may work at one folder at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from benchmarks.board import Board
+from benchmarks.retention.cells import TARGETS, Cell, Settings
+from benchmarks.retention.methods import METHODS, get_method
+from benchmarks.retention.runner import Runner
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; 1 where cells failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = _parser().parse_args(words)
+    return flags.command(flags, words)
+
+
+def run(flags: argparse.Namespace, words: list[str]) -> int:
+    """Computes the cells of a stage."""
+    if flags.assets:
+        os.environ["SECURA_CACHE"] = str(Path(flags.assets).expanduser())
+    settings, cells = stage(flags)
+    if flags.list:
+        print("\n".join(cell.title for cell in cells))
+        return 0
+    if flags.jobs > 1:
+        return _run_side_by_side(flags.jobs, words)
+    torch.set_num_threads(flags.threads)
+    torch.set_float32_matmul_precision("high")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.device(flags.device)
+    dtype = flags.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    deadline = time.perf_counter() + flags.budget_s if flags.budget_s else float("inf")
+    with Board(Console(stderr=True)) as board:
+        runner = Runner(
+            Path(flags.out), flags.stage, settings, device, dtype == "bf16", board, deadline,
+            flags.retry,
+        )  # fmt: skip
+        runner.run(cells)
+        board.end(", ".join(f"{count} {what}" for what, count in runner.counts.items()))
+    return 1 if runner.counts["failed"] else 0
+
+
+def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
+    """The settings and cells that the command line asks for."""
+    settings = Settings(tasks=tuple(flags.tasks))
+    if flags.set:
+        settings = dataclasses.replace(settings, **dict(map(_setting, flags.set)))
+    points = product(flags.seeds, flags.targets, flags.methods, flags.rates)
+    cells = [
+        Cell(get_method(method).name, targets, rate, seed, tuple(flags.tasks[:count]), flags.steps)
+        for seed, targets, method, rate in points
+        for count in range(1, len(flags.tasks) + 1)
+    ]
+    return settings, cells
+
+
+def _run_side_by_side(jobs: int, words: list[str]) -> int:
+    command = [sys.executable, "-m", "benchmarks.retention", *words, "--jobs", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    return max(worker.wait() for worker in workers)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.retention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="compute cells")
+    one.set_defaults(command=run)
+    one.add_argument("stage", help="name of the stage, and of its folder in --out")
+    one.add_argument("--out", required=True, help="folder of all stages' results")
+    one.add_argument("--methods", type=_words, default=["lora"], help=", ".join(METHODS))
+    one.add_argument("--targets", type=_words, default=["qv"], help=", ".join(TARGETS))
+    one.add_argument("--rates", type=_floats, default=[1e-3])
+    one.add_argument("--seeds", type=_integers, default=[0])
+    one.add_argument("--tasks", type=_words, default=["gsm8k"], help="learned one after another")
+    one.add_argument("--steps", type=int, default=128, help="of each task")
+    one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    one.add_argument("--list", action="store_true", help="print the cells and stop")
+    one.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    one.add_argument("--threads", type=int, default=1, help="of a process")
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    one.add_argument("--dtype", choices=("fp32", "bf16"), help="[bf16 on a GPU, else fp32]")
+    one.add_argument("--assets", metavar="DIR", help="folder of models and data (SECURA_CACHE)")
+    one.add_argument("--budget_s", type=float, help="start no cell that would end later")
+    one.add_argument("--retry", action="store_true", help="try failed cells again")
+    return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    kinds = {field.name: field.default for field in dataclasses.fields(Settings)}
+    if name not in kinds:
+        raise SystemExit(f"--set {text}: the settings are {', '.join(kinds)}")
+    kind = type(kinds[name])
+    return name, tuple(_words(value)) if kind is tuple else kind(value)
+
+
+def _words(text: str) -> list[str]:
+    """Names between commas; those of a method's variations belong to it."""
+    words: list[str] = []
+    for word in text.split(","):
+        if "=" in word and "@" not in word and words:
+            words[-1] += f",{word}"
+        elif word:
+            words.append(word)
+    return words
+
+
+def _floats(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Trains one cell, measured on the way, checkpointed so that a stopped one goes on bit-equal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secura
+from benchmarks.retention.build import (
+    adapter_state,
+    build,
+    gradient_norms,
+    load_adapter,
+    make_optimizer,
+    scale_update,
+)
+from benchmarks.retention.cells import Cell
+from benchmarks.retention.material import Material
+from benchmarks.retention.methods import Method, get_method
+from benchmarks.retention.record import Record, measure_from, replacing
+from benchmarks.retention.score import autocast
+from benchmarks.retention.strategies import STRATEGIES, Context, Strategy
+
+WARMUP = 0.1
+TRAINED = "trained.pt"
+CHECKPOINT = "checkpoint.pt"
+
+
+class DivergedError(ArithmeticError):
+    """Training arrived at NaN or inf."""
+
+
+def needs(cell: Cell) -> Cell | None:
+    """The cell whose trained adapter this one starts from or scales; None for the untouched model.
+
+    One that is scaled after training is made of the cell that was not.
+    """
+    whole = get_method(cell.method).trained_as
+    return replace(cell, method=whole) if whole != cell.method else cell.parent
+
+
+def quarters(steps: int) -> list[int]:
+    """The steps after which a cell is measured, the last among them."""
+    return sorted({math.ceil(steps * part / 4) for part in (1, 2, 3, 4)})
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the peak rate at a step from 0: up over a tenth, then down a cosine to 0."""
+    warm = math.ceil(WARMUP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def run(
+    record: Record,
+    material: Material,
+    folder: Path,
+    start: Path | None,
+    on_step: Callable[[int], None],
+) -> None:
+    """Fills in a cell's record, going on from a checkpoint in `folder` where there is one.
+
+    Args:
+        record: the cell and its stage's settings.
+        material: of its stage.
+        folder: for what the cell keeps.
+        start: the folder of the cell it needs, see :func:`needs`.
+        on_step: called with the steps done.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+    """
+    began = time.perf_counter()
+    run_ = _Run(record, material, folder, start)
+    if get_method(record.cell.method).scale == 1:
+        run_.train(on_step)
+    run_.finish()
+    record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - began
+
+
+class _Run:
+    """One cell at work: model, optimizer, strategy and the step it is at."""
+
+    def __init__(
+        self, record: Record, material: Material, folder: Path, start: Path | None
+    ) -> None:
+        self.record, self.material, self.folder = record, material, folder
+        self.cell: Cell = record.cell
+        self.method: Method = get_method(self.cell.method)
+        self.step = 0
+        with self._timed("building"):
+            kept = _load(folder / CHECKPOINT)
+            before = _load(start / TRAINED) if start else {}
+            whole = before.get("adapter", {})
+            if self.method.scale != 1:
+                self.model, _ = build(self.cell, self.method, material, {})
+                load_adapter(self.model, whole)
+                scale_update(self.model, self.method.scale)
+            else:
+                self.model, record.anchor = build(self.cell, self.method, material, whole)
+        self.strategy: Strategy = STRATEGIES[self.method.against](
+            Context(self.cell, self.method, material, self.model, before.get("strategy", {}))
+        )
+        self.optimizer = make_optimizer(self.model, self.method, self.cell.rate)
+        record.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if kept:
+            self._resume(kept)
+
+    def train(self, on_step: Callable[[int], None]) -> None:
+        """Takes the steps that are left, measuring after each quarter."""
+        cell, settings = self.cell, self.record.settings
+        batches = self.material.batches(cell.tasks[-1], cell.seed, cell.steps)
+        measured = quarters(cell.steps)[:-1]
+        while self.step < cell.steps:
+            with self._timed("training"):
+                self._take(self.strategy.rows(batches[self.step]))
+            on_step(self.step)
+            if self.step in measured:
+                self._measure(part=True)
+            if self.step % settings.save_every == 0 and self.step < cell.steps:
+                self._save()
+
+    def finish(self) -> None:
+        """Measures the trained model, and keeps it for the cells that go on from it."""
+        self.step = self.cell.steps
+        self._measure(part=False)
+        with self._timed("scoring"), self._inferring():
+            self.record.probes = self.material.probe(self.model)
+            self.record.exact_match = self.material.exact_match(self.model)
+        if self.method.adapter != "full" and self.method.scale == 1:
+            _save(
+                self.folder / TRAINED,
+                {"adapter": adapter_state(self.model), "strategy": self.strategy.state()},
+            )
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _take(self, rows: list[Any]) -> None:
+        record = self.record
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cell.rate * rate_factor(self.step, self.cell.steps)
+        with autocast(self.material.device, self.material.bf16):
+            loss = self.strategy.loss(rows)
+        loss.backward()
+        for kind, norm in gradient_norms(self.model, self.cell.targets).items():
+            record.gradient_norms.setdefault(kind, []).append(norm)
+        self.strategy.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.method.fold == "step":
+            secura.fold(self.model)
+        self.strategy.after_step()
+        record.losses.append(loss.item())
+        if not math.isfinite(record.losses[-1]):
+            raise DivergedError(f"the loss became {record.losses[-1]} at step {self.step}")
+
+    def _measure(self, *, part: bool) -> None:
+        with self._timed("scoring"), self._inferring():
+            measure = self.material.measure(self.model, self.step, part=part)
+        if not all(math.isfinite(score.loss) for score in measure.tasks.values()):
+            raise DivergedError(f"the loss of held-out examples is no number at step {self.step}")
+        self.record.measures.append(measure)
+
+    @contextmanager
+    def _inferring(self) -> Iterator[None]:
+        """The model as it answers; W' of norm ``weight`` is formed once, not at every batch."""
+        with self.strategy.inferring():
+            if self.method.config.get("norm") != "weight":
+                yield
+                return
+            self.model.merge_adapter()
+            try:
+                yield
+            finally:
+                self.model.unmerge_adapter()
+
+    def _save(self) -> None:
+        record = self.record.to_json(exact=True)
+        kept = {name: record[name] for name in ("measures", "losses", "gradient_norms", "seconds")}
+        _save(
+            self.folder / CHECKPOINT,
+            {
+                "step": self.step,
+                "adapter": adapter_state(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "strategy": self.strategy.state(),
+                "record": kept,
+            },
+        )
+
+    def _resume(self, kept: dict[str, Any]) -> None:
+        self.step = kept["step"]
+        load_adapter(self.model, kept["adapter"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.strategy.resume(kept["strategy"])
+        record, found = self.record, kept["record"]
+        record.measures = [measure_from(entry) for entry in found["measures"]]
+        record.losses, record.gradient_norms = found["losses"], found["gradient_norms"]
+        for part, seconds in found["seconds"].items():
+            record.seconds[part] = record.seconds.get(part, 0.0) + seconds
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        seconds = self.record.seconds
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        torch.save(content, scratch)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+
+
+__all__ = ["CHECKPOINT", "TRAINED", "DivergedError", "needs", "quarters", "rate_factor", "run"]
