@@ -27,6 +27,7 @@ from rich.console import Console
 
 from benchmarks.board import Board
 from benchmarks.retention.cells import TARGETS, Cell, Settings
+from benchmarks.retention.grid import STAGES
 from benchmarks.retention.methods import METHODS, get_method
 from benchmarks.retention.runner import Runner
 
@@ -67,9 +68,17 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
 
 def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
     """The settings and cells that the command line asks for."""
-    settings = Settings(tasks=tuple(flags.tasks))
-    if flags.set:
-        settings = dataclasses.replace(settings, **dict(map(_setting, flags.set)))
+    changed = dict(map(_setting, flags.set))
+    if not flags.methods:
+        if flags.stage not in STAGES:
+            raise SystemExit(
+                f"stage {flags.stage!r} is none of {', '.join(STAGES)}: give its cells, from "
+                "--methods to --steps"
+            )
+        known = STAGES[flags.stage]
+        return dataclasses.replace(known.settings, **changed), list(known.cells)
+    shared = STAGES[flags.stage].settings if flags.stage in STAGES else Settings()
+    settings = dataclasses.replace(shared, **{"tasks": tuple(flags.tasks)} | changed)
     points = product(flags.seeds, flags.targets, flags.methods, flags.rates)
     cells = [
         Cell(get_method(method).name, targets, rate, seed, tuple(flags.tasks[:count]), flags.steps)
@@ -97,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(command=run)
     one.add_argument("stage", help="name of the stage, and of its folder in --out")
     one.add_argument("--out", required=True, help="folder of all stages' results")
-    one.add_argument("--methods", type=_words, default=["lora"], help=", ".join(METHODS))
+    one.add_argument("--methods", type=_words, default=[], help=", ".join(METHODS))
     one.add_argument("--targets", type=_words, default=["qv"], help=", ".join(TARGETS))
     one.add_argument("--rates", type=_floats, default=[1e-3])
     one.add_argument("--seeds", type=_integers, default=[0])

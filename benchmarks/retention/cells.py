@@ -46,9 +46,9 @@ class Settings:
     max_tokens: int = 128
     held_out: int = 64
     text_count: int = 16
-    text_tokens: int = 96
-    part: float = 0.375
-    probe_questions: int = 200
+    text_tokens: int = 64
+    part: float = 0.25
+    probe_questions: int = 50
     answers: int = 0
     samples: int = 48
     sample_tokens: int = 96
