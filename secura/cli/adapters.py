@@ -36,7 +36,8 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
         check_base: whether loading it on another base weight is to be an error.
     """
     peft = require("peft", "train")
-    require("secura.tuner", "train")
+    import secura.tuner  # noqa: F401  it registers the method
+
     path = Path(adapter).expanduser()
     if not path.is_dir() and (path.exists() or adapter.startswith((".", "/", "~"))):
         raise UserError(f"adapter {adapter!r}: no such folder")
@@ -151,7 +152,9 @@ def undeclared(model: Any, file: Path) -> list[str]:
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
     """Refuses an adapter file with tensors that are not in the model after loading."""
-    torch, safetensors = require("torch", "train"), require("safetensors", "train")
+    import safetensors
+    import torch
+
     names, state = undeclared(model, file), model.state_dict()
     with safetensors.safe_open(file, framework="pt") as tensors:
         lost = [

@@ -324,7 +324,8 @@ def settle(parsed: Any) -> None:
     missing = [f"--{name}" for name in REQUIRED if not getattr(parsed, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; give flags, or keys of a --config file")
-    torch = require("torch", "train")
+    import torch
+
     if not torch.accelerator.is_available():
         parsed.use_cpu = True
     if parsed.bf16 is None:
@@ -350,8 +351,9 @@ def to_secura_config(arguments: Any, seed: int) -> Any:
         raise UserError(f'--rank_pattern {pattern!r}: wanted r by layer, such as {{"v_proj": 8}}')
     for name in pattern:
         _check_pattern(name)
-    config = require("secura.tuner", "train").SecuraConfig
-    return config(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
+    from secura.tuner import SecuraConfig
+
+    return SecuraConfig(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
 
 
 def _module_names(names: list[str] | str | None) -> list[str] | str | None:

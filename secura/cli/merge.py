@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secura._extras import require
 from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
 from secura.cli.errors import Parser, UserError
 from secura.cli.folders import check_output_folder, complete_folder
@@ -65,12 +64,12 @@ def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
 def refuse_lost_biases(model: Any, adapter: str) -> None:
     """Refuses trained biases of layers that have none: transformers would load them nowhere."""
     from secura import bases
+    from secura.tuner import SecuraLayer
 
-    kind = require("secura.tuner", "train").SecuraLayer
     layers = [
         name.removeprefix("base_model.model.")
         for name, layer in model.named_modules()
-        if isinstance(layer, kind)
+        if isinstance(layer, SecuraLayer)
         and bases.bias(layer.base_layer) is None
         and any(part.bias is not None for part in layer.active_cabr())
     ]

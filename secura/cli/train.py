@@ -162,12 +162,10 @@ def make_trainer(**kwargs: Any) -> Any:
 
 def callbacks(config: Any, anchor_decay: float, settings: dict[str, Any]) -> list[Any]:
     """What runs beside the trainer: decay and fold where they are asked for, then the checks."""
-    own = require("secura.callbacks", "train")
-    decay = []
-    if anchor_decay:
-        from secura.continual import AnchorDecayCallback
+    from secura import callbacks as own
+    from secura.continual import AnchorDecayCallback
 
-        decay = [AnchorDecayCallback(anchor_decay)]
+    decay = [AnchorDecayCallback(anchor_decay)] if anchor_decay else []
     folding = [own.FoldCallback()] if config.fold_every else []
     return [
         own.FinishedCallback(),
