@@ -194,14 +194,11 @@ def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) 
     Raises:
         UserError: the embeddings of tokens that were added are in neither of them.
     """
-    place, own = _place(adapter), "tokenizer_config.json"
-    found = (Path(place) / own).is_file()
-    if not Path(place).is_dir():
-        with suppress(OSError):
-            found = require("transformers.utils.hub", "train").has_file(place, own)
-    if not found:
+    if not has_tokenizer(adapter):
         return models.load_tokenizer(base, **loading)
-    tokenizer = models.load_tokenizer(place, trust_remote_code=loading["trust_remote_code"])
+    tokenizer = models.load_tokenizer(
+        _place(adapter), trust_remote_code=loading["trust_remote_code"]
+    )
     inputs, _ = _embeddings(model)
     count, held = len(tokenizer), len(tokenizer) if inputs is None else inputs.weight.shape[0]
     if count > held and count > len(models.load_tokenizer(base, **loading)):
@@ -212,6 +209,16 @@ def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) 
         )
     settle_tokens(model, tokenizer)
     return tokenizer
+
+
+def has_tokenizer(adapter: str) -> bool:
+    """Whether a tokenizer was saved with the adapter."""
+    place, own = _place(adapter), "tokenizer_config.json"
+    if Path(place).is_dir():
+        return (Path(place) / own).is_file()
+    with suppress(OSError):
+        return require("transformers.utils.hub", "train").has_file(place, own)
+    return False
 
 
 def settle_tokens(model: Any, tokenizer: Any) -> None:
@@ -273,6 +280,7 @@ __all__ = [
     "base_of",
     "class_of",
     "fit_vocabulary",
+    "has_tokenizer",
     "load_adapted",
     "load_adapter_config",
     "refuse_left_out",
