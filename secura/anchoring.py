@@ -115,7 +115,7 @@ def anchor(
         RuntimeError: while an adapter is merged.
     """
     start = time.perf_counter()
-    adapters = _adapters(model)
+    adapters = anchored_adapters(model)
     if damping is not None:
         check_damping(damping)
     for name, value, least in (
@@ -159,13 +159,13 @@ def unanchor(model: nn.Module) -> int:
     Returns:
         How many layers had an anchor.
     """
-    found = [one for one, _ in _adapters(model).values() if one.left is not None]
+    found = [one for one, _ in anchored_adapters(model).values() if one.left is not None]
     for adapter in found:
         adapter.drop_anchor()
     return len(found)
 
 
-def _adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
+def anchored_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
     """The active adapters with ``core="u"`` and the layers they are on, by name.
 
     Raises:
@@ -194,7 +194,7 @@ def _still(model: nn.Module) -> Iterator[None]:
     """Eval mode, with gradients through the cores; modes, flags and gradients as before after."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    cores: list[Any] = [one.U for one, _ in _adapters(model).values()]
+    cores: list[Any] = [one.U for one, _ in anchored_adapters(model).values()]
     frozen = [core for core in cores if not core.requires_grad]
     model.eval()
     try:
@@ -452,4 +452,4 @@ def _undamped(root: Tensor, damping: float, mean: Tensor | None = None) -> Tenso
     return inverse - share * torch.eye(len(wide)).to(wide)
 
 
-__all__ = ["AnchorReport", "anchor", "unanchor"]
+__all__ = ["AnchorReport", "anchor", "anchored_adapters", "unanchor"]
