@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         print(f"{device} {dtype}: {impl or 'nothing'}, because {reason}")
     try:
         kept = anchor_error(torch)
-        print(f"\nanchor: a core U and the same as κ L Ũ S differ by {kept:.1e} in a layer's output")
+        print(f"\nanchor: a core U and its κ L Ũ S differ by {kept:.1e} in a layer's output")
     except RuntimeError as error:
         kept = math.inf
         print(f"\nanchor: FAILED {one_line(error)}")
