@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from secura._extras import require
 from benchmarks.asset_table import ASSETS, Asset, Part
+from secura._extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +121,9 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     Returns:
         `(model, tokenizer)`, on the CPU, the model in eval mode.
     """
-    transformers = require("transformers", "demo")
-    torch = require("torch", "demo")
+    transformers = require("transformers", "bench")
+    import torch
+
     folder = model_dir(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -269,9 +270,10 @@ def _open_member(archive: Path, part: Part) -> Iterator[IO[bytes]]:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Writes the fp32 checkpoint of `gguf` with a record of the weights' checksum."""
-    transformers = require("transformers", "demo")
-    torch = require("torch", "demo")
-    require("gguf", "demo")
+    transformers = require("transformers", "bench")
+    import torch
+
+    require("gguf", "bench")
     source: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -298,3 +300,8 @@ def _checkpoint_is_intact(folder: Path) -> bool:
         and weights.stat().st_size == record.get("weights_bytes")
         and _sha256(weights) == record.get("weights_sha256")
     )
+
+
+if __name__ == "__main__":  # python -m benchmarks.assets NAME prints the folder or file of an asset
+    for _name in sys.argv[1:]:
+        print(model_dir(_name) if get_asset(_name).kind == "model" else fetch(_name))

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from benchmarks.demo import report, stages
+from benchmarks.demo import run as demo
+from benchmarks.demo.settings import Settings, Sources
+from benchmarks.demo.text import answer_examples, collate, news_examples, training_batches
+from benchmarks.demo.train import DivergedError, evaluate, rate_factor, token_losses, train
 from secura.cli.errors import UserError
-from secura.demo import report, stages
-from secura.demo import run as demo
-from secura.demo.settings import Settings, Sources
-from secura.demo.text import answer_examples, collate, news_examples, training_batches
-from secura.demo.train import DivergedError, evaluate, rate_factor, token_losses, train
 
 WORDS = ["<pad>", "<eos>", "<unk>", "Question:", "Answer:", "plus", "is", *map(str, range(20))]
 SETTINGS = Settings(
@@ -66,7 +66,7 @@ TINY = Sources(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder the demo has filled."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
+    folder = tmp_path_factory.mktemp("bench") / "out"
     demo.run(folder, SETTINGS, sources=TINY)
     return folder
 

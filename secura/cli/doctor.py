@@ -26,8 +26,6 @@ PACKAGES = {
     "trl": "train",
     "accelerate": "train",
     "datasets": "train",
-    "gguf": "demo",
-    "matplotlib": "demo",
     "bitsandbytes": "quant",
 }
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.demo.text import PROMPT, Example
 from secura._extras import require
-from secura.demo.text import PROMPT, Example
 
 LOGIT_TOLERANCE = 1e-3
 MAX_NEW_TOKENS = 160
@@ -69,7 +69,7 @@ def merge_and_check(
     Raises:
         MergeError: the difference is above `LOGIT_TOLERANCE`, or the new process failed.
     """
-    peft = require("peft", "demo")
+    peft = require("peft", "bench")
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval()
     adapted = example_logits(model, example)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merged-") as scratch:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from secura.assets import load_gsm8k, load_model, load_news
-from secura.demo.methods import METHODS, Method
+from benchmarks.assets import load_gsm8k, load_model, load_news
+from benchmarks.demo.methods import METHODS, Method
 
 MODEL = "smollm2-135m"
 DTYPES = ("auto", "bf16", "fp32")

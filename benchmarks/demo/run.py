@@ -1,4 +1,4 @@
-"""`secura demo`: SECURA and LoRA learn GSM8K side by side; table, picture, report, merged model.
+"""SECURA and LoRA learn GSM8K side by side: a table, a picture, a report, a merged model.
 
     output_dir/
       settings.json    what was asked for; a rerun with --resume must ask for the same
@@ -24,12 +24,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.assets import get_asset
+from benchmarks.demo.methods import METHODS
+from benchmarks.demo.settings import DTYPES, PACKAGED, Settings, Sources
 from secura._extras import require
-from secura.assets import get_asset
 from secura.cli.errors import Parser, UserError
 from secura.cli.folders import check_output_folder
-from secura.demo.methods import METHODS
-from secura.demo.settings import DTYPES, PACKAGED, Settings, Sources
 
 PICTURE = "curves.png"
 FILES = ("settings.json", "plan.json", "results.json", "report.md", PICTURE)
@@ -37,7 +37,7 @@ FOLDERS = ("merged", *METHODS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `secura demo`; what goes wrong is raised.
+    """Runs `python -m benchmarks.demo`; what goes wrong is raised.
 
     Args:
         argv: the flags; None means the process's own.
@@ -78,10 +78,10 @@ def run(
         UserError: the folder is not empty, or cannot be continued with these settings.
         AssetError: model or data could not be fetched.
     """
-    console = require("rich.console", "demo").Console()
+    console = require("rich.console", "bench").Console()
     _prepare_folder(output_dir, settings, overwrite=overwrite, resume=resume)
-    from secura.demo.report import terminal_table
-    from secura.demo.stages import read
+    from benchmarks.demo.report import terminal_table
+    from benchmarks.demo.stages import read
 
     finished = output_dir / "results.json"
     if finished.exists():
@@ -111,9 +111,9 @@ def _measure(output_dir: Path, settings: Settings, sources: Sources, console: An
     """Goes through the stages, then writes picture, report and, last, `results.json`."""
     import torch
 
-    from secura import machine
-    from secura.demo import plots, report, stages
-    from secura.demo.board import Board
+    from benchmarks import machine
+    from benchmarks.demo import plots, report, stages
+    from benchmarks.demo.board import Board
 
     with _quiet(), Board(console) as board:
         board.stage("Fetching and loading model and data")
@@ -140,7 +140,7 @@ def _measure(output_dir: Path, settings: Settings, sources: Sources, console: An
         "merge": merge,
         "question": material.question,
         "assets": [_asset(name) for name in sources.assets],
-        "versions": machine.versions(report.PACKAGES),
+        "versions": machine.package_versions(report.PACKAGES),
         "hardware": machine.describe(torch.device("cpu")),
     }
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".picture-") as scratch:
@@ -152,7 +152,7 @@ def _measure(output_dir: Path, settings: Settings, sources: Sources, console: An
 
 def _prepare_folder(output_dir: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
     """Makes `output_dir` ready, or raises `UserError` and leaves it as it is."""
-    from secura.demo.stages import read, write
+    from benchmarks.demo.stages import read, write
 
     if overwrite and resume:
         raise UserError("--overwrite_output_dir and --resume exclude each other")
@@ -197,7 +197,7 @@ def _asset(name: str) -> dict[str, str]:
 
 def _command(settings: Settings) -> str:
     """The command that repeats a run with these settings."""
-    words = ["secura demo"]
+    words = ["python -m benchmarks.demo"]
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value != field.default:
@@ -209,7 +209,7 @@ def _command(settings: Settings) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No other progress bars and no warnings of libraries beside the board's bar."""
-    logging = require("transformers.utils.logging", "demo")
+    logging = require("transformers.utils.logging", "bench")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -224,7 +224,7 @@ def _quiet() -> Iterator[None]:
 def _parser() -> Parser:
     usual = Settings()
     parser = Parser(
-        prog="secura demo",
+        prog="python -m benchmarks.demo",
         description="SECURA and LoRA learn GSM8K side by side on this machine's CPU: a table, a "
         "picture, a report, and a merged model.",
     )
@@ -250,7 +250,3 @@ def _parser() -> Parser:
     add("--dtype", choices=DTYPES, default=usual.dtype, help="precision (%(default)s)")
     add("--seed", type=int, default=usual.seed, help="random seed (%(default)s)")
     return parser
-
-
-if __name__ == "__main__":
-    main()

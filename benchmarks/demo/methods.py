@@ -28,7 +28,7 @@ class Method:
 
 
 def _lora_config(target_modules: Sequence[str]) -> Any:
-    peft = require("peft", "demo")
+    peft = require("peft", "bench")
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=LORA_RANK,
@@ -38,7 +38,7 @@ def _lora_config(target_modules: Sequence[str]) -> Any:
 
 
 def _secura_config(target_modules: Sequence[str]) -> Any:
-    require("peft", "demo")
+    require("peft", "bench")
     from secura.tuner import SecuraConfig
 
     return SecuraConfig(task_type="CAUSAL_LM", target_modules=list(target_modules))

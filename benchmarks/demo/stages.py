@@ -16,14 +16,11 @@ from typing import Any
 
 import torch
 
-from secura._extras import require
-from secura.cli.errors import UserError
-from secura.cli.folders import ADAPTER_WEIGHTS, complete_folder
-from secura.demo import serve
-from secura.demo.board import Board
-from secura.demo.methods import METHODS, Method, describe_config
-from secura.demo.settings import MODEL, Settings, Sources
-from secura.demo.text import (
+from benchmarks.demo import serve
+from benchmarks.demo.board import Board
+from benchmarks.demo.methods import METHODS, Method, describe_config
+from benchmarks.demo.settings import MODEL, Settings, Sources
+from benchmarks.demo.text import (
     Batch,
     Example,
     answer_examples,
@@ -31,7 +28,10 @@ from secura.demo.text import (
     news_examples,
     training_batches,
 )
-from secura.demo.train import evaluate, native_bf16, train
+from benchmarks.demo.train import evaluate, native_bf16, train
+from secura._extras import require
+from secura.cli.errors import UserError
+from secura.cli.folders import ADAPTER_WEIGHTS, complete_folder
 
 MAX_STEPS, MIN_STEPS = 40, 8
 EVAL_BATCH = 8
@@ -197,7 +197,7 @@ def adapted(base: Any, method: Method, settings: Settings) -> Any:
     """A copy of `base` with a method's fresh adapter, seeded."""
     torch.manual_seed(settings.seed)
     config = method.make_config(settings.target_modules)
-    return require("peft", "demo").get_peft_model(copy.deepcopy(base), config)
+    return require("peft", "bench").get_peft_model(copy.deepcopy(base), config)
 
 
 def scores(model: Any, material: Material, dtype: str, board: Board) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secura.demo.text import Batch
+from benchmarks.demo.text import Batch
 
 WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
