@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.assets import Asset, AssetError, Part
-from secura import assets
+from benchmarks import assets
 
 ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
 CONTENT = "\n".join(json.dumps(row) for row in ROWS).encode()
