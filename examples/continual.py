@@ -35,10 +35,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps a task")
     steps = parser.parse_args(argv).steps
     torch.manual_seed(0)
-    size = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 16, "initializer_range": 0.2}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = SecuraConfig(r=16, norm="channel", target_modules="all-linear")
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**size, **heads)), config)
+    size = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 16, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, initializer_range=0.2))
+    model = get_peft_model(base, SecuraConfig(r=16, norm="channel", target_modules="all-linear"))
     first, second = task(1), task(2)
 
     def train(dataset, collator, callback):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import secura
@@ -39,8 +39,8 @@ def test_layer(norm):
 
 def test_finetune(base, tmp_path):
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    rows = [{"prompt": f"ann has {i} apples", "completion": f" the answer is {i}"} for i in range(9)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"prompt": "how many apples are left", "completion": " the answer is 7"}
+    data.write_text(f"{json.dumps(row)}\n" * 8)
     flags = f"--model {base} --dataset {data} --output_dir {out} --r 4 --max_steps 3 --use_cpu"
     assert example("finetune").main([*flags.split(), "--learning_rate", "0.02"]) == out
     ids = torch.tensor([[1, 5, 7, 9]])
@@ -65,5 +65,5 @@ def test_serve_lora(tmp_path):
     folder = tmp_path / "lora"
     assert example("serve_lora").main(["--output_dir", str(folder)]) < 1e-5
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        assert all(".lora_A." in name or ".lora_B." in name for name in tensors.keys())
+    names = load_file(folder / "adapter_model.safetensors")
+    assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
