@@ -77,7 +77,7 @@ def _caption(run: Run) -> str:
         f"{settings['probe_examples']} questions each. {model}, adapters on "
         f"{' and '.join(settings['target_modules'])}, {settings['dtype']}; {machines}; "
         f"commit {commits}; `secura experiment exp0 exp2 exp3 exp4 exp5`. All of it: "
-        "[the report](benchmarks/results/retention-small/report.md)."
+        "[the report](../benchmarks/results/retention-small/report.md)."
     )
 
 
