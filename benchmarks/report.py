@@ -1,6 +1,6 @@
-"""The README's tables and the plots, made from the committed results alone.
+"""The tables of docs/results.md and the plots, made from the committed results alone.
 
-    python -m benchmarks.report            # rewrite the tables between the README's markers, plots
+    python -m benchmarks.report            # rewrite the tables between the page's markers, plots
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
@@ -23,7 +23,7 @@ from .schema import Result, Row
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 NOT_YET = "*Not measured yet.*\n"
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -295,7 +295,7 @@ def _plots(name: str) -> str:
     from .plots import layer_plots
 
     images = [path.relative_to(ROOT) for path in layer_plots(name) if path.exists()]
-    return "".join(f"\n![{path.stem}]({path.as_posix()})" for path in images) + "\n"
+    return "".join(f"\n![{path.stem}](../{path.as_posix()})" for path in images) + "\n"
 
 
 TABLES: dict[str, Callable[[Result, str], str]] = {
@@ -332,13 +332,13 @@ def main(arguments: list[str] | None = None) -> int:
         from .plots import draw_all
 
         draw_all(RESULTS)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     made = render(text)
     if check and made != text:
-        print("README.md differs from benchmarks/results: run make table", file=sys.stderr)
+        print("docs/results.md differs from benchmarks/results: run make table", file=sys.stderr)
         return 1
     if made != text:
-        README.write_text(made, encoding="utf-8")
+        PAGE.write_text(made, encoding="utf-8")
     return 0
 
 

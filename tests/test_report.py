@@ -1,4 +1,4 @@
-"""The README's tables are the committed results, and nothing stands in them by hand."""
+"""The tables of docs/results.md are the committed results, and nothing stands in them by hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.schema import Result, Row
 MARKER = re.compile(r"<!-- table: ([\w.-]+) -->")
 
 
-def test_readme_tables_equal_the_results():
-    text = report.README.read_text(encoding="utf-8")
+def test_the_tables_equal_the_results():
+    text = report.PAGE.read_text(encoding="utf-8")
     assert {"demo-cpu", "layer-cpu"} <= set(MARKER.findall(text))
     assert report.render(text) == text, "run make table"
 
@@ -26,7 +26,7 @@ def test_every_layer_and_model_result_is_of_the_schema():
             assert Result.load(path).commit != "unknown", path
 
 
-def test_the_cpu_layer_result_has_what_the_readme_promises():
+def test_the_cpu_layer_result_has_what_the_page_promises():
     path = report.RESULTS / "layer-cpu.json"
     if not path.exists():
         pytest.skip("not measured yet")

@@ -1,4 +1,4 @@
-"""FSDP2, sharded by decoder layer: the same numbers, files that load, folding, and no merge."""
+"""DDP, and FSDP2 sharded by decoder layer: the same numbers, files that load, folding, no merge."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from secura import anchor, fold
 
@@ -48,6 +49,18 @@ def test_outputs_and_gradients_are_the_same(norm, shard):
     assert got.keys() == expected.keys() != set()
     for name, value in got.items():
         torch.testing.assert_close(full(value), expected[name])
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_ddp_reaches_every_gradient_and_folds(norm, mesh):
+    plain, model = tiny.adapted(norm=norm).train(), tiny.adapted(norm=norm).train()
+    run = DistributedDataParallel(model)
+    got, expected = tiny.gradients(run), tiny.gradients(plain)
+    assert {name.removeprefix("module.") for name in got} == expected.keys() != set()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name.removeprefix("module.")])
+    assert fold(run) == fold(plain) == len(tiny.layers(plain))
+    assert torch.equal(tiny.logits(run), tiny.logits(plain))
 
 
 def gathered_by_tensor(model):
