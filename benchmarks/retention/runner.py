@@ -100,6 +100,7 @@ class Runner:
             run(record, self.material, folder, start, self.board.step)
         except (ArithmeticError, RuntimeError, ValueError) as error:
             record.status, record.error = "failed", " ".join(str(error).split())[:400]
+            record.gradient_norms = {}  # which may hold NaN
             self.counts["failed"] += 1
         else:
             self.counts["done"] += 1

@@ -17,7 +17,6 @@ from benchmarks.retention.build import (
     adapter_state,
     build,
     gradient_norms,
-    load_adapter,
     make_optimizer,
     scale_update,
 )
@@ -101,11 +100,12 @@ class _Run:
             before = _load(start / TRAINED) if start else {}
             whole = before.get("adapter", {})
             if self.method.scale != 1:
-                self.model, _ = build(self.cell, self.method, material, {})
-                load_adapter(self.model, whole)
+                self.model, _ = build(self.cell, self.method, material, {}, whole)
                 scale_update(self.model, self.method.scale)
             else:
-                self.model, record.anchor = build(self.cell, self.method, material, whole)
+                self.model, record.anchor = build(
+                    self.cell, self.method, material, whole, kept.get("adapter")
+                )
         self.strategy: Strategy = STRATEGIES[self.method.against](
             Context(self.cell, self.method, material, self.model, before.get("strategy", {}))
         )
@@ -148,6 +148,9 @@ class _Run:
             group["lr"] = self.cell.rate * rate_factor(self.step, self.cell.steps)
         with autocast(self.material.device, self.material.bf16):
             loss = self.strategy.loss(rows)
+        record.losses.append(loss.item())
+        if not math.isfinite(record.losses[-1]):
+            raise DivergedError(f"the loss became {record.losses.pop()} at step {self.step + 1}")
         loss.backward()
         for kind, norm in gradient_norms(self.model, self.cell.targets).items():
             record.gradient_norms.setdefault(kind, []).append(norm)
@@ -158,16 +161,14 @@ class _Run:
         if self.method.fold == "step":
             secura.fold(self.model)
         self.strategy.after_step()
-        record.losses.append(loss.item())
-        if not math.isfinite(record.losses[-1]):
-            raise DivergedError(f"the loss became {record.losses[-1]} at step {self.step}")
 
     def _measure(self, *, part: bool) -> None:
         with self._timed("scoring"), self._inferring():
-            measure = self.material.measure(self.model, self.step, part=part)
-        if not all(math.isfinite(score.loss) for score in measure.tasks.values()):
-            raise DivergedError(f"the loss of held-out examples is no number at step {self.step}")
-        self.record.measures.append(measure)
+            measures = self.material.measure(self.model, self.step, part=part)
+        scores = (*measures[-1].tasks.values(), *measures[-1].texts.values())
+        if not all(math.isfinite(score.loss) and math.isfinite(score.kl) for score in scores):
+            raise DivergedError(f"a held-out loss is no number at step {self.step}")
+        self.record.measures += measures
 
     @contextmanager
     def _inferring(self) -> Iterator[None]:
@@ -184,7 +185,10 @@ class _Run:
 
     def _save(self) -> None:
         record = self.record.to_json(exact=True)
-        kept = {name: record[name] for name in ("measures", "losses", "gradient_norms", "seconds")}
+        kept = {
+            name: record[name]
+            for name in ("measures", "losses", "gradient_norms", "anchor", "seconds")
+        }
         _save(
             self.folder / CHECKPOINT,
             {
@@ -198,12 +202,12 @@ class _Run:
 
     def _resume(self, kept: dict[str, Any]) -> None:
         self.step = kept["step"]
-        load_adapter(self.model, kept["adapter"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.strategy.resume(kept["strategy"])
         record, found = self.record, kept["record"]
         record.measures = [measure_from(entry) for entry in found["measures"]]
         record.losses, record.gradient_norms = found["losses"], found["gradient_norms"]
+        record.anchor = found["anchor"]
         for part, seconds in found["seconds"].items():
             record.seconds[part] = record.seconds.get(part, 0.0) + seconds
 
