@@ -29,6 +29,7 @@ from benchmarks.board import Board
 from benchmarks.retention.cells import TARGETS, Cell, Settings
 from benchmarks.retention.grid import STAGES
 from benchmarks.retention.methods import METHODS, get_method
+from benchmarks.retention.report import write_report
 from benchmarks.retention.runner import Runner
 
 
@@ -64,6 +65,12 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
         runner.run(cells)
         board.end(", ".join(f"{count} {what}" for what, count in runner.counts.items()))
     return 1 if runner.counts["failed"] else 0
+
+
+def report(flags: argparse.Namespace, words: list[str]) -> int:
+    """Writes the report of what was run."""
+    print(write_report(Path(flags.out)))
+    return 0
 
 
 def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
@@ -121,15 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--assets", metavar="DIR", help="folder of models and data (SECURA_CACHE)")
     one.add_argument("--budget_s", type=float, help="start no cell that would end later")
     one.add_argument("--retry", action="store_true", help="try failed cells again")
+    two = commands.add_parser("report", help="write report.md and its pictures from the results")
+    two.set_defaults(command=report)
+    two.add_argument("--out", required=True, help="folder of all stages' results")
     return parser
 
 
 def _setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    kinds = {field.name: field.default for field in dataclasses.fields(Settings)}
+    kinds = dataclasses.asdict(Settings())
     if name not in kinds:
         raise SystemExit(f"--set {text}: the settings are {', '.join(kinds)}")
-    kind = type(kinds[name])
+    kind: Any = type(kinds[name])
     return name, tuple(_words(value)) if kind is tuple else kind(value)
 
 

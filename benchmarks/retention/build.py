@@ -23,7 +23,11 @@ _WHITENING_DAMPING = 1e-2
 
 
 def build(
-    cell: Cell, method: Method, material: Material, before: dict[str, Tensor]
+    cell: Cell,
+    method: Method,
+    material: Material,
+    before: dict[str, Tensor],
+    resumed: dict[str, Tensor] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model with what the parent cell trained, and what the anchoring pass says of itself.
 
@@ -33,6 +37,7 @@ def build(
         material: of its stage.
         before: the adapter's tensors at the parent's end, see :func:`adapter_state`; empty for
             the first task.
+        resumed: the adapter's tensors at a checkpoint of this cell, which then are all it takes.
     """
     model = material.load_model()
     torch.manual_seed(cell.seed)
@@ -44,9 +49,9 @@ def build(
     if method.whiten:
         whiten(model, material.samples(cell.seed), autocasts=material.bf16)
     report: dict[str, Any] = {}
-    if method.anchor and not before:
-        report = _anchor(model, method, _anchor_texts(method, material, cell.seed))
-    if before:
+    if resumed is not None:
+        load_adapter(model, resumed)
+    elif before:
         load_adapter(model, before)
         if method.fold == "task":
             secura.fold(model)
@@ -55,6 +60,8 @@ def build(
             rows = [row for batch in batches for row in batch][: material.settings.samples]
             texts = [torch.tensor([*row.prompt, *row.completions[0]]) for row in rows]
             report = _anchor(model, method, texts, add=True)
+    elif method.anchor:
+        report = _anchor(model, method, _anchor_texts(method, material, cell.seed))
     return model, report
 
 
@@ -73,7 +80,7 @@ def _anchor(model: nn.Module, method: Method, texts: list[Tensor], **more: Any) 
     )
     if method.sides != "both":
         _keep_side(model, method.sides)
-    return {name: value for name, value in vars(report).items() if isinstance(value, int | float)}
+    return {"layers": report.layers, "tokens": report.tokens, "unseen": len(report.unseen)}
 
 
 @torch.no_grad()
@@ -141,9 +148,10 @@ def make_optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim
 
 def scale_update(model: nn.Module, factor: float) -> None:
     """Multiplies what an adapter adds, once it is trained."""
-    for module in model.modules():
-        if hasattr(module, "scale_layer") and hasattr(module, "lora_A"):
-            module.scale_layer(factor)
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "lora_A") and hasattr(layer, "scale_layer"):
+            layer.scale_layer(factor)
 
 
 class Whitening(nn.Module):

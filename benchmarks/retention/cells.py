@@ -1,4 +1,4 @@
-"""What a figure depends on: a stage's settings, and a cell's method, place, rate, seed and tasks."""
+"""What a figure depends on: a stage's settings, and a cell's method, place, rate and tasks."""
 
 from __future__ import annotations
 

@@ -224,7 +224,9 @@ def _split(train: Iterable[Example], test: Iterable[Example]) -> Split:
 def _once(examples: Iterable[Example]) -> list[Example]:
     found: dict[tuple[str, ...], Example] = {}
     for example in examples:
-        found.setdefault((example.prompt, *sorted(example.choices or (example.completion,))), example)
+        found.setdefault(
+            (example.prompt, *sorted(example.choices or (example.completion,))), example
+        )
     return list(found.values())
 
 

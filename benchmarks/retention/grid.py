@@ -71,7 +71,9 @@ def front(
 
 
 def _both(methods: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[Cell, ...]:
-    pairs = zip(*(list(front(methods, place, seeds, steps)) for place in ("mlp", "qv")), strict=True)
+    pairs = zip(
+        *(list(front(methods, place, seeds, steps)) for place in ("mlp", "qv")), strict=True
+    )
     return tuple(dict.fromkeys(cell for pair in pairs for cell in pair))
 
 
@@ -141,11 +143,7 @@ STAGES: dict[str, Stage] = {
         _CONFIRM,
         (
             *front((*_CONFIRMED, *_CONTROLS), "mlp", _SEEDS, 128, _TWO),
-            *(
-                Cell(method, "mlp", 3e-3, seed, GSM8K, 128)
-                for seed in _SEEDS
-                for method in _SCALED
-            ),
+            *(Cell(method, "mlp", 3e-3, seed, GSM8K, 128) for seed in _SEEDS for method in _SCALED),
         ),
     ),
     "long": Stage(

@@ -1,4 +1,4 @@
-"""What a stage's cells share: model, tokenizer, rows to train on and to score, the base's states."""
+"""What a stage's cells share: model, tokenizer, rows to train on and to score, base states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.retention.cells import Settings
 from benchmarks.retention.data import Example
 from benchmarks.retention.record import Measure, Probe, Score, replacing
 from benchmarks.retention.rows import Row, task_row, text_row
-from benchmarks.retention.score import Evaluator, autocast
+from benchmarks.retention.score import Evaluator, autocast, summed
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,22 @@ class Material:
             for group, each in rows.items()
         }
 
-    def measure(self, model: Any, step: int, *, part: bool) -> Measure:
-        """Every task and text, scored beside the base model."""
-        scores: dict[str, dict[str, Score]] = {}
-        for name, groups in self.groups.items():
-            chosen = {k: g.first(self.settings.part) if part else g for k, g in groups.items()}
-            scores[name] = {
-                k: self.evaluator.score(model, g.rows, g.base) for k, g in chosen.items()
-            }
-        return Measure(step, part, **scores)
+    def measure(self, model: Any, step: int, *, part: bool) -> list[Measure]:
+        """Every task and text, scored beside the base model: a part of them, or that part and all.
+
+        Scores of the part and of all after the same step tell how the two compare.
+        """
+        parts: dict[str, dict[str, Score]] = {"tasks": {}, "texts": {}}
+        wholes: dict[str, dict[str, Score]] = {"tasks": {}, "texts": {}}
+        for kind, groups in self.groups.items():
+            for name, whole in groups.items():
+                some = whole.first(self.settings.part)
+                group = some if part else whole
+                targets = self.evaluator.score(model, group.rows, group.base)
+                parts[kind][name] = summed(targets[: len(some.base)])
+                wholes[kind][name] = summed(targets)
+        found = [Measure(step, True, **parts)]
+        return found if part else [*found, Measure(step, False, **wholes)]
 
     @cached_property
     def questions(self) -> dict[str, tuple[list[Example], list[Row], tuple[float, float]]]:

@@ -66,13 +66,16 @@ class Method:
         """The PEFT config for a place's layers; None trains every weight."""
         if self.adapter == "full":
             return None
-        common = {"task_type": "CAUSAL_LM", "target_modules": list(TARGETS[targets])}
+        common: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "target_modules": list(TARGETS[targets]),
+        }
         if self.adapter == "secura":
             ranks = {"r": self.rank} if self.rank else {}
             if self.config.get("released"):
                 rest = {k: v for k, v in self.config.items() if k != "released"}
                 return SecuraConfig.released(self.config["released"], **common, **ranks, **rest)
-            return SecuraConfig(**{"r": CUR_RANK, "seed": seed} | common | ranks | self.config)
+            return SecuraConfig(**{"r": CUR_RANK, "seed": seed, **common, **ranks, **self.config})
         rank = self.rank or LORA_RANKS[targets]
         dora = {"use_dora": True} if self.adapter == "dora" else {}
         return peft.LoraConfig(**common, r=rank, lora_alpha=2 * rank, **dora, **self.config)
@@ -95,7 +98,11 @@ METHODS: dict[str, Method] = {
         Method("dora", "DoRA", "dora"),
         Method("full", "all weights", "full"),
         Method(
-            "cur-lora", "CUR-LoRA", "secura", config=_U | {"selection": "inverse_sampling"}, fold="task"
+            "cur-lora",
+            "CUR-LoRA",
+            "secura",
+            config=_U | {"selection": "inverse_sampling"},
+            fold="task",
         ),
         Method("core-u", "U alone", "secura", config=_U, fold="task"),
         Method("cabr", "CABR", "secura", config={"norm": "none"}, fold="task"),
@@ -120,8 +127,12 @@ METHODS: dict[str, Method] = {
             config=_PAPER | {"core": "u", "norm_combine": "gated", "norm_reference": "folded"},
             fold="task",
         ),
-        Method("anchored-self", "anchored, no data", "secura", config=_U, anchor="self", fold="task"),
-        Method("anchored-text", "anchored by news", "secura", config=_U, anchor="text", fold="task"),
+        Method(
+            "anchored-self", "anchored, no data", "secura", config=_U, anchor="self", fold="task"
+        ),
+        Method(
+            "anchored-text", "anchored by news", "secura", config=_U, anchor="text", fold="task"
+        ),
         Method(
             "anchored-channel",
             "anchored, S-MagNorm channel",
@@ -131,11 +142,19 @@ METHODS: dict[str, Method] = {
             fold="task",
         ),
         Method("released-m1", "released M1", "secura", config={"released": "M1"}, fold="step"),
-        Method("released-m2", "released M2 (ours)", "secura", config={"released": "M2"}, fold="step"),
+        Method(
+            "released-m2", "released M2 (ours)", "secura", config={"released": "M2"}, fold="step"
+        ),
         Method("ewc", "LoRA + EWC of earlier tasks", "lora", against="ewc", strength=3e4),
         Method("ewc-self", "LoRA + EWC of own samples", "lora", against="ewc-self", strength=3e4),
         Method("er", "LoRA + replay of earlier tasks", "lora", against="er", strength=0.2),
-        Method("replay-self", "LoRA + replay of own samples", "lora", against="replay-self", strength=0.2),
+        Method(
+            "replay-self",
+            "LoRA + replay of own samples",
+            "lora",
+            against="replay-self",
+            strength=0.2,
+        ),
         Method("i-lora", "I-LoRA", "lora", against="i-lora", strength=0.2),
         Method("lora-whitened", "LoRA, A whitened", "lora", whiten=True),
     )

@@ -93,7 +93,7 @@ class Record:
         settings: the stage's.
         status: ``"done"`` or ``"failed"``.
         error: why it failed.
-        measures: at the quarters (a part of the texts) and at the end (all).
+        measures: of a part of the texts at the quarters and at the end, and of all at the end.
         probes: at the end.
         exact_match: share of GSM8K answers that are right; None where none were written.
         losses: of each step's batch.

@@ -100,7 +100,7 @@ def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def causal(model: nn.Module) -> Any:
+def causal(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

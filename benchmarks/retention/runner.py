@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ class Runner:
         board: what is shown meanwhile.
         deadline: no cell is started that would probably end after it (:func:`time.perf_counter`).
         retry: whether cells that failed before are tried again.
+        on_trained: given each trained cell and its model, before its record is kept.
     """
 
     root: Path
@@ -47,6 +48,7 @@ class Runner:
     board: Board
     deadline: float = float("inf")
     retry: bool = False
+    on_trained: Callable[[Cell, Any], None] | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"done": 0, "failed": 0, "left": 0})
     _longest: float = 0.0
 
@@ -97,9 +99,12 @@ class Runner:
         began = time.perf_counter()
         self.board.begin(cell.title, cell.steps)
         try:
-            run(record, self.material, folder, start, self.board.step)
+            model = run(record, self.material, folder, start, self.board.step)
+            if self.on_trained is not None:
+                self.on_trained(cell, model)
         except (ArithmeticError, RuntimeError, ValueError) as error:
             record.status, record.error = "failed", " ".join(str(error).split())[:400]
+            record.gradient_norms = {}  # which may hold NaN
             self.counts["failed"] += 1
         else:
             self.counts["done"] += 1

@@ -46,17 +46,23 @@ class Evaluator:
         with self._scoring(model):
             for indices in by_length(rows, _TOKENS[self.device.type]):
                 chosen = [rows[index] for index in indices]
-                states = hidden(model, pack(chosen, self.device, model.dtype))
+                states = hidden(model, pack(chosen, self.device))
                 parts = states.float().split([row.targets for row in chosen])
                 found |= dict(zip(indices, parts, strict=True))
         return torch.cat([found[index] for index in range(len(rows))])
 
-    def score(self, model: nn.Module, rows: Sequence[Row], base: Tensor) -> Score:
-        """How the tuned model reads rows whose states `[S, d]` in the base model are `base`."""
+    def score(self, model: nn.Module, rows: Sequence[Row], base: Tensor) -> Tensor:
+        """How the tuned model reads each target, `[S, 5]` fp64: see :func:`summed`.
+
+        Args:
+            model: the tuned model.
+            rows: what it reads.
+            base: the rows' states `[S, d]` in the base model.
+        """
         targets = self._targets(rows)
         states = self.states(model, rows)
         own_head = causal(model).get_output_embeddings().weight
-        totals = torch.zeros(5, dtype=torch.float64)
+        found = []
         with self._scoring(model):
             for start in range(0, len(targets), _LOGITS):
                 part = slice(start, start + _LOGITS)
@@ -64,16 +70,15 @@ class Evaluator:
                 ours = self._log_probs(states[part], own_head)
                 theirs = self._log_probs(base[part].to(self.device), self.head)
                 picked = truth[:, None]
-                sums = (
-                    -theirs.gather(1, picked).double().sum(),
-                    -ours.gather(1, picked).double().sum(),
-                    torch.einsum("sv,sv->s", theirs.exp(), theirs - ours).double().sum(),
-                    (ours.argmax(-1) == truth).sum().double(),
-                    (theirs.argmax(-1) == truth).sum().double(),
+                columns = (
+                    -theirs.gather(1, picked)[:, 0],
+                    -ours.gather(1, picked)[:, 0],
+                    torch.einsum("sv,sv->s", theirs.exp(), theirs - ours),
+                    (ours.argmax(-1) == truth).float(),
+                    (theirs.argmax(-1) == truth).float(),
                 )
-                totals += torch.stack(sums).cpu()
-        base_loss, loss, kl, accuracy, base_accuracy = (totals / len(targets)).tolist()
-        return Score(len(targets), base_loss, loss, kl, accuracy, base_accuracy)
+                found.append(torch.stack(columns, dim=1).double().cpu())
+        return torch.cat(found)
 
     def choose(
         self, model: nn.Module, examples: Sequence[Example], rows: Sequence[Row]
@@ -119,6 +124,11 @@ class Evaluator:
     def _scoring(self, model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), evaluating(model), autocast(self.device, self.autocast):
             yield
+
+
+def summed(targets: Tensor) -> Score:
+    """The score of targets `[S, 5]`: base loss, loss, KL, whether right, whether base was right."""
+    return Score(len(targets), *targets.mean(0).tolist())
 
 
 def write(
@@ -181,4 +191,4 @@ def _margin(values: Tensor, answer: int) -> float:
     return (values[answer] - wrong.max()).item()
 
 
-__all__ = ["Evaluator", "autocast", "evaluating", "final_number", "write"]
+__all__ = ["Evaluator", "autocast", "evaluating", "final_number", "summed", "write"]

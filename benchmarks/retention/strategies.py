@@ -129,9 +129,7 @@ class Replay(Strategy):
         if any(old):
             features = [[{"input_ids": _ids(row), "row": row} for row in rows] for rows in old]
             memory = ReplayBuffer(features, _MEMORY, context.cell.seed)
-            self.collator = ReplayCollator(
-                list, memory, context.method.strength, context.cell.seed
-            )
+            self.collator = ReplayCollator(list, memory, context.method.strength, context.cell.seed)
 
     def old_rows(self) -> list[list[Row]]:
         """The rows of each earlier task."""
@@ -145,7 +143,7 @@ class Replay(Strategy):
         """The task's rows and what is drawn for them."""
         if self.collator is None:
             return rows
-        features = [{"input_ids": _ids(row), "row": row} for row in rows]
+        features: list[Any] = [{"input_ids": _ids(row), "row": row} for row in rows]
         return [feature["row"] for feature in self.collator(features)]
 
 

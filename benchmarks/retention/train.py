@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import secura
 from benchmarks.retention.build import (
     adapter_state,
     build,
     gradient_norms,
-    load_adapter,
     make_optimizer,
     scale_update,
 )
@@ -26,11 +28,11 @@ from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method, get_method
 from benchmarks.retention.record import Record, measure_from, replacing
 from benchmarks.retention.score import autocast
-from benchmarks.retention.strategies import STRATEGIES, Context, Strategy
+from benchmarks.retention.strategies import STRATEGIES, Context, State, Strategy
 
 WARMUP = 0.1
-TRAINED = "trained.pt"
-CHECKPOINT = "checkpoint.pt"
+TRAINED = "trained.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 class DivergedError(ArithmeticError):
@@ -65,8 +67,8 @@ def run(
     folder: Path,
     start: Path | None,
     on_step: Callable[[int], None],
-) -> None:
-    """Fills in a cell's record, going on from a checkpoint in `folder` where there is one.
+) -> Any:
+    """Fills in a cell's record, going on from a checkpoint in `folder`; gives the trained model.
 
     Args:
         record: the cell and its stage's settings.
@@ -84,6 +86,7 @@ def run(
         run_.train(on_step)
     run_.finish()
     record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - began
+    return run_.model
 
 
 class _Run:
@@ -97,22 +100,23 @@ class _Run:
         self.method: Method = get_method(self.cell.method)
         self.step = 0
         with self._timed("building"):
-            kept = _load(folder / CHECKPOINT)
-            before = _load(start / TRAINED) if start else {}
+            kept, notes = read_state(folder / CHECKPOINT)
+            before, _ = read_state(start / TRAINED if start else None)
             whole = before.get("adapter", {})
             if self.method.scale != 1:
-                self.model, _ = build(self.cell, self.method, material, {})
-                load_adapter(self.model, whole)
+                self.model, _ = build(self.cell, self.method, material, {}, whole)
                 scale_update(self.model, self.method.scale)
             else:
-                self.model, record.anchor = build(self.cell, self.method, material, whole)
+                self.model, record.anchor = build(
+                    self.cell, self.method, material, whole, kept.get("adapter")
+                )
         self.strategy: Strategy = STRATEGIES[self.method.against](
-            Context(self.cell, self.method, material, self.model, before.get("strategy", {}))
+            Context(self.cell, self.method, material, self.model, _under("strategy", before))
         )
         self.optimizer = make_optimizer(self.model, self.method, self.cell.rate)
         record.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if kept:
-            self._resume(kept)
+            self._resume(kept, notes)
 
     def train(self, on_step: Callable[[int], None]) -> None:
         """Takes the steps that are left, measuring after each quarter."""
@@ -136,9 +140,10 @@ class _Run:
             self.record.probes = self.material.probe(self.model)
             self.record.exact_match = self.material.exact_match(self.model)
         if self.method.adapter != "full" and self.method.scale == 1:
-            _save(
-                self.folder / TRAINED,
-                {"adapter": adapter_state(self.model), "strategy": self.strategy.state()},
+            parts = self.strategy.state().items()
+            strategy = {f"strategy.{part}": values for part, values in parts}
+            write_state(
+                self.folder / TRAINED, {"adapter": adapter_state(self.model), **strategy}
             )
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -148,6 +153,9 @@ class _Run:
             group["lr"] = self.cell.rate * rate_factor(self.step, self.cell.steps)
         with autocast(self.material.device, self.material.bf16):
             loss = self.strategy.loss(rows)
+        record.losses.append(loss.item())
+        if not math.isfinite(record.losses[-1]):
+            raise DivergedError(f"the loss became {record.losses.pop()} at step {self.step + 1}")
         loss.backward()
         for kind, norm in gradient_norms(self.model, self.cell.targets).items():
             record.gradient_norms.setdefault(kind, []).append(norm)
@@ -158,16 +166,14 @@ class _Run:
         if self.method.fold == "step":
             secura.fold(self.model)
         self.strategy.after_step()
-        record.losses.append(loss.item())
-        if not math.isfinite(record.losses[-1]):
-            raise DivergedError(f"the loss became {record.losses[-1]} at step {self.step}")
 
     def _measure(self, *, part: bool) -> None:
         with self._timed("scoring"), self._inferring():
-            measure = self.material.measure(self.model, self.step, part=part)
-        if not all(math.isfinite(score.loss) for score in measure.tasks.values()):
-            raise DivergedError(f"the loss of held-out examples is no number at step {self.step}")
-        self.record.measures.append(measure)
+            measures = self.material.measure(self.model, self.step, part=part)
+        scores = (*measures[-1].tasks.values(), *measures[-1].texts.values())
+        if not all(math.isfinite(score.loss) and math.isfinite(score.kl) for score in scores):
+            raise DivergedError(f"a held-out loss is no number at step {self.step}")
+        self.record.measures += measures
 
     @contextmanager
     def _inferring(self) -> Iterator[None]:
@@ -184,26 +190,28 @@ class _Run:
 
     def _save(self) -> None:
         record = self.record.to_json(exact=True)
-        kept = {name: record[name] for name in ("measures", "losses", "gradient_norms", "seconds")}
-        _save(
-            self.folder / CHECKPOINT,
-            {
-                "step": self.step,
-                "adapter": adapter_state(self.model),
-                "optimizer": self.optimizer.state_dict(),
-                "strategy": self.strategy.state(),
-                "record": kept,
-            },
-        )
+        kept = {
+            name: record[name]
+            for name in ("measures", "losses", "gradient_norms", "anchor", "seconds")
+        }
+        moments = self.optimizer.state_dict()["state"]
+        state = {
+            "adapter": adapter_state(self.model),
+            **{f"optimizer.{index}": values for index, values in moments.items()},
+            **{f"strategy.{part}": values for part, values in self.strategy.state().items()},
+        }
+        write_state(self.folder / CHECKPOINT, state, {"step": self.step, "record": kept})
 
-    def _resume(self, kept: dict[str, Any]) -> None:
-        self.step = kept["step"]
-        load_adapter(self.model, kept["adapter"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.strategy.resume(kept["strategy"])
-        record, found = self.record, kept["record"]
+    def _resume(self, state: State, notes: dict[str, Any]) -> None:
+        self.step = notes["step"]
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {int(k): v for k, v in _under("optimizer", state).items()}
+        self.optimizer.load_state_dict(optimizer)
+        self.strategy.resume(_under("strategy", state))
+        record, found = self.record, notes["record"]
         record.measures = [measure_from(entry) for entry in found["measures"]]
         record.losses, record.gradient_norms = found["losses"], found["gradient_norms"]
+        record.anchor = found["anchor"]
         for part, seconds in found["seconds"].items():
             record.seconds[part] = record.seconds.get(part, 0.0) + seconds
 
@@ -215,14 +223,45 @@ class _Run:
         seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
+def write_state(path: Path, state: State, notes: dict[str, Any] | None = None) -> None:
+    """Writes tensors by part and name, and notes that JSON can hold, as one safetensors file."""
+    tensors = {
+        f"{part}/{name}": value.detach().cpu().clone().contiguous()
+        for part, values in state.items()
+        for name, value in values.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
-        torch.save(content, scratch)
+        save_file(tensors, scratch, metadata={"notes": json.dumps(notes or {})})
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+def read_state(path: Path | None) -> tuple[State, dict[str, Any]]:
+    """What :func:`write_state` wrote; nothing where there is no file."""
+    state: State = {}
+    if path is None or not path.is_file():
+        return state, {}
+    with safe_open(path, "pt") as file:
+        notes = json.loads(file.metadata()["notes"])
+        for key in file.keys():  # noqa: SIM118
+            part, _, name = key.partition("/")
+            state.setdefault(part, {})[name] = file.get_tensor(key)
+    return state, notes
 
 
-__all__ = ["CHECKPOINT", "TRAINED", "DivergedError", "needs", "quarters", "rate_factor", "run"]
+def _under(group: str, state: State) -> State:
+    """The parts ``group.name`` of a state, by name."""
+    prefix = f"{group}."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+__all__ = [
+    "CHECKPOINT",
+    "TRAINED",
+    "DivergedError",
+    "needs",
+    "quarters",
+    "rate_factor",
+    "read_state",
+    "run",
+    "write_state",
+]

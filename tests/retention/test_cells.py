@@ -1,0 +1,220 @@
+"""Cells end to end on a tiny model: every method, resuming, sequences, failures, the record."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import small
+import torch
+
+from benchmarks.retention import record as records
+from benchmarks.retention import train
+from benchmarks.retention.cells import Cell
+from benchmarks.retention.methods import METHODS, get_method
+from benchmarks.retention.record import Record
+
+RANKS = {"secura": "rank=4", "lora": "rank=2", "dora": "rank=2"}
+
+
+def short(name: str) -> str:
+    """The method at a rank that the tiny model has room for."""
+    base = name.partition("@")[0]
+    rank = "rank=4,inner_r=4" if "released" in base else RANKS.get(METHODS[base].adapter)
+    return name if rank is None else f"{name}{',' if '@' in name else '@'}{rank}"
+
+
+def read(runner, cell: Cell) -> Record:
+    found = records.read(runner.root / "try" / cell.path)
+    assert found is not None
+    return found
+
+
+def figures(record: Record) -> dict:
+    """What was measured, without clock and machine."""
+    content = record.to_json()
+    return {k: v for k, v in content.items() if k not in ("seconds", "environment", "stage")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_is_scored(runner, name):
+    rate = 1e-3 if name == "full" else 1e-2
+    targets = "all" if name == "full" else "qv"
+    cell = small.cell(short(name), targets, rate, steps=8)
+    one = runner()
+    one.run([cell])
+    record = read(one, cell)
+    assert record.status == "done", record.error
+    assert [measure.step for measure in record.measures] == [2, 4, 6, 8, 8]
+    assert [measure.part for measure in record.measures] == [True, True, True, True, False]
+    assert set(record.end.tasks) == {"sums", "colours"}
+    assert set(record.end.texts) == {"news", "code"}
+    assert len(record.losses) == 8 and record.trained > 0
+    if name not in ("released-m1", "released-m2"):
+        assert record.end.tasks["sums"].learned > 0
+    assert all(score.kl > 0 for score in record.end.texts.values())
+    assert record.probes["letters"].n == 4
+    kinds = {"q_proj", "v_proj"} if targets == "qv" else {"q_proj", "down_proj"}
+    assert kinds <= set(record.gradient_norms)
+    assert all(len(norms) == 8 for norms in record.gradient_norms.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anchored-self@damping=0.1,decay=0.3",
+        "anchored-self@sides=in",
+        "anchored-self@sides=out",
+        "anchored-self@optimizer=muon",
+        "lora@optimizer=muon",
+    ],
+)
+def test_variations_are_other_runs(runner, name):
+    plain, varied = small.cell(short(name.partition("@")[0])), small.cell(short(name))
+    one = runner()
+    one.run([plain, varied])
+    ours, theirs = read(one, varied), read(one, plain)
+    assert ours.status == "done", ours.error
+    assert ours.trained == theirs.trained
+    assert ours.losses[0] == theirs.losses[0] and ours.losses[-1] != theirs.losses[-1]
+
+
+def test_a_part_of_what_was_trained_moves_less(runner):
+    whole = small.cell(short("lora"), steps=8)
+    parts = [small.cell(short(f"lora@scale={scale}"), steps=8) for scale in (0.5, 0.0)]
+    one = runner()
+    one.run([*parts, whole])  # the whole one is run first all the same
+    full, half, nothing = (read(one, cell) for cell in (whole, *parts))
+    assert full.end.texts["news"].kl > half.end.texts["news"].kl > 0
+    assert nothing.end.texts["news"].kl == pytest.approx(0, abs=1e-9)
+    assert nothing.end.texts["news"].rise == pytest.approx(0, abs=1e-6)
+    assert not half.losses and half.trained == full.trained
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "anchored-self", "secura-weight", "released-m1", "replay-self", "ewc-self", "i-lora"],
+)
+def test_a_stopped_cell_goes_on_bit_equal(runner, tmp_path, monkeypatch, name):
+    cell = small.cell(short(name), steps=6)
+    straight = runner()
+    straight.run([cell])
+    wanted = read(straight, cell)
+    assert wanted.status == "done", wanted.error
+
+    other = runner(out=tmp_path / "other")
+    take = train._Run._take
+
+    def stop(run, rows):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        take(run, rows)
+
+    monkeypatch.setattr(train._Run, "_take", stop)
+    with pytest.raises(KeyboardInterrupt):
+        other.run([cell])
+    assert (other.root / "try" / cell.path).with_suffix("").joinpath(train.CHECKPOINT).is_file()
+    monkeypatch.setattr(train._Run, "_take", take)
+    other.run([cell])
+    assert figures(read(other, cell)) == figures(wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "anchored-self", "anchored-channel", "ewc", "er", "i-lora", "released-m1"]
+)
+def test_a_sequence_goes_on_from_the_task_before(runner, name):
+    first = small.cell(short(name))
+    second = replace(first, tasks=("sums", "colours"))
+    one = runner()
+    one.run([second, first])
+    before, after = read(one, first), read(one, second)
+    assert after.status == "done", after.error
+    sums = before.end.tasks["sums"].loss
+    fresh = before.end.tasks["sums"].base_loss
+    assert abs(after.measures[0].tasks["sums"].loss - sums) < abs(fresh - sums) or name == "i-lora"
+    assert after.losses[0] < before.end.tasks["colours"].base_loss + 1
+    if name == "anchored-self":  # what was folded is kept: only U of this task is trained
+        assert after.trained == before.trained and after.anchor["tokens"] > 0
+
+
+def test_every_method_of_a_seed_is_given_the_same_batches(runner):
+    material = runner().material
+    batches = material.batches("sums", 3, 5)
+    assert batches == runner().material.batches("sums", 3, 5)
+    assert batches != material.batches("sums", 4, 5)
+    assert len(batches) == 5 and all(len(batch) == 2 for batch in batches)
+    spread = [max(r.length for r in batch) - min(r.length for r in batch) for batch in batches]
+    lengths = [row.length for batch in batches for row in batch]
+    assert max(spread) <= max(lengths) - min(lengths) and sum(spread) <= 5
+    assert max(lengths) < material.settings.max_tokens
+
+
+def test_a_diverged_cell_is_recorded_and_the_others_go_on(runner, monkeypatch):
+    bad, good = small.cell(short("lora"), rate=1e30), small.cell(short("lora"))
+    one = runner()
+    one.run([bad, good])
+    assert read(one, bad).status == "failed" and "step" in read(one, bad).error
+    assert read(one, good).status == "done"
+    assert one.counts == {"done": 1, "failed": 1, "left": 0}
+    again = runner()
+    again.run([bad, good])
+    assert again.counts == {"done": 0, "failed": 0, "left": 0}
+    retried = runner(retry=True)
+    retried.run([bad])
+    assert retried.counts["failed"] == 1
+
+
+def test_no_cell_is_started_past_the_deadline_or_without_its_start(runner):
+    one = runner(deadline=-math.inf)
+    one.run([small.cell(short("lora"))])
+    assert one.counts["left"] == 1
+    one = runner()
+    one.run([small.cell(short("lora"), tasks=("sums", "colours"))])
+    assert one.counts == {"done": 0, "failed": 0, "left": 1}
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(runner):
+    from filelock import FileLock
+
+    one, cell = runner(), small.cell(short("lora"))
+    folder = (one.root / "try" / cell.path).with_suffix("")
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        one.run([cell])
+    assert one.counts["left"] == 1
+    one.run([cell])
+    assert one.counts["done"] == 1
+
+
+def test_a_record_reads_back_as_it_was_written(runner, tmp_path):
+    one, cell = runner(), small.cell(short("lora"))
+    one.run([cell])
+    record = read(one, cell)
+    records.write(tmp_path / "copy.json", record)
+    assert records.read(tmp_path / "copy.json") == record
+    assert record.cell == cell and record.settings == one.settings
+    content = json.loads((one.root / "try" / cell.path).read_text())
+    assert content["format"] == 2
+    (tmp_path / "copy.json").write_text(json.dumps(content | {"format": 1}))
+    assert records.read(tmp_path / "copy.json") is None
+
+
+def test_a_wrong_method_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean anchored-self"):
+        get_method("anchored-slf")
+    varied = get_method("anchored-self@damping=0.1,selection=inverse_sampling")
+    assert varied.damping == 0.1 and varied.make_config("qv", 0).selection == "inverse_sampling"
+    assert get_method("lora@rank=2,scale=0.5").trained_as == "lora@rank=2"
+
+
+def test_whitened_inputs_are_white(runner):
+    from benchmarks.retention.build import Whitening
+
+    x = torch.randn(400, 8) @ torch.diag(torch.logspace(-1, 1, 8))
+    factor = Whitening(x.T @ x / 400).factor
+    covariance = factor @ (x.T @ x / 400) @ factor
+    values = torch.linalg.eigvalsh(covariance)
+    assert values[-1] / values[len(values) // 2] < 1.1
+    assert factor.norm() == pytest.approx(8**0.5, rel=1e-5)
