@@ -82,5 +82,3 @@ def _recover() -> None:
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 
-
-__all__ = ["NotCapturableError", "graphed", "supported", "why_not"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .schema import Result
+from .tables import groups, headline_t, summed
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = ("speed", "memory", "roofline")
 COLOURS = {
     "frozen": "#444444",
@@ -29,9 +29,9 @@ COLOURS = {
 DASHES = {"reference": "--", "compiled": ":", "dropout": "-."}
 
 
-def layer_plots(name: str) -> list[Path]:
-    """Where the plots of result ``name`` stand."""
-    return [RESULTS / f"{name}-{kind}.svg" for kind in KINDS]
+def layer_plots(path: Path) -> list[Path]:
+    """Where the plots of the layer result at ``path`` stand, its suffix left out."""
+    return [path.with_name(f"{path.name}-{kind}.svg") for kind in KINDS]
 
 
 def draw_all(results: Path) -> list[Path]:
@@ -92,8 +92,6 @@ def speed(result: Result) -> Any:
 
 def _over_frozen(result: Result, phase: str) -> dict[str, dict[int, float]]:
     """A phase's time over the frozen layer's, by provider and T, of the first model."""
-    from .report import groups, summed
-
     model = result.rows[0].case["model"] if result.rows else None
     curves: dict[str, dict[int, float]] = {}
     for (of, t, _, _), providers in groups(result).items():
@@ -151,8 +149,6 @@ def _setting(case: dict[str, Any]) -> str:
 
 def memory(result: Result) -> Any:
     """Bars of what each provider saves for its backward pass, at the headline T."""
-    from .report import groups, headline_t, summed
-
     bars: dict[str, float] = {}
     for (_, t, _, _), providers in groups(result).items():
         if t == headline_t(result) and not bars:
@@ -235,5 +231,3 @@ def _save(figure: Any, path: Path) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
-
-__all__ = ["COLOURS", "draw_all", "layer_plots", "memory", "roofline", "speed", "steps"]
