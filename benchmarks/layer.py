@@ -76,7 +76,8 @@ class Runner:
                 "held_mib": measure.held_mib(self.forward, problem.device),
                 "peak_mib": measure.peak_mib(self.both, problem.device),
             }
-            self.phases, notes = PHASES, list[str]()
+            self.phases: tuple[str, ...] = PHASES
+            notes = []
             if "dropout" in provider.name:
                 notes.append("checked with dropout off")
             if graphs.supported(problem.device):

@@ -203,4 +203,3 @@ def raise_ceilings(found: dict[str, float], device: torch.device, dtype: torch.d
 def _typical(call: Callable[[], Any], device: torch.device) -> float:
     call()
     return statistics.median(value for _ in range(8) for value in sample(call, device))
-

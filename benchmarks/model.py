@@ -1,7 +1,7 @@
 """Whole training steps: forward, backward and AdamW, in tokens per second and peak memory.
 
     python -m benchmarks.model --preset llama3-8b --out benchmarks/results/model-h200.json
-    python -m benchmarks.model --preset saved --dtype bf16 --out benchmarks/results/saved-cpu.json
+    python -m benchmarks.model --preset saved --dtype bf16 --steps 0 --out saved.json
 
 The model has the published dimensions and random weights, the tokens are random, the attention is
 torch's. Each provider is first checked on one layer of the model against fp64, and its loss must be
@@ -9,7 +9,8 @@ finite; then the providers' layers are put into the same model in turns, a step 
 
 ``--preset saved`` counts besides what the decoder of SmolLM2-135M keeps for its backward pass
 (which does not depend on the values, so random weights do), by saved-tensor hooks: each storage
-once, parameters and buffers left out, the head and the loss, equal for all, left out too.
+once, parameters and buffers left out, the head and the loss, equal for all, left out too. With
+``--steps 0`` it counts that alone, by a forward pass, and takes no step.
 """
 
 from __future__ import annotations
@@ -178,18 +179,21 @@ def run_case(
         check(model, provider, case)
         contender = Contender(provider, model, case)
         with contender.running():
+            row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
             if case.saved_at:
                 row.figures["saved_mib"] = contender.saved_mib(case.saved_at)
+            if steps == 0:
+                return {}
             if device.type == "cuda":
                 contender.step()
             row.figures["peak_mib"] = measure.peak_mib(contender.step, device)
             if not math.isfinite(contender.loss.item()):
                 raise WrongError("the loss is not finite")
-        row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
         return {"step": measure.Task(contender.step_call, contender.running)}
 
     def finish(provider: Provider, row: Row, times: dict[str, dict[str, float]]) -> None:
-        row.figures |= rates(times["step"], case, ceilings, device)
+        if steps:
+            row.figures |= rates(times["step"], case, ceilings, device)
 
     return in_turns(
         case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=steps,

@@ -36,6 +36,13 @@ def randomise(module: nn.Module, weight: Tensor, change: float = CHANGE) -> None
             parameter.mul_(1 + change * torch.randn_like(parameter))
 
 
+def output(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """``[T, N]`` in fp64: what a layer of these parameters, in any dtype, should give."""
+    wide = {name: parameter.detach().double() for name, parameter in trainable(module).items()}
+    bias = None if bias is None else bias.double()
+    return expected(module, weight.double(), bias, wide, x.double())
+
+
 def errors(
     module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor, grad: Tensor
 ) -> dict[str, float]:

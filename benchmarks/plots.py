@@ -1,4 +1,4 @@
-"""Pictures of results, as SVG beside them: layers' speed by T, memory, roofline; models' steps.
+"""Pictures of results, as SVG beside them: layers' speed by T and memory; models' steps.
 
 The same results give the same files, byte for byte, with one version of matplotlib.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from .schema import Result
 from .tables import groups, headline_t, summed
 
-KINDS = ("speed", "memory", "roofline")
+KINDS = ("speed", "memory")
 COLOURS = {
     "frozen": "#444444",
     "secura none": "#89C2D9",
@@ -45,7 +45,7 @@ def draw_all(results: Path) -> list[Path]:
     style = {"svg.hashsalt": "secura", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(style):
         pictures = {
-            "layer": {"speed": speed, "memory": memory, "roofline": roofline},
+            "layer": {"speed": speed, "memory": memory},
             "model": {"steps": steps},
         }
         for path in sorted(results.glob("*.json")):
@@ -165,34 +165,6 @@ def memory(result: Result) -> Any:
     return figure
 
 
-def roofline(result: Result) -> Any:
-    """Achieved TFLOP/s over operations per byte, under the two ceilings measured there."""
-    points = [row for row in result.rows if row.status == "ok"]
-    if not points:
-        return None
-    copy, gemm = result.ceilings["copy_gb_s"], result.ceilings["gemm_tflop_s"]
-    figure, (axes,) = _figure("Roofline: forward + backward", result)
-    seen: set[str] = set()
-    intensities = []
-    for row in points:
-        figures = row.figures
-        intensity = figures["both_gflop"] * 1e9 / (figures["both_moved_mib"] * 2**20)
-        intensities.append(intensity)
-        rate = figures["both_gflop"] / figures["both_ms"]["median"]
-        label = None if row.provider in seen else row.provider
-        seen.add(row.provider)
-        axes.plot(intensity, rate, "o", color=_colour(row.provider), markersize=4, label=label)
-    knee = gemm * 1e3 / copy
-    edges = [min([*intensities, knee]) / 2, knee, max([*intensities, knee]) * 2]
-    axes.plot(edges, [edges[0] * copy / 1e3, gemm, gemm], color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations per byte, by formula")
-    axes.set_ylabel("TFLOP/s")
-    _legend(axes)
-    return figure
-
-
 def _measured(rows: list) -> bool:
     return all(row.status == "ok" for row in rows)
 
@@ -230,4 +202,3 @@ def _save(figure: Any, path: Path) -> None:
     text = "\n".join(line.rstrip() for line in lines) + "\n"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-

@@ -170,11 +170,11 @@ def in_turns(
         tasks, device, timer=timer, rounds=rounds, deadline=turn.deadline, progress=turn.say
     )
     for provider, row in zip(providers, rows, strict=True):
-        for (name, phase), error in failures.items():
+        for (name, phase), failure in failures.items():
             if name == provider.name and phase in optional:
-                row.note = "; ".join(filter(None, [row.note, f"no {phase}: {error}"]))
+                row.note = "; ".join(filter(None, [row.note, f"no {phase}: {failure}"]))
             elif name == provider.name:
-                row.fail(*excuse(error))
+                row.fail(*excuse(failure))
         if row.status == "ok":
             own = {phase: time for (name, phase), time in times.items() if name == provider.name}
             finish(provider, row, own)

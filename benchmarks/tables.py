@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .schema import Result, Row
@@ -176,42 +177,49 @@ def model_table(result: Result) -> str:
     """Tokens per second and memory of ``benchmarks.model``'s training steps."""
     if not result.rows:
         return NOT_YET
-    baselines: dict[str, float] = {}
+    bases: dict[str, dict[str, Any]] = {}
     for row in result.rows:
         names = [other.provider for other in result.rows if other.case == row.case]
         if row.status == "ok" and row.provider == baseline(names, result.dtype):
-            baselines[json.dumps(row.case)] = row.figures["tokens_per_s"]
+            bases[json.dumps(row.case)] = row.figures
     saved_at = next((row.case["saved_at"] for row in result.rows if "saved_at" in row.case), None)
-    heads = ["model, adapters on, sequence × batch", "layer"]
-    heads += [f"saved at T={saved_at}, MiB"] * bool(saved_at)
-    heads += ["tokens/s", "against LoRA", "step, ms (20%, 80%)", "peak, MiB", "MFU"]
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        (f"saved at T={saved_at}, MiB", "saved_mib", "{:.0f}".format),
+        ("against LoRA", "saved_mib", "{:.2f} ×".format),
+        ("tokens/s", "tokens_per_s", "{:.0f}".format),
+        ("against LoRA", "tokens_per_s", "{:.2f} ×".format),
+        ("step, ms (20%, 80%)", "step_ms", "{0[median]:.0f} ({0[q20]:.0f}, {0[q80]:.0f})".format),
+        ("peak, MiB", "peak_mib", "{:.0f}".format),
+        ("MFU", "mfu_measured", "{:.0%}".format),
+    ]
+    there = {name for row in result.rows for name in row.figures}
+    columns = [column for column in columns if column[1] in there]
+    heads = ["model, adapters on, sequence × batch", "layer", *(head for head, _, _ in columns)]
     lines = [_cells(heads), "|---" * len(heads) + "|"]
     for row in result.rows:
-        figures, start = row.figures, [setting(row.case), title(row.provider, row.case)]
+        cells = [setting(row.case), title(row.provider, row.case)]
         if row.status != "ok":
-            cells = [*start, f"{row.status}: {row.note}"]
-            lines.append(f"{_cells(cells)} " + "| " * (len(heads) - len(cells) - 1) + "|")
-            continue
-        base, step = baselines.get(json.dumps(row.case)), figures["step_ms"]
-        cells = [
-            *start,
-            *([f"{figures['saved_mib']:.0f}"] if saved_at else []),
-            f"{figures['tokens_per_s']:.0f}",
-            f"{figures['tokens_per_s'] / base:.2f} ×" if base else "",
-            f"{step['median']:.0f} ({step['q20']:.0f}, {step['q80']:.0f})",
-            f"{figures['peak_mib']:.0f}",
-            f"{figures['mfu_measured']:.0%}",
-        ]
-        lines.append(_cells(cells))
-    caption = (
-        f"{provenance(result)}. Random weights and tokens; a step is forward, backward and AdamW. "
-        "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix rate "
-        "measured there; recomputation is not counted as work."
-    )
-    if saved_at:
+            cells += [f"{row.status}: {row.note}", *[""] * (len(columns) - 1)]
+        base = bases.get(json.dumps(row.case), {})
+        for head, name, show in columns if row.status == "ok" else ():
+            value, known = row.figures[name], base.get(name)
+            if head == "against LoRA":
+                cells.append(show(value / known) if known else "")
+            else:
+                cells.append(show(value))
+        lines.append(_cells(cells).replace("|  ", "| "))
+    caption = f"{provenance(result)}. Random weights and tokens."
+    if "step_ms" in there:
+        caption = (
+            f"{caption[:-1]}; a step is forward, backward and AdamW. "
+            "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix "
+            "rate measured there; recomputation is not counted as work."
+        )
+    if "saved_mib" in there:
         caption += (
             " *Saved* is what the decoder keeps for the backward pass, each storage once, weights "
-            "and buffers not counted; fp32 adapters, PEFT's default, keep an fp32 copy of x."
+            "and buffers not counted. PEFT's adapters are in fp32 unless it is told otherwise, and "
+            "then keep x in fp32."
         )
     return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
 

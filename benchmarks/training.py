@@ -96,4 +96,3 @@ def flop_per_token(shape: ModelShape, blocks: int, sequence: int) -> float:
     linear += shape.hidden * shape.vocab
     attention = blocks * 6 * sequence * shape.heads * shape.head_dim
     return 4.0 * linear + attention
-
