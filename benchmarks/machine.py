@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .schema import Result
-
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "pytest")
-MEASURED = ("secura", "secura_kernels", "benchmarks/*.py", "benchmarks/retention/*.py")
-ROOT = Path(__file__).parent.parent
+MEASURED = ("secura", "secura_kernels", "benchmarks/*.py")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -38,8 +33,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def package_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python and `packages`; ``"missing"`` where one is not installed."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and ``packages``; ``"missing"`` where one is not installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -49,12 +44,22 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The commit of the working tree, marked ``-dirty`` where code that is measured differs."""
-    name = _git("rev-parse", "--short=12", "HEAD")
+def commit(*measured: str) -> str:
+    """The commit of the project's working tree, or ``"unknown"`` where it runs from no checkout.
+
+    Args:
+        measured: paths from the project's root, ``MEASURED`` where none is given; where they differ
+            from the commit, it is marked ``-dirty``.
+    """
+    name = _git("rev-parse", "--short=12", "HEAD") if (ROOT / "pyproject.toml").is_file() else None
     if name is None:
         return "unknown"
-    return f"{name}-dirty" if _git("status", "--porcelain", "--", *MEASURED) else name
+    return f"{name}-dirty" if _git("status", "--porcelain", "--", *measured or MEASURED) else name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bf16"`` for ``torch.bfloat16``."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def _git(*arguments: str) -> str | None:
@@ -74,39 +79,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on; ``"missing"`` where a package is not installed."""
-    return package_versions(PACKAGES)
-
-
-def new_result(
-    benchmark: str,
-    preset: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    settings: dict[str, Any],
-    *,
-    commit_name: str | None = None,
-) -> Result:
-    """An empty result of this machine, this code and this command line."""
-    return Result(
-        benchmark=benchmark,
-        preset=preset,
-        command=shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
-        commit=commit_name or commit(),
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        dtype=dtype_name(dtype),
-        machine=describe(device),
-        versions=versions(),
-        settings=settings,
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"bf16"`` for ``torch.bfloat16``."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-
-
-__all__ = ["commit", "describe", "dtype_name", "new_result", "package_versions", "versions"]

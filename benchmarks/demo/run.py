@@ -140,7 +140,7 @@ def _measure(output_dir: Path, settings: Settings, sources: Sources, console: An
         "merge": merge,
         "question": material.question,
         "assets": [_asset(name) for name in sources.assets],
-        "versions": machine.package_versions(report.PACKAGES),
+        "versions": machine.versions(report.PACKAGES),
         "hardware": machine.describe(torch.device("cpu")),
     }
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".picture-") as scratch:

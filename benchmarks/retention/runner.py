@@ -116,7 +116,7 @@ class Runner:
 
     def _environment(self) -> dict[str, Any]:
         return {
-            **machine.package_versions(_PACKAGES),
+            **machine.versions(_PACKAGES),
             "commit": machine.commit(),
             "machine": machine.describe(self.device),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
