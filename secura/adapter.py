@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from secura_kernels import (
 from . import bases
 from .config import AdapterConfig
 from .integrity import fingerprint
-from .state import AdapterState
+from .state import AdapterState, factors
 
 
 class CABR(AdapterState):
@@ -44,8 +44,11 @@ class CABR(AdapterState):
         dtype: of A, B and bias. ``core`` stays fp32 whatever the module is cast to.
 
     Attributes:
-        A: ``[m, r]`` parameter.
-        B: ``[r, m]`` parameter, 0 at first.
+        A: ``[m, r]`` parameter, or None with ``core="u"``.
+        B: ``[r, m]`` parameter, 0 at first, or None with ``core="u"``.
+        U: ``[m, m]`` parameter, 0 at first, or None with ``core="ab"``.
+        left: ``[m, m]`` fp32 or None, κ L of an anchor: the core is then left · U · right.
+        right: ``[m, m]`` fp32 or None, S of an anchor.
         bias: ``[N]`` parameter, or None.
         rows: ``[m]`` int64, R = W[rows].
         cols: ``[m]`` int64, C = W[:, cols].
@@ -80,15 +83,22 @@ class CABR(AdapterState):
         self.config = config
         self.scaling = float(config.scaling)
         self.out_features, self.in_features = weight.shape
-        a = init_a(weight, m, inner, config.init, generator)
-        self.A = nn.Parameter(a.to(dtype))
-        b = torch.zeros(inner, m) if config.init_weights else torch.randn(inner, m) / inner**0.5
-        self.B = nn.Parameter(b.to(weight.device, dtype))
+        start = torch.zeros if config.init_weights else torch.randn
+        here = {"device": weight.device, "dtype": dtype}
+        self.A = self.B = self.U = None
+        if config.core == "u":
+            self.U = nn.Parameter((start(m, m) / m**0.5).to(**here))
+        else:
+            self.A = nn.Parameter(init_a(weight, m, inner, config.init, generator).to(dtype))
+            self.B = nn.Parameter((start(inner, m) / inner**0.5).to(**here))
         bias = torch.zeros(self.out_features, dtype=dtype, device=weight.device)
         self.bias = nn.Parameter(bias) if config.train_bias else None
         self.register_buffer("rows", rows)
         self.register_buffer("cols", cols)
         self.register_buffer("core", torch.zeros(m, m, device=weight.device))
+        for name in ("left", "right"):
+            side = torch.eye(m, device=weight.device) if config.anchored else None
+            self.register_buffer(name, side)
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
@@ -115,7 +125,7 @@ class CABR(AdapterState):
         self._refresh(base)
         mask = None if self.config.norm == "weight" else self.dropout_mask(x)
         layer = self._layer(base, weight)
-        return secura_linear(x, layer, self.A, self.B, delta_bias=self.bias, z_scale=mask)
+        return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
     def _layer(self, base: nn.Module, weight: Tensor) -> Layer:
         """What of the adapted layer is not trained; ``weight`` is W."""
@@ -188,9 +198,18 @@ class CABR(AdapterState):
             return projection(self.columns, u)
         return project(bases.weight(base, values=False), self.cols, u)
 
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
+        return factors(self.A, self.B, self.U, self.left, self.right)
+
     def update(self) -> Tensor:
-        """``s · A B [m, m]``, fp32 or wider, autocast or not."""
-        return update(self.A, self.B, self.scaling)
+        """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
+        return update(*self.factors(), self.scaling)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that starts at 0, and starts there again after a fold: B or U."""
+        return cast(nn.Parameter, self.B if self.U is None else self.U)
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
@@ -211,14 +230,44 @@ class CABR(AdapterState):
     def fold_core(self) -> None:
         """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not touched.
 
-        Where A and B are sharded, every process has to call this: it gathers them.
+        With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
+        are sharded, every process has to call this: it gathers them.
         """
-        update: Any = self.update()
-        self.core.add_(update.full_tensor() if hasattr(update, "full_tensor") else update)
-        self.B.zero_()
+        self.core.add_(self.whole_update())
+        self.trained.zero_()
         self.folded = True
         self._core_version = 0 if self.core.is_inference() else self.core._version
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
+
+    @torch.no_grad()
+    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
+        """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
+        assert self.U is not None
+        self.left, self.right = left.to(self.core), right.to(self.core)
+        self._put_core(u)
+        self.config.anchored = True
+
+    @torch.no_grad()
+    def drop_anchor(self) -> None:
+        """``U ← κ L Ũ S``: the same core in plain coordinates."""
+        whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
+        self.left = self.right = None
+        self._put_core(whole)
+        self.config.anchored = False
+
+    def _put_core(self, u: Tensor) -> None:
+        """Write ``u [m, m]`` over U, of which a sharded one has a part here."""
+        own: Any = self.U
+        if hasattr(own, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            u = distribute_tensor(u.to(own.dtype), own.device_mesh, own.placements)
+        own.copy_(u)
+
+    def whole_update(self) -> Tensor:
+        """:meth:`update`, gathered where the parameters are sharded."""
+        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
+        return update(*factors(a, b, u, self.left, self.right), self.scaling)
 
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
@@ -256,7 +305,9 @@ class CABR(AdapterState):
     def extra_repr(self) -> str:
         """The adapter in one line."""
         config = self.config
-        parts = [f"r={self.rows.numel()}", f"inner_r={self.A.shape[1]}", f"norm={config.norm!r}"]
+        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[1]}"
+        inner += "" if self.left is None else ", anchored"
+        parts = [f"r={self.rows.numel()}", inner, f"norm={config.norm!r}"]
         if config.norm != "none":
             parts.append(f"form={config.norm_form or 'default'}")
         return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
@@ -315,4 +366,9 @@ class CABR(AdapterState):
         )
 
 
-__all__ = ["CABR"]
+def gathered(tensor: Any) -> Any:
+    """``tensor`` whole where it is a DTensor, of which every process has a part; else as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+__all__ = ["CABR", "gathered"]
