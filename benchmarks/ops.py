@@ -16,16 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import (
-    NormOptions,
-    activation_norm,
-    channel_product,
-    effective_weight,
-    init_a,
-    lowrank_add,
-    project,
-    row_norms,
-)
+from secura_kernels import Layer, NormOptions, effective_weight, init_a, row_norms, secura_add
+from secura_kernels.api import additive_product
 
 from .registry import SPACES, Ranks, frozen_linear, secura
 
@@ -49,8 +41,6 @@ class Tensors:
         weight: ``W [N, K]``.
         rows, cols: ``[m]`` int64.
         a, b, u: ``A [m, r]``, ``B [r, m]`` and their product, fp32.
-        p: ``P = C A B [N, m]`` fp32.
-        gram, norms: of :func:`secura_kernels.row_norms`.
     """
 
     def __init__(self, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> None:
@@ -70,9 +60,23 @@ class Tensors:
         self.b = normal(self.a.shape[1], m, scale=0.5)
         self.grad = normal(t, n).to(dtype)
         self.u = self.a @ self.b
-        self.p = self.weight[:, self.cols].float() @ self.u
         self.y0 = linear(self.x, self.weight)
-        self.gram, self.norms = row_norms(self.weight, self.rows, None)
+        self._norms = row_norms(self.weight, self.rows, None)
+
+    def layer(self, norm: str, form: str | None = None, save: str = "recompute") -> Layer:
+        """The adapted layer in a norm space, without its core."""
+        gram, norms = self._norms if norm == "channel" else (None, None)
+        options = NormOptions(norm, form)
+        return Layer(
+            self.weight,
+            None,
+            self.rows,
+            self.cols,
+            options,
+            gram=gram,
+            base_norms=norms,
+            save=save,
+        )
 
 
 def scattered(height: int, width: int, m: int, itemsize: int) -> float:
@@ -127,16 +131,23 @@ class Op(NamedTuple):
 
 
 def _merged(data: Tensors, impl: str, norm: str, **how: Any) -> Tensor:
-    return effective_weight(data.weight, data.rows, data.p, NormOptions(norm), impl=impl, **how)
+    return effective_weight(data.layer(norm), data.u, impl=impl, **how)
 
 
-def _channel(form: str) -> Op:
-    options = NormOptions("channel", form)
+def _projected(n: int, k: int, m: int, s: int) -> float:
+    """Bytes of P = C U, or of ∂U = Cᵀ ∂P: scattered columns of W, P in fp32, U."""
+    return scattered(n, k, m, s) + 4 * n * m + 4 * m * m
+
+
+def _q(norm: str, form: str | None) -> Op:
     return Op(
-        f"channel: Q of P, {form}",
-        lambda d, impl, p: channel_product(p, None, d.gram, d.norms, options, impl=impl)[0],
-        ("p",),
-        lambda t, n, k, m, s: (8 * n * m + 4 * m * m, 8 * n * m),
+        f"{norm}: Q of U" + (f", {form}" if form else ""),
+        lambda d, impl: additive_product(d.layer(norm, form), d.u, impl=impl)[0],
+        (),
+        lambda t, n, k, m, s: (
+            _projected(n, k, m, s) + (8 * n * m + 4 * m * m if norm == "channel" else 0),
+            0,
+        ),
     )
 
 
@@ -144,13 +155,17 @@ def _activation(save: str) -> Op:
     kept = int(save == "8bit")
     return Op(
         f"activation: norm of y0, {save}",
-        lambda d, impl, y0, p: activation_norm(
-            y0, None, d.rows, p, NormOptions("activation"), save=save, impl=impl
-        ),
-        ("y0", "p"),
+        lambda d, impl, y0, u: secura_add(y0, d.layer("activation", save=save), u, impl=impl),
+        ("y0", "u"),
         lambda t, n, k, m, s: (
-            (2 * s + kept) * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            (2 * s + (1 if kept else s)) * t * n + scattered(t, n, m, s) + s * m * (t + n),
+            (2 * s + kept) * t * n
+            + scattered(t, n, m, s)
+            + s * m * (2 * t + n)
+            + _projected(n, k, m, s),
+            (2 * s + (1 if kept else s)) * t * n
+            + scattered(t, n, m, s)
+            + s * m * (t + n)
+            + _projected(n, k, m, s),
         ),
         "gemm_tflop_s",
     )
@@ -163,21 +178,20 @@ OPS = (
         ("a", "b"),
         lambda t, n, k, m, s: (20 * m * m, 36 * m * m),
     ),
-    Op(
-        "P = C U",
-        lambda d, impl, u: project(d.weight, d.cols, u, impl=impl),
-        ("u",),
-        lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
-    ),
-    _channel("calibrated"),
-    _channel("paper"),
+    _q("none", None),
+    _q("channel", "calibrated"),
+    _q("channel", "paper"),
     Op(
         "none: thin product added to y0",
-        lambda d, impl, y0, p: lowrank_add(y0, None, d.rows, p, impl=impl),
-        ("y0", "p"),
+        lambda d, impl, y0, u: secura_add(y0, d.layer("none"), u, impl=impl),
+        ("y0", "u"),
         lambda t, n, k, m, s: (
-            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            3 * s * t * n + scattered(t, n, m, s) + s * m * (t + n) + 4 * n * m,
+            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n) + _projected(n, k, m, s),
+            3 * s * t * n
+            + scattered(t, n, m, s)
+            + s * m * (t + n)
+            + 4 * n * m
+            + _projected(n, k, m, s),
         ),
         "gemm_tflop_s",
     ),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.conftest import interpreter_broken
+from ops.conftest import interpreter_broken
 
 from benchmarks import (
     compare,
