@@ -36,11 +36,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 		"$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[experiments,dev]'
+		--editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/secura demo --output_dir $(DEMO_OUTPUT) --overwrite_output_dir $(ARGS)
+	$(BIN)/python -m benchmarks.demo --output_dir $(DEMO_OUTPUT) --overwrite_output_dir $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

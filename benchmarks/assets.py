@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from secura._extras import require
 from benchmarks.asset_table import ASSETS, Asset, Part
+from secura._extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +121,8 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     Returns:
         `(model, tokenizer)`, on the CPU, the model in eval mode.
     """
-    transformers = require("transformers", "demo")
-    torch = require("torch", "demo")
+    transformers = require("transformers", "bench")
+    torch = require("torch", "bench")
     folder = model_dir(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -144,6 +144,15 @@ def load_news() -> list[str]:
     """BBC news articles (XSum's), empty ones dropped: text of another kind than GSM8K."""
     articles = (row["document"].strip() for row in _read_jsonl(fetch("xsum-test")))
     return [article for article in articles if article]
+
+
+def main(names: list[str]) -> None:
+    """Fetches assets and prints where each is: a model's folder, a data set's file."""
+    for name in names or sorted(ASSETS):
+        if not names:
+            print(f"{name}: {ASSETS[name].describe()}")
+        else:
+            print(model_dir(name) if get_asset(name).kind == "model" else fetch(name))
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -269,9 +278,9 @@ def _open_member(archive: Path, part: Part) -> Iterator[IO[bytes]]:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Writes the fp32 checkpoint of `gguf` with a record of the weights' checksum."""
-    transformers = require("transformers", "demo")
-    torch = require("torch", "demo")
-    require("gguf", "demo")
+    transformers = require("transformers", "bench")
+    torch = require("torch", "bench")
+    require("gguf", "bench")
     source: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -298,3 +307,7 @@ def _checkpoint_is_intact(folder: Path) -> bool:
         and weights.stat().st_size == record.get("weights_bytes")
         and _sha256(weights) == record.get("weights_sha256")
     )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,7 +5,7 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
 ``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
-a results folder of ``secura experiment`` there (``retention-small``).
+``retention-<stage>-<place>``, a stage of the retention experiment there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .retention import is_there, retention_table
+from .retention.record import read_all
+from .retention.report import main_table
+from .retention.summary import Front
 from .schema import Result, Row
 
 ROOT = Path(__file__).parent.parent
@@ -252,7 +254,7 @@ def startup_table(result: Result, name: str) -> str:
 
 
 def demo_table(result: dict[str, Any]) -> str:
-    """Losses and costs of ``secura demo``."""
+    """Losses and costs of the demo."""
     base, settings, plan = result["base"], result["settings"], result["plan"]
     lines = [
         "| | GSM8K, held out | news text | trainable | adapter file | seconds a step |",
@@ -277,6 +279,15 @@ def demo_table(result: dict[str, Any]) -> str:
         "seconds in all; `make demo`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def retention_table(results: Path, name: str) -> str:
+    """What methods keep where each learned as much, of a stage and a place."""
+    _, stage, targets = name.split("-")
+    folder = results / "retention" / stage
+    if not folder.is_dir():
+        return NOT_YET
+    return f"{main_table(Front(read_all(folder), targets))}\n"
 
 
 def provenance(result: Result) -> str:
@@ -307,8 +318,8 @@ TABLES: dict[str, Callable[[Result, str], str]] = {
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The table of one result file; says so where there is none yet."""
-    if is_there(results / name):
-        return retention_table(results / name)
+    if name.startswith("retention-"):
+        return retention_table(results, name)
     path = results / f"{name}.json"
     if not path.exists():
         return NOT_YET

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from secura import assets
-from secura.assets import Asset, AssetError, Part
+from benchmarks import assets
+from benchmarks.assets import Asset, AssetError, Part
 
 ROWS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
 CONTENT = "\n".join(json.dumps(row) for row in ROWS).encode()

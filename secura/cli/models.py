@@ -1,4 +1,4 @@
-"""Models by name: packaged, local, or of the hub."""
+"""Models by name: local, or of the hub."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def resolve_model(name: str) -> str:
     """What to give to `from_pretrained`: a folder's absolute path, else `name` itself.
 
     An adapter records it, so that it is found from any working folder and never taken for a
-    repository of the hub. A packaged model's name becomes its folder.
+    repository of the hub.
 
     Raises:
         UserError: `name` is a path where there is no folder.
@@ -65,10 +65,6 @@ def resolve_model(name: str) -> str:
         return os.path.abspath(path)
     if path.is_file() or name.startswith((".", "/", "~")):
         raise UserError(f"model {name!r}: no such folder; give a checkpoint folder or a hub name")
-    from secura.assets import ASSETS, model_dir
-
-    if name in ASSETS and ASSETS[name].kind == "model":
-        return str(model_dir(name))
     return name
 
 
@@ -100,7 +96,7 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
     """A model, a causal language model unless `kind` names another class of transformers.
 
     Args:
-        name: a packaged model, a folder, or a model of the hub.
+        name: a folder, or a model of the hub.
         kind: the class.
         kwargs: given to its `from_pretrained`.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,8 +14,8 @@ from secura.cli import anchoring, arguments, checks
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
-from secura.cli.folders import ADAPTER_CONFIG, checkpoints, sole_use
-from secura.cli.models import load_model, load_tokenizer, refuse_adapter, resolve_model
+from secura.cli.folders import checkpoints, sole_use
+from secura.cli.models import load_model, load_tokenizer, refuse_adapter
 from secura.cli.resume import resume_point
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
 
@@ -104,7 +103,7 @@ def train(trainer: Any, resume: str | None, model_name: str) -> str:
             return f"secura: {finished}; the adapter in {output} stays as it is"
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
-        save(trainer, model_name)
+        save(trainer)
         return f"secura: {finished}; the adapter of {resume} is in {output}"
     except DivergedError as error:
         kept = checkpoints(output)
@@ -113,7 +112,7 @@ def train(trainer: Any, resume: str | None, model_name: str) -> str:
             + (f", and {kept[-1]} is the last checkpoint before it" if kept else "")
             + "; begin anew with a lower --learning_rate, with --warmup_steps or --max_grad_norm 1"
         ) from error
-    save(trainer, model_name)
+    save(trainer)
     seconds = result.metrics.get("train_runtime", 0.0)
     return (
         f"secura: {trainer.state.global_step} steps in {seconds:.0f} s, mean training loss "
@@ -185,11 +184,8 @@ def describe(trainer: Any, config: Any) -> str:
     )
 
 
-def save(trainer: Any, model_name: str) -> None:
-    """Writes the finished adapter beside the checkpoints; no half of it is ever seen.
-
-    A packaged model is named in the adapter by its short name, not by this machine's cache folder.
-    """
+def save(trainer: Any) -> None:
+    """Writes the finished adapter beside the checkpoints; no half of it is ever seen."""
     output = Path(trainer.args.output_dir)
     scratch = output / SCRATCH
     if trainer.is_world_process_zero():
@@ -201,17 +197,4 @@ def save(trainer: Any, model_name: str) -> None:
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)
     trainer.state.save_to_json(str(scratch / resuming.STATE))
-    folder = resolve_model(model_name)
-    if folder != model_name and not Path(model_name).expanduser().is_dir():
-        rename_base(scratch, folder, model_name)
     move_out(scratch, output)
-
-
-def rename_base(adapter: Path, folder: str, name: str) -> None:
-    """Replaces the base's `folder` by its `name` in an adapter's config and model card."""
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = name
-    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    card = adapter / "README.md"
-    if card.exists():
-        card.write_text(card.read_text(encoding="utf-8").replace(folder, name), encoding="utf-8")

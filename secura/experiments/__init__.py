@@ -1,1 +1,0 @@
-"""The knowledge-retention experiments behind SECURA's claim: `secura experiment exp0 ... exp5`."""
