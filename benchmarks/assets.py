@@ -122,8 +122,7 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
         `(model, tokenizer)`, on the CPU, the model in eval mode.
     """
     transformers = require("transformers", "bench")
-    import torch
-
+    torch = require("torch", "bench")
     folder = model_dir(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -145,6 +144,15 @@ def load_news() -> list[str]:
     """BBC news articles (XSum's), empty ones dropped: text of another kind than GSM8K."""
     articles = (row["document"].strip() for row in _read_jsonl(fetch("xsum-test")))
     return [article for article in articles if article]
+
+
+def main(names: list[str]) -> None:
+    """Fetches assets and prints where each is: a model's folder, a data set's file."""
+    for name in names or sorted(ASSETS):
+        if not names:
+            print(f"{name}: {ASSETS[name].describe()}")
+        else:
+            print(model_dir(name) if get_asset(name).kind == "model" else fetch(name))
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -271,8 +279,7 @@ def _open_member(archive: Path, part: Part) -> Iterator[IO[bytes]]:
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Writes the fp32 checkpoint of `gguf` with a record of the weights' checksum."""
     transformers = require("transformers", "bench")
-    import torch
-
+    torch = require("torch", "bench")
     require("gguf", "bench")
     source: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
@@ -302,6 +309,5 @@ def _checkpoint_is_intact(folder: Path) -> bool:
     )
 
 
-if __name__ == "__main__":  # python -m benchmarks.assets NAME prints the folder or file of an asset
-    for _name in sys.argv[1:]:
-        print(model_dir(_name) if get_asset(_name).kind == "model" else fetch(_name))
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,8 @@
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
-``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json).
+``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
+``retention-<stage>-<place>``, a stage of the retention experiment there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .plots import draw_all, layer_plots
+from .retention.record import read_all
+from .retention.report import main_table
+from .retention.summary import Front
 from .schema import Result
 from .tables import NOT_YET, TABLES
 
@@ -55,8 +59,19 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def retention_table(results: Path, name: str) -> str:
+    """What methods keep where each learned as much, of a stage and a place."""
+    _, stage, targets = name.split("-")
+    folder = results / "retention" / stage
+    if not folder.is_dir():
+        return NOT_YET
+    return f"{main_table(Front(read_all(folder), targets))}\n"
+
+
 def table(name: str, results: Path = RESULTS) -> str:
     """The table of one result file, its plots below; says so where there is none yet."""
+    if name.startswith("retention-"):
+        return retention_table(results, name)
     path = results / f"{name}.json"
     if not path.exists():
         return NOT_YET

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,6 +70,18 @@ def test_kernels_import_torch_and_triton_alone():
             assert imported(path) <= allowed, path
 
 
+def test_the_wheel_holds_the_product_alone():
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    shipped = find_packages(ROOT, include=found["find"]["include"])
+    assert {name.partition(".")[0] for name in shipped} == {"secura", "secura_kernels"}
+    laboratory = {"experiments", "demo", "assets", "asset_table", "machine", "retention"}
+    product = [path for path in SOURCES if not path.is_relative_to(ROOT / "benchmarks")]
+    assert not laboratory & {path.stem for path in product}
+    assert not laboratory & {path.parent.name for path in product}
+    for path in product:
+        assert "benchmarks" not in imported(path), path
+
+
 def test_nothing_is_pickled():
     pickling = re.compile(r"\btorch\.(save|load)\(|\bpickle\b|allow_pickle=True|weights_only=False")
     for path in SOURCES:
@@ -111,7 +124,7 @@ def test_help_loads_no_heavy_package():
         f"""
 import sys
 from secura.cli import main
-for command in ("train", "merge", "export_lora", "generate", "doctor", "demo"):
+for command in ("train", "merge", "export_lora", "generate", "doctor"):
     try:
         main([command, "--help"])
     except SystemExit as left:
@@ -129,8 +142,8 @@ def test_a_failure_inside_an_installed_package_is_not_a_missing_extra(tmp_path, 
     with pytest.raises(ModuleNotFoundError) as raised:
         require("has_a_hole", "train")
     assert not isinstance(raised.value, MissingExtraError)
-    with pytest.raises(MissingExtraError, match=r"secura\[demo\]"):
-        require("a_package_that_is_not_there.at_all", "demo")
+    with pytest.raises(MissingExtraError, match=r"secura\[bench\]"):
+        require("a_package_that_is_not_there.at_all", "bench")
 
 
 # The stub stands in for the interpreter: `-m venv` makes a folder with the stub as its python, and

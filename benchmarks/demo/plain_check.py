@@ -1,6 +1,6 @@
 """Loads a merged checkpoint with transformers alone and records what it says.
 
-Run as a script in a process of its own, in which `secura` and `peft` cannot be imported:
+Run as a script in a process of its own, in which this project and `peft` cannot be imported:
 `python plain_check.py REQUEST.json RESULT_FOLDER`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main(request_file: str, result_folder: str) -> None:
     """Writes `logits.safetensors` and `answer.json` for the checkpoint a request names."""
-    for blocked in ("secura", "secura_kernels", "peft"):
+    for blocked in ("secura", "secura_kernels", "benchmarks", "peft"):
         sys.modules[blocked] = None  # type: ignore[assignment]
     import torch
     from safetensors.torch import save_file

@@ -1,12 +1,13 @@
-"""The demo's results as a table in the terminal, a Markdown report and `results.json`."""
+"""The demo's results as a table, a Markdown report and a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from matplotlib.figure import Figure
 
-PACKAGES = ("secura", "torch", "transformers", "peft", "gguf", "numpy", "safetensors")
 COLUMNS = (
     "",
     "GSM8K loss, held out",
@@ -15,6 +16,8 @@ COLUMNS = (
     "adapter bytes",
     "seconds a step",
 )
+_COLOURS = {"lora": "#D98324", "secura": "#2A6F97"}
+_SMOOTHING = 0.85
 
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -36,37 +39,32 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def terminal_table(results: dict[str, Any]) -> Table:
-    """The table for a rich console."""
-    table = Table(title=_subject(results), title_justify="left", header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in table_rows(results):
-        table.add_row(*row)
-    return table
-
-
 def markdown(results: dict[str, Any], picture: str) -> str:
     """The report; every figure in it is taken from `results`."""
     merge, plan, settings = results["merge"], results["plan"], results["settings"]
     machine, question = results["hardware"], results["question"]
     rows = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     rows += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
-    used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    trained = [
+        f"- **{method['title']}**: {method['about']}" for method in results["methods"].values()
+    ]
+    assets = [f"- {a['description']}; SHA256 `{a['sha256']}`" for a in results["assets"]]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return "\n".join(
         [
             "# SECURA and LoRA, side by side",
             "",
-            f"{_subject(results)}. Everything below was measured in this run, which took "
+            f"{results['assets'][0]['title']} ({results['assets'][0]['note']}) on GSM8K, "
+            f"{plan['steps']} steps. Everything below was measured in this run, which took "
             f"{results['seconds']:.0f} s on {machine['name']} ({machine['threads']} threads, "
             f"{plan['dtype']}), seed {settings['seed']}.",
             "",
             *rows,
             "",
-            f"Losses are mean cross-entropy in nats a token, on {settings['eval_examples']} GSM8K "
-            f"test problems (answers alone) and on the first {settings['news_tokens']} tokens of "
-            f"{settings['news_articles']} news articles; in brackets, the change from the base. "
-            "One seed and few steps: differences of a few thousandths mean nothing. "
+            f"Losses are mean cross-entropy in nats a token, on {settings['held_out']} GSM8K test "
+            f"problems (answers alone) and on the first {settings['text_tokens']} tokens of "
+            f"{settings['text_count']} news articles; in brackets, the change from the base. One "
+            f"seed and few steps: differences of a few thousandths mean nothing. "
             f"{_finding(results)}",
             "",
             f"![Loss curves and retention]({picture})",
@@ -75,10 +73,10 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             "",
             f"Both methods saw the same {plan['steps']} batches of {settings['batch_size']} "
             f"problems in the same order, on {', '.join(settings['target_modules'])}, with AdamW, "
-            "a linear warm-up over a tenth of the steps and a linear decay to zero. The loss "
-            "counts the answers' tokens alone.",
+            "a warm-up over a tenth of the steps and a cosine to zero. The loss counts the "
+            "answers' tokens alone.",
             "",
-            *[_settings_line(method) for method in results["methods"].values()],
+            *trained,
             "",
             "## Merged and served",
             "",
@@ -88,7 +86,7 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             f"{merge['max_logit_difference']:.1e} (tolerance {merge['tolerance']:.0e}, largest "
             f"logit {merge['max_logit']:.1f}).",
             "",
-            f"**Question.** {question['question']}",
+            f"**Asked.** {question['prompt']}",
             "",
             _quoted("The merged model", merge["answer"]),
             "",
@@ -98,23 +96,55 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             "",
             "## Model, data, versions",
             "",
-            *[
-                f"- {asset['description']}; SHA256 `{asset['sha256']}`"
-                for asset in results["assets"]
-            ],
-            f"- {used}",
+            *assets,
+            f"- {versions}",
             "",
-            f"Run it again: `{results['command']}`. All figures, with every step's loss and time: "
-            "`results.json`.",
+            f"Run it again: `{results['command']}`. Every step's loss: `results.json`.",
             "",
         ]
     )
 
 
-def _subject(results: dict[str, Any]) -> str:
-    asset = results["assets"][0]
-    note = f" ({asset['note']})" if asset["note"] else ""
-    return f"{asset['title']}{note} on GSM8K, {results['plan']['steps']} steps"
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Writes the PNG: what was learned step by step, and what it cost elsewhere."""
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    curves, plane = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    base = results["base"]
+    for name, method in results["methods"].items():
+        colour, losses = _COLOURS[name], method["train_losses"]
+        steps = range(1, len(losses) + 1)
+        curves.plot(steps, losses, color=colour, alpha=0.22, linewidth=1)
+        curves.plot(steps, smoothed(losses), color=colour, linewidth=2, label=method["title"])
+        points = method["evaluations"]
+        curves.plot([p["step"] for p in points], [p["gsm8k"] for p in points], "o", color=colour)
+        way = [base, *points]
+        xs, ys = [p["gsm8k"] for p in way], [p["news"] for p in way]
+        plane.plot(xs, ys, "-o", color=colour, linewidth=2, label=method["title"])
+    curves.plot(0, base["gsm8k"], "*", color="black", markersize=12, label="held-out, base")
+    curves.set(xlabel="step", ylabel="loss (nats a token)", title="Learning: GSM8K answers")
+    plane.plot(base["gsm8k"], base["news"], "*", color="black", markersize=14, label="base")
+    plane.axhline(base["news"], color="black", linewidth=1, linestyle=":", zorder=1)
+    plane.invert_xaxis()
+    plane.set(
+        xlabel="held-out GSM8K loss (further right: learned more)",
+        ylabel="loss on news (lower: kept more)",
+        title="Retention: what learning cost elsewhere",
+    )
+    for axes in (curves, plane):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average of `values`, without the start's bias."""
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        out.append(mean / weight)
+    return out
 
 
 def _finding(results: dict[str, Any]) -> str:
@@ -127,14 +157,9 @@ def _finding(results: dict[str, Any]) -> str:
     )
 
 
-def _settings_line(method: dict[str, Any]) -> str:
-    shown = ("r", "inner_r", "scaling", "norm", "lora_alpha")
-    config = ", ".join(
-        f"{key} {method['config'][key]}" for key in shown if method["config"].get(key) is not None
-    )
-    return f"- **{method['title']}**: learning rate {method['learning_rate']:g}; {config}"
-
-
 def _quoted(who: str, text: str) -> str:
     lines = text.splitlines() or ["(nothing)"]
     return f"**{who}.**\n\n" + "\n".join(f"> {line}  " for line in lines)
+
+
+__all__ = ["COLUMNS", "draw", "markdown", "smoothed", "table_rows"]

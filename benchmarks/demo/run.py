@@ -1,171 +1,255 @@
-"""SECURA and LoRA learn GSM8K side by side: a table, a picture, a report, a merged model.
+"""SECURA and LoRA learn GSM8K side by side; table, picture, report, merged model.
 
-    output_dir/
-      settings.json    what was asked for; a rerun with --resume must ask for the same
-      plan.json        the base model's figures, and the steps and precision settled on
-      lora/, secura/   each method's adapter and its record.json
-      merged/          the SECURA adapter merged into a plain transformers checkpoint
-      results.json     every figure; report.md and curves.png are made from it
-
-Each file and folder takes its name only when it is whole.
+output_dir/
+  settings.json    what was asked for; a rerun with --resume must ask for the same
+  plan.json        the steps settled on and the base model's answer
+  cells/           the two training runs, as benchmarks.retention keeps them
+  lora/, secura/   each method's adapter
+  merged/          the SECURA adapter merged into a plain transformers checkpoint
+  results.json     every figure; report.md and curves.png are made from it
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.assets import get_asset
-from benchmarks.demo.methods import METHODS
-from benchmarks.demo.settings import DTYPES, PACKAGED, Settings, Sources
-from secura._extras import require
-from secura.cli.errors import Parser, UserError
-from secura.cli.folders import check_output_folder
+import torch
+from rich.console import Console
+from rich.table import Table
 
-PICTURE = "curves.png"
-FILES = ("settings.json", "plan.json", "results.json", "report.md", PICTURE)
-FOLDERS = ("merged", *METHODS)
+from benchmarks import machine
+from benchmarks.asset_table import ASSETS
+from benchmarks.board import Board
+from benchmarks.demo import report
+from benchmarks.demo.merge import ANSWER_TOKENS, merge_and_check
+from benchmarks.retention import data, record
+from benchmarks.retention.build import build
+from benchmarks.retention.cells import TARGETS, Cell, Settings
+from benchmarks.retention.methods import get_method
+from benchmarks.retention.record import Record
+from benchmarks.retention.rows import batch_loss, pack
+from benchmarks.retention.runner import Runner
+from benchmarks.retention.score import write
+from secura.cli.errors import UserError
+from secura.cli.folders import check_output_folder, complete_folder
+
+METHODS = {"lora": ("lora", "LoRA r=8"), "secura": ("secura-weight-gated", "SECURA")}
+FILES = ("settings.json", "plan.json", "results.json", "report.md", "curves.png")
+FOLDERS = ("cells", "merged", *METHODS)
+TASK, TEXT, TARGET = "gsm8k", "news", "qv"
+MIN_STEPS, MAX_STEPS = 8, 40
+_MERGE_SECONDS = 25
+_PACKAGES = ("torch", "transformers", "peft", "gguf", "numpy", "safetensors")
+_ASSETS = ("smollm2-135m", "gsm8k-train", "gsm8k-test", "xsum-test")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m benchmarks.demo`; what goes wrong is raised.
+@dataclass(frozen=True)
+class Asked:
+    """What decides the demo's figures.
 
     Args:
-        argv: the flags; None means the process's own.
-
-    Returns:
-        The exit status, 0.
+        steps: optimizer steps of each method; None fits them into `max_seconds`.
+        learning_rate: peak rate of SECURA.
+        lora_learning_rate: peak rate of LoRA.
+        max_seconds: what the whole run may take where `steps` is None.
+        seed: of the batches' order and of the adapters' initial values.
+        settings: of the model, the texts and their scoring.
     """
-    flags = vars(_parser().parse_args(argv))
-    output_dir = Path(flags.pop("output_dir")).expanduser()
-    overwrite, resume = flags.pop("overwrite_output_dir"), flags.pop("resume")
-    flags["target_modules"] = tuple(flags["target_modules"])
-    run(output_dir, Settings(**flags), overwrite=overwrite, resume=resume)
-    return 0
+
+    steps: int | None = None
+    learning_rate: float = 5e-4
+    lora_learning_rate: float = 1e-3
+    max_seconds: float = 220.0
+    seed: int = 0
+    settings: Settings = field(
+        default_factory=lambda: Settings(
+            texts=(TEXT,), probes=(), held_out=32, text_count=16, text_tokens=128
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps} must be at least 1")
+        for name in ("learning_rate", "lora_learning_rate", "max_seconds"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0")
+
+    def cell(self, name: str, steps: int) -> Cell:
+        """The training run of one of the two methods."""
+        rate = self.lora_learning_rate if name == "lora" else self.learning_rate
+        return Cell(METHODS[name][0], TARGET, rate, self.seed, (TASK,), steps)
 
 
 def run(
-    output_dir: Path,
-    settings: Settings,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    sources: Sources = PACKAGED,
+    output_dir: Path, asked: Asked, *, overwrite: bool = False, resume: bool = False
 ) -> dict[str, Any]:
-    """The whole demo.
+    """The whole demo; gives the content of `results.json`.
 
     Args:
         output_dir: filled as this module's docstring says.
-        settings: what to train and score.
+        asked: what to train and score.
         overwrite: whether an earlier demo in the folder is removed first.
-        resume: whether an earlier demo with the same settings is continued; what it finished is
-            kept.
-        sources: model and texts.
-
-    Returns:
-        The content of `results.json`.
+        resume: whether an earlier one is continued; what it finished is kept.
 
     Raises:
         UserError: the folder is not empty, or cannot be continued with these settings.
         AssetError: model or data could not be fetched.
     """
-    console = require("rich.console", "bench").Console()
-    _prepare_folder(output_dir, settings, overwrite=overwrite, resume=resume)
-    from benchmarks.demo.report import terminal_table
-    from benchmarks.demo.stages import read
-
-    finished = output_dir / "results.json"
-    if finished.exists():
-        console.print(f"{output_dir} holds the finished results of these settings:")
-    else:
-        _measure(output_dir, settings, sources, console)
-    results: dict[str, Any] = read(finished)
-    merge = results["merge"]
-    console.print(terminal_table(results))
-    console.print(
-        "Merged, and loaded by transformers alone: logits differ by at most "
-        f"{merge['max_logit_difference']:.1e} (tolerance {merge['tolerance']:.0e})"
-    )
-    asked = results["question"]
-    said = (
-        ("Question", asked["question"]),
-        ("Answer of the merged model", merge["answer"]),
-        ("Answer of the data set", asked["answer"].rpartition("#### ")[2]),
-    )
-    for title, words in said:
-        console.print(f"{title}: {words}", markup=False, highlight=False)
+    _prepare(output_dir, asked, overwrite=overwrite, resume=resume)
+    console, finished = Console(), output_dir / "results.json"
+    if not finished.exists():
+        with Board(console) as board:
+            results = _measure(output_dir, asked, board)
+        report.draw(results, output_dir / "curves.png")
+        (output_dir / "report.md").write_text(report.markdown(results, "curves.png"), "utf-8")
+        _write(finished, results)
+    results = _read(finished)
+    table = Table(header_style="bold")
+    for column in report.COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for row in report.table_rows(results):
+        table.add_row(*row)
+    console.print(table)
     console.print(f"Report: {output_dir / 'report.md'}", highlight=False, soft_wrap=True)
     return results
 
 
-def _measure(output_dir: Path, settings: Settings, sources: Sources, console: Any) -> None:
-    """Goes through the stages, then writes picture, report and, last, `results.json`."""
-    import torch
-
-    from benchmarks import machine
-    from benchmarks.demo import plots, report, stages
-    from benchmarks.demo.board import Board
-
-    with _quiet(), Board(console) as board:
-        board.stage("Fetching and loading model and data")
-        for name in sources.assets:
-            board.say(get_asset(name).describe())
-        material = stages.load(settings, sources)
-        fixed = 5 * material.evaluation_units + stages.ANSWER_UNITS + stages.MERGE_UNITS
-        board.expect(fixed + 2 * (settings.steps or stages.MAX_STEPS))
-        plan = stages.plan(output_dir / "plan.json", settings, material, board)
-        board.expect(fixed + 2 * plan["steps"])
-        methods = {
-            name: stages.train_method(output_dir / name, settings, plan, material, method, board)
-            for name, method in METHODS.items()
-        }
-        merge = stages.merge(output_dir, material, board)
-    results = {
+def _measure(output_dir: Path, asked: Asked, board: Board) -> dict[str, Any]:
+    began = time.perf_counter()
+    runner = Runner(output_dir, "cells", asked.settings, torch.device("cpu"), False, board)
+    runner.on_trained = _keeper(output_dir)
+    material = runner.material
+    example = data.load_task(TASK).held_out[0]
+    plan_file = output_dir / "plan.json"
+    if not plan_file.exists():
+        board.begin("Scoring the base model, timing a step")
+        _ = material.groups
+        scoring = time.perf_counter() - began
+        answer = write(material.base, [example.prompt], material.tokenizer, ANSWER_TOKENS)[0]
+        steps = asked.steps or _steps(asked, runner, scoring, began)
+        _write(plan_file, {"steps": steps, "dtype": "fp32", "answer": answer})
+    plan = _read(plan_file)
+    cells = {name: asked.cell(name, plan["steps"]) for name in METHODS}
+    runner.run(list(cells.values()))
+    records = {name: _record(output_dir, cell) for name, cell in cells.items()}
+    board.begin("Reloading, merging, checking")
+    merge = merge_and_check(
+        material.load_model(),
+        material.tokenizer,
+        output_dir / "secura",
+        output_dir / "merged",
+        f"{example.prompt}{example.completion}",
+        example.prompt,
+    )
+    board.end(f"Merged: logits differ by at most {merge['max_logit_difference']:.1e}")
+    end = records["lora"].end
+    settings = asdict(asked.settings) | {"seed": asked.seed, "target_modules": TARGETS[TARGET]}
+    return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(settings),
-        "seconds": sum(part["seconds"] for part in (plan, merge, *methods.values())),
-        "settings": asdict(settings),
-        "plan": {key: plan[key] for key in ("steps", "dtype", "seconds")},
-        "base": plan["base"],
-        "methods": methods,
+        "command": "python -m benchmarks.demo",
+        "seconds": time.perf_counter() - began,
+        "settings": settings,
+        "plan": plan,
+        "base": {
+            "gsm8k": end.tasks[TASK].base_loss,
+            "news": end.texts[TEXT].base_loss,
+            "answer": plan["answer"],
+        },
+        "methods": {
+            name: _figures(found, METHODS[name][1], output_dir / name)
+            for name, found in records.items()
+        },
         "merge": merge,
-        "question": material.question,
-        "assets": [_asset(name) for name in sources.assets],
-        "versions": machine.versions(report.PACKAGES),
+        "question": {"prompt": example.prompt, "answer": example.completion.strip()},
+        "assets": [
+            asdict(ASSETS[name]) | {"description": ASSETS[name].describe()} for name in _ASSETS
+        ],
+        "versions": machine.versions(_PACKAGES),
         "hardware": machine.describe(torch.device("cpu")),
     }
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".picture-") as scratch:
-        plots.draw(results, Path(scratch) / PICTURE)
-        os.replace(Path(scratch) / PICTURE, output_dir / PICTURE)
-    stages.write(output_dir / "report.md", report.markdown(results, PICTURE))
-    stages.write(output_dir / "results.json", json.dumps(results, indent=1))
 
 
-def _prepare_folder(output_dir: Path, settings: Settings, *, overwrite: bool, resume: bool) -> None:
+def _keeper(output_dir: Path) -> Callable[[Cell, Any], None]:
+    """Saves each trained adapter in a folder of its own."""
+    names = {method: name for name, (method, _) in METHODS.items()}
+
+    def keep(cell: Cell, model: Any) -> None:
+        folder = output_dir / names[cell.method]
+        shutil.rmtree(folder, ignore_errors=True)
+        with complete_folder(folder) as made:
+            model.save_pretrained(made, save_embedding_layers=False)
+
+    return keep
+
+
+def _steps(asked: Asked, runner: Runner, scoring: float, began: float) -> int:
+    """As many steps as fit: one of middling length is timed, after one to warm up."""
+    material = runner.material
+    cell = asked.cell("secura", MIN_STEPS)
+    model, _ = build(cell, get_method(cell.method), material, {})
+    batches = sorted(
+        material.batches(TASK, asked.seed, MIN_STEPS), key=lambda rows: rows[-1].length
+    )
+    for _ in range(2):
+        start = time.perf_counter()
+        batch_loss(model, pack(batches[MIN_STEPS // 2], material.device)).backward()
+        a_step = time.perf_counter() - start
+    left = asked.max_seconds - (time.perf_counter() - began) - 4 * scoring - _MERGE_SECONDS
+    return max(MIN_STEPS, min(MAX_STEPS, int(left / (2 * a_step))))
+
+
+def _figures(found: Record, title: str, folder: Path) -> dict[str, Any]:
+    """A method's entry in the results."""
+    base, news = found.end.tasks[TASK].base_loss, found.end.texts[TEXT].base_loss
+    ways = [m for m in found.measures if m.part and m.step < found.end.step]
+    method = get_method(found.cell.method)
+    fields = {"rank": method.rank or "default", **method.config}
+    return {
+        "title": title,
+        "learning_rate": found.cell.rate,
+        "about": f"learning rate {found.cell.rate:g}; "
+        + ", ".join(f"{name} {value}" for name, value in fields.items()),
+        "trainable_parameters": found.trained,
+        "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "seconds_per_step": found.seconds["training"] / found.cell.steps,
+        "seconds": found.seconds["total"],
+        "train_losses": found.losses,
+        "evaluations": [
+            {
+                "step": measure.step,
+                "gsm8k": base - measure.tasks[TASK].learned,
+                "news": news + measure.texts[TEXT].rise,
+            }
+            for measure in (*ways, found.end)
+        ],
+    }
+
+
+def _record(output_dir: Path, cell: Cell) -> Record:
+    found = record.read(output_dir / "cells" / cell.path)
+    if found is None or found.status == "failed":
+        raise UserError(f"{cell.title}: {found.error if found else 'another process is at it'}")
+    return found
+
+
+def _prepare(output_dir: Path, asked: Asked, *, overwrite: bool, resume: bool) -> None:
     """Makes `output_dir` ready, or raises `UserError` and leaves it as it is."""
-    from benchmarks.demo.stages import read, write
-
     if overwrite and resume:
         raise UserError("--overwrite_output_dir and --resume exclude each other")
-    known = output_dir / "settings.json"
-    wanted = json.loads(json.dumps(asdict(settings)))
+    known, wanted = output_dir / "settings.json", json.loads(json.dumps(asdict(asked)))
     if resume and known.exists():
-        begun = read(known)
-        differing = sorted(key for key in wanted if begun.get(key) != wanted[key])
-        if differing:
-            told = ", ".join(f"--{key} {begun.get(key)}, not {wanted[key]}" for key in differing)
+        begun = _read(known)
+        if differing := sorted(key for key in wanted if begun.get(key) != wanted[key]):
             raise UserError(
-                f"{output_dir} was begun with {told}; ask for the same to continue, or begin "
-                "again with --overwrite_output_dir"
+                f"{output_dir} was begun with another {', '.join(differing)}; ask for the same to "
+                "continue, or begin again with --overwrite_output_dir"
             )
         return
     if overwrite and output_dir.is_dir():
@@ -180,73 +264,21 @@ def _prepare_folder(output_dir: Path, settings: Settings, *, overwrite: bool, re
             "or choose another --output_dir",
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    write(known, json.dumps(wanted, indent=1))
+    _write(known, wanted)
 
 
-def _asset(name: str) -> dict[str, str]:
-    asset = get_asset(name)
-    return {
-        "name": name,
-        "title": asset.title,
-        "note": asset.note,
-        "licence": asset.licence,
-        "sha256": asset.sha256,
-        "description": asset.describe(),
-    }
-
-
-def _command(settings: Settings) -> str:
-    """The command that repeats a run with these settings."""
-    words = ["python -m benchmarks.demo"]
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            shown = " ".join(value) if isinstance(value, tuple) else value
-            words.append(f"--{field.name} {shown}")
-    return " ".join(words)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No other progress bars and no warnings of libraries beside the board's bar."""
-    logging = require("transformers.utils.logging", "bench")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _read(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing or damaged; begin again with --overwrite_output_dir"
+        ) from error
 
 
-def _parser() -> Parser:
-    usual = Settings()
-    parser = Parser(
-        prog="python -m benchmarks.demo",
-        description="SECURA and LoRA learn GSM8K side by side on this machine's CPU: a table, a "
-        "picture, a report, and a merged model.",
-    )
-    add = parser.add_argument
-    add("--output_dir", default="secura-demo", help="where everything is written (%(default)s)")
-    add("--overwrite_output_dir", action="store_true", help="remove an earlier demo there first")
-    add("--resume", action="store_true", help="continue a stopped demo with the same settings")
-    add("--steps", type=int, help="steps of each method (as many as --max_seconds allow)")
-    add(
-        "--max_seconds", type=float, default=usual.max_seconds, help="without --steps (%(default)s)"
-    )
-    add("--batch_size", type=int, default=usual.batch_size, help="problems a step (%(default)s)")
-    rates = "peak learning rate of %s (%%(default)s)"
-    add("--learning_rate", type=float, default=usual.learning_rate, help=rates % "SECURA")
-    add("--lora_learning_rate", type=float, default=usual.lora_learning_rate, help=rates % "LoRA")
-    modules = " ".join(usual.target_modules)
-    add("--target_modules", nargs="+", default=usual.target_modules, help=f"layers ({modules})")
-    add("--max_tokens", type=int, default=usual.max_tokens, help="of a problem (%(default)s)")
-    scored = "%s scored (%%(default)s)"
-    add("--eval_examples", type=int, default=usual.eval_examples, help=scored % "test problems")
-    add("--news_articles", type=int, default=usual.news_articles, help=scored % "articles")
-    add("--news_tokens", type=int, default=usual.news_tokens, help=scored % "tokens an article")
-    add("--dtype", choices=DTYPES, default=usual.dtype, help="precision (%(default)s)")
-    add("--seed", type=int, default=usual.seed, help="random seed (%(default)s)")
-    return parser
+def _write(path: Path, content: Any) -> None:
+    with record.replacing(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+__all__ = ["FILES", "FOLDERS", "METHODS", "Asked", "run"]

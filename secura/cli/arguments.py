@@ -81,9 +81,8 @@ class DataArguments:
         default=None,
         metadata={
             "aliases": ["--dataset"],
-            "help": "Hub name, local folder, or .jsonl, .json, .csv or .parquet file. "
-            "Columns: messages, or prompt and completion, or text, or question "
-            "and answer.",
+            "help": "Hub name, local folder, or .jsonl, .json, .csv or .parquet file. Columns: "
+            "messages, or prompt and completion, or text, or question and answer.",
         },
     )
     dataset_config: str | None = field(

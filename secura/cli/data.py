@@ -19,8 +19,8 @@ def load_split(name: str, config: str | None, split: str) -> Any:
     """One split of a data set.
 
     Args:
-        name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, or a data set
-            of the hub; looked for in this order.
+        name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, or a
+            data set of the hub; looked for in this order.
         config: the data set's configuration, such as `main`, or None.
         split: a split's name, or a slice of one, such as `train[:90%]`.
 

@@ -18,7 +18,7 @@ class UserError(Exception):
 # An ImportError is a package that a flag such as `--optim adamw_8bit` needs.
 USER_ERRORS = (UserError, MissingExtraError, ImportError, ValueError, OSError, RuntimeError)
 
-EXTRAS = {"bitsandbytes": "quant"}
+EXTRAS = {"bitsandbytes": "quant", "matplotlib": "bench", "gguf": "bench"}
 """Extras of SECURA's by the package whose absence a library reports in its own words."""
 
 

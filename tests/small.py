@@ -17,14 +17,14 @@ COLOURS = (" red", " green", " blue", " white")
 TASKS = ("sums", "colours")
 
 
-def save_model(folder: Path) -> None:
-    """Llama's architecture, two layers of width 32; one token a printable character."""
+def save_model(folder: Path, width: int = 32) -> None:
+    """Llama's architecture, two layers of `width`; one token a printable character."""
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(string.printable) + 3,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
