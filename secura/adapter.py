@@ -10,20 +10,17 @@ from torch import Tensor, nn
 from secura_kernels import (
     Layer,
     Restrain,
-    activation_norm,
-    channel_product,
     effective_weight,
     important_channels,
     init_a,
-    lowrank_add,
-    project,
-    projection,
     row_norms,
+    secura_add,
     secura_linear,
     select,
-    update,
-    weight_norm_linear,
 )
+from secura_kernels.api import additive_product
+from secura_kernels.layer import update
+from secura_kernels.ops.project.op import project
 
 from . import bases
 from .config import AdapterConfig
@@ -116,19 +113,33 @@ class CABR(AdapterState):
         """
         weight = bases.product_weight(base)
         if weight is None:
-            dense = bases.dense_weight(base)
-            self._check_input(dense, x)
-            if self.config.norm == "weight":
-                return self._weight_space(base, dense, x)
-            return self._on_output(base, x)
+            return self._beside(base, x)
         self._check_input(weight, x)
         self._refresh(base)
-        mask = None if self.config.norm == "weight" else self.dropout_mask(x)
-        layer = self._layer(base, weight)
+        layer, mask = self._layer(base, weight), self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
-    def _layer(self, base: nn.Module, weight: Tensor) -> Layer:
-        """What of the adapted layer is not trained; ``weight`` is W."""
+    def _beside(self, base: nn.Module, x: Tensor) -> Tensor:
+        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
+        dense = bases.dense_weight(base)
+        self._check_input(dense, x)
+        self._refresh(base)
+        trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        if not self.config.norm_options.replaces_product:
+            weight = bases.weight(base, values=False) if self.columns is None else None
+            return secura_add(base(x), self._layer(base, weight), *self.factors(), **trained)
+        if dense is not None and (skipped := bases.why_not_product(base)):
+            if not bases.only_moves_inputs(base):
+                raise ValueError(
+                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
+                    "be skipped: use norm='channel'"
+                )
+            x = x.to(dense.device)
+        weight = bases.weight(base) if dense is None else dense.detach()
+        return secura_linear(x, self._layer(base, weight), *self.factors(), **trained)
+
+    def _layer(self, base: nn.Module, weight: Tensor | None) -> Layer:
+        """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""
         config = self.config
         own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
         return Layer(
@@ -144,59 +155,8 @@ class CABR(AdapterState):
             own["base_norms"],
             self._restrain(),
             config.norm_save,
+            own["columns"],
         )
-
-    def _on_output(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
-        bias, mask = bases.bias(base), self.dropout_mask(x)
-        if self.config.norm == "activation":
-            p, p_base = self.projections(base)
-            return activation_norm(
-                base(x), bias, self.rows, p, self.config.norm_options, p_base=p_base,
-                delta_bias=self.bias, z_scale=mask, restrain=self._restrain(),
-                save=self.config.norm_save,
-            )  # fmt: skip
-        q, share = self.product(base)
-        return lowrank_add(
-            base(x), bias, self.rows, q, share=share, delta_bias=self.bias, z_scale=mask
-        )
-
-    def _weight_space(self, base: nn.Module, dense: Tensor | None, x: Tensor) -> Tensor:
-        p, p_base = self.projections(base)
-        if dense is not None and (skipped := bases.why_not_product(base)):
-            if not bases.only_moves_inputs(base):
-                raise ValueError(
-                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
-                    "be skipped: use norm='channel'"
-                )
-            x = x.to(dense.device)
-        return weight_norm_linear(
-            x,
-            bases.weight(base) if dense is None else dense.detach(),
-            bases.bias(base),
-            self.rows,
-            p,
-            self.config.norm_options,
-            p_base=p_base,
-            delta_bias=self.bias,
-            restrain=self._restrain(),
-        )
-
-    def projections(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """``(P, P_base)``, each ``[N, m]``: what the norm counts as Δ, and as base (M1) or None."""
-        self._refresh(base)
-        u = self.update()
-        if not self.folded:
-            return self._project(base, u), None
-        if self.config.norm == "none" or self.config.norm_reference == "pretrained":
-            return self._project(base, u + self.core), None
-        return self._project(base, u), self._project(base, self.core)
-
-    def _project(self, base: nn.Module, u: Tensor) -> Tensor:
-        """``P = C U [N, m]``, C from W where W is dense."""
-        if self.columns is not None:
-            return projection(self.columns, u)
-        return project(bases.weight(base, values=False), self.cols, u)
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -211,13 +171,16 @@ class CABR(AdapterState):
         """The parameter that starts at 0, and starts there again after a fold: B or U."""
         return cast(nn.Parameter, self.B if self.U is None else self.U)
 
+    def whole_core(self, base: nn.Module) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider."""
+        self._refresh(base)
+        return self.update() + self.core if self.folded else self.update()
+
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
-        p, p_base = self.projections(base)
-        if self.config.norm == "none":
-            return p, None
-        options, restrain = self.config.norm_options, self._restrain()
-        return channel_product(p, p_base, self.gram, self.base_norms, options, restrain)
+        self._refresh(base)
+        layer = self._layer(base, bases.weight(base, values=False))
+        return additive_product(layer, *self.factors())
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
         """``[..., m]`` of 0 and 1/(1 − p) while training with dropout, else None."""
@@ -273,7 +236,8 @@ class CABR(AdapterState):
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
         weight = bases.weight(base)
-        p = project(weight, self.cols, self.update() + self.core)
+        u = self.update() + self.core
+        p = project(weight, self.cols, u, u.dtype, None)
         return p @ weight.index_select(0, self.rows).to(p.dtype)
 
     @torch.no_grad()
@@ -287,8 +251,7 @@ class CABR(AdapterState):
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
         """
-        options = self.config.norm_options
-        if options.norm == "activation":
+        if self.config.norm == "activation":
             if not (allow_inexact or self.config.allow_inexact_merge):
                 raise ValueError(
                     "norm='activation' is not linear in x, so no merged weight is exact: keep the "
@@ -297,10 +260,8 @@ class CABR(AdapterState):
                 )
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)
-        p, p_base = self.projections(base)
-        return effective_weight(
-            bases.weight(base), self.rows, p, options, p_base=p_base, restrain=self._restrain()
-        )
+        self._refresh(base)
+        return effective_weight(self._layer(base, bases.weight(base)), *self.factors())
 
     def extra_repr(self) -> str:
         """The adapter in one line."""
@@ -347,7 +308,7 @@ class CABR(AdapterState):
         if config.norm == "channel":
             p_base = None
             if self.folded and config.norm_reference == "folded":
-                p_base = project(weight, self.cols, self.core)
+                p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from secura_kernels.activation import SAVES
 from secura_kernels.cur import INITS, SELECTIONS
-from secura_kernels.gain import REFERENCES, NormOptions, resolve_norm
+from secura_kernels.norm import REFERENCES, SAVES, NormOptions, resolve_norm
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secura_kernels import update
+from secura_kernels.layer import update
 
 from . import bases
 from .config import AdapterConfig

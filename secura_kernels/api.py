@@ -177,7 +177,7 @@ def effective_weight(
         raise ValueError(f"stochastic rounding is for torch.bfloat16, not {dtype}: leave it off")
     _check(w.shape[0], (), layer, a, b, None, None)
     draw = seed if stochastic_rounding else None
-    call = Call(layer, pack(options, layer.restrain), False, True, impl)
+    call = _call(layer, False, True, impl)
     with torch.no_grad(), without_autocast(w.device.type):
         p, p_base = _projections(call, a, b)
         if options.norm == "weight":
@@ -208,13 +208,19 @@ def additive_product(
     source = layer.weight if layer.columns is None else layer.columns
     assert source is not None
     _check(source.shape[0], (), layer, a, b, None, None)
-    call = Call(layer, pack(layer.options, layer.restrain), False, True, impl)
+    call = _call(layer, False, True, impl)
     with without_autocast(a.device.type):
         p, p_base = _projections(call, a, b)
         if layer.options.norm == "none":
             return p, None
         q, share, _ = channel.product(call, p, p_base)
     return q, share
+
+
+def _call(layer: Layer, given: bool, watched: bool, impl: str | None) -> Call:
+    restrain = layer.restrain
+    norm = pack(layer.options, restrain, traced=watched)
+    return Call(layer, norm, None if restrain is None else restrain.important, given, watched, impl)
 
 
 def _projections(call: Call, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -246,19 +252,13 @@ def _run(
     flat = as_dtype(x.reshape(tokens, x.shape[-1]), dtype)
     if z_scale is not None:
         z_scale = z_scale.reshape(tokens, z_scale.shape[-1])
-    if not watched:
-        w = layer.weight
-        impl = resolve(impl, flat) if w is None or dtype == w.dtype else _impl(impl, flat, layer)
-    call = Call(layer, pack(layer.options, layer.restrain, traced=watched), given, watched, impl)
+    if not watched and layer.options.norm == "weight" and layer.weight is not None:
+        impl = supported(impl, flat, layer.weight)
+    elif not watched:
+        impl = resolve(impl, flat)
+    call = _call(layer, given, watched, impl)
     out = _SecuraLayer.apply(flat, a, b, delta_bias, z_scale, call)
     return out.view(*lead, n)
-
-
-def _impl(impl: str | None, x: Tensor, layer: Layer) -> str:
-    """The implementation where W is of another dtype than x: of both, if it is read as it is."""
-    if layer.options.replaces_product and layer.weight is not None:
-        return supported(impl, x, layer.weight)
-    return resolve(impl, x)
 
 
 def _check(

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 def print_kernels(targets: list[str]) -> int:
     """Prints what each kernel costs on each chip; 1 where a launch breaks a rule."""
-    from secura_kernels.kernel_table import kernel_reports, kernel_table
+    from secura_kernels.inspection.table import kernel_reports, kernel_table
 
     problems = []
 
@@ -124,7 +124,7 @@ def devices(torch: Any) -> list[tuple[str, str, str]]:
 
 def run_checks(torch: Any) -> list[Any]:
     """The self-check on CUDA where there is a device, and on the CPU unless kernels are forced."""
-    from secura_kernels.doctor import self_check
+    from secura_kernels.inspection.selfcheck import self_check
 
     cuda, checks = torch.cuda.is_available(), []
     if not (cuda and os.environ.get("SECURA_IMPL") == "triton"):

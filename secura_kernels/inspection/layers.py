@@ -75,7 +75,7 @@ class Case:
 
     Attributes:
         options: the norm.
-        dtype: of x and W; A, B, U, δb and the core are fp32.
+        dtype: of x and W; A, B, U, δb and the core are fp32 or wider.
         m: CUR rank.
         t: tokens.
         n, k: W's shape.
@@ -112,13 +112,14 @@ class Case:
         C are columns of W, or where W has fewer than m a tensor of its own.
         """
         t, n, k, m = self.t, self.n, self.k, self.m
+        exact = wide(self.dtype)
         norm, on_meta = self.options.norm, torch.device(device).type == "meta"
         source = None if on_meta else torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             if on_meta:
-                return torch.empty(shape, device=device)
-            return torch.randn(shape, generator=source, device=device) * scale
+                return torch.empty(shape, dtype=exact, device=device)
+            return torch.randn(shape, dtype=exact, generator=source, device=device) * scale
 
         def choice(count: int) -> Tensor:
             if on_meta or count < m:

@@ -20,6 +20,7 @@ class Call(NamedTuple):
     Attributes:
         layer: what is not trained.
         norm: the layer's norm, of :func:`secura_kernels.norm.pack`.
+        important: ``[N]`` bool, the channels that the layer's restraint acts on, or None.
         given: whether x is the base's output y0, bias included, rather than its input.
         watched: whether ops go through torch's dispatcher, for a compiler or a mode to see.
         impl: of :func:`secura_kernels.dispatch.resolve`.
@@ -27,15 +28,10 @@ class Call(NamedTuple):
 
     layer: Layer
     norm: str
+    important: Tensor | None
     given: bool
     watched: bool
     impl: str | None
-
-    @property
-    def important(self) -> Tensor | None:
-        """``[N]`` bool, the channels that the restraint acts on."""
-        restrain = self.layer.restrain
-        return None if restrain is None else restrain.important
 
 
 class Step(NamedTuple):

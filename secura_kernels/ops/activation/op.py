@@ -232,8 +232,8 @@ def _forward(
     scalars = None
     slope: Tensor | float
     offset: Tensor | float
-    if norm.known:
-        eps, slope, offset = norm.known
+    if known := norm.known:
+        eps, slope, offset = known
         rho = relative_change(base, delta, eps)
     else:
         small = effective_eps(base, norm)

@@ -95,8 +95,8 @@ def channel(
     how = unpack(norm)
     base_norms = base_norms.to(wide(p.dtype))
     kernels = _kernels() if resolve(impl, p) == "triton" else None
-    if kernels is not None and how.known and important is None:
-        return kernels.channel_product(p, p_base, gram, base_norms, how.known, how)
+    if kernels is not None and important is None and (known := how.known):
+        return kernels.channel_product(p, p_base, gram, base_norms, known, how)
     if kernels is not None:
         norms = kernels.delta_norms(p, gram)
     else:
@@ -131,11 +131,11 @@ def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def product(call: Call, p: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(Q [N, m], share [N] or None, f/M [N])`` of a layer."""
-    layer, important = call.layer, call.important
+    layer = call.layer
     q, share, inverse = (channel if call.watched else channel.body)(
-        p, p_base, layer.gram, layer.base_norms, important, call.norm, call.impl
+        p, p_base, layer.gram, layer.base_norms, call.important, call.norm, call.impl
     )
-    shared = layer.options.combine == "averaged" or important is not None
+    shared = layer.options.combine == "averaged" or call.important is not None
     return q, share if shared else None, inverse
 
 

@@ -30,9 +30,9 @@ from benchmarks.providers import catalogue, choose
 from benchmarks.rivals import StrongDoRA
 from benchmarks.schema import Result
 
-from .conftest import interpreter_broken
+from ops.conftest import interpreter_broken
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 

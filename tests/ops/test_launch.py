@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 import torch
 from triton import knobs
 
-from secura_kernels.kernels import launch
-from secura_kernels.kernels.launch import Kernel
+from secura_kernels.ops import launch
+from secura_kernels.ops.launch import Kernel
 
 
 class Pointer:

@@ -1,7 +1,7 @@
 """Runs each ``*_interpret.py`` module in a process of its own, where Triton interprets its kernels.
 
-``TRITON_INTERPRET=1`` must be set before triton is imported, and the ahead-of-time tests need it
-unset: so an interpreter module is one item of the main run, whose failure shows the child's output.
+``TRITON_INTERPRET=1`` must be set before triton is imported, and other tests need it unset: so an
+interpreter module is one item of the main run, whose failure shows the child's output.
 Set the variable yourself to run such a module directly and see its tests one by one.
 """
 
@@ -72,12 +72,3 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if module_path.stem.endswith("_interpret") and not INTERPRETING:
         return InterpreterModule.from_parent(parent, path=module_path)
     return None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not INTERPRETING:
-        return
-    skip = pytest.mark.skip(reason="TRITON_INTERPRET=1 is set: kernels are not compiled")
-    for item in items:
-        if item.path.stem.endswith("_aot") or item.path.stem == "test_aot":
-            item.add_marker(skip)
