@@ -29,7 +29,7 @@ from .state import AdapterState, factors
 
 
 class CABR(AdapterState):
-    """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (DESIGN sections 3 to 5).
+    """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (docs/design.md).
 
     The module holds no weight of the base: methods take the base layer. C and R are gathered from
     it, and z = x Rᵀ from its output.

@@ -108,7 +108,7 @@ class SECURALinear(CABR):
         return [self]
 
     def fold(self) -> None:
-        """Move what was learned into ``core`` and start B at 0 again (DESIGN section 5).
+        """Move what was learned into ``core`` and start B at 0 again (docs/design.md, "The fold").
 
         Raises:
             RuntimeError: while merged.

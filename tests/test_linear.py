@@ -159,7 +159,7 @@ def test_neither_the_change_nor_the_down_projection_is_formed(norm, folded, comb
     ],
 )
 def test_saved_activations(norm, size):
-    """DESIGN section 4: z in `none` and `channel`, y0 or 1/M in `activation`, x in `weight`."""
+    """docs/design.md: z in `none` and `channel`, y0 or 1/M in `activation`, x in `weight`."""
     norm, _, save = norm.partition(" ")
     layer = make(norm, dtype=torch.float32, norm_save=save or "recompute")
     saved = {}

@@ -117,7 +117,7 @@ def test_equals_the_equations_by_hand(options, folded):
 
 
 def test_known_gains():
-    """Values of DESIGN's table: 2 at rest, 1.333 from the released form's jump, limits of each."""
+    """As docs/design.md has them: 2 at rest, 1.333 from the released jump, limits of each."""
     rho = torch.tensor([0.0, 1e-9, 1.0, 1e9], dtype=torch.float64)
     calibrated = naive.magnitude_gain(rho, "calibrated", 6.0)
     assert calibrated[0] == 2 and calibrated[3] == 1
@@ -200,7 +200,7 @@ def test_the_same_functions_as_the_door_are_the_equations_of_p(options, folded, 
 
 
 def test_svd_init_is_the_block_of_the_weight():
-    """DESIGN section 3: the released U[:m] Σ V[:r]ᵀ, computed as released, is W[:m, :r]."""
+    """docs/design.md: the released U[:m] Σ V[:r]ᵀ, computed as released, is W[:m, :r]."""
     weight = torch.randn(20, 14, dtype=torch.float64)
     u, s, v = torch.svd(weight)
     released = u[:6, :] @ torch.diag(s) @ v[:9, :].T
