@@ -172,6 +172,15 @@ def test_commands_are_found():
     )
 
 
+def test_pages_that_the_code_cites_are_there():
+    cited = re.compile(r"\b(docs/\w+\.md)(?:, \"([^\"]+)\")?")
+    for package in ("secura", "secura_kernels", "benchmarks", "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            for page, heading in cited.findall(text(path)):
+                headings = re.findall(r"^#+ (.+)$", text(ROOT / page), re.M)
+                assert not heading or heading in headings, f"{path}: {page}, {heading}"
+
+
 def test_versions_agree():
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text(ROOT / "constraints.txt"), re.M))
     hooks = yaml.safe_load(text(ROOT / ".pre-commit-config.yaml"))["repos"]
