@@ -31,8 +31,6 @@ TOLD = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")]
 ANOTHERS = {"--max-lora-rank"}
 """Flags of programs that are none of ours."""
 
-NOT_YET = ("benchmarks.demo", "benchmarks.retention")
-"""Commands that are on their way here: their flags cannot be looked up yet."""
 
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\((?!\w+:)([^)\s]+)\)")
 BLOCK = re.compile(r"(?P<run><!-- run -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -146,9 +144,6 @@ def flags_of(program: str, words: tuple[str, ...] = ()) -> set[str]:
 def test_shown_flags_exist(words):
     words = [word for word in words if word != "--traceback"]
     program, *rest = words[2:] if words[0] == "python" else words[1:]
-    if program in NOT_YET:
-        assert entry(program) is None, "it is here now: take it out of NOT_YET"
-        pytest.xfail("the command is not here yet")
     if words == ["secura", "--help"]:
         return
     first = next((place for place, word in enumerate(rest) if word.startswith("-")), len(rest))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura import AdapterConfig, SECURALinear, fold
 from secura_kernels import NormOptions, activation, activation_dense, additive, channel, reference
-from secura_kernels.gain import REFERENCES
+from secura_kernels.norm import REFERENCES
 
 N, K, M, T = 40, 56, 4, 23
 SPACES = ("none", "weight", "channel", "activation")
