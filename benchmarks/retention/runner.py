@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,19 @@ class Runner:
             self.counts["failed"] += 1
         else:
             self.counts["done"] += 1
-        record.environment = self._environment()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record.environment = self._environment | {"finished": now}
         records.write(path, record)
         self._longest = max(self._longest, time.perf_counter() - began)
         self.board.end(describe(record))
         gc.collect()
 
+    @cached_property
     def _environment(self) -> dict[str, Any]:
         return {
             **machine.package_versions(_PACKAGES),
             "commit": machine.commit(),
             "machine": machine.describe(self.device),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **self.material.describe(),
         }
 
