@@ -61,6 +61,9 @@ class Runner:
 
         A cell that fails is recorded and the others go on. One that another process is at, or that
         starts from such a one, is left to it.
+
+        Raises:
+            ValueError: a cell that is there was made with other settings.
         """
         left = list(dict.fromkeys(cells))
         while left:
@@ -93,6 +96,12 @@ class Runner:
 
     def _known(self, path: Path) -> bool:
         found = records.read(path)
+        if found is not None and found.settings != self.settings:
+            ours, theirs = vars(self.settings), vars(found.settings)
+            raise ValueError(
+                f"{path} was made with another {', '.join(k for k in ours if ours[k] != theirs[k])}"
+                ": give the same with --set, or another stage or --out"
+            )
         return found is not None and not (found.status == "failed" and self.retry)
 
     def _compute(self, cell: Cell, path: Path, folder: Path, start: Path | None) -> None:

@@ -81,6 +81,22 @@ def test_variations_are_other_runs(runner, name):
     assert ours.losses[0] == theirs.losses[0] and ours.losses[-1] != theirs.losses[-1]
 
 
+def test_every_control_is_another_run_than_lora(runner):
+    names = ("lora", "replay-self", "ewc-self", "lora-whitened", "i-lora", "dora")
+    cells = [small.cell(short(name)) for name in names]
+    one = runner()
+    one.run(cells)
+    losses = {cell.method: read(one, cell).losses[-1] for cell in cells}
+    changed = {name: loss for name, loss in losses.items() if loss != losses[short("lora")]}
+    assert len(changed) == len(names) - 1 == len(set(changed.values())), losses
+
+
+def test_a_stage_is_of_one_kind(runner):
+    runner().run([small.cell(short("lora"))])
+    with pytest.raises(ValueError, match="made with another held_out:"):
+        runner(held_out=5).run([small.cell(short("lora"))])
+
+
 def test_a_part_of_what_was_trained_moves_less(runner):
     whole = small.cell(short("lora"), steps=8)
     parts = [small.cell(short(f"lora@scale={scale}"), steps=8) for scale in (0.5, 0.0)]
@@ -135,7 +151,12 @@ def test_a_sequence_goes_on_from_the_task_before(runner, name):
     fresh = before.end.tasks["sums"].base_loss
     assert abs(after.measures[0].tasks["sums"].loss - sums) < abs(fresh - sums) or name == "i-lora"
     assert after.losses[0] < before.end.tasks["colours"].base_loss + 1
-    if name == "anchored-self":  # what was folded is kept: only U of this task is trained
+    if name.startswith("anchored"):  # the first task lies in the folded core, the second in U
+        state, _ = train.read_state(
+            (one.root / "try" / second.path).with_suffix("") / train.TRAINED
+        )
+        cores = [v for k, v in state["adapter"].items() if k.endswith(".core")]
+        assert cores and all(bool(core.any()) for core in cores)
         assert after.trained == before.trained and after.anchor["tokens"] > 0
 
 
