@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 
+import secura
 from benchmarks.retention import record as records
 from benchmarks.retention import train
 from benchmarks.retention.cells import Cell
@@ -160,15 +161,32 @@ def test_a_sequence_goes_on_from_the_task_before(runner, name):
         assert after.trained == before.trained and after.anchor["tokens"] > 0
 
 
+def test_a_finished_tasks_statistics_are_added_to_the_anchor(runner, monkeypatch):
+    asked = []
+    usual = secura.anchor
+
+    def watched(model, texts, **flags):
+        asked.append((flags.get("add", False), {len(text) for text in texts}))
+        return usual(model, texts, **flags)
+
+    monkeypatch.setattr(secura, "anchor", watched)
+    first = small.cell(short("anchored-self"))
+    one = runner()
+    one.run([first, replace(first, tasks=("sums", "colours"))])
+    (sampled, own), (added, task) = asked
+    assert (sampled, added) == (False, True)
+    assert max(own) <= 16 < min(task)  # its own samples, then the task that was learned
+
+
 def test_every_method_of_a_seed_is_given_the_same_batches(runner):
     material = runner().material
-    batches = material.batches("sums", 3, 5)
-    assert batches == runner().material.batches("sums", 3, 5)
-    assert batches != material.batches("sums", 4, 5)
-    assert len(batches) == 5 and all(len(batch) == 2 for batch in batches)
+    batches = material.batches("sums", 3, 20)
+    assert batches == runner().material.batches("sums", 3, 20)
+    assert batches != material.batches("sums", 4, 20)
+    assert len(batches) == 20 and all(len(batch) == 2 for batch in batches)
     spread = [max(r.length for r in batch) - min(r.length for r in batch) for batch in batches]
     lengths = [row.length for batch in batches for row in batch]
-    assert max(spread) <= max(lengths) - min(lengths) and sum(spread) <= 5
+    assert sum(spread) <= max(lengths) - min(lengths)  # those of a batch are neighbours
     assert max(lengths) < material.settings.max_tokens
 
 
