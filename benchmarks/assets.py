@@ -128,18 +128,6 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def load_gsm8k(split: str) -> list[dict[str, str]]:
-    """GSM8K's rows: `question` and `answer` (its working, then `#### ` and the number).
-
-    Args:
-        split: `"train"` (7,473 rows) or `"test"` (1,319).
-    """
-    if split not in ("train", "test"):
-        raise AssetError(f"GSM8K has the splits 'train' and 'test', not {split!r}")
-    rows = _read_jsonl(fetch(f"gsm8k-{split}"))
-    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
-
-
 def load_news() -> list[str]:
     """BBC news articles (XSum's), empty ones dropped: text of another kind than GSM8K."""
     articles = (row["document"].strip() for row in _read_jsonl(fetch("xsum-test")))

@@ -155,14 +155,18 @@ def test_a_disk_that_fills_up_is_one_error(index, monkeypatch):
     assert files(assets.cache_dir()) == [".lock"]
 
 
-def test_unknown_names_and_splits_list_the_known_ones(index):
+def test_unknown_names_list_the_known_ones(index):
     with pytest.raises(AssetError, match=r"unknown asset 'row'; the known ones are .*rows"):
         assets.fetch("row")
-    with pytest.raises(AssetError, match="'train' and 'test', not 'validation'"):
-        assets.load_gsm8k("validation")
     with pytest.raises(AssetError, match="is a data set"):
         assets.model_dir("rows")
-    assert assets.load_gsm8k("test") == ROWS
+
+
+def test_the_command_line_fetches_and_prints_paths(index, capsys):
+    assets.main(["rows"])
+    assert Path(capsys.readouterr().out.strip()).read_bytes() == CONTENT
+    assets.main([])
+    assert "rows: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

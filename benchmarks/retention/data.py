@@ -124,12 +124,15 @@ TASKS: dict[str, tuple[Source, ...]] = {
     "gsm8k": (("gsm8k-train", read_gsm8k), ("gsm8k-test", read_gsm8k)),
     "logiqa": (("logiqa-train", read_lettered), ("logiqa-test", read_chat)),
     "xsum": (("xsum-test", read_xsum),),
-    **{
-        name: ((f"{name}-train", read_olmes), (f"{name}-test", read_olmes))
-        for name in ("csqa", "arc-easy", "openbookqa", "piqa", "hellaswag")
-    },
+    "csqa": (("csqa-train", read_olmes), ("csqa-test", read_olmes)),
 }
-"""What can be trained on or asked: its files and their readers; a single file is cut in two."""
+"""What can be trained on: its files and their readers; a single file is cut in two."""
+
+PROBES: dict[str, Source] = {
+    "arc-easy": ("arc-easy-test", read_olmes),
+    "hellaswag": ("hellaswag-test", read_olmes),
+}
+"""Basic knowledge that is only asked."""
 
 
 @cache
@@ -149,7 +152,7 @@ def load_task(name: str) -> Split:
 @cache
 def load_probe(name: str) -> tuple[Example, ...]:
     """Questions of basic knowledge that are only asked, in a fixed random order."""
-    (_, (asset, reader)) = TASKS[name]
+    asset, reader = PROBES[name]
     return _split((), reader(fetch(asset))).held_out
 
 
@@ -259,6 +262,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 __all__ = [
+    "PROBES",
     "TASKS",
     "TEXTS",
     "Example",

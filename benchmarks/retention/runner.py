@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ class Runner:
 
         A cell that fails is recorded and the others go on. One that another process is at, or that
         starts from such a one, is left to it.
+
+        Raises:
+            ValueError: a cell that is there was made with other settings.
         """
         left = list(dict.fromkeys(cells))
         while left:
@@ -92,6 +96,12 @@ class Runner:
 
     def _known(self, path: Path) -> bool:
         found = records.read(path)
+        if found is not None and found.settings != self.settings:
+            ours, theirs = vars(self.settings), vars(found.settings)
+            raise ValueError(
+                f"{path} was made with another {', '.join(k for k in ours if ours[k] != theirs[k])}"
+                ": give the same with --set, or another stage or --out"
+            )
         return found is not None and not (found.status == "failed" and self.retry)
 
     def _compute(self, cell: Cell, path: Path, folder: Path, start: Path | None) -> None:
@@ -108,18 +118,19 @@ class Runner:
             self.counts["failed"] += 1
         else:
             self.counts["done"] += 1
-        record.environment = self._environment()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record.environment = self._environment | {"finished": now}
         records.write(path, record)
         self._longest = max(self._longest, time.perf_counter() - began)
         self.board.end(describe(record))
         gc.collect()
 
+    @cached_property
     def _environment(self) -> dict[str, Any]:
         return {
             **machine.versions(_PACKAGES),
             "commit": machine.commit(),
             "machine": machine.describe(self.device),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **self.material.describe(),
         }
 

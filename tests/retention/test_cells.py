@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 
+import secura
 from benchmarks.retention import record as records
 from benchmarks.retention import train
 from benchmarks.retention.cells import Cell
@@ -81,6 +82,22 @@ def test_variations_are_other_runs(runner, name):
     assert ours.losses[0] == theirs.losses[0] and ours.losses[-1] != theirs.losses[-1]
 
 
+def test_every_control_is_another_run_than_lora(runner):
+    names = ("lora", "replay-self", "ewc-self", "lora-whitened", "i-lora", "dora")
+    cells = [small.cell(short(name)) for name in names]
+    one = runner()
+    one.run(cells)
+    losses = {cell.method: read(one, cell).losses[-1] for cell in cells}
+    changed = {name: loss for name, loss in losses.items() if loss != losses[short("lora")]}
+    assert len(changed) == len(names) - 1 == len(set(changed.values())), losses
+
+
+def test_a_stage_is_of_one_kind(runner):
+    runner().run([small.cell(short("lora"))])
+    with pytest.raises(ValueError, match="made with another held_out:"):
+        runner(held_out=5).run([small.cell(short("lora"))])
+
+
 def test_a_part_of_what_was_trained_moves_less(runner):
     whole = small.cell(short("lora"), steps=8)
     parts = [small.cell(short(f"lora@scale={scale}"), steps=8) for scale in (0.5, 0.0)]
@@ -135,19 +152,41 @@ def test_a_sequence_goes_on_from_the_task_before(runner, name):
     fresh = before.end.tasks["sums"].base_loss
     assert abs(after.measures[0].tasks["sums"].loss - sums) < abs(fresh - sums) or name == "i-lora"
     assert after.losses[0] < before.end.tasks["colours"].base_loss + 1
-    if name == "anchored-self":  # what was folded is kept: only U of this task is trained
+    if name.startswith("anchored"):  # the first task lies in the folded core, the second in U
+        state, _ = train.read_state(
+            (one.root / "try" / second.path).with_suffix("") / train.TRAINED
+        )
+        cores = [v for k, v in state["adapter"].items() if k.endswith(".core")]
+        assert cores and all(bool(core.any()) for core in cores)
         assert after.trained == before.trained and after.anchor["tokens"] > 0
+
+
+def test_a_finished_tasks_statistics_are_added_to_the_anchor(runner, monkeypatch):
+    asked = []
+    usual = secura.anchor
+
+    def watched(model, texts, **flags):
+        asked.append((flags.get("add", False), {len(text) for text in texts}))
+        return usual(model, texts, **flags)
+
+    monkeypatch.setattr(secura, "anchor", watched)
+    first = small.cell(short("anchored-self"))
+    one = runner()
+    one.run([first, replace(first, tasks=("sums", "colours"))])
+    (sampled, own), (added, task) = asked
+    assert (sampled, added) == (False, True)
+    assert max(own) <= 16 < min(task)  # its own samples, then the task that was learned
 
 
 def test_every_method_of_a_seed_is_given_the_same_batches(runner):
     material = runner().material
-    batches = material.batches("sums", 3, 5)
-    assert batches == runner().material.batches("sums", 3, 5)
-    assert batches != material.batches("sums", 4, 5)
-    assert len(batches) == 5 and all(len(batch) == 2 for batch in batches)
+    batches = material.batches("sums", 3, 20)
+    assert batches == runner().material.batches("sums", 3, 20)
+    assert batches != material.batches("sums", 4, 20)
+    assert len(batches) == 20 and all(len(batch) == 2 for batch in batches)
     spread = [max(r.length for r in batch) - min(r.length for r in batch) for batch in batches]
     lengths = [row.length for batch in batches for row in batch]
-    assert max(spread) <= max(lengths) - min(lengths) and sum(spread) <= 5
+    assert sum(spread) <= max(lengths) - min(lengths)  # those of a batch are neighbours
     assert max(lengths) < material.settings.max_tokens
 
 
