@@ -393,7 +393,7 @@ def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
 
 
 def test_two_results_are_compared_where_both_have_figures(tiny_preset, tmp_path, capsys):
-    old = run_layer(tmp_path / "old.json")
+    old = run_layer(tmp_path / "old.json", "--providers", "frozen,strong lora")
     for row in old.rows:
         if row.case["T"] == TINY.T:
             row.figures["saved_mib"] += 1
