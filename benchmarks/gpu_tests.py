@@ -31,7 +31,7 @@ from .children import ROOT, Child, exit_when_asked, last_line
 from .machine import new_result
 from .schema import Recorder, Row
 
-TESTS = "tests/kernels/test_gpu.py"
+TESTS = "tests/ops/test_gpu.py"
 FIRST = (
     "test_layers_of_an_8b_model", "test_layer_op", "test_cuda_graph", "test_side_stream",
     "test_autocast", "test_compiles_whole", "test_same_bits_twice", "test_matches_oracle.*131, 67",
@@ -55,7 +55,7 @@ def pytest_command() -> list[str]:
     return [
         *command,
         "--confcutdir",
-        "tests/kernels",
+        "tests/ops",
         "-p",
         "no:cacheprovider",
         "-p",
