@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).resolve().parent.parent
+from .machine import ROOT
+
 GRACE_S = 5.0
 """Seconds between asking a process to end and ending it."""
 _EVERYWHERE = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -89,6 +90,3 @@ def last_line(log: Path) -> str:
     """What a process said last, or that it said nothing."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-__all__ = ["ROOT", "Child", "exit_when_asked", "last_line"]

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_ops
-from .children import ROOT, Child, exit_when_asked, last_line
-from .machine import new_result
-from .schema import Recorder, Row
+from .children import Child, exit_when_asked, last_line
+from .machine import ROOT
+from .ops import every_op_once
+from .schema import Recorder, Row, new_result
 
 TESTS = "tests/ops/test_gpu.py"
 FIRST = (
@@ -51,16 +51,8 @@ _ENVIRONMENT = {
 
 def pytest_command() -> list[str]:
     """pytest without a configuration file: its options may ask for plugins that are not there."""
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT)]
-    return [
-        *command,
-        "--confcutdir",
-        "tests/ops",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:warnings",
-    ]
+    options = ["--confcutdir", "tests/ops", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    return [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), *options]
 
 
 def collected() -> list[str]:
@@ -134,9 +126,8 @@ def run_tests(names: Sequence[str], processes: int, until: float, log: Path) -> 
 def _row(name: str, outcome: str | None, end: str) -> Row:
     test = name.partition("::")[2]
     if outcome is None:
-        return Row(
-            {"test": test}, "pytest", "skipped", f"not reached; its process said last: {end}"
-        )
+        note = f"not reached; its process said last: {end}"
+        return Row({"test": test}, "pytest", "skipped", note)
     status = {"PASSED": "ok", "SKIPPED": "missing"}.get(outcome, "failed")
     return Row({"test": test}, "pytest", status, "" if outcome == "PASSED" else outcome.lower())
 
@@ -175,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
     end = time.monotonic() + options.budget_s
     device = torch.device("cpu" if options.dry_run else "cuda")
     preset, log = "dry_run" if options.dry_run else "full", options.out / "gpu_tests.log"
-    result = new_result("gpu_tests", preset, device, torch.bfloat16, {}, commit_name=options.commit)
+    result = new_result("gpu_tests", preset, device, torch.bfloat16, {}, options.commit)
     recorder = Recorder(result, options.out / "gpu_tests.json", resume=options.resume)
     result.rows = [row for row in result.rows if row.status == "ok"]
     passed = {row.case.get("test") for row in result.rows}
@@ -212,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.small:
-        gpu_ops.every_op_once()
+        every_op_once()
         return 0
     if not torch.cuda.is_available() and not options.dry_run:
         print("no GPU: torch sees no CUDA device, so there is nothing to test (try --dry_run)")

@@ -81,6 +81,3 @@ def _recover() -> None:
     torch.cuda.synchronize()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
-
-
-__all__ = ["NotCapturableError", "graphed", "supported", "why_not"]

@@ -12,32 +12,29 @@ CUDA ``both`` is timed once more as a CUDA graph's replay, which the host does n
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import console, costs, graphs, measure, oracle
-from .machine import new_result
-from .providers import Provider, Ranks, catalogue, choose, excuse, frozen_linear
-from .schema import SPENT, Recorder, Row
-from .shapes import LayerCase, LayerPreset, layer_preset
+from . import graphs, measure, oracle
+from .registry import Provider, Ranks, catalogue, choose, frozen_linear, work
+from .schema import Result, Row
+from .session import Session, Turn, in_turns, parser
+from .shapes import LAYER_PRESETS, LayerCase, layer_preset
+from .tables import layer_table
 
 PHASES = ("forward", "backward", "both")
 GRAPH = "both_graph"
-ROUNDS = {"cuda": 4}
-CPU_ROUNDS = 40
+CUDA_ROUNDS, CPU_ROUNDS = 4, 40
 
 
 class Problem:
     """Random tensors of a case, shared by all its providers."""
 
-    def __init__(self, case: LayerCase, device: torch.device, dtype: torch.dtype, seed: int):
+    def __init__(self, case: LayerCase, device: torch.device, dtype: torch.dtype, seed: int = 0):
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -49,21 +46,46 @@ class Problem:
         self.grad = draw(case.T, case.N)
 
 
-@dataclass
 class Runner:
-    """A provider's layer on a problem, checked.
+    """A provider's layer on a problem, checked against fp64.
 
     Attributes:
-        phases: what is timed of it.
+        figures: its errors, what it keeps for its backward, and the most it needs for both passes.
+        phases: what can be timed of it.
         note: what to know about its figures.
+
+    Raises:
+        MissingError: where the provider cannot run.
+        WrongError: where it is not what it should be.
     """
 
-    provider: Provider
-    layer: nn.Module
-    problem: Problem
-    figures: dict[str, Any]
-    phases: tuple[str, ...] = PHASES
-    note: str = ""
+    def __init__(self, provider: Provider, problem: Problem) -> None:
+        case, weight = problem.case, problem.weight
+        self.problem, self.provider = problem, provider
+        self.layer = layer = provider.build(frozen_linear(weight), Ranks(case.m, case.r))
+        oracle.randomise(layer, weight)
+        with provider.running():
+            found = oracle.errors(layer, weight, None, problem.x, problem.grad)
+            oracle.check(found, problem.dtype)
+            self.figures: dict[str, Any] = {f"error_{name}": of for name, of in found.items()}
+            self.both()
+            self.backward_call()()
+            known = [*layer.parameters(), *layer.buffers(), weight]
+            self.figures |= {
+                "saved_mib": measure.saved_mib(self.forward, known),
+                "held_mib": measure.held_mib(self.forward, problem.device),
+                "peak_mib": measure.peak_mib(self.both, problem.device),
+            }
+            self.phases: tuple[str, ...] = PHASES
+            notes = []
+            if "dropout" in provider.name:
+                notes.append("checked with dropout off")
+            if graphs.supported(problem.device):
+                if reason := graphs.why_not(self.both):
+                    notes.append(f"no CUDA graph: {reason}")
+                else:
+                    self.phases = (*PHASES, GRAPH)
+            self.note = "; ".join(notes)
 
     def forward(self) -> Tensor:
         """The output, with its graph."""
@@ -95,223 +117,103 @@ class Runner:
         return torch.autograd.grad(out, inputs, self.problem.grad, **kwargs)
 
 
-def prepare(provider: Provider, problem: Problem) -> Runner | Row:
-    """A provider ready to be timed, or the row that says why it is not."""
-    case = problem.case
-    row = Row(case.as_dict(), provider.name)
-    try:
-        layer = provider.build(frozen_linear(problem.weight), Ranks(case.m, case.r))
-        oracle.randomise(layer, problem.weight)
-        with provider.running():
-            found = oracle.errors(layer, problem.weight, None, problem.x, problem.grad)
-            row.figures = {f"error_{name}": value for name, value in found.items()}
-            if reason := oracle.wrong(found, problem.dtype):
-                row.status, row.note, row.figures = "wrong", f"against fp64: {reason}", {}
-                return row
-            runner = Runner(provider, layer, problem, row.figures)
-            runner.both()
-            runner.backward_call()()
-            row.figures |= memory(runner)
-            settle_phases(runner)
-            return runner
-    except Exception as error:  # a rival's failure must not end the run
-        row.status, row.note = excuse(error)
-    row.figures = {}
-    return row
-
-
-def settle_phases(runner: Runner) -> None:
-    """Find out whether a layer can be timed as a CUDA graph, and note why not."""
-    notes = ["checked with dropout off"] if "dropout" in runner.provider.name else []
-    if graphs.supported(runner.problem.device):
-        reason = graphs.why_not(runner.both)
-        if reason is None:
-            runner.phases = (*PHASES, GRAPH)
-        else:
-            notes.append(f"no CUDA graph: {reason}")
-    runner.note = "; ".join(notes)
-
-
-def memory(runner: Runner) -> dict[str, float | None]:
-    """What a layer keeps for its backward, and the most it needs for both passes."""
-    device, layer = runner.problem.device, runner.layer
-    weights = [*layer.parameters(), *layer.buffers(), runner.problem.weight]
-    return {
-        "saved_mib": measure.saved_mib(runner.forward, weights),
-        "held_mib": measure.held_mib(runner.forward, device),
-        "peak_mib": measure.peak_mib(runner.both, device),
-    }
-
-
 def run_case(
     case: LayerCase,
-    providers: list[Provider],
+    providers: Sequence[Provider],
     device: torch.device,
     dtype: torch.dtype,
     *,
     seed: int = 0,
     rounds: int = 3,
-    phases: tuple[str, ...] = (*PHASES, GRAPH),
-    deadline: float = float("inf"),
-    end: float = float("inf"),
-    say: Callable[[str], None] = lambda text: None,
+    phases: Sequence[str] = (*PHASES, GRAPH),
+    turn: Turn | None = None,
 ) -> list[Row]:
-    """Check and time every provider on one case; one row each, in the order given.
-
-    No round begins after ``deadline`` but the first two, no provider is taken up after ``end``.
-    """
+    """Check and time every provider on one case; one row each, in the order given."""
     torch.manual_seed(seed)
     if any(provider.compiled for provider in providers):
         torch._dynamo.reset()
     problem = Problem(case, device, dtype, seed)
-    prepared: list[Runner | Row] = []
-    for provider in providers:
-        if time.monotonic() > end:
-            prepared += _skipped(case, [provider], SPENT)
-            continue
-        say(f"checking {provider.name}")
-        prepared.append(prepare(provider, problem))
-    runners = [entry for entry in prepared if isinstance(entry, Runner)]
-    for runner in runners:
-        runner.phases = tuple(phase for phase in runner.phases if phase in phases)
-    times, failures = _times(runners, device, rounds=rounds, deadline=deadline, progress=say)
-    return [
-        entry if isinstance(entry, Row) else _timed_row(entry, times, failures)
-        for entry in prepared
-    ]
+
+    def prepare(provider: Provider, row: Row) -> dict[str, measure.Task]:
+        runner = Runner(provider, problem)
+        row.figures, row.note = runner.figures, runner.note
+        return {
+            phase: measure.Task(getattr(runner, f"{phase}_call"), provider.running)
+            for phase in runner.phases
+            if phase in phases
+        }
+
+    def finish(provider: Provider, row: Row, times: dict[str, dict[str, float]]) -> None:
+        least = work(provider.family, case, dtype.itemsize)
+        for phase, time in times.items():
+            row.figures[f"{phase}_ms"] = time
+            if phase in least:
+                row.figures[f"{phase}_gflop"] = least[phase].flop / 1e9
+                row.figures[f"{phase}_moved_mib"] = least[phase].bytes / measure.MIB
+
+    return in_turns(
+        case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=rounds,
+        optional=[GRAPH],
+    )  # fmt: skip
 
 
-def _timed_row(runner: Runner, times: dict, failures: dict) -> Row:
-    """A checked provider's row: its figures, or what it raised while it was timed."""
-    problem, name, figures = runner.problem, runner.provider.name, runner.figures
-    notes = [runner.note]
-    row = Row(problem.case.as_dict(), name)
-    work = costs.work(runner.provider.family, problem.case, problem.dtype.itemsize)
-    for phase in PHASES:
-        if (name, phase) in failures:
-            row.status, row.note = excuse(failures[name, phase])
-            return row
-        if (name, phase) not in times:
-            continue
-        figures[f"{phase}_ms"] = times[name, phase]
-        figures[f"{phase}_gflop"] = work[phase].flop / 1e9
-        figures[f"{phase}_moved_mib"] = work[phase].bytes / measure.MIB
-    if (name, GRAPH) in times:
-        figures[f"{GRAPH}_ms"] = times[name, GRAPH]
-    if (name, GRAPH) in failures:
-        notes.append(f"no CUDA graph: {failures[name, GRAPH]}")
-    row.note, row.figures = "; ".join(filter(None, notes)), figures
-    return row
-
-
-def _times(runners: list[Runner], device: torch.device, **kwargs: Any) -> tuple[dict, dict]:
-    """Timings by ``(provider, phase)``, and what was raised instead."""
-    tasks: dict[tuple[str, str], measure.Task] = {}
-    for runner in runners:
-        for phase in runner.phases:
-            key = runner.provider.name, phase
-            tasks[key] = measure.Task(getattr(runner, f"{phase}_call"), runner.provider.running)
-    return measure.interleaved(tasks, device, **kwargs)
-
-
-def selected(preset: LayerPreset, options: argparse.Namespace) -> Iterator[LayerCase]:
-    """The preset's cases that the flags let through."""
-    for case in preset.cases:
-        if options.models and case.model not in options.models.split(","):
-            continue
-        if options.tokens and str(case.T) not in options.tokens.split(","):
-            continue
-        yield case
-
-
-def run(options: argparse.Namespace) -> Recorder:
+def run(options: argparse.Namespace) -> Result:
     """Everything the command line asked for; finished cases are kept whatever happens."""
-    device, dtype = console.device_and_dtype(options)
     preset = layer_preset(options.preset)
-    cases = list(selected(preset, options))
+    models, tokens = (part and part.split(",") for part in (options.models, options.tokens))
+    cases = [
+        case
+        for case in preset.cases
+        if (not models or case.model in models) and (not tokens or str(case.T) in tokens)
+    ]
     if not cases:
         raise ValueError(f"no case of preset {options.preset!r} has these --models and --tokens")
-    providers = choose(catalogue(dtype), options.providers)
-    phases = tuple(options.phases.split(",")) if options.phases else (*PHASES, GRAPH)
+    phases = options.phases.split(",") if options.phases else [*PHASES, GRAPH]
     if not {"both"} <= set(phases) <= {*PHASES, GRAPH}:
         raise ValueError(f"--phases {options.phases}: give both, and any of {(*PHASES, GRAPH)}")
-    rounds = options.rounds or ROUNDS.get(device.type, CPU_ROUNDS)
-    compiled = options.compile if options.compile is not None else device.type == "cuda"
-    settings = {
-        "preset": options.preset,
-        "headline_t": preset.headline_t,
-        "seed": options.seed,
-        "rounds": rounds,
-        "phases": list(phases),
-        "compiled": compiled,
-    }
-    result = new_result(
-        "layer", options.preset, device, dtype, settings, commit_name=options.commit
-    )
-    recorder = Recorder(result, options.out, resume=options.resume)
-    clock = console.Clock(options.max_seconds, device)
-    measure.raise_ceilings(result.ceilings, device, dtype)
-    finished = [row.case for row in result.rows]
-    cases = [case for case in cases if case.as_dict() not in finished]
-    progress = console.Progress(len(cases))
-    for index, case in enumerate(cases):
-        if clock.left <= 0:
-            recorder.add(_skipped(case, providers, SPENT))
-            continue
-        active = [provider for provider in providers if compiled or not provider.compiled]
+    cuda = options.device == "cuda" or (not options.device and torch.cuda.is_available())
+    rounds = options.rounds or (CUDA_ROUNDS if cuda else CPU_ROUNDS)
+    compiled = cuda if options.compile is None else options.compile
+    settings = {"headline_t": preset.headline_t, "rounds": rounds, "phases": phases}
+    session = Session("layer", options, settings | {"compiled": compiled})
+    providers = choose(catalogue(session.dtype), options.providers)
+    active = [provider for provider in providers if compiled or not provider.compiled]
+
+    def rows_of(case: dict[str, Any], turn: Turn) -> list[Row]:
         rows = run_case(
-            case,
-            active,
-            device,
-            dtype,
-            seed=options.seed,
-            rounds=rounds,
-            phases=phases,
-            deadline=clock.deadline([float(rest.T * rest.N * rest.K) for rest in cases[index:]]),
-            end=clock.end,
-            say=progress.say,
-        )
-        left_out = [provider for provider in providers if provider not in active]
-        rows += _skipped(case, left_out, "not asked for (--compile)", "missing")
-        order = [provider.name for provider in providers]
-        recorder.add(sorted(rows, key=lambda row: order.index(row.provider)))
-        progress.step(f"{case.model} {case.projection} T={case.T} {case.K}→{case.N}")
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    measure.raise_ceilings(result.ceilings, device, dtype)
-    recorder.close()
-    return recorder
+            LayerCase(**case), active, session.device, session.dtype, seed=options.seed,
+            rounds=rounds, phases=phases, turn=turn,
+        )  # fmt: skip
+        left_out = functools.partial(Row, case, status="missing", note="not asked for (--compile)")
+        measured = {row.provider: row for row in rows}
+        return [measured.get(one.name) or left_out(one.name) for one in providers]
 
-
-def _skipped(
-    case: LayerCase, providers: list[Provider], note: str, status: str = "skipped"
-) -> list[Row]:
-    return [Row(case.as_dict(), provider.name, status, note) for provider in providers]
+    named = [
+        (case.as_dict(), f"{case.model} {case.projection} T={case.T} {case.K}→{case.N}",
+         float(case.T * case.N * case.K))
+        for case in cases
+    ]  # fmt: skip
+    return session.run(named, providers, rows_of)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
-    parser = console.parser(__doc__ or "", ("quick", "host", "llama3-8b", "block", "full"))
-    parser.add_argument("--models", help="only these of the preset, e.g. qwen2-7b,gemma2-2b")
-    parser.add_argument("--tokens", help="only these T of the preset, e.g. 512,2048")
-    parser.add_argument("--phases", help="time only these: forward,backward,both,both_graph")
-    parser.add_argument("--rounds", type=int, help="turns at most; default 4 on cuda, 40 elsewhere")
-    parser.add_argument(
+    flags = parser(__doc__ or "", LAYER_PRESETS)
+    flags.add_argument("--models", help="only these of the preset, e.g. qwen2-7b,gemma2-2b")
+    flags.add_argument("--tokens", help="only these T of the preset, e.g. 512,2048")
+    flags.add_argument("--phases", help="time only these: forward,backward,both,both_graph")
+    flags.add_argument("--rounds", type=int, help="turns at most; default 4 on cuda, 40 elsewhere")
+    flags.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="run the torch.compile providers; default: on cuda",
     )
-    options = parser.parse_args(arguments)
-    from .report import layer_table
-
-    started = time.monotonic()
+    options = flags.parse_args(arguments)
     try:
-        recorder = run(options)
+        result = run(options)
     except ValueError as error:
-        parser.error(str(error))
-    print(layer_table(recorder.result, "layer"))
-    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+        flags.error(str(error))
+    print(layer_table(result))
     return 0
 
 

@@ -196,31 +196,10 @@ def raise_ceilings(found: dict[str, float], device: torch.device, dtype: torch.d
     """
     cuda = device.type == "cuda"
     edge, numel = (8192, 2**30 // dtype.itemsize) if cuda else (1024, 2**24)
-    keep_higher(found, rates(device, dtype, edge=edge, numel=numel))
-
-
-def keep_higher(found: dict[str, float], rates: dict[str, float]) -> None:
-    """Take each of ``rates`` that ``found`` lacks or has lower."""
-    for name, rate in rates.items():
+    for name, rate in rates(device, dtype, edge=edge, numel=numel).items():
         found[name] = max(rate, found.get(name, 0.0))
 
 
 def _typical(call: Callable[[], Any], device: torch.device) -> float:
     call()
     return statistics.median(value for _ in range(8) for value in sample(call, device))
-
-
-__all__ = [
-    "MIB",
-    "Task",
-    "held_mib",
-    "interleaved",
-    "keep_higher",
-    "peak_mib",
-    "raise_ceilings",
-    "rates",
-    "sample",
-    "saved_mib",
-    "stopwatch",
-    "timing",
-]

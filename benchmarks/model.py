@@ -1,20 +1,23 @@
 """Whole training steps: forward, backward and AdamW, in tokens per second and peak memory.
 
     python -m benchmarks.model --preset llama3-8b --out benchmarks/results/model-h200.json
+    python -m benchmarks.model --preset saved --dtype bf16 --steps 0 --out saved.json
 
 The model has the published dimensions and random weights, the tokens are random, the attention is
 torch's. Each provider is first checked on one layer of the model against fp64, and its loss must be
 finite; then the providers' layers are put into the same model in turns, a step each.
+
+``--preset saved`` counts besides what the decoder of SmolLM2-135M keeps for its backward pass
+(which does not depend on the values, so random weights do), by saved-tensor hooks: each storage
+once, parameters and buffers left out, the head and the loss, equal for all, left out too. With
+``--steps 0`` it counts that alone, by a forward pass, and takes no step.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,22 +25,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import console, measure, oracle
-from .machine import new_result
-from .providers import Provider, Ranks, catalogue, choose, excuse, frozen_linear, secura
-from .schema import SPENT, Recorder, Row
+from . import measure, oracle
+from .registry import Provider, Ranks, WrongError, choose, for_models, frozen_linear
+from .schema import Result, Row
+from .session import Session, Turn, collect, in_turns, parser
 from .shapes import MODELS
-from .training import adapted, flop_per_token, random_model, target_layers
+from .tables import model_table
+from .training import adapted, flop_per_token, random_model, set_checkpointing, target_layers
 
 DATASHEET_TFLOP_S = {"NVIDIA H200": 989.5, "NVIDIA H100": 989.5, "NVIDIA A100": 312.0}
 """Dense bf16, by the vendor's datasheets, as published MFU figures use."""
-
+PRESETS = ("quick", "saved", "block", "llama3-8b", "qwen2-7b", "qwen2-1.5b", "full")
 CHECK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One setting of a training step."""
+    """One setting of a training step; ``saved_at`` tokens are what is saved counted at, or None."""
 
     model: str
     blocks: int
@@ -48,50 +52,38 @@ class StepCase:
     checkpointing: bool = False
     m: int = 128
     r: int = 16
+    saved_at: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result's row."""
+        found = asdict(self)
+        return found if self.saved_at else {k: v for k, v in found.items() if k != "saved_at"}
 
 
 def model_preset(name: str) -> list[StepCase]:
-    """The cases of a preset, the most important first.
+    """The cases of one of ``PRESETS``, the most important first.
 
-    ``quick`` is six blocks of SmolLM2-135M's shape and short sequences, for a CPU. A model's name:
-    all linears at sequence 4096 × 2 (the published NeMo Automodel setting), then checkpointing,
-    adapters on q and v, accumulation. ``full`` is every such model. ``block`` is what a quarter of
-    an hour and 78 GiB allow: 8 blocks of Llama-3-8B, all linears, without and with checkpointing,
-    and with short sequences.
+    ``quick`` is six blocks of SmolLM2-135M's shape and short sequences, for a CPU; ``saved`` all of
+    it. A model's name: all linears at sequence 4096 × 2 (the published NeMo Automodel setting),
+    then checkpointing, adapters on q and v, accumulation. ``full`` is every such model. ``block``
+    is what a quarter of an hour and 78 GiB allow: 8 blocks of Llama-3-8B, all linears, without and
+    with checkpointing, and with short sequences.
     """
     if name == "quick":
         return [StepCase("smollm2-135m", 6, targets, 128, 1, m=32) for targets in ("all", "q,v")]
+    if name == "saved":
+        return [StepCase("smollm2-135m", 30, "all", 2048, 1, m=64, saved_at=1024)]
     if name == "block":
         eight = StepCase("llama3-8b", 8, "all", 4096, 2)
-        return [
-            eight,
-            replace(eight, checkpointing=True),
-            replace(eight, checkpointing=True, sequence=2048, batch=1),
-        ]
-    names = ("llama3-8b", "qwen2-7b", "qwen2-1.5b") if name == "full" else (name,)
+        checkpointed = replace(eight, checkpointing=True)
+        return [eight, checkpointed, replace(checkpointed, sequence=2048, batch=1)]
     cases = []
-    for model in names:
-        first: dict[str, Any] = {
-            "model": model,
-            "blocks": MODELS[model].layers,
-            "sequence": 4096,
-            "batch": 2,
-        }
-        cases += [
-            StepCase(**first, targets="all"),
-            StepCase(**first, targets="all", checkpointing=True),
-            StepCase(**first, targets="q,v"),
-            StepCase(**first, targets="all", checkpointing=True, accumulate=4),
-        ]
+    for model in ("llama3-8b", "qwen2-7b", "qwen2-1.5b") if name == "full" else (name,):
+        first = StepCase(model, MODELS[model].layers, "all", 4096, 2)
+        checkpointed = replace(first, checkpointing=True)
+        cases += [first, checkpointed, replace(first, targets="q,v")]
+        cases.append(replace(checkpointed, accumulate=4))
     return cases
-
-
-def contenders(dtype: torch.dtype) -> list[Provider]:
-    """SECURA as a user gets it (``impl="auto"``) in every space, then the others."""
-    spaces = ("none", "channel", "activation", "weight")
-    ours = [secura(space, "auto", f"secura {space}") for space in spaces]
-    others = catalogue(dtype, dropout=False)
-    return ours + [entry for entry in others if entry.family in ("lora", "dora", "released")]
 
 
 class Contender:
@@ -143,9 +135,19 @@ class Contender:
         """What to time."""
         return self.step
 
+    def saved_mib(self, tokens: int) -> float:
+        """MiB that the decoder keeps for its backward pass over the first ``tokens``."""
+        known = [*self.model.parameters(), *self.model.buffers()]
+        ids, decoder = self.tokens[0][:, :tokens], self.model.get_submodule("model")
+        return measure.saved_mib(lambda: decoder(input_ids=ids).last_hidden_state, known)
 
-def check(model: nn.Module, provider: Provider, case: StepCase) -> str | None:
-    """What is wrong with the provider on one layer of this model, or None."""
+
+def check(model: nn.Module, provider: Provider, case: StepCase) -> None:
+    """Hold the provider on one layer of this model against fp64.
+
+    Raises:
+        WrongError: where they differ.
+    """
     layer = next(iter(target_layers(model, case.targets).values()))
     weight, bias = layer.weight.detach(), layer.bias
     adapter = provider.build(frozen_linear(weight, bias), Ranks(case.m, case.r))
@@ -154,74 +156,52 @@ def check(model: nn.Module, provider: Provider, case: StepCase) -> str | None:
     x = torch.randn(CHECK_TOKENS, layer.in_features, **options)
     grad = torch.randn(CHECK_TOKENS, layer.out_features, **options)
     with provider.running():
-        return oracle.wrong(oracle.errors(adapter, weight, bias, x, grad), weight.dtype)
-
-
-def prepare(model: nn.Module, provider: Provider, case: StepCase) -> tuple[Row, Contender | None]:
-    """A contender that has taken two steps and whose memory is known, or the row that says why not.
-
-    The first step makes the optimizer's state; the second is measured.
-    """
-    row = Row(asdict(case), provider.name)
-    try:
-        if reason := check(model, provider, case):
-            row.status, row.note = "wrong", f"against fp64: {reason}"
-            return row, None
-        contender = Contender(provider, model, case)
-        with contender.running():
-            contender.step()
-            if not math.isfinite(contender.loss.item()):
-                row.status, row.note = "wrong", "the loss is not finite"
-                return row, None
-            row.figures["peak_mib"] = measure.peak_mib(contender.step, contender.device)
-        row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
-        return row, contender
-    except Exception as error:  # a rival's failure must not end the run
-        row.status, row.note = excuse(error)
-    row.figures = {}
-    return row, None
+        oracle.check(oracle.errors(adapter, weight, bias, x, grad), weight.dtype)
 
 
 def run_case(
     model: nn.Module,
     case: StepCase,
-    providers: list[Provider],
+    providers: Sequence[Provider],
     ceilings: dict[str, float],
     *,
     steps: int = 2,
-    deadline: float = float("inf"),
-    end: float = float("inf"),
-    say: Callable[[str], None] = lambda text: None,
+    turn: Turn | None = None,
 ) -> list[Row]:
     """Check every provider and time their training steps in turns; one row each.
 
-    No round begins after ``deadline`` but the first two, no provider is taken up after ``end``.
+    The memory of a step is measured on CUDA once the optimizer has its state and kernels are
+    compiled; elsewhere, where a step takes long, of the first: its peak comes before the state.
     """
-    rows, tasks = [], {}
     device = next(model.parameters()).device
-    for provider in providers:
-        if time.monotonic() > end:
-            rows.append(Row(asdict(case), provider.name, "skipped", SPENT))
-            continue
-        say(f"checking {provider.name}")
-        row, contender = prepare(model, provider, case)
-        rows.append(row)
-        if contender is not None:
-            tasks[provider.name] = measure.Task(contender.step_call, contender.running)
-        collect(device)
-    times, failures = measure.interleaved(
-        tasks, device, timer=measure.stopwatch, rounds=steps, deadline=deadline, progress=say
-    )
-    for row in rows:
-        if row.provider in failures:
-            row.figures = {}
-            row.status, row.note = excuse(failures[row.provider])
-        elif row.status == "ok":
-            row.figures |= figures(times[row.provider], case, ceilings, device)
-    return rows
+
+    def prepare(provider: Provider, row: Row) -> dict[str, measure.Task]:
+        check(model, provider, case)
+        contender = Contender(provider, model, case)
+        with contender.running():
+            row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
+            if case.saved_at:
+                row.figures["saved_mib"] = contender.saved_mib(case.saved_at)
+            if steps == 0:
+                return {}
+            if device.type == "cuda":
+                contender.step()
+            row.figures["peak_mib"] = measure.peak_mib(contender.step, device)
+            if not math.isfinite(contender.loss.item()):
+                raise WrongError("the loss is not finite")
+        return {"step": measure.Task(contender.step_call, contender.running)}
+
+    def finish(provider: Provider, row: Row, times: dict[str, dict[str, float]]) -> None:
+        if steps:
+            row.figures |= rates(times["step"], case, ceilings, device)
+
+    return in_turns(
+        case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=steps,
+        timer=measure.stopwatch,
+    )  # fmt: skip
 
 
-def figures(
+def rates(
     timing: dict[str, float], case: StepCase, ceilings: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """Tokens per second and utilisation of a step's times."""
@@ -242,86 +222,44 @@ def figures(
     return found
 
 
-def collect(device: torch.device) -> None:
-    """Give back what is no longer used."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def run(options: argparse.Namespace) -> Recorder:
+def run(options: argparse.Namespace) -> Result:
     """Everything the command line asked for; finished cases are kept whatever happens."""
-    device, dtype = console.device_and_dtype(options)
-    providers = choose(contenders(dtype), options.providers)
-    settings = {"preset": options.preset, "seed": options.seed, "steps": options.steps}
-    result = new_result(
-        "model", options.preset, device, dtype, settings, commit_name=options.commit
-    )
-    recorder = Recorder(result, options.out, resume=options.resume)
-    clock = console.Clock(options.max_seconds, device)
-    measure.raise_ceilings(result.ceilings, device, dtype)
-    finished = [row.case for row in result.rows]
-    cases = model_preset(options.preset)[: options.cases]
-    cases = [case for case in cases if asdict(case) not in finished]
-    progress = console.Progress(len(cases))
-    model, built = None, None
-    for index, case in enumerate(cases):
-        if clock.left <= 0:
-            recorder.add(Row(asdict(case), entry.name, "skipped", SPENT) for entry in providers)
-            continue
+    session = Session("model", options, {"steps": options.steps})
+    providers = choose(for_models(session.dtype), options.providers)
+    device, built = session.device, dict[tuple[str, int], nn.Module]()
+
+    def rows_of(values: dict[str, Any], turn: Turn) -> list[Row]:
+        case = StepCase(**values)
         torch.manual_seed(options.seed)
-        if built != (case.model, case.blocks):
-            progress.say(f"building {case.model}")
-            model = None
+        key = (case.model, case.blocks)
+        if key not in built:
+            turn.say(f"building {case.model}")
+            built.clear()
             collect(device)
-            model = random_model(MODELS[case.model], case.blocks, device, dtype, case.sequence)
-            built = (case.model, case.blocks)
-        assert model is not None
-        set_checkpointing(model, case.checkpointing)
-        recorder.add(
-            run_case(
-                model,
-                case,
-                providers,
-                result.ceilings,
-                steps=options.steps,
-                deadline=clock.deadline([1.0] * (len(cases) - index)),
-                end=clock.end,
-                say=progress.say,
-            )
-        )
-        progress.step(f"{case.model}, adapters on {case.targets}")
-        collect(device)
-    recorder.close()
-    return recorder
+            shape = MODELS[case.model]
+            built[key] = random_model(shape, case.blocks, device, session.dtype, case.sequence)
+        set_checkpointing(built[key], case.checkpointing)
+        ceilings = session.result.ceilings
+        return run_case(built[key], case, providers, ceilings, steps=options.steps, turn=turn)
 
-
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing of the decoder blocks, the non-reentrant kind."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+    cases = model_preset(options.preset)[: options.cases]
+    named = [(case.as_dict(), f"{case.model}, adapters on {case.targets}", 1.0) for case in cases]
+    return session.run(named, providers, rows_of)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
-    presets = ("quick", "block", "llama3-8b", "qwen2-7b", "qwen2-1.5b", "full")
-    parser = console.parser(__doc__ or "", presets)
-    parser.add_argument("--cases", type=int, help="only the preset's first settings")
-    parser.add_argument(
+    flags = parser(__doc__ or "", PRESETS)
+    flags.add_argument("--cases", type=int, help="only the preset's first settings")
+    flags.add_argument(
         "--steps", type=int, default=10, help="timed steps of each provider at most; default 10"
     )
-    options = parser.parse_args(arguments)
-    from .report import model_table
-
+    options = flags.parse_args(arguments)
     try:
-        recorder = run(options)
+        result = run(options)
     except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    print(model_table(recorder.result, "model"))
+        flags.error(str(error))
+    print(model_table(result))
     return 0
 
 

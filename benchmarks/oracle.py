@@ -1,18 +1,14 @@
-"""What a provider should give, in fp64, and how far it is from that. No figure without it."""
+"""How far a layer is from what it should compute in fp64. No figure stands without it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secura import SECURALinear
-from secura_kernels import NormOptions, reference
-
-from .rivals import ReleasedWay
+from .registry import WrongError, delta_weight, expected, named
 
 # ‖got − expected‖ / ‖expected‖, largest allowed: output and dx, then the adapters' gradients
 TOLERANCES = {
@@ -24,53 +20,13 @@ CHANGE = 0.1
 """‖ΔW‖ / ‖W‖ of the adapters under test: enough that a lost Δ breaks every tolerance."""
 
 
-def delta_weight(module: nn.Module, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """``ΔW [N, K]`` in fp64 of the parameters given, before any norm."""
-    if isinstance(module, SECURALinear | ReleasedWay):
-        p = _projection(module, weight, parameters)
-        return p @ weight[module.rows]
-    a, b = _one(parameters, "lora_A"), _one(parameters, "lora_B")
-    return _scaling(module) * (b @ a)
-
-
-def expected(
-    module: nn.Module,
-    weight: Tensor,
-    bias: Tensor | None,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-) -> Tensor:
-    """``out [T, N]`` in fp64, differentiable in x and the parameters.
-
-    Args:
-        module: a provider's layer.
-        weight: ``W [N, K]`` fp64.
-        bias: ``b [N]`` fp64 or None.
-        parameters: the layer's trainable parameters by name, fp64.
-        x: ``[T, K]`` fp64.
-    """
-    if not parameters:
-        return nn.functional.linear(x, weight, bias)
-    if isinstance(module, SECURALinear | ReleasedWay):
-        options = NormOptions("activation", "released", "averaged")
-        if isinstance(module, SECURALinear):
-            options = module.config.norm_options
-        p = _projection(module, weight, parameters)
-        return reference.linear(x, weight, bias, module.rows, p, options)
-    direction = weight + delta_weight(module, weight, parameters)
-    if any("magnitude" in name for name in parameters):
-        norm = direction.detach().norm(dim=1)
-        direction = direction * (_one(parameters, "magnitude") / norm)[:, None]
-    return nn.functional.linear(x, direction, bias)
-
-
 @torch.no_grad()
 def randomise(module: nn.Module, weight: Tensor, change: float = CHANGE) -> None:
     """Give a fresh adapter, which changes nothing, a ΔW of ``change · ‖W‖``."""
     parameters = trainable(module)
     if not parameters:
         return
-    second = _one(parameters, "lora_B" if any("lora_B" in name for name in parameters) else "B")
+    second = named(parameters, "lora_B" if any("lora_B" in name for name in parameters) else "B")
     second.normal_()
     wide = {name: parameter.double() for name, parameter in parameters.items()}
     size = delta_weight(module, weight.double(), wide).norm()
@@ -78,6 +34,13 @@ def randomise(module: nn.Module, weight: Tensor, change: float = CHANGE) -> None
     for name, parameter in parameters.items():
         if "magnitude" in name:
             parameter.mul_(1 + change * torch.randn_like(parameter))
+
+
+def output(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """``[T, N]`` in fp64: what a layer of these parameters, in any dtype, should give."""
+    wide = {name: parameter.detach().double() for name, parameter in trainable(module).items()}
+    bias = None if bias is None else bias.double()
+    return expected(module, weight.double(), bias, wide, x.double())
 
 
 def errors(
@@ -120,8 +83,12 @@ def errors(
     }
 
 
-def wrong(found: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """What is out of tolerance, in words, or None."""
+def check(found: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Hold :func:`errors` of a layer of ``dtype`` against ``TOLERANCES``.
+
+    Raises:
+        WrongError: where one is out of tolerance.
+    """
     most, most_parameters = TOLERANCES[dtype]
     allowed = {"out": most, "dx": most, "parameters": most_parameters}
     bad = [
@@ -129,7 +96,8 @@ def wrong(found: Mapping[str, float], dtype: torch.dtype) -> str | None:
         for name, limit in allowed.items()
         if not found[name] <= limit
     ]
-    return ", ".join(bad) or None
+    if bad:
+        raise WrongError(f"against fp64: {', '.join(bad)}")
 
 
 def relative_error(got: Tensor, right: Tensor) -> float:
@@ -141,31 +109,3 @@ def relative_error(got: Tensor, right: Tensor) -> float:
 def trainable(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
-
-
-def _projection(
-    module: SECURALinear | ReleasedWay, weight: Tensor, parameters: Mapping[str, Tensor]
-) -> Tensor:
-    core = parameters["A"] @ parameters["B"]
-    return module.scaling * (weight[:, module.cols] @ core)
-
-
-def _scaling(module: nn.Module) -> float:
-    scaling: Any = module.scaling
-    return scaling["default"] if isinstance(scaling, dict) else scaling
-
-
-def _one(parameters: Mapping[str, Tensor], part: str) -> Tensor:
-    (found,) = (value for name, value in parameters.items() if part in name)
-    return found
-
-
-__all__ = [
-    "delta_weight",
-    "errors",
-    "expected",
-    "randomise",
-    "relative_error",
-    "trainable",
-    "wrong",
-]

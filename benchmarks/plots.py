@@ -1,4 +1,4 @@
-"""Pictures of results, as SVG beside them: layers' speed by T, memory, roofline; models' steps.
+"""Pictures of results, as SVG beside them: layers' speed by T and memory; models' steps.
 
 The same results give the same files, byte for byte, with one version of matplotlib.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .schema import Result
+from .tables import groups, headline_t, summed
 
-RESULTS = Path(__file__).parent / "results"
-KINDS = ("speed", "memory", "roofline")
+KINDS = ("speed", "memory")
 COLOURS = {
     "frozen": "#444444",
     "secura none": "#89C2D9",
@@ -29,9 +29,9 @@ COLOURS = {
 DASHES = {"reference": "--", "compiled": ":", "dropout": "-."}
 
 
-def layer_plots(name: str) -> list[Path]:
-    """Where the plots of result ``name`` stand."""
-    return [RESULTS / f"{name}-{kind}.svg" for kind in KINDS]
+def layer_plots(path: Path) -> list[Path]:
+    """Where the plots of the layer result at ``path`` stand, its suffix left out."""
+    return [path.with_name(f"{path.name}-{kind}.svg") for kind in KINDS]
 
 
 def draw_all(results: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def draw_all(results: Path) -> list[Path]:
     style = {"svg.hashsalt": "secura", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(style):
         pictures = {
-            "layer": {"speed": speed, "memory": memory, "roofline": roofline},
+            "layer": {"speed": speed, "memory": memory},
             "model": {"steps": steps},
         }
         for path in sorted(results.glob("*.json")):
@@ -92,8 +92,6 @@ def speed(result: Result) -> Any:
 
 def _over_frozen(result: Result, phase: str) -> dict[str, dict[int, float]]:
     """A phase's time over the frozen layer's, by provider and T, of the first model."""
-    from .report import groups, summed
-
     model = result.rows[0].case["model"] if result.rows else None
     curves: dict[str, dict[int, float]] = {}
     for (of, t, _, _), providers in groups(result).items():
@@ -151,8 +149,6 @@ def _setting(case: dict[str, Any]) -> str:
 
 def memory(result: Result) -> Any:
     """Bars of what each provider saves for its backward pass, at the headline T."""
-    from .report import groups, headline_t, summed
-
     bars: dict[str, float] = {}
     for (_, t, _, _), providers in groups(result).items():
         if t == headline_t(result) and not bars:
@@ -166,34 +162,6 @@ def memory(result: Result) -> Any:
     places = axes.barh(names, [bars[name] for name in names], color=[_colour(n) for n in names])
     axes.bar_label(places, fmt="%.1f", padding=3, fontsize=7)
     axes.margins(x=0.1)
-    return figure
-
-
-def roofline(result: Result) -> Any:
-    """Achieved TFLOP/s over operations per byte, under the two ceilings measured there."""
-    points = [row for row in result.rows if row.status == "ok"]
-    if not points:
-        return None
-    copy, gemm = result.ceilings["copy_gb_s"], result.ceilings["gemm_tflop_s"]
-    figure, (axes,) = _figure("Roofline: forward + backward", result)
-    seen: set[str] = set()
-    intensities = []
-    for row in points:
-        figures = row.figures
-        intensity = figures["both_gflop"] * 1e9 / (figures["both_moved_mib"] * 2**20)
-        intensities.append(intensity)
-        rate = figures["both_gflop"] / figures["both_ms"]["median"]
-        label = None if row.provider in seen else row.provider
-        seen.add(row.provider)
-        axes.plot(intensity, rate, "o", color=_colour(row.provider), markersize=4, label=label)
-    knee = gemm * 1e3 / copy
-    edges = [min([*intensities, knee]) / 2, knee, max([*intensities, knee]) * 2]
-    axes.plot(edges, [edges[0] * copy / 1e3, gemm, gemm], color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations per byte, by formula")
-    axes.set_ylabel("TFLOP/s")
-    _legend(axes)
     return figure
 
 
@@ -234,6 +202,3 @@ def _save(figure: Any, path: Path) -> None:
     text = "\n".join(line.rstrip() for line in lines) + "\n"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-
-
-__all__ = ["COLOURS", "draw_all", "layer_plots", "memory", "roofline", "speed", "steps"]

@@ -176,6 +176,3 @@ class ReleasedWay(nn.Module):
             return torch.full_like(rho, 2)
         rho / rho.max().item() - 0.5  # formed by the released code, then overwritten
         return 2 - torch.sigmoid(self.scale * rho)
-
-
-__all__ = ["ReleasedWay", "StrongDoRA", "StrongLoRA"]

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from .machine import commit, describe, dtype_name, package_versions
 
 SCHEMA = 1
 STATUSES = ("ok", "missing", "wrong", "failed", "out of memory", "skipped")
@@ -42,6 +49,10 @@ class Row:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"unknown status {self.status!r}: choose one of {STATUSES}")
+
+    def fail(self, status: str, note: str) -> None:
+        """Say why there are no figures."""
+        self.status, self.note, self.figures = status, note, {}
 
 
 @dataclass
@@ -92,6 +103,28 @@ class Result:
         return cls(**data | {"rows": [Row(**row) for row in data["rows"]]})
 
 
+def new_result(
+    benchmark: str,
+    preset: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    commit_name: str | None = None,
+) -> Result:
+    """An empty result of this machine, this code and this command line."""
+    return Result(
+        benchmark=benchmark,
+        preset=preset,
+        command=shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        commit=commit_name or commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        dtype=dtype_name(dtype),
+        machine=describe(device),
+        versions=package_versions(),
+        settings=settings,
+    )
+
+
 class Recorder:
     """Keeps the file equal to the rows that are finished.
 
@@ -132,6 +165,3 @@ class Recorder:
     def _save(self) -> None:
         if self.path is not None:
             self.result.save(self.path)
-
-
-__all__ = ["SCHEMA", "SPENT", "STATUSES", "Recorder", "Result", "Row"]

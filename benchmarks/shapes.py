@@ -84,12 +84,13 @@ class LayerPreset(NamedTuple):
     headline_t: int
 
 
+LAYER_PRESETS = ("quick", "host", "llama3-8b", "block", "full")
 RANKS = (8, 16, 64, 128, 256)
-TOKENS = (512, 2048, 4096, 8192, 16384)
+TOKENS = (8192, 512, 2048, 4096, 16384)
 FULL_MODELS = ("llama3-8b", "qwen2-7b", "qwen2-1.5b", "gemma2-2b")
 
 
-def model_cases(model: str, t: int, m: int, r: int) -> list[LayerCase]:
+def model_cases(model: str, t: int, m: int = 128, r: int = 16) -> list[LayerCase]:
     """Every projection of a model."""
     return [
         LayerCase(model, projection.name, projection.per_block, t, projection.n, projection.k, m, r)
@@ -98,47 +99,22 @@ def model_cases(model: str, t: int, m: int, r: int) -> list[LayerCase]:
 
 
 def layer_preset(name: str) -> LayerPreset:
-    """The cases of a preset, the most important first.
+    """The cases of one of ``LAYER_PRESETS``, the most important first.
 
     ``quick`` is one square layer, small enough for a CPU; ``host`` one so small that its time is
     the host's, Python and launches; ``llama3-8b`` every projection of Llama-3-8B at T=8192;
-    ``block`` the same, then at T=2048 and 512;
-    ``full`` every model and every T, and ``ranks``, m = r on one layer of Llama-3-8B: hours, to be
-    run in parts (``--models``, ``--tokens``, ``--resume``).
+    ``block`` the same, then at T=2048 and 512; ``full`` every model and every T, and ``ranks``,
+    m = r on one layer of Llama-3-8B: hours, to be run in parts (``--models``, ``--tokens``).
     """
     if name == "quick":
-        return LayerPreset(
-            [LayerCase("square", "linear", 1, t, 1024, 1024, 32, 16) for t in (2048, 512)], 2048
-        )
+        cases = [LayerCase("square", "linear", 1, t, 1024, 1024, 32, 16) for t in (2048, 512)]
+        return LayerPreset(cases, 2048)
     if name == "host":
         return LayerPreset([LayerCase("tiny", "linear", 1, 16, 64, 64, 16, 16)], 16)
-    if name == "llama3-8b":
-        return LayerPreset(model_cases("llama3-8b", 8192, 128, 16), 8192)
-    if name == "block":
-        cases = [case for t in (8192, 2048, 512) for case in model_cases("llama3-8b", t, 128, 16)]
-        return LayerPreset(cases, 8192)
     if name == "full":
-        cases = [
-            case
-            for model in FULL_MODELS
-            for t in sorted(TOKENS, key=lambda t: t != 8192)
-            for case in model_cases(model, t, 128, 16)
-        ]
-        square = next(case for case in cases if case.K == case.N == 4096 and case.T == 8192)
-        alone = square.as_dict() | {"model": "ranks", "projection": "q", "count": 1}
-        sweep = [LayerCase(**alone | {"m": rank, "r": rank}) for rank in RANKS]
-        return LayerPreset(cases + sweep, 8192)
-    raise ValueError(f"unknown preset {name!r}: choose quick, host, llama3-8b, block or full")
-
-
-__all__ = [
-    "MODELS",
-    "RANKS",
-    "TOKENS",
-    "LayerCase",
-    "LayerPreset",
-    "ModelShape",
-    "Projection",
-    "layer_preset",
-    "model_cases",
-]
+        cases = [case for of in FULL_MODELS for t in TOKENS for case in model_cases(of, t)]
+        cases += [LayerCase("ranks", "q", 1, 8192, 4096, 4096, rank, rank) for rank in RANKS]
+    else:
+        tokens = (8192,) if name == "llama3-8b" else (8192, 2048, 512)
+        cases = [case for t in tokens for case in model_cases("llama3-8b", t)]
+    return LayerPreset(cases, 8192)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +63,16 @@ def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Linear]:
     }
 
 
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing of the decoder blocks, the non-reentrant kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+
+
 @contextmanager
 def adapted(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within, ``layers`` stand in the place of the model's own of the same names."""
@@ -84,6 +96,3 @@ def flop_per_token(shape: ModelShape, blocks: int, sequence: int) -> float:
     linear += shape.hidden * shape.vocab
     attention = blocks * 6 * sequence * shape.heads * shape.head_dim
     return 4.0 * linear + attention
-
-
-__all__ = ["TARGETS", "adapted", "flop_per_token", "random_model", "target_layers"]

@@ -1,14 +1,14 @@
-"""The first minutes on a GPU: are the layers right, how far from frozen, and what to decide.
+"""The first minutes on a GPU: are the layers right, how far from frozen, and where the time goes.
 
     python -m benchmarks.triage --out DIR [--budget_s 130] [--resume]
 
-One process measures, after ``WARMERS`` others have compiled what it will run. It prints one JSON
-line a question (:mod:`benchmarks.decisions`, :mod:`benchmarks.tiles`) and, while time lasts, one an
-op beside its floor (:mod:`benchmarks.gpu_kernels`), keeps them in ``triage.json`` as they come, and
-prints a table last. ``--resume`` asks only what has no answer there yet. ``--dry_run`` goes through
-all of it on a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing.
-Exit status: 0 all asked
-and answered, 1 not, 2 no GPU.
+One process measures, after ``WARMERS`` others have compiled what it will run. It asks, and prints
+one JSON line a question: each provider's layer (errors, eager and graph time, memory), what it
+costs the host, how much of a small update reaches its output, and every op beside its floor
+(:mod:`benchmarks.ops`). Times are in microseconds (``*_us``). ``triage.json`` keeps them as they
+come, a table is printed last. ``--resume`` asks only what has no answer there yet. ``--dry_run``
+goes through all of it on a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing.
+Exit status: 0 all asked and answered, 1 not, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -19,53 +19,168 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from . import decisions, gpu_kernels, gpu_ops, tiles
-from .asker import Asker, Question
+from . import graphs, measure, oracle
 from .children import Child, exit_when_asked
-from .costs import allowed_ratio
-from .machine import new_result
-from .providers import excuse
-from .schema import SPENT, Recorder, Row
+from .layer import PHASES, Problem, Runner
+from .ops import OPS, Op, Size, Tensors, allowed_ratio
+from .registry import Provider, Ranks, catalogue, choose, excuse, frozen_linear
+from .schema import SPENT, Recorder, Row, new_result
+from .shapes import LayerCase
 
 WARMERS, WARM_S = 10, 50.0
-LAYER = (8192, 4096, 4096, 128)
 LOST = "the device does nothing more in this process"
+PROVIDERS = (
+    "frozen", "peft lora bf16", "strong lora", "secura none triton", "secura channel triton",
+    "secura activation triton", "secura weight triton", "peft dora bf16",
+)  # fmt: skip
+SIZES = {"q+o": Size(8192, 4096, 4096, 128), "gate+up": Size(8192, 14336, 4096, 128)}
+LANDING = (1e-3, 3e-4)
+"""‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""
 
 
-def _op(kernel: gpu_kernels.Kernel, ceilings: dict[str, float], asker: Asker) -> dict[str, Any]:
-    """An op's time, its floor by bytes and operations, and the share that is of it."""
-    call = kernel.make()
-    time_us = asker.us(call.run)
-    if time_us is None:
-        return {}
-    floor_us = max(call.bytes / ceilings["copy_gb_s"] / 1e3, call.flop / ceilings[call.rate] / 1e6)
-    return {"time_us": time_us, "floor_us": floor_us, "floor_share": floor_us / time_us}
+class Asker:
+    """Where the questions are asked, and the clock they are timed by.
+
+    Args:
+        device: ``"cuda"``, or ``"cpu"`` for a dry run in the interpreter.
+        warming: whether every call runs once, to be compiled, and nothing is timed.
+    """
+
+    def __init__(self, device: str, warming: bool = False) -> None:
+        self.device, self.dry = torch.device(device), device == "cpu"
+        self.dtype, self.timing = torch.bfloat16, not (warming or self.dry)
+
+    def size(self, size: Size) -> Size:
+        """The size asked for, or on a CPU one with as many blocks of nearly nothing."""
+        t, n, k, _ = size
+        if not self.dry:
+            return size
+        return Size(max(16, t // 256), max(32, n // 128), max(32, k // 128), 16)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  one size at a time is all a GPU should hold
+    def tensors(self, size: Size) -> Tensors:
+        """Random tensors of a layer of a size."""
+        return Tensors(self.size(size), str(self.device), self.dtype)
+
+    def problem(self, size: Size) -> Problem:
+        """A layer's random tensors, for the providers."""
+        t, n, k, m = self.size(size)
+        case = LayerCase("triage", "linear", 1, t, n, k, m, min(16, m))
+        return Problem(case, self.device, self.dtype)
+
+    def provider(self, name: str) -> Provider:
+        """The one of that name."""
+        return choose(catalogue(self.dtype, dropout=False), name)[0]
+
+    def us(self, call: Callable[[], Any], *, eager: bool = False) -> float | None:
+        """Microseconds of a call by itself, as a CUDA graph where it can be one."""
+        if not self.timing:
+            call()
+            return None
+        if not eager:
+            with suppress(graphs.NotCapturableError):
+                call = graphs.graphed(call)
+        return 1e3 * measure.timing(measure.sample(call, self.device))["median"]
+
+    def host_us(self, call: Callable[[], Any], count: int = 100) -> float | None:
+        """Microseconds from one eager call to the next, when many follow each other."""
+        call()
+        if not self.timing:
+            return None
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count * 1e6
 
 
-def plan(asker: Asker, ceilings: dict[str, float], only: str = "") -> list[Question]:
-    """Every question and every op, or those whose names begin with one of the parts of ``only``."""
-    size = asker.size(*LAYER)
-    ops = [
-        Question(f"op: {kernel.name}", functools.partial(_op, kernel, ceilings))
-        for kernel in gpu_kernels.kernels(size, str(asker.device), asker.dtype, "triton")
-    ]
-    parts = tuple(only.split(","))
-    return [
-        one
-        for one in (*decisions.questions(), *tiles.questions(), *ops)
-        if one.name.startswith(parts)
-    ]
+class Question(NamedTuple):
+    """A name and what finds its figures."""
+
+    name: str
+    ask: Callable[[Asker], dict[str, Any]]
+
+
+def questions(ceilings: dict[str, float], only: str = "") -> list[Question]:
+    """Those whose names begin with a part of ``only``, the most important first."""
+    found = [Question(f"layer: {name}", functools.partial(_layer, name)) for name in PROVIDERS]
+    found += [Question(f"host: {name}", functools.partial(_host, name)) for name in PROVIDERS[:-1]]
+    for label, size in SIZES.items():
+        for op in OPS:
+            ask = functools.partial(_op, op, size, ceilings)
+            found.append(Question(f"op: {op.name}, {label}", ask))
+    found += [Question(f"lands: {name}", functools.partial(_lands, name)) for name in PROVIDERS[1:]]
+    return [one for one in found if one.name.startswith(tuple(only.split(",")))]
+
+
+def _layer(name: str, asker: Asker) -> dict[str, Any]:
+    """A provider's layer: errors against fp64, memory, and forward, backward and graph."""
+    runner = Runner(asker.provider(name), asker.problem(SIZES["q+o"]))
+    figures = dict(runner.figures)
+    with runner.provider.running():
+        for phase in PHASES:
+            call = getattr(runner, f"{phase}_call")()
+            figures[f"{phase}_eager_us"] = asker.us(call, eager=True)
+            del call
+        figures["both_graph_us"] = asker.us(runner.both)
+    return figures
+
+
+def _host(name: str, asker: Asker) -> dict[str, Any]:
+    """One layer on few tokens, so that its time is the host's."""
+    runner = Runner(asker.provider(name), asker.problem(Size(16, 4096, 4096, 128)))
+    with runner.provider.running():
+        return {
+            "eager forward_us": asker.host_us(runner.forward),
+            "eager_us": asker.host_us(runner.both),
+            "graph_us": asker.us(runner.both),
+        }
+
+
+def _op(op: Op, size: Size, ceilings: dict[str, float], asker: Asker) -> dict[str, Any]:
+    """An op's times, their floors by bytes and operations, and the shares that are of them."""
+    data, figures = asker.tensors(size), dict[str, Any]()
+    calls = op.calls(data, "triton")
+    floors = op.floors_us(calls, data, ceilings) if ceilings else {}
+    for name, call in calls.items():
+        figures[f"{name}_us"] = found = asker.us(call)
+        if found is not None:
+            figures |= {f"{name}_floor_us": floors[name], f"{name}_share": floors[name] / found}
+    return figures
+
+
+def _lands(name: str, asker: Asker) -> dict[str, Any]:
+    """The share of a small update's exact effect that a layer's output shows."""
+    problem, figures = asker.problem(Size(1024, 4096, 4096, 128)), {}
+    weight, x, case = problem.weight, problem.x.detach(), problem.case
+    provider = asker.provider(name)
+    for change in LANDING:
+        layer = provider.build(frozen_linear(weight), Ranks(case.m, case.r))
+        oracle.randomise(layer, weight, change)
+        with provider.running(), torch.no_grad():
+            effect = oracle.output(layer, weight, None, x) - linear(x.double(), weight.double())
+            shown: Tensor = layer(x) - linear(x, weight)
+        share = (shown.double() * effect).sum() / effect.square().sum()
+        figures[f"share at {change:g}"] = float(share)
+    return figures
 
 
 def warm(part: int, parts: int, only: str) -> None:
     """Run every ``parts``-th question once, so that its kernels are in Triton's cache."""
     asker = Asker("cuda", warming=True)
-    for question in plan(asker, {}, only)[part::parts]:
+    for question in questions({}, only)[part::parts]:
         try:
             question.ask(asker)
         except Exception as error:  # it will be asked again, and its failure kept
@@ -96,7 +211,7 @@ def answer(question: Question, asker: Asker) -> Row:
     try:
         row.figures = question.ask(asker)
     except Exception as error:  # one question's failure must not end the others
-        row.status, row.note = excuse(error)
+        row.fail(*excuse(error))
         if is_lost(asker.device):
             row.note += f"; {LOST}"
     return row
@@ -119,28 +234,36 @@ def begin_again(seconds: float) -> None:
     os.execv(sys.executable, [sys.executable, *again])
 
 
+def ceilings_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """This machine's ``copy_gb_s``, ``gemm_tflop_s`` of ``dtype``, and ``fp32_tflop_s``."""
+    edge, numel = (8192, 2**29) if device.type == "cuda" else (256, 2**18)
+    found = measure.rates(device, dtype, edge=edge, numel=numel)
+    narrow = measure.rates(device, torch.float32, edge=edge // 2, numel=2**18)
+    return found | {"fp32_tflop_s": narrow["gemm_tflop_s"]}
+
+
 def table(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     """The layers over the frozen one, beside what the ceilings allow, and what failed."""
-    graphs = {
+    size = SIZES["q+o"]
+    layers = {
         row.case["question"].removeprefix("layer: "): row.figures
         for row in rows
-        if row.case["question"].startswith("layer: ") and row.status == "ok"
+        if row.case["question"].startswith("layer: ") and row.figures.get("both_graph_us")
     }
-    frozen = graphs.get("frozen", {}).get("both_graph_us")
-    lines = ["", f"{'layer at ' + str(LAYER):32s} graph µs  ratio  allowed  eager µs  saved MiB"]
-    for name, figures in graphs.items():
-        if not frozen or not figures.get("both_graph_us"):
-            continue
-        ratio = figures["both_graph_us"] / frozen
-        allowed = allowed_ratio(name, LAYER, ceilings)
+    frozen = layers.get("frozen", {}).get("both_graph_us")
+    lines = [
+        "",
+        f"{'layer at ' + str(tuple(size)):32s} graph µs  ratio  allowed  eager µs  saved MiB",
+    ]
+    for name, figures in layers.items() if frozen else ():
+        allowed, graph_us = allowed_ratio(name, size, ceilings), figures["both_graph_us"]
         lines.append(
-            f"{name:32s} {figures['both_graph_us']:8.0f}  {ratio:5.3f}  "
+            f"{name:32s} {graph_us:8.0f}  {graph_us / frozen:5.3f}  "
             f"{'' if allowed is None else f'{allowed:.3f}':>7s}  "
             f"{figures['both_eager_us']:8.0f}  {figures['saved_mib']:9.1f}"
         )
     bad = [row for row in rows if row.status != "ok"]
-    lines += [f"{row.status}: {row.case['question']}: {row.note}"[:300] for row in bad]
-    return lines
+    return lines + [f"{row.status}: {row.case['question']}: {row.note}"[:300] for row in bad]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -148,38 +271,35 @@ def run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     asker = Asker("cpu" if options.dry_run else "cuda")
     preset = "dry_run" if options.dry_run else "full"
-    result = new_result("triage", preset, asker.device, asker.dtype, {}, commit_name=options.commit)
+    result = new_result("triage", preset, asker.device, asker.dtype, {}, options.commit)
     recorder = Recorder(result, options.out / "triage.json", resume=options.resume)
     result.rows = [row for row in result.rows if row.status == "ok" or LOST in row.note]
     print(json.dumps([result.machine, result.versions, result.commit]), flush=True)
     if not options.dry_run and not result.rows:
         warmed(options.out, min(WARM_S, options.budget_s / 2), options.only)
         print(f"compiled: {time.monotonic() - start:.0f} s", flush=True)
-    result.ceilings = result.ceilings or gpu_ops.ceilings(asker.device.type, asker.dtype)
+    result.ceilings = result.ceilings or ceilings_of(asker.device, asker.dtype)
     print(json.dumps(result.ceilings), flush=True)
     known = {row.case["question"] for row in result.rows}
-    for question in plan(asker, result.ceilings, options.only):
+    for question in questions(result.ceilings, options.only):
         if question.name in known:
             continue
         if time.monotonic() - start > options.budget_s:
-            row = Row({"question": question.name}, "triage", "skipped", SPENT)
-        else:
-            row = answer(question, asker)
+            recorder.add([Row({"question": question.name}, "triage", "skipped", SPENT)])
+            continue
+        row = answer(question, asker)
         recorder.add([row])
-        if row.status != "skipped":
-            shown = {key: _short(value) for key, value in row.figures.items()}
-            at = f"{time.monotonic() - start:.0f} s"
-            line = [question.name, row.status, row.note, at, shown]
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+        shown = {
+            key: float(f"{of:.4g}") if isinstance(of, float) else of
+            for key, of in row.figures.items()
+        }
+        line = [question.name, row.status, row.note, f"{time.monotonic() - start:.0f} s", shown]
+        print(json.dumps(line, ensure_ascii=False), flush=True)
         if LOST in row.note:
             begin_again(options.budget_s - (time.monotonic() - start))
     recorder.close()
     print("\n".join(table(result.rows, result.ceilings)))
     return 0 if all(row.status == "ok" for row in result.rows) else 1
-
-
-def _short(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what it writes")
     parser.add_argument("--budget_s", type=float, default=130.0, help="nothing is begun later")
     parser.add_argument("--resume", action="store_true", help="ask what has no answer there yet")
-    parser.add_argument("--only", default="", help="those that begin so: layer,host,tiles")
+    parser.add_argument("--only", default="", help="those that begin so: layer,host,op")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--dry_run", action="store_true", help="on a CPU, to try the script")
     parser.add_argument("--warm", help=argparse.SUPPRESS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import sys
@@ -9,17 +11,32 @@ import sys
 import pytest
 import torch
 
-from benchmarks import costs, layer, measure, model, oracle, plots, report, shapes, startup, targets
-from benchmarks.providers import (
+from benchmarks import (
+    compare,
+    layer,
+    measure,
+    model,
+    oracle,
+    plots,
+    registry,
+    session,
+    shapes,
+    startup,
+    tables,
+    training,
+)
+from benchmarks.registry import (
     MissingError,
     Provider,
     Ranks,
+    WrongError,
     catalogue,
     choose,
     frozen_linear,
 )
 from benchmarks.rivals import StrongLoRA
 from benchmarks.schema import Recorder, Result, Row
+from benchmarks.session import Turn
 
 TINY = shapes.LayerCase("square", "linear", 1, T=24, N=40, K=56, m=6, r=3)
 OTHER = shapes.LayerCase("square", "linear", 1, T=12, N=40, K=56, m=6, r=3)
@@ -36,7 +53,7 @@ def tiny_preset(monkeypatch):
     preset = shapes.LayerPreset([TINY, OTHER], headline_t=TINY.T)
     monkeypatch.setattr(layer, "layer_preset", lambda name: preset)
     monkeypatch.setattr(
-        measure,
+        session,
         "raise_ceilings",
         lambda found, *_: found.update(copy_gb_s=10.0, gemm_tflop_s=0.1),
     )
@@ -77,13 +94,17 @@ def test_providers_agree_with_fp64(dtype, bias):
         module = provider.build(frozen_linear(weight, base_bias), Ranks(TINY.m, TINY.r))
         oracle.randomise(module, weight)
         with provider.running():
-            found = oracle.errors(module, weight, base_bias, x, grad)
-        assert oracle.wrong(found, dtype) is None, provider.name
+            oracle.check(oracle.errors(module, weight, base_bias, x, grad), dtype)
         assert all(part.training for part in module.modules()), provider.name
         if provider.family != "frozen":
             wide = {name: value.double() for name, value in oracle.trainable(module).items()}
-            change = oracle.delta_weight(module, weight.double(), wide).norm().item()
+            change = registry.delta_weight(module, weight.double(), wide).norm().item()
             assert change / weight.double().norm() == pytest.approx(oracle.CHANGE, rel=0.02)
+
+
+def test_errors_out_of_tolerance_are_named():
+    with pytest.raises(WrongError, match=r"against fp64: out 1.0e-03 > 1e-04$"):
+        oracle.check({"out": 1e-3, "dx": 0.0, "parameters": 0.0}, torch.float32)
 
 
 def test_a_provider_that_is_wrong_has_no_figures():
@@ -111,7 +132,7 @@ def test_a_missing_provider_is_shown_as_missing(tiny_preset, monkeypatch, tmp_pa
     result = run_layer(tmp_path / "r.json", "--providers", "frozen,peft lora,triton,compiled")
     status = {row.provider: row.status for row in result.rows if row.case == TINY.as_dict()}
     assert status["peft lora fp32"] == "missing" and status["frozen"] == "ok"
-    table = report.layer_table(result, "none")
+    table = tables.layer_table(result)
     for name in ("PEFT LoRA fp32, r=3", "SECURA channel compiled, m=6", "PEFT is not installed"):
         assert name in table
     if not torch.cuda.is_available():
@@ -156,15 +177,15 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes(tiny_preset, monkeypat
 def test_a_spent_budget_skips_visibly(tiny_preset, tmp_path):
     result = run_layer(tmp_path / "r.json", "--max_seconds", "0")
     assert {row.status for row in result.rows} == {"skipped"} and not result.complete
-    assert "cut short" in report.layer_table(result, "none")
+    assert "cut short" in tables.layer_table(result)
     assert run_layer(tmp_path / "r.json", "--resume").complete
 
 
 def test_a_budget_spent_within_a_case_leaves_the_case_unfinished(monkeypatch):
     providers = choose(runnable(torch.float32), "frozen,strong lora")
     clock = itertools.chain([0.0], itertools.repeat(2.0))
-    monkeypatch.setattr(layer.time, "monotonic", lambda: next(clock))
-    rows = layer.run_case(TINY, providers, CPU, torch.float32, rounds=1, end=1.0)
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
+    rows = layer.run_case(TINY, providers, CPU, torch.float32, rounds=1, turn=Turn(end=1.0))
     assert [row.status for row in rows] == ["ok", "skipped"]
     result = Result("layer", "quick", "cmd", "abc", "now", "fp32", {}, {}, rows=rows)
     assert result.finished() == []
@@ -238,19 +259,19 @@ def test_peak_memory_is_the_allocators():
 def test_a_wide_activation_layer_moves_h_r_and_not_the_gradient_of_its_output(n, thin, moved):
     t, k, m = 2, 4, 3
     case = shapes.LayerCase("wide", "linear", 1, T=t, N=n, K=k, m=m, r=1)
-    extra = costs.work("secura activation", case, 2)["backward"]
-    frozen = costs.work("frozen", case, 2)["backward"]
+    extra = registry.work("secura activation", case, 2)["backward"]
+    frozen = registry.work("frozen", case, 2)["backward"]
     assert extra.flop - frozen.flop == 2 * (3 * t * n * m + thin * t * k * m)
     assert extra.bytes - frozen.bytes == 2 * t * (2 * n + moved)
 
 
 def test_costs_count_by_the_table():
     case = shapes.LayerCase("square", "linear", 1, T=2, N=3, K=5, m=1, r=1)
-    frozen = costs.work("frozen", case, 2)
-    assert frozen["forward"] == costs.Work(2 * 30, 2 * (6 + 10 + 15))
-    assert frozen["both"] == frozen["forward"] + frozen["backward"]
+    frozen = registry.work("frozen", case, 2)
+    assert frozen["forward"] == registry.Work(2 * 30, 2 * (6 + 10 + 15))
+    assert frozen["both"] == registry.Work(4 * 30, 4 * (6 + 10 + 15))
     for provider in catalogue(torch.bfloat16):
-        work = costs.work(provider.family, case, 2)["both"]
+        work = registry.work(provider.family, case, 2)["both"]
         assert work.flop >= frozen["both"].flop and work.bytes >= frozen["both"].bytes
 
 
@@ -278,7 +299,7 @@ def test_sums_count_every_projection_of_a_block():
         figures |= {"saved_mib": 1.0, "peak_mib": time_ms, "both_gflop": 1, "both_moved_mib": 1}
         return Row({"count": count}, "frozen", figures=figures)
 
-    sums = report.summed([row(2, 10.0), row(1, 5.0)])
+    sums = tables.summed([row(2, 10.0), row(1, 5.0)])
     assert sums["time"]["both"]["median"] == 25 and sums["saved_mib"] == 3
     assert sums["peak_mib"] == 10 and sums["gflop"] == 3
 
@@ -293,11 +314,11 @@ def tiny_model(monkeypatch):
 def test_training_steps_of_every_contender(tiny_model):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    frozen = model.random_model(tiny_model, 2, CPU, torch.float32, 16)
+    frozen = training.random_model(tiny_model, 2, CPU, torch.float32, 16)
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     case = model.StepCase("tiny", 2, "all", 16, 1, accumulate=2, checkpointing=True, m=4, r=2)
-    model.set_checkpointing(frozen, True)
-    providers = model.contenders(torch.float32)
+    training.set_checkpointing(frozen, True)
+    providers = registry.for_models(torch.float32)
     rows = model.run_case(frozen, case, providers, {"gemm_tflop_s": 0.1}, steps=2)
     assert {row.provider: row.status for row in rows} == {
         provider.name: "ok" for provider in providers
@@ -306,19 +327,18 @@ def test_training_steps_of_every_contender(tiny_model):
     assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
     result = Result("model", "quick", "cmd", "abc", "now", "fp32", {"device": "cpu", "name": "cpu",
                     "threads": 1}, {}, rows=rows)  # fmt: skip
-    assert "| 1.00 × |" in report.model_table(result, "none")
+    assert "| 1.00 × |" in tables.model_table(result)
 
 
 def test_starting_from_an_svd_gives_the_same_a(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        startup, "startup_preset", lambda name: startup.StartupCase("tiny", 2, m=4, r=2)
-    )
+    case = {"model": "tiny", "blocks": 2, "m": 4, "r": 2}
+    monkeypatch.setattr(startup, "preset", lambda name: case)
     path = tmp_path / "r.json"
     assert startup.main(["--device", "cpu", "--out", str(path), "--providers", "channel"]) == 0
     rows = {row.provider: row for row in Result.load(path).rows}
     assert rows["svd init"].status == rows["secura channel"].status == "ok"
     assert rows["secura channel"].figures["layers"] == 14
-    assert "svd init, m=4" in report.startup_table(Result.load(path), "none")
+    assert "svd init, m=4" in tables.startup_table(Result.load(path))
 
 
 def test_a_whole_name_chooses_one_provider_and_a_part_all_that_hold_it():
@@ -355,11 +375,11 @@ def test_plots_are_the_same_for_the_same_results(tiny_preset, tmp_path):
 def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
     figures = {"a": {"saved": 8.0}, "b": {"saved": 10.0}}
     most, least, absent = (
-        targets.judge(target, figures)
+        compare.judge(target, figures)
         for target in (
-            targets.Target("saved", "a", "b", 0.85),
-            targets.Target("saved", "b", "a", 1.3, True),
-            targets.Target("saved", "a", "c", 1.0),
+            compare.Target("saved", "a", "b", 0.85),
+            compare.Target("saved", "b", "a", 1.3, True),
+            compare.Target("saved", "a", "c", 1.0),
         )
     )
     ends = [verdict.line().split("|")[-2].strip() for verdict in (most, least, absent)]
@@ -367,9 +387,53 @@ def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
     assert most.excess < 1 < least.excess and absent.excess == 0
     run_layer(tmp_path / "r.json")
     capsys.readouterr()
-    targets.main([str(tmp_path / "r.json")])
+    compare.main([str(tmp_path / "r.json")])
     judged = "| eager time | secura channel reference | strong lora | ≤ 0.95 × |"
     assert judged in capsys.readouterr().out
+
+
+def test_two_results_are_compared_where_both_have_figures(tiny_preset, tmp_path, capsys):
+    old = run_layer(tmp_path / "old.json")
+    for row in old.rows:
+        if row.case["T"] == TINY.T:
+            row.figures["saved_mib"] += 1
+        else:
+            row.fail("failed", "nothing to compare")
+    old.save(tmp_path / "old.json")
+    new = run_layer(tmp_path / "new.json", "--commit", "later", "--providers", "strong lora")
+    lines = compare.changes(old, new)
+    assert "| test | later | new / old |" in lines[0]
+    assert len(lines) == 2 + 3 and all("T=24" in line for line in lines[2:])
+    (saved,) = (line for line in lines if "| saved |" in line)
+    before, after = 1 + 24 * 56 * 4 / 2**20, 24 * 56 * 4 / 2**20
+    assert f"| {before:.5g} | {after:.5g} | {after / before:.3f} × |" in saved
+    capsys.readouterr()
+    compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_what_the_decoder_saves_is_counted_and_shown(tiny_model):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    frozen = training.random_model(tiny_model, 2, CPU, torch.float32, 16)
+    case = model.StepCase("tiny", 2, "all", 16, 1, m=4, r=2, saved_at=8)
+    providers = choose(registry.for_models(torch.float32), "secura none,strong lora")
+    rows = model.run_case(frozen, case, providers, {"gemm_tflop_s": 0.1}, steps=1)
+    ours, lora = (row.figures["saved_mib"] for row in rows)
+    assert 0 < ours < lora
+    longer = dataclasses.replace(case, saved_at=16)
+    for row in model.run_case(frozen, longer, providers, {"gemm_tflop_s": 0.1}, steps=1):
+        before = {"secura none": ours, "strong lora": lora}[row.provider]
+        assert 1.5 * before < row.figures["saved_mib"] <= 2.1 * before
+    machine = {"device": "cpu", "name": "cpu", "threads": 1}
+    result = Result("model", "saved", "cmd", "abc", "now", "fp32", machine, {}, rows=rows)
+    text = tables.model_table(result)
+    assert "| saved at T=8, MiB |" in text and "*Saved* is what the decoder keeps" in text
+
+
+def test_a_model_that_saves_nothing_new_has_no_column_for_it():
+    case = model.StepCase("tiny", 2, "all", 16, 1)
+    assert "saved_at" not in case.as_dict() and model.StepCase(**case.as_dict()) == case
 
 
 @pytest.mark.gpu
@@ -378,8 +442,8 @@ def test_every_provider_agrees_with_fp64_on_a_gpu(dtype):
     case = shapes.LayerCase("square", "linear", 1, T=200, N=320, K=264, m=48, r=16)
     problem = layer.Problem(case, torch.device("cuda"), dtype, 0)
     for provider in catalogue(dtype):
-        prepared = layer.prepare(provider, problem)
-        assert isinstance(prepared, layer.Runner) or prepared.status == "missing", prepared
+        with contextlib.suppress(MissingError):
+            layer.Runner(provider, problem)
 
 
 def test_a_kernel_that_cannot_run_is_missing_with_the_reason():

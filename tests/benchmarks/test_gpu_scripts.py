@@ -11,28 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.conftest import interpreter_broken
 
 from benchmarks import (
-    asker,
-    costs,
-    gpu_kernels,
+    compare,
     gpu_tests,
     graphs,
     layer,
     model,
-    report,
+    ops,
     shapes,
-    targets,
+    tables,
     triage,
 )
 from benchmarks.children import Child, last_line
-from benchmarks.providers import catalogue, choose
+from benchmarks.registry import catalogue, choose
 from benchmarks.rivals import StrongDoRA
 from benchmarks.schema import Result
 
-from ops.conftest import interpreter_broken
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -110,76 +107,67 @@ COMMAND = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", "/", "
 @pytest.mark.skipif(interpreter_broken() is not None, reason=str(interpreter_broken()))
 def test_every_question_is_answered_in_the_interpreter_and_asked_once(tmp_path):
     flags = ("triage", "--dry_run", "--out", tmp_path, "--commit", "abc")
-    done = run_module(*flags, "--only", "tiles", TRITON_INTERPRET="1")
+    done = run_module(*flags, "--only", "host", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
-    tiles = len(Result.load(tmp_path / "triage.json").rows)
+    first = len(Result.load(tmp_path / "triage.json").rows)
     done = run_module(*flags, "--resume", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
     result = Result.load(tmp_path / "triage.json")
     names = [row.case["question"] for row in result.rows]
     assert [row.note for row in result.rows if row.status != "ok"] == [] and result.complete
-    planned = [question.name for question in triage.plan(asker.Asker("cpu"), {})]
+    planned = [question.name for question in triage.questions({})]
     assert sorted(names) == sorted(planned) and len(set(names)) == len(names)
-    assert tiles == sum(name.startswith("tiles") for name in names) < len(names)
-    assert names[0].startswith("tiles") and done.stdout.count('"tiles') == 0
-
-
-def question(name, ask):
-    return asker.Question(name, ask)
+    assert first == sum(name.startswith("host") for name in names) < len(names)
+    assert names[0].startswith("host") and done.stdout.count('"host') == 0
 
 
 def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
     def bad(asker):
         raise RuntimeError("no such kernel")
 
-    cpu = asker.Asker("cpu")
-    row = triage.answer(question("a", bad), cpu)
+    cpu = triage.Asker("cpu")
+    row = triage.answer(triage.Question("a", bad), cpu)
     assert row.status == "failed" and "no such kernel" in row.note and triage.LOST not in row.note
     monkeypatch.setattr(triage, "is_lost", lambda device: True)
-    assert triage.LOST in triage.answer(question("a", bad), cpu).note
-    assert triage.answer(question("b", lambda asker: {"x": 1.0}), cpu).figures == {"x": 1.0}
-
-
-def test_what_stands_in_a_modules_place_is_put_back():
-    with pytest.raises(ZeroDivisionError), asker.replaced(triage, LOST="gone", WARM_S=0):
-        assert (triage.LOST, triage.WARM_S) == ("gone", 0)
-        raise ZeroDivisionError
-    assert triage.LOST != "gone" and triage.WARM_S > 0
+    assert triage.LOST in triage.answer(triage.Question("a", bad), cpu).note
+    assert triage.answer(triage.Question("b", lambda asker: {"x": 1.0}), cpu).figures == {"x": 1.0}
 
 
 def test_the_ceilings_allow_what_the_bytes_and_products_come_to():
     ceilings = {"copy_gb_s": 3000.0, "gemm_tflop_s": 700.0}
-    size = (8192, 4096, 4096, 128)
+    size = ops.Size(8192, 4096, 4096, 128)
     allowed = {
-        space: costs.allowed_ratio(f"secura {space} triton", size, ceilings)
+        space: ops.allowed_ratio(f"secura {space} triton", size, ceilings)
         for space in ("none", "channel", "activation", "weight")
     }
-    assert costs.allowed_ratio("peft lora bf16", size, ceilings) is None
+    assert ops.allowed_ratio("peft lora bf16", size, ceilings) is None
     assert 1.1 < allowed["none"] == allowed["channel"] < allowed["activation"] < 1.2
     assert 1.5 < allowed["weight"] < 1.7
-    faster = costs.allowed_ratio("secura none", size, ceilings | {"copy_gb_s": 4300.0})
+    faster = ops.allowed_ratio("secura none", size, ceilings | {"copy_gb_s": 4300.0})
     assert faster < allowed["none"]
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize(("height", "width"), [(1, 16), (7, 64), (5, 33), (40, 7)])
-def test_sectors_are_those_that_the_columns_bytes_lie_in(height, width, itemsize):
-    columns = random.Random(0).sample(range(width), width // 3 + 1)
-    touched = {
-        (row * width + column) * itemsize // 32 for row in range(height) for column in columns
-    }
-    found = gpu_kernels.sectors(torch.tensor(columns), height, width, itemsize)
-    assert found == len(touched)
+@pytest.mark.parametrize(("width", "itemsize", "m"), [(64, 2, 8), (4096, 2, 128), (96, 4, 30)])
+def test_scattered_columns_count_by_the_sectors_that_they_lie_in(width, itemsize, m):
+    draw = random.Random(0)
+    found = [len({draw.randrange(width) * itemsize // 32 for _ in range(m)}) for _ in range(400)]
+    mean = 32 * sum(found) / len(found)
+    assert ops.scattered(7, width, m, itemsize) == pytest.approx(7 * mean, rel=0.02)
+    assert ops.scattered(1, 4, 4, 2) == 32
 
 
-def test_a_workspace_is_put_back():
-    from secura_kernels.kernels import activation_backward
-
-    before = activation_backward.WORKSPACE_MIB
-    with pytest.raises(ZeroDivisionError), gpu_kernels.workspace(1024):
-        assert activation_backward.WORKSPACE_MIB == 1024
-        raise ZeroDivisionError
-    assert before == activation_backward.WORKSPACE_MIB
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_every_ops_floor_grows_with_its_bytes_and_its_operations(op):
+    data = ops.Tensors(ops.Size(32, 48, 64, 16), "cpu", torch.bfloat16)
+    calls = op.calls(data, "reference")
+    assert ("both" in calls) == (op.back is not None)
+    slow, fast = {"copy_gb_s": 1e-3, op.rate: 1e6}, {"copy_gb_s": 1e9, op.rate: 1e-6}
+    by_bytes = op.floors_us(calls, data, slow)
+    forward, backward = op.moved(*data.size, 2)
+    assert by_bytes["forward"] == pytest.approx(forward)
+    assert by_bytes.get("both") in (None, pytest.approx(forward + backward))
+    by_flop = op.floors_us(calls, data, fast)
+    assert all(by_flop[name] > 0 for name in calls if "W'" not in op.name)
 
 
 def test_a_child_that_does_not_heed_is_ended_with_its_own(tmp_path):
@@ -215,8 +203,8 @@ def test_layers_are_timed_and_judged_by_graph_where_both_have_one(monkeypatch):
         "layer", "quick", "cmd", "abc", "now", "fp32", machine, {}, {"headline_t": 24},
         {"copy_gb_s": 1.0, "gemm_tflop_s": 1.0}, rows,
     )  # fmt: skip
-    assert "both, graph, ms" in report.layer_table(result, "none").splitlines()[0]
-    (verdicts,) = targets.of_layers(result).values()
+    assert "both, graph, ms" in tables.layer_table(result).splitlines()[0]
+    (verdicts,) = compare.judged(result).values()
     judged = {
         verdict.target.rival: verdict.figure
         for verdict in verdicts

@@ -1,0 +1,263 @@
+"""The ops a layer is made of, each with the bytes it must move; and each space's passes in a layer.
+
+s bytes an element, S for the bytes of the 32-byte sectors that scattered columns lie in
+(:func:`scattered`). Inputs count once and outputs once, forward, then backward. Operations are not
+written down here: torch counts them by the kernels' own formulas (``secura_kernels`` registers
+them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
+
+from secura_kernels import NormOptions
+from secura_kernels.inspection.layers import Case
+from secura_kernels.norm import pack
+from secura_kernels.ops.activation.op import activation, activation_backward
+from secura_kernels.ops.channel.op import channel
+from secura_kernels.ops.common import Terms
+from secura_kernels.ops.lowrank.op import lowrank, lowrank_backward
+from secura_kernels.ops.project.op import project, project_backward
+from secura_kernels.ops.weight.op import merged_weight, normed_weight
+
+from .registry import SPACES, Ranks, frozen_linear, secura
+
+SECTOR_BYTES = 32
+
+
+class Size(NamedTuple):
+    """T tokens, N outputs, K inputs, rank m."""
+
+    t: int
+    n: int
+    k: int
+    m: int
+
+
+class Tensors:
+    """Random tensors of one layer, outputs of order 1.
+
+    Attributes:
+        x, y0, grad: ``[T, K]``, ``[T, N]``, ``[T, N]``.
+        weight: ``W [N, K]``.
+        rows, cols: ``[m]`` int64.
+        a, b, u: ``A [m, r]``, ``B [r, m]`` and their product, fp32.
+        p, q: ``P = C A B [N, m]`` in fp32, and in x's dtype.
+        gram, norms: of :func:`secura_kernels.row_norms`.
+    """
+
+    def __init__(self, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        t, n, k, m = self.size = size
+        case = Case(NormOptions("channel"), dtype, m, t, n, k, inner=min(2 * m, k), biased=False)
+        drawn = case.draw(device, seed)
+        layer = drawn.layer
+        assert layer.weight is not None and drawn.b is not None
+        assert layer.gram is not None and layer.base_norms is not None
+        self.x, self.grad, self.weight = drawn.x, drawn.grad, layer.weight
+        self.rows, self.cols = layer.rows.sort().values, layer.cols.sort().values
+        self.a, self.b = drawn.a, drawn.b
+        self.u = self.a @ self.b
+        self.p = self.weight[:, self.cols].float() @ self.u
+        self.q = self.p.to(dtype)
+        self.y0 = linear(self.x, self.weight)
+        self.gram, self.norms = layer.gram, layer.base_norms
+
+
+def scattered(height: int, width: int, m: int, itemsize: int) -> float:
+    """Bytes of the sectors that m random columns of a ``[height, width]`` tensor lie in."""
+    sectors = max(1.0, width * itemsize / SECTOR_BYTES)
+    return height * SECTOR_BYTES * sectors * (1 - (1 - 1 / sectors) ** m)
+
+
+class Op(NamedTuple):
+    """Something to time.
+
+    Attributes:
+        name: what it is.
+        run: the op on a layer's tensors in an implementation.
+        back: its backward on what ``run`` gave, or None for what has none.
+        moved: the bytes it must move forward and backward, from T, N, K, m and s.
+        rate: the ceiling its operations run under: ``gemm_tflop_s`` or ``fp32_tflop_s``.
+    """
+
+    name: str
+    run: Callable[[Tensors, str], Any]
+    back: Callable[[Tensors, str, Any], Any] | None
+    moved: Callable[[int, int, int, int, int], tuple[float, float]]
+    rate: str = "fp32_tflop_s"
+
+    def calls(self, data: Tensors, impl: str) -> dict[str, Callable[[], Any]]:
+        """``{"forward"}``, and ``"both"`` where it has a backward: what to time."""
+        run, back = self.run, self.back
+
+        def forward() -> Any:
+            return run(data, impl)
+
+        if back is None:
+            return {"forward": forward}
+        return {"forward": forward, "both": lambda: back(data, impl, run(data, impl))}
+
+    def floors_us(
+        self, calls: dict[str, Callable[[], Any]], data: Tensors, ceilings: dict[str, float]
+    ) -> dict[str, float]:
+        """The least microseconds of each of its calls, by bytes or by operations."""
+        forward, backward = self.moved(*data.size, data.weight.itemsize)
+        moved, floors = {"forward": forward, "both": forward + backward}, {}
+        for name, call in calls.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            flop = counter.get_total_flops()
+            by_bytes = moved[name] / ceilings["copy_gb_s"] / 1e3
+            floors[name] = max(by_bytes, flop / ceilings[self.rate] / 1e6)
+        return floors
+
+
+def _merged(seed: int | None) -> Callable[[Tensors, str], Tensor]:
+    return lambda d, impl: merged_weight(d.weight, d.rows, d.p, None, d.weight.dtype, seed, impl)
+
+
+def _normed(data: Tensors, impl: str) -> Tensor:
+    norm, dtype = pack(NormOptions("weight")), data.weight.dtype
+    return normed_weight(data.weight, data.rows, data.p, None, None, norm, dtype, None, impl)
+
+
+def _channel(form: str) -> Op:
+    norm = pack(NormOptions("channel", form))
+    return Op(
+        f"channel: Q of P, {form}",
+        lambda d, impl: channel(d.p, None, d.gram, d.norms, None, norm, impl),
+        lambda d, impl, found: d.p * found[2][:, None],
+        lambda t, n, k, m, s: (8 * n * m + 4 * m * m, 8 * n * m),
+    )
+
+
+def _activation(save: str) -> Op:
+    keep, norm = save == "8bit", pack(NormOptions("activation"))
+
+    def forward(d: Tensors, impl: str) -> Any:
+        return activation(d.y0, None, None, d.rows, Terms(d.q), None, norm, keep, impl)
+
+    def backward(d: Tensors, impl: str, found: Any) -> Any:
+        _, z, _, kept, *measured = found
+        saved = kept if keep else d.y0
+        needs = [True, True, False]
+        return activation_backward(
+            d.grad, saved, z, None, d.rows, Terms(d.q), measured, norm, needs, impl
+        )
+
+    return Op(
+        f"activation: norm of y0, {save}",
+        forward,
+        backward,
+        lambda t, n, k, m, s: (
+            (2 * s + keep) * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
+            (2 * s + (1 if keep else s)) * t * n + scattered(t, n, m, s) + s * m * (t + n),
+        ),
+        "gemm_tflop_s",
+    )
+
+
+def _added(d: Tensors, impl: str) -> Any:
+    return lowrank(d.y0, None, None, d.rows, d.q, None, None, None, impl)
+
+
+def _added_back(d: Tensors, impl: str, found: Any) -> Any:
+    needs = [True, True, False]
+    return lowrank_backward(d.grad, found[1], None, d.rows, d.q, None, None, needs, impl)
+
+
+OPS = (
+    Op(
+        "A B",
+        lambda d, impl: d.a @ d.b,
+        lambda d, impl, u: (u @ d.b.t(), d.a.t() @ u),
+        lambda t, n, k, m, s: (20 * m * m, 36 * m * m),
+    ),
+    Op(
+        "P = C U",
+        lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
+        lambda d, impl, p: project_backward(p, d.weight, d.cols, impl),
+        lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
+    ),
+    _channel("calibrated"),
+    _channel("paper"),
+    Op(
+        "none: thin product added to y0",
+        _added,
+        _added_back,
+        lambda t, n, k, m, s: (
+            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
+            3 * s * t * n + scattered(t, n, m, s) + s * m * (t + n) + 4 * n * m,
+        ),
+        "gemm_tflop_s",
+    ),
+    _activation("recompute"),
+    _activation("8bit"),
+    Op("none: W' to nearest", _merged(None), None, lambda t, n, k, m, s: (2 * s * n * k, 0)),
+    Op(
+        "none: W' rounded stochastically",
+        _merged(0),
+        None,
+        lambda t, n, k, m, s: (2 * s * n * k, 0),
+    ),
+    Op("weight: W'", _normed, None, lambda t, n, k, m, s: (3 * s * n * k, 0)),
+)
+"""The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
+
+PASSES: dict[str, Callable[[int, int, int, int, int], float]] = {
+    "none": lambda t, n, k, m, s: (
+        min(2 * s * n * k + s * t * k, 2 * s * t * n + scattered(t, n, m, s))
+        + min(2 * s * n * k, 2 * s * t * n + scattered(t, n, m, s))
+        + s * t * n
+    ),
+    "channel": lambda *size: PASSES["none"](*size),
+    "activation": lambda t, n, k, m, s: (
+        2 * s * t * n + scattered(t, n, m, s) + s * t * (2 * n + 2 * k if k <= n else 3 * n)
+    ),
+    "weight": lambda t, n, k, m, s: 6 * s * n * k,
+}
+"""Bytes that a layer's passes move beside its products, as the ops choose them (their docstrings),
+forward and backward, from T, N, K, m and s: out and z, ∂x, ∂Q; ``weight`` W' twice, ρ's largest."""
+
+
+def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | None:
+    """What a machine's ceilings allow a SECURA layer in bf16, over the frozen layer's time.
+
+    Two products (``weight``: three) at the speed of a product, its passes at that of a copy; thin
+    products are left out.
+
+    Args:
+        name: a provider's; None is returned for one that is not SECURA's.
+        size: the layer's.
+        ceilings: ``copy_gb_s`` and ``gemm_tflop_s``.
+    """
+    space = next((space for space in SPACES if name.startswith(f"secura {space}")), None)
+    if space is None:
+        return None
+    product_s = 2 * size.t * size.n * size.k / ceilings["gemm_tflop_s"] / 1e12
+    passes_s = PASSES[space](*size, 2) / ceilings["copy_gb_s"] / 1e9
+    return ((3 if space == "weight" else 2) * product_s + passes_s) / (2 * product_s)
+
+
+def every_op_once(device: str = "cuda", impl: str = "triton") -> None:
+    """Run every op and every space's layer, forward and backward, on shapes that fill no block."""
+    for m in (5, 64):
+        for dtype in (torch.bfloat16, torch.float32):
+            data = Tensors(Size(67, 131, 77, m), device, dtype)
+            for op in OPS:
+                if dtype == torch.bfloat16 or "stochastically" not in op.name:
+                    for call in op.calls(data, impl).values():
+                        call()
+            for space in SPACES:
+                provider = secura(space, impl)
+                layer = provider.build(frozen_linear(data.weight), Ranks(m, m))
+                with provider.running():
+                    layer(data.x.clone().requires_grad_()).backward(data.grad)
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,267 @@
+"""Tables of results, as Markdown, and the sums that tables, pictures and targets are made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .schema import Result, Row
+
+NOT_YET = "*Not measured yet.*\n"
+
+
+def baseline(providers: list[str], dtype: str) -> str | None:
+    """What ratios are against: PEFT's LoRA with adapters in the compute dtype, or what is there."""
+    names = (f"peft lora {dtype}", "peft lora fp32", "strong lora", "frozen")
+    return next((name for name in names if name in providers), None)
+
+
+def title(provider: str, case: dict[str, Any]) -> str:
+    """A provider's name in a table, with its rank."""
+    for short, long in (("peft", "PEFT"), ("secura", "SECURA"), ("lora", "LoRA"), ("dora", "DoRA")):
+        provider = re.sub(rf"\b{short}\b", long, provider)
+    if provider.startswith(("SECURA", "released", "svd")):
+        return f"{provider}, m={case['m']}"
+    return provider if provider == "frozen" else f"{provider}, r={case['r']}"
+
+
+def summed(rows: list[Row]) -> dict[str, Any]:
+    """One provider's figures over the layers of a decoder block, each as often as it is there.
+
+    ``{"time": {phase: {"median", "q20", "q80"}}, "saved_mib", "peak_mib", "gflop", "moved_mib"}``.
+    Everything adds up (quantiles too, which overstates the spread of a sum) but the peaks, of which
+    the largest stands. A phase but ``both`` is there where every layer has it.
+    """
+    phases = ["both"]
+    for phase in ("forward", "backward", "both_graph"):
+        if all(f"{phase}_ms" in row.figures for row in rows):
+            phases.append(phase)
+    return {
+        "time": {
+            phase: {
+                key: sum(row.figures[f"{phase}_ms"][key] * row.case["count"] for row in rows)
+                for key in ("median", "q20", "q80")
+            }
+            for phase in phases
+        },
+        "saved_mib": sum(row.figures["saved_mib"] * row.case["count"] for row in rows),
+        "peak_mib": max((row.figures["peak_mib"] for row in rows), default=0),
+        "gflop": sum(row.figures["both_gflop"] * row.case["count"] for row in rows),
+        "moved_mib": sum(row.figures["both_moved_mib"] * row.case["count"] for row in rows),
+    }
+
+
+def shares(sums: dict[str, Any], ceilings: dict[str, float]) -> tuple[float, float]:
+    """How much of the measured matrix rate and copy bandwidth the forward + backward used."""
+    seconds = sums["time"]["both"]["median"] / 1e3
+    return (
+        sums["gflop"] / 1e3 / seconds / ceilings["gemm_tflop_s"],
+        sums["moved_mib"] * 2**20 / 1e9 / seconds / ceilings["copy_gb_s"],
+    )
+
+
+def groups(result: Result) -> dict[tuple, dict[str, list[Row]]]:
+    """Rows by ``(model, T, m, r)``, then by provider, in the order measured."""
+    found: dict[tuple, dict[str, list[Row]]] = {}
+    for row in result.rows:
+        key = tuple(row.case[name] for name in ("model", "T", "m", "r"))
+        found.setdefault(key, {}).setdefault(row.provider, []).append(row)
+    return found
+
+
+def headline_t(result: Result) -> int:
+    """The T that tables and bars show: the preset's, or the largest measured."""
+    measured = {row.case["T"] for row in result.rows}
+    wanted = result.settings["headline_t"]
+    return wanted if wanted in measured or not measured else max(measured)
+
+
+def layer_table(result: Result) -> str:
+    """Times, memory and ratios of ``benchmarks.layer`` at its headline T, every provider shown."""
+    parts = []
+    for (model, t, _, _), providers in groups(result).items():
+        if t == headline_t(result):
+            parts.append(_layer_group(result, model, t, providers))
+    if not parts:
+        return NOT_YET
+    return "\n".join([*parts, _layer_caption(result)]) + "\n"
+
+
+def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[Row]]) -> str:
+    good = {
+        provider: summed(rows)
+        for provider, rows in providers.items()
+        if all(row.status == "ok" for row in rows)
+    }
+    base = baseline(list(good), result.dtype)
+    first = next(iter(providers.values()))
+    graphs = any("both_graph" in sums["time"] for sums in good.values())
+    heads = [
+        _shape(model, t, first),
+        "forward, ms",
+        "backward, ms",
+        "both, ms (20%, 80%)",
+        *["both, graph, ms"] * graphs,
+        f"against {title(base, first[0].case)}" if base else "ratio",
+        "saved, MiB",
+        "peak, MiB",
+        "matrix rate",
+        "bandwidth",
+    ]
+    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    absent: dict[str, list[str]] = {}
+    for provider, rows in providers.items():
+        label = title(provider, rows[0].case)
+        if provider not in good:
+            bad = next(row for row in rows if row.status != "ok")
+            absent.setdefault(f"{bad.status}, {bad.note}", []).append(label)
+            continue
+        time = good[provider]["time"]
+        ratio = time["both"]["median"] / good[base]["time"]["both"]["median"] if base else 1.0
+        both = (
+            f"{time['both']['median']:.2f} ({time['both']['q20']:.2f}, {time['both']['q80']:.2f})"
+        )
+        cells = [
+            label,
+            *(
+                f"{time[phase]['median']:.2f}" if phase in time else ""
+                for phase in ("forward", "backward")
+            ),
+            both,
+            *[f"{time['both_graph']['median']:.2f}" if "both_graph" in time else ""] * graphs,
+            f"{ratio:.2f} ×",
+            f"{good[provider]['saved_mib']:.1f}",
+            f"{good[provider]['peak_mib']:.0f}",
+            *(f"{share:.0%}" for share in shares(good[provider], result.ceilings)),
+        ]
+        lines.append(_cells(cells))
+    notes = [f"No figures for {', '.join(names)}: {why}." for why, names in absent.items()]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shape(model: str, t: int, rows: list[Row]) -> str:
+    if len(rows) == 1 and rows[0].case["count"] == 1:
+        case = rows[0].case
+        return f"T={t}, K={case['K']}, N={case['N']}"
+    count = sum(row.case["count"] for row in rows)
+    return f"{model}, sum over the {count} projections of a block, T={t}"
+
+
+def _layer_caption(result: Result) -> str:
+    good = [row for row in result.rows if row.status == "ok"]
+    samples = min((row.figures["both_ms"]["samples"] for row in good), default=0)
+    ceilings = result.ceilings
+    text = (
+        f"{provenance(result)}. Medians of {samples} runs or more, providers in turns; each agreed "
+        "with fp64 before it was timed. *Saved*: what autograd keeps for the backward pass, "
+        "weights not counted. *Matrix rate*, *bandwidth*: the method's least operations and bytes "
+        "over the time, as shares of the rates measured there "
+        f"({ceilings['gemm_tflop_s']:.3g} TFLOP/s, {ceilings['copy_gb_s']:.3g} GB/s)."
+    )
+    if any("both_graph_ms" in row.figures for row in good):
+        text += " *Graph*: replayed as a CUDA graph, so without the host's part."
+    return text + _cut_short(result)
+
+
+def _cut_short(result: Result) -> str:
+    return "" if result.complete else " The run was cut short by its time budget."
+
+
+def model_table(result: Result) -> str:
+    """Tokens per second and memory of ``benchmarks.model``'s training steps."""
+    if not result.rows:
+        return NOT_YET
+    bases: dict[str, dict[str, Any]] = {}
+    for row in result.rows:
+        names = [other.provider for other in result.rows if other.case == row.case]
+        if row.status == "ok" and row.provider == baseline(names, result.dtype):
+            bases[json.dumps(row.case)] = row.figures
+    saved_at = next((row.case["saved_at"] for row in result.rows if "saved_at" in row.case), None)
+    columns: list[tuple[str, str, Callable[[Any], str]]] = [
+        (f"saved at T={saved_at}, MiB", "saved_mib", "{:.0f}".format),
+        ("against LoRA", "saved_mib", "{:.2f} ×".format),
+        ("tokens/s", "tokens_per_s", "{:.0f}".format),
+        ("against LoRA", "tokens_per_s", "{:.2f} ×".format),
+        ("step, ms (20%, 80%)", "step_ms", "{0[median]:.0f} ({0[q20]:.0f}, {0[q80]:.0f})".format),
+        ("peak, MiB", "peak_mib", "{:.0f}".format),
+        ("MFU", "mfu_measured", "{:.0%}".format),
+    ]
+    there = {name for row in result.rows for name in row.figures}
+    columns = [column for column in columns if column[1] in there]
+    heads = ["model, adapters on, sequence × batch", "layer", *(head for head, _, _ in columns)]
+    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    for row in result.rows:
+        cells = [setting(row.case), title(row.provider, row.case)]
+        if row.status != "ok":
+            cells += [f"{row.status}: {row.note}", *[""] * (len(columns) - 1)]
+        base = bases.get(json.dumps(row.case), {})
+        for head, name, show in columns if row.status == "ok" else ():
+            value, known = row.figures[name], base.get(name)
+            if head == "against LoRA":
+                cells.append(show(value / known) if known else "")
+            else:
+                cells.append(show(value))
+        lines.append(_cells(cells).replace("|  ", "| "))
+    caption = f"{provenance(result)}. Random weights and tokens."
+    if "step_ms" in there:
+        caption = (
+            f"{caption[:-1]}; a step is forward, backward and AdamW. "
+            "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix "
+            "rate measured there; recomputation is not counted as work."
+        )
+    if "saved_mib" in there:
+        caption += (
+            " *Saved* is what the decoder keeps for the backward pass, each storage once, weights "
+            "and buffers not counted. PEFT's adapters are in fp32 unless it is told otherwise, and "
+            "then keep x in fp32."
+        )
+    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
+
+
+def setting(case: dict[str, Any]) -> str:
+    """A training step's model, targets and sizes in words."""
+    what = f"{case['model']} ({case['blocks']} blocks), {case['targets']}, "
+    what += f"{case['sequence']} × {case['batch']}"
+    what += f" × {case['accumulate']} accumulated" if case["accumulate"] > 1 else ""
+    return what + (", checkpointing" if case["checkpointing"] else "")
+
+
+def startup_table(result: Result) -> str:
+    """Seconds and memory ``benchmarks.startup`` took to wrap a model."""
+    lines = [
+        "| model | wrapping | seconds | MiB above the model at the peak |",
+        "|---|---|---|---|",
+    ]
+    for row in result.rows:
+        what = f"{row.case['model']}, {row.case['blocks']} blocks"
+        label = title(row.provider, row.case)
+        if row.status != "ok":
+            lines.append(f"| {what} | {label} | {row.status}: {row.note} | |")
+            continue
+        note = f" ({row.note})" if row.note else ""
+        lines.append(
+            f"| {what} | {label} | {row.figures['seconds']:.2f}{note} "
+            f"| {row.figures['peak_mib']:.0f} |"
+        )
+    return "\n".join([*lines, "", f"{provenance(result)}."]) + "\n"
+
+
+def provenance(result: Result) -> str:
+    """Where and how a result was made, in a sentence."""
+    machine, versions = result.machine, result.versions
+    where = machine["name"]
+    if machine["device"] == "cpu":
+        where += f", {machine['threads']} threads"
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if name in versions
+    )
+    return f"{where}, {result.dtype}; {packages}; commit {result.commit}; `{result.command}`"
+
+
+TABLES = {"layer": layer_table, "model": model_table, "startup": startup_table}
