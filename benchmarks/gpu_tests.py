@@ -31,7 +31,7 @@ from .machine import ROOT
 from .ops import every_op_once
 from .schema import Recorder, Row, new_result
 
-TESTS = "tests/kernels/test_gpu.py"
+TESTS = "tests/ops/test_gpu.py"
 FIRST = (
     "test_layers_of_an_8b_model", "test_layer_op", "test_cuda_graph", "test_side_stream",
     "test_autocast", "test_compiles_whole", "test_same_bits_twice", "test_matches_oracle.*131, 67",
@@ -51,7 +51,7 @@ _ENVIRONMENT = {
 
 def pytest_command() -> list[str]:
     """pytest without a configuration file: its options may ask for plugins that are not there."""
-    options = ["--confcutdir", "tests/kernels", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    options = ["--confcutdir", "tests/ops", "-p", "no:cacheprovider", "-p", "no:warnings"]
     return [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), *options]
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secura import SECURALinear
-from secura_kernels import NormOptions, reference
+from secura_kernels import NormOptions, naive
 from secura_kernels.dispatch import why_not_triton
 
 from .machine import dtype_name
@@ -241,7 +241,7 @@ def expected(
         if isinstance(module, SECURALinear):
             options = module.config.norm_options
         p = _product(module, weight, parameters)
-        return reference.linear(x, weight, bias, module.rows, p, options)
+        return naive.linear(x, weight, bias, module.rows, p, options)
     direction = weight + delta_weight(module, weight, parameters)
     if any("magnitude" in name for name in parameters):
         norm = direction.detach().norm(dim=1)

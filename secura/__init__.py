@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .anchoring import AnchorReport, anchor, unanchor
     from .callbacks import FoldCallback
     from .config import AdapterConfig
     from .export import export_lora
@@ -21,13 +22,16 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AdapterConfig": "secura.config",
+    "AnchorReport": "secura.anchoring",
     "FoldCallback": "secura.callbacks",
     "SECURALinear": "secura.linear",
     "SecuraConfig": "secura.tuner",
     "SecuraModel": "secura.tuner",
+    "anchor": "secura.anchoring",
     "export_lora": "secura.export",
     "fold": "secura.folding",
     "from_pretrained": "secura.tuner",
+    "unanchor": "secura.anchoring",
 }
 
 
@@ -43,11 +47,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdapterConfig",
+    "AnchorReport",
     "FoldCallback",
     "SECURALinear",
     "SecuraConfig",
     "SecuraModel",
+    "anchor",
     "export_lora",
     "fold",
     "from_pretrained",
+    "unanchor",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +10,22 @@ from torch import Tensor, nn
 from secura_kernels import (
     Layer,
     Restrain,
-    activation_norm,
-    channel_product,
     effective_weight,
     important_channels,
     init_a,
-    lowrank_add,
-    project,
-    projection,
     row_norms,
+    secura_add,
     secura_linear,
     select,
-    update,
-    weight_norm_linear,
 )
+from secura_kernels.api import additive_product
+from secura_kernels.layer import update
+from secura_kernels.ops.project.op import project
 
 from . import bases
 from .config import AdapterConfig
 from .integrity import fingerprint
-from .state import AdapterState
+from .state import AdapterState, factors
 
 
 class CABR(AdapterState):
@@ -44,8 +41,11 @@ class CABR(AdapterState):
         dtype: of A, B and bias. ``core`` stays fp32 whatever the module is cast to.
 
     Attributes:
-        A: ``[m, r]`` parameter.
-        B: ``[r, m]`` parameter, 0 at first.
+        A: ``[m, r]`` parameter, or None with ``core="u"``.
+        B: ``[r, m]`` parameter, 0 at first, or None with ``core="u"``.
+        U: ``[m, m]`` parameter, 0 at first, or None with ``core="ab"``.
+        left: ``[m, m]`` fp32 or None, κ L of an anchor: the core is then left · U · right.
+        right: ``[m, m]`` fp32 or None, S of an anchor.
         bias: ``[N]`` parameter, or None.
         rows: ``[m]`` int64, R = W[rows].
         cols: ``[m]`` int64, C = W[:, cols].
@@ -80,15 +80,22 @@ class CABR(AdapterState):
         self.config = config
         self.scaling = float(config.scaling)
         self.out_features, self.in_features = weight.shape
-        a = init_a(weight, m, inner, config.init, generator)
-        self.A = nn.Parameter(a.to(dtype))
-        b = torch.zeros(inner, m) if config.init_weights else torch.randn(inner, m) / inner**0.5
-        self.B = nn.Parameter(b.to(weight.device, dtype))
+        start = torch.zeros if config.init_weights else torch.randn
+        here = {"device": weight.device, "dtype": dtype}
+        self.A = self.B = self.U = None
+        if config.core == "u":
+            self.U = nn.Parameter((start(m, m) / m**0.5).to(**here))
+        else:
+            self.A = nn.Parameter(init_a(weight, m, inner, config.init, generator).to(dtype))
+            self.B = nn.Parameter((start(inner, m) / inner**0.5).to(**here))
         bias = torch.zeros(self.out_features, dtype=dtype, device=weight.device)
         self.bias = nn.Parameter(bias) if config.train_bias else None
         self.register_buffer("rows", rows)
         self.register_buffer("cols", cols)
         self.register_buffer("core", torch.zeros(m, m, device=weight.device))
+        for name in ("left", "right"):
+            side = torch.eye(m, device=weight.device) if config.anchored else None
+            self.register_buffer(name, side)
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
@@ -106,19 +113,33 @@ class CABR(AdapterState):
         """
         weight = bases.product_weight(base)
         if weight is None:
-            dense = bases.dense_weight(base)
-            self._check_input(dense, x)
-            if self.config.norm == "weight":
-                return self._weight_space(base, dense, x)
-            return self._on_output(base, x)
+            return self._beside(base, x)
         self._check_input(weight, x)
         self._refresh(base)
-        mask = None if self.config.norm == "weight" else self.dropout_mask(x)
-        layer = self._layer(base, weight)
-        return secura_linear(x, layer, self.A, self.B, delta_bias=self.bias, z_scale=mask)
+        layer, mask = self._layer(base, weight), self.dropout_mask(x)
+        return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
-    def _layer(self, base: nn.Module, weight: Tensor) -> Layer:
-        """What of the adapted layer is not trained; ``weight`` is W."""
+    def _beside(self, base: nn.Module, x: Tensor) -> Tensor:
+        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
+        dense = bases.dense_weight(base)
+        self._check_input(dense, x)
+        self._refresh(base)
+        trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        if not self.config.norm_options.replaces_product:
+            weight = bases.weight(base, values=False) if self.columns is None else None
+            return secura_add(base(x), self._layer(base, weight), *self.factors(), **trained)
+        if dense is not None and (skipped := bases.why_not_product(base)):
+            if not bases.only_moves_inputs(base):
+                raise ValueError(
+                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
+                    "be skipped: use norm='channel'"
+                )
+            x = x.to(dense.device)
+        weight = bases.weight(base) if dense is None else dense.detach()
+        return secura_linear(x, self._layer(base, weight), *self.factors(), **trained)
+
+    def _layer(self, base: nn.Module, weight: Tensor | None) -> Layer:
+        """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""
         config = self.config
         own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
         return Layer(
@@ -134,71 +155,32 @@ class CABR(AdapterState):
             own["base_norms"],
             self._restrain(),
             config.norm_save,
+            own["columns"],
         )
 
-    def _on_output(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
-        bias, mask = bases.bias(base), self.dropout_mask(x)
-        if self.config.norm == "activation":
-            p, p_base = self.projections(base)
-            return activation_norm(
-                base(x), bias, self.rows, p, self.config.norm_options, p_base=p_base,
-                delta_bias=self.bias, z_scale=mask, restrain=self._restrain(),
-                save=self.config.norm_save,
-            )  # fmt: skip
-        q, share = self.product(base)
-        return lowrank_add(
-            base(x), bias, self.rows, q, share=share, delta_bias=self.bias, z_scale=mask
-        )
-
-    def _weight_space(self, base: nn.Module, dense: Tensor | None, x: Tensor) -> Tensor:
-        p, p_base = self.projections(base)
-        if dense is not None and (skipped := bases.why_not_product(base)):
-            if not bases.only_moves_inputs(base):
-                raise ValueError(
-                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
-                    "be skipped: use norm='channel'"
-                )
-            x = x.to(dense.device)
-        return weight_norm_linear(
-            x,
-            bases.weight(base) if dense is None else dense.detach(),
-            bases.bias(base),
-            self.rows,
-            p,
-            self.config.norm_options,
-            p_base=p_base,
-            delta_bias=self.bias,
-            restrain=self._restrain(),
-        )
-
-    def projections(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """``(P, P_base)``, each ``[N, m]``: what the norm counts as Δ, and as base (M1) or None."""
-        self._refresh(base)
-        u = self.update()
-        if not self.folded:
-            return self._project(base, u), None
-        if self.config.norm == "none" or self.config.norm_reference == "pretrained":
-            return self._project(base, u + self.core), None
-        return self._project(base, u), self._project(base, self.core)
-
-    def _project(self, base: nn.Module, u: Tensor) -> Tensor:
-        """``P = C U [N, m]``, C from W where W is dense."""
-        if self.columns is not None:
-            return projection(self.columns, u)
-        return project(bases.weight(base, values=False), self.cols, u)
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
+        return factors(self.A, self.B, self.U, self.left, self.right)
 
     def update(self) -> Tensor:
-        """``s · A B [m, m]``, fp32 or wider, autocast or not."""
-        return update(self.A, self.B, self.scaling)
+        """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
+        return update(*self.factors(), self.scaling)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that starts at 0, and starts there again after a fold: B or U."""
+        return cast(nn.Parameter, self.B if self.U is None else self.U)
+
+    def whole_core(self, base: nn.Module) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider."""
+        self._refresh(base)
+        return self.update() + self.core if self.folded else self.update()
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
-        p, p_base = self.projections(base)
-        if self.config.norm == "none":
-            return p, None
-        options, restrain = self.config.norm_options, self._restrain()
-        return channel_product(p, p_base, self.gram, self.base_norms, options, restrain)
+        self._refresh(base)
+        layer = self._layer(base, bases.weight(base, values=False))
+        return additive_product(layer, *self.factors())
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
         """``[..., m]`` of 0 and 1/(1 − p) while training with dropout, else None."""
@@ -211,20 +193,51 @@ class CABR(AdapterState):
     def fold_core(self) -> None:
         """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not touched.
 
-        Where A and B are sharded, every process has to call this: it gathers them.
+        With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
+        are sharded, every process has to call this: it gathers them.
         """
-        update: Any = self.update()
-        self.core.add_(update.full_tensor() if hasattr(update, "full_tensor") else update)
-        self.B.zero_()
+        self.core.add_(self.whole_update())
+        self.trained.zero_()
         self.folded = True
         self._core_version = 0 if self.core.is_inference() else self.core._version
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 
     @torch.no_grad()
+    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
+        """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
+        assert self.U is not None
+        self.left, self.right = left.to(self.core), right.to(self.core)
+        self._put_core(u)
+        self.config.anchored = True
+
+    @torch.no_grad()
+    def drop_anchor(self) -> None:
+        """``U ← κ L Ũ S``: the same core in plain coordinates."""
+        whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
+        self.left = self.right = None
+        self._put_core(whole)
+        self.config.anchored = False
+
+    def _put_core(self, u: Tensor) -> None:
+        """Write ``u [m, m]`` over U, of which a sharded one has a part here."""
+        own: Any = self.U
+        if hasattr(own, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            u = distribute_tensor(u.to(own.dtype), own.device_mesh, own.placements)
+        own.copy_(u)
+
+    def whole_update(self) -> Tensor:
+        """:meth:`update`, gathered where the parameters are sharded."""
+        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
+        return update(*factors(a, b, u, self.left, self.right), self.scaling)
+
+    @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
         weight = bases.weight(base)
-        p = project(weight, self.cols, self.update() + self.core)
+        u = self.update() + self.core
+        p = project(weight, self.cols, u, u.dtype, None)
         return p @ weight.index_select(0, self.rows).to(p.dtype)
 
     @torch.no_grad()
@@ -238,8 +251,7 @@ class CABR(AdapterState):
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
         """
-        options = self.config.norm_options
-        if options.norm == "activation":
+        if self.config.norm == "activation":
             if not (allow_inexact or self.config.allow_inexact_merge):
                 raise ValueError(
                     "norm='activation' is not linear in x, so no merged weight is exact: keep the "
@@ -248,15 +260,15 @@ class CABR(AdapterState):
                 )
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)
-        p, p_base = self.projections(base)
-        return effective_weight(
-            bases.weight(base), self.rows, p, options, p_base=p_base, restrain=self._restrain()
-        )
+        self._refresh(base)
+        return effective_weight(self._layer(base, bases.weight(base)), *self.factors())
 
     def extra_repr(self) -> str:
         """The adapter in one line."""
         config = self.config
-        parts = [f"r={self.rows.numel()}", f"inner_r={self.A.shape[1]}", f"norm={config.norm!r}"]
+        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[1]}"
+        inner += "" if self.left is None else ", anchored"
+        parts = [f"r={self.rows.numel()}", inner, f"norm={config.norm!r}"]
         if config.norm != "none":
             parts.append(f"form={config.norm_form or 'default'}")
         return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
@@ -296,7 +308,7 @@ class CABR(AdapterState):
         if config.norm == "channel":
             p_base = None
             if self.folded and config.norm_reference == "folded":
-                p_base = project(weight, self.cols, self.core)
+                p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
@@ -315,4 +327,9 @@ class CABR(AdapterState):
         )
 
 
-__all__ = ["CABR"]
+def gathered(tensor: Any) -> Any:
+    """``tensor`` whole where it is a DTensor, of which every process has a part; else as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+__all__ = ["CABR", "gathered"]

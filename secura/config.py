@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from secura_kernels.activation import SAVES
 from secura_kernels.cur import INITS, SELECTIONS
-from secura_kernels.gain import REFERENCES, NormOptions, resolve_norm
+from secura_kernels.norm import REFERENCES, SAVES, NormOptions, resolve_norm
 
 
 @dataclass
@@ -19,11 +18,16 @@ class AdapterConfig:
 
     Args:
         r: CUR rank m: rows and columns of the frozen weight that span the change.
-        inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m.
+        core: what of the core ``U [m, m]`` is trained: ``"ab"``, the factors of U = A B (the
+            paper's), or ``"u"``, U itself, 0 at first. U alone learns more a step than A B, and
+            without an anchor it forgets more too, on MLP layers above all: see
+            :func:`secura.anchor`.
+        inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m. With ``core="ab"``
+            alone.
         scaling: s of ΔW = s · C A B R.
         selection: ``"least_norm"`` (released) or ``"inverse_sampling"`` (CURLoRA, seeded).
-        init: how A starts: ``"svd"`` (released; a slice of W), ``"kaiming"``, ``"orthogonal"`` or
-            ``"identity"``.
+        init: how A starts, where there is one: ``"svd"`` (released; a slice of W), ``"kaiming"``,
+            ``"orthogonal"`` or ``"identity"``.
         norm: space of S-MagNorm: ``"weight"`` (the paper's), ``"channel"``, ``"activation"`` (the
             released code's) or ``"none"`` (CABR alone).
         norm_form: ``"paper"``, ``"released"``, ``"calibrated"``, or None for the space's default:
@@ -51,19 +55,23 @@ class AdapterConfig:
         restrain_edge: a gain up to this is small.
         restrain_decay: factor of the suppressed channels.
         seed: of every random choice, the same in each layer.
-        init_weights: whether B starts at 0, so that a new adapter changes nothing; False draws it
-            from torch's global generator (for tests).
+        init_weights: whether B, or U, starts at 0, so that a new adapter changes nothing; False
+            draws it from torch's global generator (for tests).
         check_base: whether loading on another base weight is an error; a saved config always says
             so. To load there all the same,
             ``PeftModel.from_pretrained(model, folder, check_base=False)``, or give it a config from
             ``SecuraConfig.from_pretrained(folder, check_base=False)``.
         allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW.
+        anchor_damping: λ, what :func:`secura.anchor` adds to its statistics, as a share of their
+            mean.
+        anchored: whether the adapter has an anchor; :func:`secura.anchor` sets it.
 
     Raises:
         ValueError: for a setting out of range; the message says what is allowed.
     """
 
     r: int = 64
+    core: str = "ab"
     inner_r: int | None = None
     scaling: float = 1.0
     selection: str = "least_norm"
@@ -87,11 +95,22 @@ class AdapterConfig:
     init_weights: bool = True
     check_base: bool = True
     allow_inexact_merge: bool = False
+    anchor_damping: float = 1e-2
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         if self.inner_r is not None:
             check_rank("inner_r", self.inner_r)
+        _check_choice("core", self.core, CORES)
+        if self.core == "u" and self.inner_r is not None:
+            raise ValueError(
+                f"inner_r={self.inner_r} is the inner rank of A and B, which core='u' has not: "
+                "leave it out, or choose core='ab'"
+            )
+        check_damping(self.anchor_damping)
+        if self.anchored and self.core != "u":
+            raise ValueError("anchored=True belongs to core='u': secura.anchor() sets it")
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("init", self.init, INITS)
         _check_choice("norm_save", self.norm_save, SAVES)
@@ -148,7 +167,15 @@ class AdapterConfig:
         return repr([float(part) if isinstance(part, int | float) else part for part in parts])
 
 
+CORES = ("ab", "u")
+
 _FP32 = torch.finfo(torch.float32)
+
+
+def check_damping(value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` can be an anchor's damping."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
+        raise ValueError(f"damping={value!r} must be a number above 0, such as 1e-2")
 
 
 def check_rank(name: str, value: Any) -> None:
@@ -162,4 +189,4 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}: choose one of {known}")
 
 
-__all__ = ["AdapterConfig", "check_rank"]
+__all__ = ["CORES", "AdapterConfig", "check_damping", "check_rank"]

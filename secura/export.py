@@ -58,16 +58,19 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
         raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
     config = model.peft_config[adapter_name]
     check_exportable(config)
-    kind = require("secura.tuner", "train").SecuraLayer
-    without_wrappers = require("secura.tuner.config", "train").without_wrappers
+    from .tuner import SecuraLayer
+    from .tuner.config import without_wrappers
+
     layers = {
         without_wrappers(name).removeprefix(_PREFIX): layer
         for name, layer in model.named_modules()
-        if isinstance(layer, kind) and adapter_name in layer.secura_adapter
+        if isinstance(layer, SecuraLayer) and adapter_name in layer.secura_adapter
     }
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
-    adapters = {name: layer.secura_adapter[adapter_name] for name, layer in layers.items()}
+    adapters: dict[str, Any] = {
+        name: layer.secura_adapter[adapter_name] for name, layer in layers.items()
+    }
     rank = max(adapter.rows.numel() for adapter in adapters.values())
     tensors = {}
     for name, layer in layers.items():

@@ -28,7 +28,7 @@ def fold(model: nn.Module) -> int:
     if any(layer.merged for layer in layers):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
     active = [layer for layer in layers if layer.active_cabr()]
-    _reshard(model)
+    reshard(model)
     for layer in active:
         layer.fold()
     return len(active)
@@ -57,7 +57,7 @@ def fold_periods(model: nn.Module) -> set[int]:
     return {adapter.config.fold_every for adapter in adapters}
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of the copies FSDP2 gathered for the last forward: what is written there is lost."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp else ():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secura_kernels import update
+from secura_kernels.layer import update
 
 from . import bases
 from .config import AdapterConfig
@@ -28,8 +28,11 @@ class AdapterState(nn.Module):
     one (transformers') are checked at ``eval()``, a cast, or their first use.
     """
 
-    A: nn.Parameter
-    B: nn.Parameter
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+    U: nn.Parameter | None
+    left: Tensor | None
+    right: Tensor | None
     bias: nn.Parameter | None
     rows: Tensor
     cols: Tensor
@@ -42,11 +45,14 @@ class AdapterState(nn.Module):
     out_features: int
     in_features: int
 
-    STATE = ("A", "B", "bias", "rows", "cols", "core", "fingerprint", "checksum")
+    STATE = (
+        *("A", "B", "U", "left", "right"),
+        *("bias", "rows", "cols", "core", "fingerprint", "checksum"),
+    )
     """Names of the tensors an adapter file may hold for one layer."""
 
     name = "layer"
-    _KEEP_FP32 = ("core", "fingerprint", "gram", "base_norms")
+    _KEEP_FP32 = ("core", "fingerprint", "left", "right", "gram", "base_norms")
     _assigned = _awaits_file = False
     _stale = True
     _core_version = -1
@@ -81,7 +87,7 @@ class AdapterState(nn.Module):
         self._note_loaded()
 
     def _check_assigned_sum(self) -> None:
-        if self._assigned and not self._awaits_file and not self.A.is_meta:
+        if self._assigned and not self._awaits_file and not self.rows.is_meta:
             own = self._tensors()
             check_sum(self.name, own, self._settings(own))
             self.checksum = torch.zeros_like(self.checksum)
@@ -134,6 +140,9 @@ class AdapterState(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
         known = any(prefix + name in state_dict for name in self.STATE)
+        if self.U is not None and self.left is None and prefix + "left" in state_dict:
+            self.left, self.right = torch.zeros_like(self.core), torch.zeros_like(self.core)
+            self.config.anchored = True
         state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if known:
@@ -163,6 +172,8 @@ class AdapterState(nn.Module):
         state.pop("checksum", None)
         expected = self._tensors()
         expected.pop("checksum")
+        if self.U is not None and self.left is None:  # an anchor comes with the file
+            expected |= {name: self.core for name in ("left", "right") if name in state}
         if not whole:
             expected = {name: tensor for name, tensor in expected.items() if name in state}
         own = weight = None
@@ -178,17 +189,20 @@ class AdapterState(nn.Module):
         self, layer: str, state: dict[str, Tensor], weight: Tensor, own: Tensor | None
     ) -> None:
         """Refuse a weight that is the adapter's own plus what the adapter adds to it."""
-        if own is None or not {"A", "B", "rows", "cols", "core"} <= state.keys():
+        trained = {"A", "B"} if self.U is None else {"U"}
+        if own is None or not trained | {"rows", "cols", "core"} <= state.keys():
             return
         saved = state["fingerprint"].to(own)
         gap = own - saved
         if gap.norm() <= _SAME * saved.norm():
             return
         here = weight.device
-        a, b, core, rows, cols = (
-            state[name].detach().to(here) for name in ("A", "B", "core", "rows", "cols")
+        a, b, u, left, right = (
+            state[name].detach().to(here) if name in state else None
+            for name in ("A", "B", "U", "left", "right")
         )
-        u = update(a, b, self.config.scaling) + core
+        core, rows, cols = (state[name].to(here) for name in ("core", "rows", "cols"))
+        u = update(*factors(a, b, u, left, right), self.config.scaling) + core
         change = sketch(weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows))
         alike = torch.cosine_similarity(gap.flatten().double(), change.flatten().double(), dim=0)
         if alike > _ALIKE:
@@ -208,6 +222,23 @@ class AdapterState(nn.Module):
         return {name: state_dict[prefix + name] for name in names}
 
 
+def factors(
+    a: Tensor | None,
+    b: Tensor | None,
+    u: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Two factors of a core ``[m, m]``, the second None where the first is the core itself.
+
+    ``(A, B)`` of ``core="ab"``; ``(U, None)`` of ``core="u"``, with an anchor ``(left U, right)``.
+    """
+    if u is None:
+        assert a is not None
+        return a, b
+    return (u, None) if left is None else (update(left, u, 1.0), right)
+
+
 def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> None:
     """Raise ``ValueError`` where a merged layer's state is loaded, or one into a merged layer."""
     if prefix + MERGED in state_dict:
@@ -222,4 +253,4 @@ def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> 
         )
 
 
-__all__ = ["MERGED", "AdapterState", "refuse_merged"]
+__all__ = ["MERGED", "AdapterState", "factors", "refuse_merged"]

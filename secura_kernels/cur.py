@@ -1,4 +1,4 @@
-"""The CUR half of SECURA: which rows and columns, how A and B start, and the projection P.
+"""The CUR half of SECURA: which rows and columns of W, and how A starts.
 
 Notation (DESIGN section 2): ``W [N, K]`` is the frozen weight, ``rows [m]`` and ``cols [m]`` index
 its least important rows and columns, ``C = W[:, cols] [N, m]``, ``R = W[rows, :] [m, K]``,
@@ -13,8 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from .dispatch import without_autocast
 
 SELECTIONS = ("least_norm", "inverse_sampling")
 INITS = ("svd", "kaiming", "orthogonal", "identity")
@@ -134,18 +132,6 @@ def init_a(
     return a.to(weight.device)
 
 
-def projection(columns: Tensor, u: Tensor) -> Tensor:
-    """``P = C U [N, m]`` in fp32 or wider, autocast or not.
-
-    Args:
-        columns: ``C [N, m]``, any floating dtype.
-        u: ``U [m, m]``, scaling included.
-    """
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    with without_autocast(columns.device.type):
-        return columns.to(dtype) @ u.to(dtype)
-
-
 def important_channels(weight: Tensor, r: int) -> Tensor:
     """``[N]`` bool: the ``(N − m) // 2`` rows of ``weight`` with the largest L2 norm."""
     count = (weight.shape[0] - r) // 2
@@ -160,7 +146,6 @@ __all__ = [
     "SELECTIONS",
     "important_channels",
     "init_a",
-    "projection",
     "select",
     "squared_norms",
 ]

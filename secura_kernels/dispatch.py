@@ -11,15 +11,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .machine import assumed
+from .gpu import assumed
 
 IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,17 +89,19 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """``torch.library.custom_op("secura::<name>")`` with autocast off and its device current.
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
-    the tensors are real and no compiler looks on. The first argument must be a tensor.
+    the tensors are real and no compiler looks on. The first argument must be a tensor. An op has no
+    gradient of its own: :mod:`secura_kernels.api` pairs it with its backward op.
 
-    Called on plain tensors with nobody watching, the body runs at once: an operator's way through
-    the dispatcher takes the host about as long as all the body's own launches (benchmarks/LOG.md).
-    Who has seen to watchers, device and autocast already calls ``.body``.
+    Called where nothing watches (:func:`is_watched`), the body runs at once: an operator's way
+    through the dispatcher takes the host about as long as all the body's own launches
+    (benchmarks/LOG.md). Who has seen to watchers, device, autocast and autograd already calls
+    ``.body``.
     """
 
     def register(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
         def run(tensor: Tensor, *args: Any) -> Any:
-            with current_device(tensor), without_autocast(tensor.device.type):
+            with torch.no_grad(), alone(tensor):
                 return body(tensor, *args)
 
         operator = torch.library.custom_op(f"secura::{name}", run, mutates_args=())
@@ -122,27 +124,47 @@ def is_watched(*args: Any) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    for arg in args:  # noqa: SIM110  a generator costs the host as much as a launch
-        if type(arg) not in _PLAIN and isinstance(arg, Tensor):
+    for arg in args:
+        if type(arg) in _PLAIN:
+            continue
+        if isinstance(arg, Tensor) or (isinstance(arg, list | tuple) and is_watched(*arg)):
             return True
     return False
 
 
-def current_device(tensor: Tensor) -> AbstractContextManager:
-    """A context in which ``tensor``'s device is the current one."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+_NOTHING: AbstractContextManager = nullcontext()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """A context in which autocast is off; one that does nothing where it is off already."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+@contextmanager
+def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def alone(tensor: Tensor) -> AbstractContextManager:
+    """A context in which ``tensor``'s device is the current one and autocast is off."""
+    quiet = without_autocast(tensor.device.type)
+    if not tensor.is_cuda:
+        return quiet
+    current = torch.cuda.device_of(tensor)
+    return current if quiet is _NOTHING else _both(current, quiet)
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The empty tensor that stands for "not asked for" among an op's outputs."""
     return like.new_empty(0, dtype=dtype)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; torch takes 3 µs to find out that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -161,8 +183,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 __all__ = [
     "IMPLS",
     "absent",
+    "alone",
+    "as_dtype",
     "compute_dtype",
-    "current_device",
     "interpreting",
     "is_watched",
     "op",

@@ -214,6 +214,34 @@ def test_a_folder_that_another_run_holds(base, data, tmp_path, capfd, monkeypatc
     assert [path.name for path in output.iterdir()] == ["sub"]
 
 
+@pytest.mark.parametrize("command", ["merge", "export_lora"])
+def test_what_writes_a_model_has_its_folder_alone(command, trained, tmp_path, capfd):
+    output = tmp_path / "out"
+    words = [command, "--adapter", trained, "--output_dir", output]
+    with sole_use(output):
+        fails(words, capfd, "another run is writing into", output)
+    assert not output.exists()
+    (output / ".saving").mkdir(parents=True)  # a killed run's
+    (output / ".saving" / "half").touch()
+    (output / ".lock").touch()
+    if command == "merge":
+        assert main(list(map(str, words))) == 0
+        assert {"config.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+        assert not (output / ".saving").exists() and not (output / ".lock").exists()
+
+
+def test_a_lora_brings_the_tokenizer_along(base, data, tmp_path):
+    adapter, output = tmp_path / "adapter", tmp_path / "lora"
+    flags = [*NO_CHECKPOINTS, "--norm", "channel"]
+    assert main(train_flags(base, data, adapter, *flags)) == 0
+    assert main(["export_lora", "--adapter", str(adapter), "--output_dir", str(output)]) == 0
+    assert (output / "tokenizer.json").read_text() == (adapter / "tokenizer.json").read_text()
+    (adapter / "tokenizer_config.json").unlink()
+    again = tmp_path / "again"
+    assert main(["export_lora", "--adapter", str(adapter), "--output_dir", str(again)]) == 0
+    assert not (again / "tokenizer.json").exists()
+
+
 def test_a_link_in_place_of_the_scratch_folder_is_not_followed(base, data, tmp_path):
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     for folder in (output, elsewhere):

@@ -204,7 +204,7 @@ def test_doctor_checks_every_op(capfd):
     assert main(["doctor"]) == 0
     shown = capfd.readouterr().out
     ops = ("lowrank_linear", "lowrank_add", "weight_norm_linear", "activation_norm")
-    words = (*ops, "activation_linear", "torch", "28 of 28 checks passed", "because")
+    words = (*ops, "activation_linear", "torch", "29 of 29 checks passed", "because")
     assert all(word in shown for word in words)
 
 
@@ -221,7 +221,7 @@ def test_doctor_notices_a_wrong_or_failing_op(capfd, monkeypatch):
     assert main(["doctor"]) == 1
     shown = capfd.readouterr().out
     assert shown.count("FAILED") == 3 and "it broke" in shown
-    assert "1 of 4 checks passed" in shown  # 1% lies within what bf16 may err
+    assert "2 of 5 checks passed" in shown  # 1% lies within what bf16 may err
 
 
 def test_doctor_when_an_implementation_is_forced(capfd, monkeypatch):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from secura import fold
+from secura import anchor, fold
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,20 @@ def test_linears_sharded_alone_are_one_clear_error(norm, mesh, shard):
         fully_shard(layer.base_layer, mesh=mesh)
     with pytest.raises(ValueError, match="DTensor: to train, shard by decoder layer, not each"):
         tiny.logits(shard(model))
+
+
+def test_anchoring(shard):
+    settings = {"core": "u", "norm": "none", "target_modules": ["v_proj", "down_proj"]}
+    plain, model = tiny.adapted(**settings), shard(tiny.adapted(**settings))
+    texts = [torch.arange(3, 25), torch.arange(5, 30)]
+    before = tiny.logits(plain)
+    for one in (plain, model):
+        anchor(one, texts)
+        anchor(one, tokens=40, length=10, add=True)
+        torch.testing.assert_close(tiny.logits(one), before, rtol=0, atol=2e-5)
+    for got, expected in zip(tiny.parts(model), tiny.parts(plain), strict=True):
+        assert torch.equal(got.left, expected.left) and torch.equal(got.right, expected.right)
+        assert torch.equal(full(got.U), expected.U)
+    fold(model)
+    assert not full(tiny.parts(model)[0].U).any()
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)

@@ -55,12 +55,12 @@ def adapted(model=None, *, seed: int = 0, **settings):
 
 @torch.no_grad()
 def perturb(model, seed: int = 0, adapter: str | None = None) -> None:
-    """Draw B, and the bias where there is one, of the adapter (of every one) at random."""
+    """Draw B (or U), and the bias where there is one, of the adapter (of every one) at random."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers(model).values():
         for name, part in layer.secura_adapter.items():
             if adapter in (None, name):
-                for value in (part.B, part.bias):
+                for value in (part.trained, part.bias):
                     if value is not None:
                         value.copy_(torch.randn(value.shape, generator=generator) * 0.5)
 

@@ -36,7 +36,8 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
         check_base: whether loading it on another base weight is to be an error.
     """
     peft = require("peft", "train")
-    require("secura.tuner", "train")
+    import secura.tuner  # noqa: F401  it registers the method
+
     path = Path(adapter).expanduser()
     if not path.is_dir() and (path.exists() or adapter.startswith((".", "/", "~"))):
         raise UserError(f"adapter {adapter!r}: no such folder")
@@ -151,7 +152,9 @@ def undeclared(model: Any, file: Path) -> list[str]:
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
     """Refuses an adapter file with tensors that are not in the model after loading."""
-    torch, safetensors = require("torch", "train"), require("safetensors", "train")
+    import safetensors
+    import torch
+
     names, state = undeclared(model, file), model.state_dict()
     with safetensors.safe_open(file, framework="pt") as tensors:
         lost = [
@@ -191,14 +194,11 @@ def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) 
     Raises:
         UserError: the embeddings of tokens that were added are in neither of them.
     """
-    place, own = _place(adapter), "tokenizer_config.json"
-    found = (Path(place) / own).is_file()
-    if not Path(place).is_dir():
-        with suppress(OSError):
-            found = require("transformers.utils.hub", "train").has_file(place, own)
-    if not found:
+    if not has_tokenizer(adapter):
         return models.load_tokenizer(base, **loading)
-    tokenizer = models.load_tokenizer(place, trust_remote_code=loading["trust_remote_code"])
+    tokenizer = models.load_tokenizer(
+        _place(adapter), trust_remote_code=loading["trust_remote_code"]
+    )
     inputs, _ = _embeddings(model)
     count, held = len(tokenizer), len(tokenizer) if inputs is None else inputs.weight.shape[0]
     if count > held and count > len(models.load_tokenizer(base, **loading)):
@@ -209,6 +209,16 @@ def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) 
         )
     settle_tokens(model, tokenizer)
     return tokenizer
+
+
+def has_tokenizer(adapter: str) -> bool:
+    """Whether a tokenizer was saved with the adapter."""
+    place, own = _place(adapter), "tokenizer_config.json"
+    if Path(place).is_dir():
+        return (Path(place) / own).is_file()
+    with suppress(OSError):
+        return require("transformers.utils.hub", "train").has_file(place, own)
+    return False
 
 
 def settle_tokens(model: Any, tokenizer: Any) -> None:
@@ -270,6 +280,7 @@ __all__ = [
     "base_of",
     "class_of",
     "fit_vocabulary",
+    "has_tokenizer",
     "load_adapted",
     "load_adapter_config",
     "refuse_left_out",

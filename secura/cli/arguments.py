@@ -101,6 +101,30 @@ class DataArguments:
     )
 
 
+@dataclass
+class AnchorArguments:
+    """How a core of ``--core u`` is held to old text."""
+
+    anchor: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --core u, before training: what to anchor the core by, self for the "
+            "model's own samples, or a file of old text: .jsonl, .json, .csv or .parquet with a "
+            "column text, or any other, in which an empty line ends a text."
+        },
+    )
+    anchor_tokens: int = field(
+        default=8192, metadata={"help": "Tokens of old text that are read at most."}
+    )
+    anchor_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "With --core u: decay of U before each step, times the learning rate; with "
+            "--anchor a penalty against leaving old knowledge."
+        },
+    )
+
+
 def _targeting() -> list[tuple[str, Any, Any]]:
     def optional(kind: Any, text: str) -> tuple[Any, Any]:
         return kind | None, field(default=None, metadata={"help": text})
@@ -129,7 +153,7 @@ def adapter_arguments() -> type:
     own = [
         (entry.name, types[entry.name], _described(entry, texts[entry.name]))
         for entry in fields(AdapterConfig)
-        if entry.name != "seed"
+        if entry.name not in ("seed", "anchored")
     ]
     return make_dataclass("AdapterArguments", [*own, *_targeting()])
 
@@ -168,6 +192,7 @@ def print_help() -> None:
         ("model", ModelArguments),
         ("data", DataArguments),
         ("adapter", adapter_arguments()),
+        ("anchor", AnchorArguments),
     )
     for title, arguments in groups:
         group = listing.add_argument_group(title)
@@ -195,7 +220,7 @@ def _default_of(entry: Any) -> str:
 
 
 def make_parser() -> Any:
-    """TRL's parser over the four groups of flags, with errors on one line."""
+    """TRL's parser over the five groups of flags, with errors on one line."""
     trl = require("trl", "train")
     for package in ("transformers", "peft", "accelerate", "datasets"):
         require(package, "train")
@@ -212,7 +237,7 @@ def make_parser() -> Any:
             settle(parsed)
             return parsed, unknown
 
-    groups = (trl.SFTConfig, ModelArguments, DataArguments, adapter_arguments())
+    groups = (trl.SFTConfig, ModelArguments, DataArguments, adapter_arguments(), AnchorArguments)
     parser = TrainParser(groups, prog=PROG, allow_abbrev=False)
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
@@ -225,8 +250,8 @@ def make_parser() -> Any:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[Any, Any, Any, Any]:
-    """The four groups: `SFTConfig`, `ModelArguments`, `DataArguments`, the adapter's.
+def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
+    """`SFTConfig`, `ModelArguments`, `DataArguments`, the adapter's, `AnchorArguments`.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong kind, a required flag missing.
@@ -299,7 +324,8 @@ def settle(parsed: Any) -> None:
     missing = [f"--{name}" for name in REQUIRED if not getattr(parsed, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; give flags, or keys of a --config file")
-    torch = require("torch", "train")
+    import torch
+
     if not torch.accelerator.is_available():
         parsed.use_cpu = True
     if parsed.bf16 is None:
@@ -325,8 +351,9 @@ def to_secura_config(arguments: Any, seed: int) -> Any:
         raise UserError(f'--rank_pattern {pattern!r}: wanted r by layer, such as {{"v_proj": 8}}')
     for name in pattern:
         _check_pattern(name)
-    config = require("secura.tuner", "train").SecuraConfig
-    return config(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
+    from secura.tuner import SecuraConfig
+
+    return SecuraConfig(**values, rank_pattern=pattern, seed=seed, task_type="CAUSAL_LM")
 
 
 def _module_names(names: list[str] | str | None) -> list[str] | str | None:

@@ -86,10 +86,11 @@ def check_targets(model: Any, config: Any) -> None:
     Raises:
         UserError: names them, and the nearest name there is.
     """
-    layer = require("secura.tuner", "train").SecuraLayer
+    from secura.tuner import SecuraLayer
+
     named = list(model.get_base_model().named_modules())
     modules = [name.replace(".base_layer", "") for name, _ in named]
-    adapted = [name for name, module in named if isinstance(module, layer)]
+    adapted = [name for name, module in named if isinstance(module, SecuraLayer)]
     asked = (
         ("target_modules", config.target_modules, modules, r"(.*\.)?{}"),
         ("exclude_modules", config.exclude_modules, modules, r"(.*\.)?{}"),
@@ -113,7 +114,8 @@ def left_out(model: Any, config: Any) -> str | None:
     """Says which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
     if config.target_modules != "all-linear":
         return None
-    torch = require("torch", "train")
+    import torch
+
     stacked = {
         name: value
         for name, value in model.get_base_model().named_parameters()

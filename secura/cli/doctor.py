@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from secura.cli.errors import Parser
+from secura.cli.errors import Parser, one_line
+
+ANCHOR_LIMIT = 1e-4
+"""Largest share of what a core adds that anchoring it may move, in fp32."""
 
 PACKAGES = {
     "secura": "",
@@ -78,14 +83,20 @@ def main(argv: list[str]) -> int:
         (check.device, check.dtype, check.impl, check.reason) for check in checks
     ):
         print(f"{device} {dtype}: {impl or 'nothing'}, because {reason}")
-    failed = sum(not check.passed for check in checks)
-    print(f"\n{len(checks) - failed} of {len(checks)} checks passed")
+    try:
+        kept = anchor_error(torch)
+        print(f"\nanchor: a core U and its κ L Ũ S differ by {kept:.1e} in a layer's output")
+    except RuntimeError as error:
+        kept = math.inf
+        print(f"\nanchor: FAILED {one_line(error)}")
+    failed = sum(not check.passed for check in checks) + (not kept < ANCHOR_LIMIT)
+    print(f"\n{len(checks) + 1 - failed} of {len(checks) + 1} checks passed")
     return 1 if failed else 0
 
 
 def print_kernels(targets: list[str]) -> int:
     """Prints what each kernel costs on each chip; 1 where a launch breaks a rule."""
-    from secura_kernels.kernel_table import kernel_reports, kernel_table
+    from secura_kernels.inspection.table import kernel_reports, kernel_table
 
     problems = []
 
@@ -124,7 +135,7 @@ def devices(torch: Any) -> list[tuple[str, str, str]]:
 
 def run_checks(torch: Any) -> list[Any]:
     """The self-check on CUDA where there is a device, and on the CPU unless kernels are forced."""
-    from secura_kernels.doctor import self_check
+    from secura_kernels.inspection.selfcheck import self_check
 
     cuda, checks = torch.cuda.is_available(), []
     if not (cuda and os.environ.get("SECURA_IMPL") == "triton"):
@@ -132,6 +143,30 @@ def run_checks(torch: Any) -> list[Any]:
     if cuda:
         checks += self_check("cuda", (torch.float32, torch.bfloat16, torch.float16))
     return checks
+
+
+def anchor_error(torch: Any) -> float:
+    """How far anchoring moves what a layer computes, relative to what its core adds."""
+    from secura import AdapterConfig, SECURALinear, anchor
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(32, 24)
+            self.layer = SECURALinear(torch.nn.Linear(24, 32), AdapterConfig(8, core="u"))
+
+        def forward(self, input_ids: Any) -> Any:
+            return SimpleNamespace(logits=self.layer(self.embed(input_ids)))
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model, ids = Model(), torch.arange(32)
+        plain = model.layer.base(model.embed(ids))
+        model.layer.trained.normal_()
+        before = model(ids).logits
+        anchor(model, [ids])
+        gap = (model(ids).logits - before).norm() / (before - plain).norm()
+    return float(gap)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from secura.cli.adapters import (
     base_of,
+    has_tokenizer,
     load_adapted,
     load_adapter_config,
     refuse_undeclared,
+    tokenizer_for,
 )
 from secura.cli.errors import Parser
-from secura.cli.folders import check_output_folder
+from secura.cli.folders import check_output_folder, sole_use
 from secura.cli.models import add_adapter_flags, add_loading_flags
 
 
@@ -32,6 +35,13 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     output, adapter = Path(args.output_dir), args.adapter_name_or_path
     check_output_folder(output, hint="choose another --output_dir")
+    with sole_use(output):
+        export(args, output, adapter)
+    return 0
+
+
+def export(args: Any, output: Path, adapter: str) -> None:
+    """Exports with parsed flags, with the tokenizer where the adapter brings its own."""
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     from secura.export import check_exportable, export_lora
 
@@ -41,6 +51,8 @@ def main(argv: list[str]) -> int:
     model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
     refuse_undeclared(model, adapter)
     config.base_model_name_or_path, config.revision = base, revision
+    tokenizer = tokenizer_for(model, adapter, base, loading)
     export_lora(model, output)
+    if has_tokenizer(adapter):
+        tokenizer.save_pretrained(output)
     print(f"secura: exported {adapter} as a LoRA adapter into {output}")
-    return 0

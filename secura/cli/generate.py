@@ -84,9 +84,10 @@ def check(args: Any) -> None:
 
 def load(args: Any) -> tuple[Any, Any]:
     """The model, with its adapter if one is named, on its device; and the tokenizer."""
-    torch = require("torch", "train")
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = torch.device(args.device or best)
+    import torch
+
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device(args.device or best or "cpu")
     dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
     adapter, base, revision = (
         args.adapter_name_or_path,
@@ -127,7 +128,8 @@ def settle(model: Any) -> Any:
 def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool = False) -> str:
     """One answer, without the prompt and the special tokens; printed as it grows with `stream`."""
     transformers = require("transformers", "train")
-    torch = require("torch", "train")
+    import torch
+
     if tokenizer.chat_template and not args.raw:
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secura._extras import require
 from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
 from secura.cli.errors import Parser, UserError
-from secura.cli.folders import check_output_folder, complete_folder
+from secura.cli.folders import check_output_folder, complete_folder, sole_use
 from secura.cli.models import add_adapter_flags, add_loading_flags
 
 
@@ -33,6 +32,13 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     output = Path(args.output_dir)
     check_output_folder(output, hint="choose another --output_dir")
+    with sole_use(output):
+        merge(args, output)
+    return 0
+
+
+def merge(args: Any, output: Path) -> None:
+    """Merges with parsed flags; the output folder is this run's alone."""
     adapter = args.adapter_name_or_path
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     allow_inexact(config, adapter, allow=args.allow_inexact)
@@ -46,7 +52,6 @@ def main(argv: list[str]) -> int:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"secura: merged {adapter} into {output} ({merged.dtype})".replace("torch.", ""))
-    return 0
 
 
 def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
@@ -65,12 +70,12 @@ def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
 def refuse_lost_biases(model: Any, adapter: str) -> None:
     """Refuses trained biases of layers that have none: transformers would load them nowhere."""
     from secura import bases
+    from secura.tuner import SecuraLayer
 
-    kind = require("secura.tuner", "train").SecuraLayer
     layers = [
         name.removeprefix("base_model.model.")
         for name, layer in model.named_modules()
-        if isinstance(layer, kind)
+        if isinstance(layer, SecuraLayer)
         and bases.bias(layer.base_layer) is None
         and any(part.bias is not None for part in layer.active_cabr())
     ]

@@ -114,6 +114,7 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
 
 def set_seed(seed: int) -> None:
     """Seeds Python's and torch's generators."""
-    torch = require("torch", "train")
+    import torch
+
     random.seed(seed)
     torch.manual_seed(seed)

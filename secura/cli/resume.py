@@ -27,6 +27,7 @@ KEPT = (
 
 _NOT_LEARNT = {
     "allow_inexact_merge",
+    "anchored",
     "auto_mapping",
     "base_model_name_or_path",
     "check_base",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli import arguments, checks
+from secura.cli import anchoring, arguments, checks
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
@@ -36,10 +36,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(training: Any, model_args: Any, data_args: Any, adapter_args: Any) -> None:
+def run(
+    training: Any, model_args: Any, data_args: Any, adapter_args: Any, anchor_args: Any
+) -> None:
     """Trains with parsed flags; the output folder is this run's alone."""
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
+    anchoring.check(anchor_args, config)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     loading = {
@@ -49,7 +52,7 @@ def run(training: Any, model_args: Any, data_args: Any, adapter_args: Any) -> No
     refuse_adapter(model_args.model_name_or_path, model_args.model_revision)
     tokenizer = load_tokenizer(model_args.model_name_or_path, **loading)
     train_set, eval_set = load_data(training, data_args, chat=bool(tokenizer.chat_template))
-    settings = resuming.settings(training, config, train_set, data_args)
+    settings = resuming.settings(training, config, train_set, data_args) | vars(anchor_args)
     if resume is not None:
         resuming.check_settings(resume, settings)
     model = load_model(
@@ -66,7 +69,7 @@ def run(training: Any, model_args: Any, data_args: Any, adapter_args: Any) -> No
         eval_dataset=eval_set,
         processing_class=tokenizer,
         peft_config=config,
-        callbacks=callbacks(config, settings),
+        callbacks=callbacks(config, anchor_args.anchor_decay, settings),
     )
     checks.check_targets(trainer.model, wanted)
     checks.check_lengths(trainer)
@@ -74,6 +77,8 @@ def run(training: Any, model_args: Any, data_args: Any, adapter_args: Any) -> No
         if note:
             trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
+    if anchor_args.anchor and resume is None:
+        trainer.accelerator.print(anchoring.anchor(trainer, anchor_args, training.seed))
     if data_args.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
         for old in checkpoints(Path(training.output_dir)):
             clear(old)
@@ -155,12 +160,16 @@ def make_trainer(**kwargs: Any) -> Any:
         raise UserError(one_line(error)) from error
 
 
-def callbacks(config: Any, settings: dict[str, Any]) -> list[Any]:
-    """What runs beside the trainer: the fold where the config folds, then the checks."""
-    own = require("secura.callbacks", "train")
+def callbacks(config: Any, anchor_decay: float, settings: dict[str, Any]) -> list[Any]:
+    """What runs beside the trainer: decay and fold where they are asked for, then the checks."""
+    from secura import callbacks as own
+    from secura.continual import AnchorDecayCallback
+
+    decay = [AnchorDecayCallback(anchor_decay)] if anchor_decay else []
     folding = [own.FoldCallback()] if config.fold_every else []
     return [
         own.FinishedCallback(),
+        *decay,
         *folding,
         own.FiniteCallback(),
         own.SettingsCallback(**settings),

@@ -25,16 +25,32 @@ with; its authors use it together with replay::
     with memory.applied(model):
         trainer.save_model(path)
 
-The callbacks work under one process and under DDP. Sharded training (FSDP, DeepSpeed) keeps
-parameters and gradients where a callback cannot reach them, and is refused, as is an adapter whose
-config folds during training (``fold_every``): folding moves what was learned out of the parameters
-these methods watch. Fold at the end of a task, before ``Fisher.estimate``.
+The anchored core (:func:`secura.anchor`) stores no data either: at a task's end its statistics are
+added to those of old text, and what was learned is folded::
+
+    secura.anchor(model, tokenizer=tokenizer)
+    trainer = Trainer(model, ..., callbacks=[AnchorCallback(), AnchorDecayCallback(1.0)])
+
+Its callbacks work wherever a Trainer does, DDP and FSDP2 included. The others work under one
+process and under DDP. Sharded training (FSDP, DeepSpeed) keeps parameters and gradients where a
+callback cannot reach them, and is refused, as is an adapter whose config folds during training
+(``fold_every``): folding moves what was learned out of the parameters these methods watch. Fold at
+the end of a task, before ``Fisher.estimate``.
 """
 
 from __future__ import annotations
 
+from .anchoring import AnchorCallback, AnchorDecayCallback
 from .ewc import EWCCallback, Fisher
 from .long_term import LongTermMemory
 from .replay import ReplayBuffer, ReplayCollator
 
-__all__ = ["EWCCallback", "Fisher", "LongTermMemory", "ReplayBuffer", "ReplayCollator"]
+__all__ = [
+    "AnchorCallback",
+    "AnchorDecayCallback",
+    "EWCCallback",
+    "Fisher",
+    "LongTermMemory",
+    "ReplayBuffer",
+    "ReplayCollator",
+]

@@ -136,7 +136,7 @@ BASE = "base"
 @cache
 def norm_forms() -> dict[str, Method]:
     """S-MagNorm in every form and combination but those that `METHODS` has."""
-    gain = require("secura_kernels.gain", "experiments")
+    gain = require("secura_kernels.norm", "experiments")
     return {
         (name := f"secura-{space}-{form}-{combine}"): Method(
             name=name,

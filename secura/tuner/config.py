@@ -145,7 +145,15 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             written["checksum"] = digest(tensors.values())
             written["base_tensors"] = self._base_tensors(tensors) or None
             (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
-        describe_loading(folder / "README.md")
+        describe_loading(folder / "README.md", self.describe_core())
+
+    def describe_core(self) -> str:
+        """What is trained, in one sentence."""
+        if self.core == "ab":
+            return "The core U = A B of ΔW = C U R is trained."
+        anchor = f"anchored by old text with damping {self.anchor_damping:g}"
+        how = anchor if self.anchored else "without an anchor"
+        return f"The core U of ΔW = C U R is trained itself, {how}."
 
     def _base_tensors(self, names: Iterable[str]) -> list[str]:
         """Of an adapter file's tensors, those of the base that PEFT added: resized embeddings."""
@@ -196,13 +204,18 @@ def without_wrappers(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
-def describe_loading(card: Path) -> None:
-    """Add to a folder's model card, where there is one, how an adapter of SECURA's is loaded."""
+def describe_loading(card: Path, core: str) -> None:
+    """Add to a folder's model card, where there is one, what its adapter is and how it is loaded.
+
+    Args:
+        card: the file.
+        core: a sentence on what is trained.
+    """
     if not card.is_file() or "import secura.tuner" in (text := card.read_text(encoding="utf-8")):
         return
     heading = "## How to Get Started with the Model"
     lines = (
-        "PEFT knows this adapter's method once `secura` (`pip install 'secura[train]'`) is "
+        f"{core} PEFT knows this adapter's method once `secura` (`pip install 'secura[train]'`) is "
         "imported:\n\n```python\nimport secura.tuner  # before peft loads it\n"
         "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
     )

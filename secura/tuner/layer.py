@@ -14,7 +14,7 @@ from secura import bases
 from secura.adapter import CABR
 from secura.linear import MergedState, check_finite, check_not_training, weight_before
 from secura.state import MERGED, refuse_merged
-from secura_kernels import lowrank_add
+from secura_kernels import Layer, NormOptions, secura_add
 
 from .config import SecuraConfig
 
@@ -200,11 +200,21 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
             pairs = zip(masks, shapes, strict=True)
             masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
-        return lowrank_add(
-            self.base_layer(x),
-            bases.bias(self.base_layer),
-            torch.cat([adapter.rows for adapter in adapters]),
-            torch.cat([adapter.product(self.base_layer)[0] for adapter in adapters], dim=1),
+        base = self.base_layer
+        parts = [adapter.columns for adapter in adapters]
+        quantised = parts[0] is not None
+        layer = Layer(
+            None if quantised else bases.weight(base, values=False),
+            bases.bias(base),
+            rows=torch.cat([adapter.rows for adapter in adapters]),
+            cols=torch.cat([adapter.cols for adapter in adapters]),
+            options=NormOptions("none"),
+            columns=torch.cat(parts, dim=1) if quantised else None,
+        )
+        return secura_add(
+            base(x),
+            layer,
+            torch.block_diag(*(adapter.whole_core(base) for adapter in adapters)),
             delta_bias=_sum_biases(adapters),
             z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
         )

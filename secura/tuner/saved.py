@@ -61,7 +61,7 @@ def for_loading(
     mapped = remap(model=model, config=config, adapter_name=adapter, state_dict=state_dict)
     layers = adapted_layers(model, adapter)
     bare = {_bare(name): name for name in layers}
-    mapped = {_checksum_name(name, bare, adapter): tensor for name, tensor in mapped.items()}
+    mapped = {_full_name(name, bare, adapter): tensor for name, tensor in mapped.items()}
     _check_names(model, config, adapter, mapped, layers)
     for name, layer in layers.items():
         layer.check_loadable(mapped, f"{name}.", whole=True)
@@ -69,12 +69,15 @@ def for_loading(
     return mapped
 
 
-def _checksum_name(name: str, bare: dict[str, str], adapter: str) -> str:
-    """A checksum's name in the model: PEFT finds none where the model's tensors are elsewhere."""
-    layer = name.removeprefix(_PREFIX).removesuffix(".secura_adapter.checksum")
-    if layer not in bare or not name.endswith(".secura_adapter.checksum"):
+def _full_name(name: str, bare: dict[str, str], adapter: str) -> str:
+    """A tensor's name in the model, of one that the model has not yet (an anchor's) too.
+
+    PEFT finds no name for those, nor for a checksum where the model's tensors are elsewhere.
+    """
+    layer, _, tensor = name.removeprefix(_PREFIX).rpartition(".secura_adapter.")
+    if layer not in bare or tensor not in ("checksum", "left", "right"):
         return name
-    return f"{bare[layer]}.secura_adapter.{adapter}.checksum"
+    return f"{bare[layer]}.secura_adapter.{adapter}.{tensor}"
 
 
 def _check_names(

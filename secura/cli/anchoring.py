@@ -1,0 +1,84 @@
+"""`--anchor` of `secura train`: old text from a file or from the model itself, before training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from secura.cli.data import load_split
+from secura.cli.errors import UserError, one_line
+
+SELF = "self"
+_TABLES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def check(arguments: Any, config: Any) -> None:
+    """Refuses flags that would do nothing, before a model is loaded.
+
+    Raises:
+        UserError: there is no core to anchor, or no such file.
+    """
+    if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
+        flag = "--anchor" if arguments.anchor else "--anchor_decay"
+        raise UserError(f"{flag} acts on a core that is trained itself: give --core u with it")
+    if arguments.anchor_decay < 0:
+        raise UserError(f"--anchor_decay {arguments.anchor_decay} must be 0 or more")
+    if arguments.anchor not in (None, SELF) and not Path(arguments.anchor).is_file():
+        raise UserError(
+            f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
+        )
+
+
+def anchor(trainer: Any, arguments: Any, seed: int) -> str:
+    """Anchors the trainer's model, and says in one line by what.
+
+    Raises:
+        UserError: the text or the model cannot serve; the model is left as it was.
+    """
+    from secura.anchoring import anchor as anchor_model
+
+    texts = None if arguments.anchor == SELF else read_texts(arguments.anchor)
+    model = trainer.model.to(trainer.args.device)
+    try:
+        report = anchor_model(
+            model,
+            texts,
+            tokenizer=trainer.processing_class,
+            tokens=arguments.anchor_tokens,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise UserError(f"--anchor {arguments.anchor}: {one_line(error)}") from error
+    source = "the model's own samples" if report.sampled else arguments.anchor
+    unseen = f"; {len(report.unseen)} of them saw none" if report.unseen else ""
+    return (
+        f"secura: anchored {report.layers} layers by {report.tokens:,} tokens of {source} in "
+        f"{report.seconds:.0f} s{unseen}"
+    )
+
+
+def read_texts(name: str) -> list[str]:
+    """The texts of a file: its column `text`, or what stands between empty lines.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if Path(name).suffix in _TABLES:
+        rows = load_split(name, None, "train")
+        if "text" not in rows.column_names:
+            raise UserError(f"--anchor {name}: wanted a column text, found {rows.column_names}")
+        texts = [str(text) for text in rows["text"]]
+    else:
+        try:
+            content = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--anchor {name}: {one_line(error)}") from error
+        texts = re.split(r"\n\s*\n", content)
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise UserError(f"--anchor {name} holds no text")
+    return found
+
+
+__all__ = ["anchor", "check", "read_texts"]

@@ -1,0 +1,149 @@
+"""The anchored core in a sequence of tasks: statistics that add up, and decay towards the anchor.
+
+See :func:`secura.anchor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secura._extras import require
+from secura.anchoring import AnchorReport, anchor, anchored_adapters
+from secura.folding import fold
+
+TrainerCallback = require("transformers", "train").TrainerCallback
+
+
+class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+    """At the end of a task, fold what was learned and add the task's texts to the anchor.
+
+    The next task then starts at U = 0, in coordinates in which what the earlier tasks taught costs
+    as old text does.
+
+    Example:
+        >>> secura.anchor(model, tokenizer=tokenizer)
+        >>> for task in tasks:
+        ...     Trainer(model, train_dataset=task, callbacks=[AnchorCallback()]).train()
+
+    Args:
+        texts: of the task: strings or 1-D tensors of token ids; None takes those it trained on.
+        tokenizer: for strings.
+        fold: whether the core is folded first.
+        **settings: of :func:`secura.anchor`: ``tokens``, ``length``, ``batch_size``, ``seed``.
+
+    Attributes:
+        report: of the last anchoring.
+
+    Raises:
+        ValueError: when training begins, for a model with no ``core="u"``; at its end as
+            :func:`secura.anchor`.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str] | Sequence[Tensor] | None = None,
+        *,
+        tokenizer: Any = None,
+        fold: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.texts, self.tokenizer = texts, tokenizer
+        self.fold, self.settings = fold, settings
+        self.report: AnchorReport | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Look for a core to anchor, before the first step is paid for."""
+        assert model is not None
+        anchored_adapters(model)
+
+    def on_train_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Fold, and add the statistics."""
+        assert model is not None
+        texts = self.texts
+        if texts is None:
+            texts = _read(train_dataloader, self.settings.get("tokens", 8192))
+        if self.fold:
+            fold(model)
+        self.report = anchor(model, texts, tokenizer=self.tokenizer, add=True, **self.settings)
+
+
+class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+    """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
+
+    On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
+    decay is, whatever the optimizer; other parameters are left alone. Without an anchor it is plain
+    weight decay on U.
+
+    Args:
+        anchor_decay: 0 or more; AdamW's own default for weights is 0.01, 1 is felt after some
+            hundred steps at 1e-3.
+
+    Raises:
+        ValueError: for a value below 0 or not finite. When training begins: for a model with no
+            ``core="u"``.
+    """
+
+    def __init__(self, anchor_decay: float) -> None:
+        if not (anchor_decay >= 0 and math.isfinite(anchor_decay)):
+            raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
+        self.anchor_decay = anchor_decay
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Look for a core to decay."""
+        assert model is not None
+        anchored_adapters(model)
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Decay every core that the optimizer trains, at the rate of its group."""
+        assert model is not None
+        cores = {id(adapter.U) for adapter, _ in anchored_adapters(model).values()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in cores:
+                    parameter.mul_(1 - group["lr"] * self.anchor_decay)
+
+
+def _read(dataloader: Any, tokens: int) -> list[Tensor]:
+    """The first ``tokens`` token ids of a data loader's examples, padding left out."""
+    texts: list[Tensor] = []
+    left = tokens
+    for batch in dataloader:
+        masks = batch.get("attention_mask")
+        masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
+        for ids, mask in zip(batch["input_ids"], masks, strict=True):
+            text = ids[mask.bool()].cpu()
+            if len(text) > 1:
+                texts.append(text)
+                left -= len(text)
+        if left <= 0:
+            break
+    return texts
+
+
+__all__ = ["AnchorCallback", "AnchorDecayCallback"]

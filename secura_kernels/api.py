@@ -1,0 +1,357 @@
+"""The one door: an adapted layer as one op, from the adapter's own parameters to the output.
+
+    U = s · A B      P = C (U + U_acc)   or, with the norm's reference "folded",
+                     P = C U, P_base = C U_acc
+    out = the norm space's layer of x (or y0), W, b, P, P_base
+
+    ∂U = Cᵀ ∂P      ∂A = s · ∂U Bᵀ      ∂B = s · Aᵀ ∂U
+
+| norm         | out                                                  | folder           |
+|--------------|------------------------------------------------------|------------------|
+| `none`       | x (W + P R)ᵀ + b + δb                                | `ops/lowrank`    |
+| `channel`    | the same with one gain an output row                 | `ops/channel`    |
+| `activation` | S-MagNorm of y0 and its change                       | `ops/activation` |
+| `weight`     | x W'ᵀ + b + δb, W' = S-MagNorm of W and its change   | `ops/weight`     |
+
+What each saves for the backward pass, and the bytes it moves, stand in its folder's ``op.py``;
+:mod:`secura_kernels.naive` has the same functions as plain equations. One ``autograd.Function``
+serves them all: a function's way through autograd takes the host 11 µs beside an H100, forward
+alone. Where a compiler, a dispatch mode or a tensor subclass looks on, it calls the ops through
+torch's dispatcher, else their bodies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import (
+    alone,
+    as_dtype,
+    compute_dtype,
+    is_watched,
+    resolve,
+    supported,
+    without_autocast,
+)
+from .layer import Layer, cores
+from .norm import SAVES, pack
+from .ops import flops
+from .ops.activation import op as activation
+from .ops.channel import op as channel
+from .ops.common import Call, Step
+from .ops.lowrank import op as lowrank
+from .ops.project import op as project
+from .ops.weight import op as weight
+
+SPACES: dict[str, ModuleType] = {
+    "none": lowrank,
+    "channel": channel,
+    "activation": activation,
+    "weight": weight,
+}
+"""The ``forward`` and ``backward`` of each norm space."""
+
+flops.register()
+
+
+def secura_linear(
+    x: Tensor,
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    delta_bias: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Compute an adapted layer's output ``[..., N]`` from its input ``x [..., K]``.
+
+    Args:
+        x: ``[..., K]``.
+        layer: the frozen layer and how it is adapted.
+        a: ``A [m, r]``, or ``[m, m]`` where there is no ``b``; multiplied in fp32 or wider.
+        b: ``B [r, m]``, or None.
+        delta_bias: trainable bias ``[N]`` or None; ``activation`` counts it to Δ, the others add it
+            after the norm.
+        z_scale: ``[..., m]``, multiplies ``z = x Rᵀ`` (dropout), or None; not for ``weight``.
+        impl: ``"auto"``, ``"triton"``, ``"reference"``, or None for what ``SECURA_IMPL`` says.
+
+    Returns:
+        ``[..., N]`` in the compute dtype: autocast's where it is on, x's own otherwise. Gradients
+        reach x, a, b and delta_bias, once differentiable.
+
+    Raises:
+        TypeError: for an x of integers or complex numbers.
+        ValueError: where shapes do not fit, or for an unknown form, combination, ``save`` or
+            ``impl``; for ``channel`` without ``gram`` and ``base_norms``; for ``weight`` with
+            ``z_scale``.
+        RuntimeError: for ``impl="triton"`` where no kernel can take the tensors.
+    """
+    if layer.weight is None:
+        raise ValueError("the layer has no weight: call secura_add with the base's own output")
+    if x.shape[-1] != layer.weight.shape[1]:
+        raise ValueError(
+            f"x [..., {x.shape[-1]}] does not fit the weight {list(layer.weight.shape)}"
+        )
+    n = layer.weight.shape[0]
+    return _run(x, n, compute_dtype(x), layer, a, b, delta_bias, z_scale, impl, given=False)
+
+
+def secura_add(
+    y0: Tensor,
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    delta_bias: Tensor | None = None,
+    z_scale: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Compute an adapted layer's output ``[..., N]`` from its base's ``y0 [..., N]``.
+
+    For a base that is more than a frozen dense product (quantised, hooked, itself trained).
+
+    Args:
+        y0: ``[..., N]``, the base layer's output, ``layer.bias`` included; never written.
+        layer: as for :func:`secura_linear`; ``weight`` may be None where ``columns`` are given.
+        a, b, delta_bias, z_scale, impl: as for :func:`secura_linear`.
+
+    Returns:
+        ``[..., N]`` in y0's dtype. Gradients reach y0, a, b and delta_bias, once differentiable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`secura_linear`; ValueError also for
+            ``weight``, which multiplies by another weight and cannot use y0.
+    """
+    if layer.options.replaces_product:
+        raise ValueError("the space 'weight' multiplies by W' itself: call secura_linear")
+    if layer.weight is None and layer.columns is None:
+        raise ValueError("the layer has neither weight nor columns, of which P is made")
+    n = y0.shape[-1]
+    return _run(y0, n, y0.dtype, layer, a, b, delta_bias, z_scale, impl, given=True)
+
+
+def effective_weight(
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """Compute the plain weight ``W' [N, K]`` that makes the same layer: what a merge writes.
+
+    Args:
+        layer: the frozen layer and how it is adapted.
+        a, b, impl: as for :func:`secura_linear`.
+        dtype: of the result, rounded to once; W's own by default.
+        stochastic_rounding: round each entry up with the probability of the part that is cut off;
+            bf16 alone. Entries that bf16 holds exactly never change.
+        seed: of the rounding. One seed gives one result on one kind of device; give each layer its
+            own.
+
+    Returns:
+        ``[N, K]`` in W's layout. No gradient; W is not written.
+
+    Raises:
+        ValueError: for ``norm="activation"``, stochastic rounding to another dtype than bf16, a
+            layer without weight, shapes that do not fit, or an unknown form or ``impl``.
+        RuntimeError: for ``impl="triton"`` where no kernel can take the weight.
+    """
+    options, w, rows = layer.options, layer.weight, layer.rows
+    if options.norm == "activation":
+        raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
+    if w is None:
+        raise ValueError("the layer has no weight to make another of")
+    dtype = dtype or w.dtype
+    if stochastic_rounding and dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding is for torch.bfloat16, not {dtype}: leave it off")
+    _check(w.shape[0], (), layer, a, b, None, None)
+    draw = seed if stochastic_rounding else None
+    call = _call(layer, False, True, impl)
+    with torch.no_grad(), without_autocast(w.device.type):
+        p, p_base = _projections(call, a, b)
+        if options.norm == "weight":
+            return weight.normed_weight(
+                w, rows, p, p_base, call.important, call.norm, dtype, draw, impl
+            )
+        q, share = p, None
+        if options.norm == "channel":
+            gram, norms = channel.row_norms(w, rows, p_base)
+            fresh = call._replace(layer=layer._replace(gram=gram, base_norms=norms))
+            q, share, _ = channel.product(fresh, p, p_base)
+        return weight.merged_weight(w, rows, q, share, dtype, draw, impl)
+
+
+@torch.no_grad()
+def additive_product(
+    layer: Layer, a: Tensor, b: Tensor | None = None, *, impl: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ``(Q [N, m], share [N] or None)``: ``none`` and ``channel`` are share · W + Q R.
+
+    With share None, R and Q are the factors of a LoRA that computes the same. No gradient.
+
+    Raises:
+        ValueError: for another space, or where shapes do not fit.
+    """
+    if layer.options.norm not in ("none", "channel"):
+        raise ValueError(f"norm={layer.options.norm!r} adds no product of low rank")
+    source = layer.weight if layer.columns is None else layer.columns
+    assert source is not None
+    _check(source.shape[0], (), layer, a, b, None, None)
+    call = _call(layer, False, True, impl)
+    with without_autocast(a.device.type):
+        p, p_base = _projections(call, a, b)
+        if layer.options.norm == "none":
+            return p, None
+        q, share, _ = channel.product(call, p, p_base)
+    return q, share
+
+
+def _call(layer: Layer, given: bool, watched: bool, impl: str | None) -> Call:
+    restrain = layer.restrain
+    norm = pack(layer.options, restrain, traced=watched)
+    return Call(layer, norm, None if restrain is None else restrain.important, given, watched, impl)
+
+
+def _projections(call: Call, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``(P, P_base or None)``, ``[N, m]``, fp32 or wider."""
+    u, u_base = cores(call.layer, a, b)
+    return project.projections(call, Step(u, u, u_base, None, None, False), u.dtype)
+
+
+def _run(
+    x: Tensor,
+    n: int,
+    dtype: torch.dtype,
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    impl: str | None,
+    *,
+    given: bool,
+) -> Tensor:
+    """Check, flatten, choose the implementation, and run the layer in ``dtype``."""
+    if not x.is_floating_point():
+        raise TypeError(f"the input is {x.dtype}: the ops take floating numbers")
+    lead = x.shape[:-1]
+    _check(n, lead, layer, a, b, delta_bias, z_scale)
+    watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
+    tokens = math.prod(lead)
+    flat = as_dtype(x.reshape(tokens, x.shape[-1]), dtype)
+    if z_scale is not None:
+        z_scale = z_scale.reshape(tokens, z_scale.shape[-1])
+    if not watched and layer.options.norm == "weight" and layer.weight is not None:
+        impl = supported(impl, flat, layer.weight)
+    elif not watched:
+        impl = resolve(impl, flat)
+    call = _call(layer, given, watched, impl)
+    out = _SecuraLayer.apply(flat, a, b, delta_bias, z_scale, call)
+    return out.view(*lead, n)
+
+
+def _check(
+    n: int,
+    lead: Sequence[int],
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+) -> None:
+    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens."""
+    rows, cols, columns = layer.rows, layer.cols, layer.columns
+    if rows.dim() != 1 or rows.shape != cols.shape:
+        raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
+    m = rows.shape[0]
+    inner = m if b is None else b.shape[0]
+    if a.shape != (m, inner) or (b is not None and b.shape[1:] != (m,)):
+        raise ValueError(
+            f"a {list(a.shape)} and b {None if b is None else list(b.shape)} must be [{m}, r] and "
+            f"[r, {m}] beside rows [{m}]; without b, a must be [{m}, {m}]"
+        )
+    important = None if layer.restrain is None else layer.restrain.important
+    for name, tensor, shape in (
+        ("bias", layer.bias, (n,)),
+        ("delta_bias", delta_bias, (n,)),
+        ("important", important, (n,)),
+        ("core", layer.core, (m, m)),
+        ("columns", columns, (n, m)),
+        ("z_scale", z_scale, (*lead, m)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
+    norm = layer.options.norm
+    if norm == "channel":
+        gram, norms = layer.gram, layer.base_norms
+        if gram is None or norms is None:
+            raise ValueError("the space 'channel' needs gram and base_norms, of row_norms()")
+        if gram.shape != (m, m) or norms.shape != (n,):
+            raise ValueError(
+                f"gram {list(gram.shape)} and base_norms {list(norms.shape)} must be {[m, m]} and "
+                f"{[n]}"
+            )
+    elif norm == "weight" and z_scale is not None:
+        raise ValueError("the space 'weight' has no z, so it takes no z_scale")
+    elif norm == "activation" and layer.save not in SAVES:
+        raise ValueError(f"unknown save {layer.save!r}: choose one of {SAVES}")
+
+
+class _SecuraLayer(torch.autograd.Function):
+    """Forward and backward of one layer on flat inputs; its space says what is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        delta_bias: Tensor | None,
+        z_scale: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        ctx.call = call
+        ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
+        keeps = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        with alone(x):
+            u, u_base = cores(call.layer, a, b)
+            ctx.u_dtype = u.dtype
+            step = Step(x, u, u_base, delta_bias, z_scale, keeps)
+            out, saved = SPACES[call.layer.options.norm].forward(call, step)
+        ctx.save_for_backward(a, b, *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        call, needs = ctx.call, ctx.needs_input_grad
+        scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
+        wanted = [needs[0], needs[1] or needs[2], needs[3]]
+        a, b, *saved = ctx.saved_tensors
+        da = db = None
+        with alone(g):
+            dx, dp, dbias = space.backward(call, g, tuple(saved), wanted)
+            if wanted[1]:
+                dtype = ctx.u_dtype
+                du = project.backward(call, as_dtype(dp, dtype))
+                if scaling != 1:
+                    du = du.mul_(scaling)
+                if needs[1]:
+                    da = as_dtype(du if b is None else du @ as_dtype(b, dtype).t(), a.dtype)
+                db = as_dtype(as_dtype(a, dtype).t() @ du, b.dtype) if needs[2] else None
+        dx = dx if needs[0] else None
+        return dx, da, db, dbias.to(ctx.bias_dtype) if needs[3] else None, None, None
+
+
+__all__ = ["Layer", "additive_product", "effective_weight", "secura_add", "secura_linear"]

@@ -1,0 +1,82 @@
+"""What a choice of tiles depends on: a GPU's shared memory, multiprocessors and maker."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Machine(NamedTuple):
+    """What the choice of a tile depends on.
+
+    Attributes:
+        shared_bytes: shared memory that one program may have.
+        processors: multiprocessors.
+        rocm: whether AMD made it.
+    """
+
+    shared_bytes: int
+    processors: int
+    rocm: bool = False
+
+
+H100 = Machine(227 * 1024, 132)
+LARGE_SHARED = 160 * 1024
+"""Bytes of shared memory that an A100 has and an RTX 4090 has not."""
+LARGEST_SHARED = 224 * 1024
+"""That an H100 has and an A100 has not."""
+SMALL_SHARED = 64 * 1024
+"""That an MI300 has."""
+
+_assumed: ContextVar[Machine | None] = ContextVar("assumed", default=None)
+
+
+def machine_of(tensor: Tensor) -> Machine:
+    """The GPU that a kernel on ``tensor`` runs on.
+
+    For other devices the one that is assumed, an H100 by default (the interpreter's).
+    """
+    return _device(tensor.device.index) if tensor.is_cuda else assumed() or H100
+
+
+def assumed() -> Machine | None:
+    """The GPU whose tensors those of the ``meta`` device stand for, or None."""
+    return _assumed.get()
+
+
+@contextmanager
+def assume(machine: Machine) -> Iterator[None]:
+    """Within, ops launch their kernels on tensors of the ``meta`` device, cut for ``machine``.
+
+    For :mod:`secura_kernels.inspection.recorder`, which records the launches.
+    """
+    token = _assumed.set(machine)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@functools.cache
+def _device(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED)
+    return Machine(shared, properties.multi_processor_count, torch.version.hip is not None)
+
+
+__all__ = [
+    "H100",
+    "LARGEST_SHARED",
+    "LARGE_SHARED",
+    "SMALL_SHARED",
+    "Machine",
+    "assume",
+    "assumed",
+    "machine_of",
+]

@@ -1,0 +1,1 @@
+"""How the ops are looked at: self-checks, random layers, launches compiled without a GPU."""

@@ -1,0 +1,80 @@
+"""What of an adapted layer is not trained, in one object, and the core that is made of what is.
+
+    U = s · A B      P = C (U + U_acc)   or, with the norm's reference "folded",
+                     P = C U, P_base = C U_acc
+
+Without B, A is ``[m, m]`` and U = s · A: a core that is trained itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .dispatch import as_dtype, wide, without_autocast
+from .norm import NormOptions, Restrain
+
+
+class Layer(NamedTuple):
+    """What of an adapted layer is not trained.
+
+    Attributes:
+        weight: ``W [N, K]``, frozen, any floating dtype and strides; None where only its output is
+            at hand (a quantised base).
+        bias: ``b [N]``, frozen, or None.
+        rows: ``[m]`` int64, R = W[rows]. A row named twice adds up.
+        cols: ``[m]`` int64, C = W[:, cols].
+        options: the norm; its space decides the op.
+        scaling: s.
+        core: ``U_acc [m, m]``, what was folded, or None.
+        core_is_base: whether U_acc belongs to the norm's base, or to its change.
+        gram: ``R Rᵀ [m, m]`` of :func:`secura_kernels.row_norms`; ``channel`` alone.
+        base_norms: ``‖W_base,i‖ [N]``, from there too; ``channel`` alone.
+        restrain: the suppression, or None.
+        save: ``activation`` alone: ``"recompute"`` keeps the base's output for the backward pass,
+            ``"8bit"`` one byte of 1/M an element.
+        columns: ``C [N, m]`` where it is to be read there and not from ``weight``, or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    rows: Tensor
+    cols: Tensor
+    options: NormOptions
+    scaling: float = 1.0
+    core: Tensor | None = None
+    core_is_base: bool = False
+    gram: Tensor | None = None
+    base_norms: Tensor | None = None
+    restrain: Restrain | None = None
+    save: str = "recompute"
+    columns: Tensor | None = None
+
+
+def update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
+    """``U = s · A B [m, m]``, or ``s · A`` without B, in fp32 or wider, autocast or not."""
+    with without_autocast(a.device.type):
+        return _update(a, b, scaling)
+
+
+def _update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
+    dtype = wide(a.dtype)
+    product = as_dtype(a, dtype) if b is None else as_dtype(a, dtype) @ as_dtype(b, dtype)
+    return product if scaling == 1 else product * scaling
+
+
+def cores(layer: Layer, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``(U of the change, U of the base or None)``, each ``[m, m]``, fp32 or wider.
+
+    Autocast has to be off. The space ``none`` tells no base from a change.
+    """
+    u = _update(a, b, layer.scaling)
+    if layer.core is None:
+        return u, None
+    core = as_dtype(layer.core, u.dtype)
+    is_base = layer.core_is_base and layer.options.norm != "none"
+    return (u, core) if is_base else (u + core, None)
+
+
+__all__ = ["Layer", "cores", "update"]

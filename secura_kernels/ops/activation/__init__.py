@@ -1,0 +1,1 @@
+"""The space ``activation``: S-MagNorm on the layer's output."""

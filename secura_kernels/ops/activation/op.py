@@ -1,0 +1,315 @@
+"""Space ``activation``: S-MagNorm on the layer's output, one fused pass each way.
+
+    y0   = x Wᵀ + b           made here, or given
+    base = y0 + z P_baseᵀ     Δ = (z · z_scale) Pᵀ + δb     z = y0[:, rows] − b[rows]
+    out  = (2 base + Δ) / M · f   or   (base + Δ / M) · f
+
+    ∂Δ = ḡ f / M,  ∂base = 2 ḡ f / M  or  ḡ f     (M and the factors f are constants)
+    ∂P = ∂Δᵀ (z · z_scale)    ∂δb = Σ ∂Δ     h = ∂Δ P · z_scale + ∂base P_base  [T, m]
+    ∂y0 = ∂base,  ∂y0[:, rows] += h          ∂x = ∂y0 W = ∂base W + h R,  R = W[rows]
+
+| tensor      | shape    | dtype                          |
+|-------------|----------|--------------------------------|
+| x, y0, out  | [..., K] [..., N] | compute dtype         |
+| W           | [N, K]   | compute dtype                  |
+| P, P_base   | [N, m]   | compute dtype; ∂P in fp32      |
+| rows        | [m]      | int64                          |
+
+Saved for backward, besides z ``[T, m]``, P, scalars and the frozen W itself, never x:
+
+| ``save``        | tensor      | bytes an output element | 1/M in the backward pass            |
+|-----------------|-------------|-------------------------|-------------------------------------|
+| ``"recompute"`` | y0          | that of its dtype: 2, 4 | as in the forward                   |
+| ``"8bit"``      | uint8 1/M   | 1                       | in [½, 1], off by at most 1/1020    |
+
+In 8-bit mode a y0 that is made here is written over by out, and one that is given may be freed.
+ρ and M are computed in fp32 or wider. ``paper`` and ``released`` look at the whole batch first
+(tokens then influence each other), as do ``restrain`` and a relative ε: one more read of y0 each.
+
+Bytes of the backward pass, in units of T·N elements, κ = K / N, beside the frozen layer's product:
+
+| ∂x                                  | moves  | 8bit, 16-bit dtypes | :func:`adds_h` takes      |
+|-------------------------------------|--------|---------------------|---------------------------|
+| ∂y0 W: g, y0 in, ∂y0 out            | 3      | 2½                  | κ > 1, averaged, restrain |
+| h R + g W: g, y0 in, h R out and in | 2 + 2κ | 1½ + 2κ             | κ ≤ 1 and gated           |
+
+h R comes first and g W is added to it, so that the matrix product reads its addend while it
+computes, and what is rounded once more is the small term. dΔ = g/M, for ∂P, stays in the L2 cache
+(:mod:`.triton`). With h R neither a ∂y0 nor a dΔ of [T, N] is ever allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...dispatch import absent, op, resolve, wide
+from ...norm import (
+    Norm,
+    base_share,
+    coefficients,
+    effective_eps,
+    gain,
+    largest,
+    relative_change,
+    restrain_factor,
+    unpack,
+)
+from ..common import (
+    Call,
+    Measured,
+    Saved,
+    Step,
+    Terms,
+    cast,
+    gather,
+    gradients_fake,
+    measured,
+    product_wide,
+)
+from ..project.op import projections
+
+_LEVELS = 255
+
+
+def adds_h(n: int, k: int, norm: Norm) -> bool:
+    """Whether ∂x is h R + g W rather than ∂y0 W.
+
+    Only where ∂base is g itself: gated, without the restraint's factor. By elements the one moves
+    2 T K and the other T N, but ∂y0 also has m scattered columns to be added in: at K = N an H100
+    took 520 µs the one way and 560 the other, both with the product of 343.
+    """
+    return not norm.averaged and not norm.restrained and k <= n
+
+
+def _kernels(impl: str | None, tensor: Tensor, rows: Tensor) -> Any:
+    """The Triton kernels where they take this call, or None; torch does where nothing is to do."""
+    if resolve(impl, tensor) != "triton" or not tensor.numel() or not rows.numel():
+        return None
+    from . import triton
+
+    return triton
+
+
+@op("activation")
+def activation(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: Tensor,
+    terms: list[Tensor | None],
+    important: Tensor | None,
+    norm: str,
+    keep: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(out [T, N], z [T, m], y0 [T, N], kept [T, N], [ε, slope, offset], factor [N])``.
+
+    Empty are y0 where it is given or ``keep``, ``kept`` (uint8) without ``keep``, the scalars where
+    the options alone decide them, and ``factor`` without ``important``.
+
+    Args:
+        x: ``[T, K]``, or y0 ``[T, N]`` where there is no ``weight``; never written.
+        weight: ``[N, K]``, in x's dtype as the rest, or None.
+        bias: ``b [N]``, which y0 includes, or None.
+        rows: ``[m]`` int64.
+        terms: :class:`~secura_kernels.ops.common.Terms`, P and P_base in x's dtype.
+        important: ``[N]`` bool of the restraint, or None.
+        norm: of :func:`secura_kernels.norm.pack`.
+        keep: whether 1/M is kept in 8 bits.
+        impl: of :func:`secura_kernels.dispatch.resolve`.
+    """
+    how, named = unpack(norm), Terms._make(terms)
+    y0 = x if weight is None else F.linear(x, weight, bias)
+    if kernels := _kernels(impl, y0, rows):
+        z = kernels.gather(y0, bias, rows, None)
+        in_place = keep and weight is not None
+        found = kernels.forward(y0, z, named, how, important, keep, in_place)
+    else:
+        z = gather(y0, bias, rows)
+        found = _forward(y0, z, named, how, important, keep)
+    out, kept, scalars, factor = found
+    kept = absent(y0, torch.uint8) if kept is None else kept
+    y0_kept = absent(y0) if keep or weight is None else y0
+    return out, z, y0_kept, kept, *measured(y0, scalars, factor)
+
+
+@activation.register_fake
+def _activation_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: Tensor,
+    terms: list[Tensor | None],
+    important: Tensor | None,
+    norm: str,
+    keep: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t, n = x.shape[0], x.shape[1] if weight is None else weight.shape[0]
+    kept = x.new_empty(t, n, dtype=torch.uint8) if keep else absent(x, torch.uint8)
+    y0 = absent(x) if keep or weight is None else x.new_empty(t, n)
+    scalars = x.new_empty(0 if unpack(norm).known else 3, dtype=wide(x.dtype))
+    factor = x.new_empty(0 if important is None else n, dtype=torch.float32)
+    return x.new_empty(t, n), x.new_empty(t, rows.shape[0]), y0, kept, scalars, factor
+
+
+@op("activation_backward")
+def activation_backward(
+    g: Tensor,
+    saved: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    terms: list[Tensor | None],
+    found: list[Tensor],
+    norm: str,
+    needs: list[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(∂x, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
+
+    Args:
+        g: ``[T, N]``.
+        saved: y0 ``[T, N]``, or 1/M in uint8, which says where 1/M comes from.
+        z: ``[T, m]``.
+        weight: ``[N, K]``, or None where y0 was given: ∂y0 then stands in ∂x's place.
+        rows: ``[m]`` int64.
+        terms: :class:`~secura_kernels.ops.common.Terms` of the forward pass.
+        found: :class:`~secura_kernels.ops.common.Measured` of the forward pass.
+        norm: of :func:`secura_kernels.norm.pack`.
+        needs: which of the three are needed.
+        impl: of :func:`secura_kernels.dispatch.resolve`.
+    """
+    how = unpack(norm)
+    h_alone = needs[0] and weight is not None and adds_h(g.shape[1], weight.shape[1], how)
+    kernels = _kernels(impl, g, rows)
+    run = _backward if kernels is None else kernels.backward
+    first, dp, dbias = run(
+        g, saved, z, rows, Terms._make(terms), Measured._make(found), how, needs, h_alone
+    )
+    if first is None:
+        dx = absent(g)
+    elif weight is None:
+        dx = first
+    elif h_alone:
+        dx = (first @ weight.index_select(0, rows)).addmm_(g, weight)
+    else:
+        dx = first @ weight
+    dtype = wide(g.dtype)
+    return dx, absent(g, dtype) if dp is None else dp, absent(g, dtype) if dbias is None else dbias
+
+
+@activation_backward.register_fake
+def _activation_backward_fake(
+    g: Tensor, saved: Tensor, z: Tensor, weight: Tensor | None, rows: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    terms, _, _, needs, _ = rest
+    return gradients_fake(g, weight, Terms._make(terms).p, needs)
+
+
+def _base_and_delta(y0: Tensor, z: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    p, p_base, delta_bias, z_scale = terms
+    dtype = wide(y0.dtype)
+    z = z.to(dtype)
+    base = y0.to(dtype)
+    if p_base is not None:
+        base = torch.addmm(base, z, p_base.to(dtype).t())
+    delta = (z if z_scale is None else z * z_scale) @ p.to(dtype).t()
+    if delta_bias is not None:
+        delta += delta_bias
+    return base, delta
+
+
+def _forward(
+    y0: Tensor, z: Tensor, terms: Terms, norm: Norm, important: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``(out, kept, [ε, slope, offset], factor)`` in plain torch."""
+    base, delta = _base_and_delta(y0, z, terms)
+    scalars = None
+    slope: Tensor | float
+    offset: Tensor | float
+    if known := norm.known:
+        eps, slope, offset = known
+        rho = relative_change(base, delta, eps)
+    else:
+        small = effective_eps(base, norm)
+        rho = relative_change(base, delta, small)
+        peak = largest(rho) if norm.needs_peak else None
+        slope, offset = coefficients(norm, peak, rho)
+        scalars = torch.stack((small, slope, offset))
+    m = gain(rho, slope, offset, norm)
+    factor = restrain_factor((m,), m.numel(), important, norm)
+    share = base_share(m, norm)
+    delta.div_(m)
+    out = delta.add_(base) if share is None else delta.addcmul_(base, share)
+    out = out if factor is None else out.mul_(factor)
+    kept = (2 / m).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
+    return out.to(y0.dtype), kept, scalars, factor
+
+
+def _backward(
+    g: Tensor,
+    saved: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    terms: Terms,
+    found: Measured,
+    norm: Norm,
+    needs: list[bool],
+    h_alone: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(∂y0, ∂P, ∂δb)`` in plain torch; with ``h_alone`` h ``[T, m]`` in ∂y0's place."""
+    dtype, z_scale = wide(g.dtype), terms.z_scale
+    if saved.dtype == torch.uint8:
+        inverse = saved.to(dtype).mul_(0.5 / _LEVELS).add_(0.5)
+    else:
+        base, delta = _base_and_delta(saved, z, terms)
+        eps, slope, offset = norm.known or found.scalars.unbind()
+        inverse = gain(relative_change(base, delta, eps), slope, offset, norm).reciprocal_()
+    wide_g = g.to(dtype) * found.factor if norm.restrained else g.to(dtype)
+    ddelta = wide_g * inverse
+    dbase = (2 * ddelta if norm.averaged else wide_g).to(g.dtype)
+    dbias = ddelta.sum(0) if needs[2] else None
+    ddelta = ddelta.to(g.dtype)
+    first = dp = None
+    if needs[0]:
+        h = ddelta @ terms.p
+        if z_scale is not None:
+            h.mul_(z_scale)
+        if terms.p_base is not None:
+            h.addmm_(dbase, terms.p_base)
+        first = h if h_alone else dbase.index_add(1, rows, h)
+    if needs[1]:
+        dp = product_wide(ddelta.t(), z if z_scale is None else (z * z_scale).to(g.dtype))
+    return first, dp, dbias
+
+
+def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
+    """``(out [T, N], what is saved)``."""
+    layer, dtype = call.layer, step.x.dtype
+    weight = None if call.given else cast(layer.weight, dtype)
+    terms = Terms(*projections(call, step, dtype), step.delta_bias, step.z_scale)
+    keep = layer.save == "8bit"
+    out, z, y0, kept, *found = (activation if call.watched else activation.body)(
+        step.x, weight, cast(layer.bias, dtype), layer.rows, terms, call.important, call.norm, keep,
+        call.impl,
+    )  # fmt: skip
+    if keep:
+        terms = terms._replace(delta_bias=None)
+    saved = kept if keep else step.x if call.given else y0
+    return out, (saved, z, weight, layer.rows, *terms, *found)
+
+
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+    """``(∂x or ∂y0, ∂P, ∂δb)``."""
+    of_gain, z, weight, rows, *terms_and_found = saved
+    terms, found = terms_and_found[:4], terms_and_found[4:]
+    run = activation_backward if call.watched else activation_backward.body
+    return run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl)
+
+
+__all__ = ["activation", "activation_backward", "adds_h", "backward", "forward"]

@@ -1,0 +1,1 @@
+"""The space ``channel``: one gain an output row."""

@@ -1,0 +1,158 @@
+"""Space ``channel``: one gain an output row, from thin products alone.
+
+    ρ_i = ‖ΔW_i‖ / (‖W_base,i‖ + ε),   ‖ΔW_i‖² = P_i (R Rᵀ) P_iᵀ
+    W'_i = share_i · (W_i + P_base,i R) + (1/M_i) P_i R      share = 2/M averaged, 1 gated
+
+so the layer is the additive one of :mod:`secura_kernels.ops.lowrank.op` with
+Q = share · P_base + P / M. N·m² operations and no pass over W: ``gram = R Rᵀ`` and ``‖W_base,i‖``
+are formed once a fold. M is detached, so ∂P = ∂Q / M. Saved for backward beside what the additive
+layer saves: 1/M ``[N]`` in fp32 or wider.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import absent, op, resolve, wide
+from ...norm import (
+    base_share,
+    coefficients,
+    effective_eps,
+    gain,
+    largest,
+    relative_change,
+    restrain_factor,
+    unpack,
+)
+from ..common import Call, Saved, Step
+from ..lowrank import op as lowrank
+from ..project.op import projections
+
+
+def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What ``channel`` must know of the base: ``(gram [m, m], ‖W + P_base R‖ [N])``, fp32 or wider.
+
+    Args:
+        weight: ``W [N, K]``.
+        rows: ``[m]`` int64.
+        p_base: ``[N, m]``, what was folded, or None.
+    """
+    dtype = wide(weight.dtype)
+    r = weight.index_select(0, rows).to(dtype)
+    gram = r @ r.t()
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    if p_base is not None:
+        p_base = p_base.to(dtype)
+        cross = (weight @ r.t().to(weight.dtype)).to(dtype)
+        squares = squares + 2 * (p_base * cross).sum(1) + (p_base * (p_base @ gram)).sum(1)
+    return gram, squares.clamp_min(0).sqrt()
+
+
+def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
+    """``‖ΔW_i‖ [N]``: squares are of P over its row's largest entry and of R over its longest row.
+
+    Of P and R as they are they overflow where ‖ΔW_i‖ itself is far from it.
+    """
+    if p.numel() == 0:
+        return p.new_zeros(p.shape[0])
+    tiny = torch.finfo(p.dtype).tiny
+    largest, longest = p.abs().amax(1).clamp_min_(tiny), gram.diagonal().amax().clamp_min(tiny)
+    p = p / largest[:, None]
+    squares = (p * (p @ (gram / longest))).sum(1)
+    return squares.clamp_min_(0).sqrt_().mul_(largest).mul_(longest.sqrt())
+
+
+def _kernels() -> Any:
+    from . import triton
+
+    return triton
+
+
+@op("channel")
+def channel(
+    p: Tensor,
+    p_base: Tensor | None,
+    gram: Tensor,
+    base_norms: Tensor,
+    important: Tensor | None,
+    norm: str,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Q [N, m], share [N], f/M [N])``; share is empty where it would be 1 throughout.
+
+    Args:
+        p: ``P [N, m]``.
+        p_base: ``[N, m]`` or None.
+        gram: ``R Rᵀ [m, m]``, of :func:`row_norms`.
+        base_norms: ``‖W_base,i‖ [N]``, of :func:`row_norms`.
+        important: ``[N]`` bool of the restraint, or None.
+        norm: of :func:`secura_kernels.norm.pack`.
+        impl: of :func:`secura_kernels.dispatch.resolve`.
+    """
+    how = unpack(norm)
+    base_norms = base_norms.to(wide(p.dtype))
+    kernels = _kernels() if resolve(impl, p) == "triton" else None
+    if kernels is not None and important is None and (known := how.known):
+        return kernels.channel_product(p, p_base, gram, base_norms, known, how)
+    if kernels is not None:
+        norms = kernels.delta_norms(p, gram)
+    else:
+        norms = _delta_norms(p.to(base_norms.dtype), gram.to(base_norms.dtype))
+    epsilon = effective_eps(base_norms, how)
+    rho = relative_change(base_norms, norms, epsilon)
+    peak = largest(rho) if how.needs_peak else None
+    slope, offset = coefficients(how, peak, rho)
+    m = gain(rho, slope, offset, how)
+    factor = restrain_factor((m,), m.numel(), important, how)
+    if kernels is not None:
+        scalars = (epsilon, slope, offset)
+        return kernels.channel_product(p, p_base, None, base_norms, scalars, how, norms, factor)
+    share = base_share(m, how)
+    inverse = 1 / m
+    if factor is not None:
+        inverse = inverse * factor
+        share = factor.to(inverse.dtype) if share is None else share * factor
+    q = p * inverse[:, None]
+    if p_base is not None:
+        q = q + (p_base if share is None else share[:, None] * p_base)
+    return q.to(p.dtype), absent(inverse) if share is None else share, inverse
+
+
+@channel.register_fake
+def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inverse = p.new_empty(p.shape[0], dtype=wide(p.dtype))
+    *_, important, norm, _ = rest
+    shared = unpack(norm).averaged or important is not None
+    return p.new_empty(p.shape), torch.empty_like(inverse) if shared else absent(inverse), inverse
+
+
+def product(call: Call, p: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(Q [N, m], share [N] or None, f/M [N])`` of a layer."""
+    layer = call.layer
+    q, share, inverse = (channel if call.watched else channel.body)(
+        p, p_base, layer.gram, layer.base_norms, call.important, call.norm, call.impl
+    )
+    shared = layer.options.combine == "averaged" or call.important is not None
+    return q, share if shared else None, inverse
+
+
+def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
+    """``(out [T, N], what is saved)``."""
+    q, share, inverse = product(call, *projections(call, step, step.u.dtype))
+    out, saved = lowrank.add(call, step, q, share)
+    return out, (*saved, inverse)
+
+
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+    """``(∂x or ∂y0, ∂P, ∂δb)``."""
+    *saved_by_add, inverse = saved
+    dx, dq, dbias = lowrank.backward(call, g, tuple(saved_by_add), needs)
+    if needs[1] and inverse is not None:
+        dq = dq.mul_(inverse[:, None])
+    return dx, dq, dbias
+
+
+__all__ = ["backward", "channel", "forward", "product", "row_norms"]

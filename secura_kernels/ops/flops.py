@@ -1,0 +1,133 @@
+"""Operations of every op's matrix products, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+A multiplication and an addition are two operations, as torch counts its own products. Elementwise
+work is left out, as there. A formula takes those arguments of its op that it names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..norm import unpack
+from .activation.op import activation, activation_backward, adds_h
+from .channel.op import channel
+from .common import Terms
+from .lowrank.op import lowrank, lowrank_backward, rebuilds_weight
+from .project.op import project, project_backward
+from .weight.op import weight, weight_backward
+
+
+def _product(*sizes: int) -> int:
+    return 2 * math.prod(sizes)
+
+
+def _sides(terms: list[Tensor | None]) -> int:
+    """Thin products that make Δ and, where something was folded, the base."""
+    return 1 if len(terms) == 1 or terms[1] is None else 2
+
+
+def _rank(terms: list[Any]) -> int:
+    return Terms._make(terms).p.shape[1]
+
+
+def _project(weight: Tensor, u: Tensor) -> int:
+    return _product(weight.shape[0], *u.shape)
+
+
+def _project_backward(dp: Tensor, cols: Tensor) -> int:
+    return _product(*dp.shape, cols.shape[0])
+
+
+def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor) -> int:
+    t = x.shape[0]
+    return (0 if weight is None else _product(t, *weight.shape)) + _product(t, *q.shape)
+
+
+def _lowrank_backward(
+    g: Tensor, weight: Tensor | None, q: Tensor, z_scale: Tensor | None, needs: list[bool]
+) -> int:
+    t, (n, m) = g.shape[0], q.shape
+    to_x = thin = _product(t, n, m)
+    if weight is not None:
+        k = weight.shape[1]
+        rebuilt = rebuilds_weight(t, n, k, z_scale)
+        to_x = _product(t, n, k) + (_product(n, k, m) if rebuilt else thin)
+    return needs[0] * to_x + needs[1] * thin
+
+
+def _channel(p: Tensor) -> int:
+    return _product(*p.shape, p.shape[1])
+
+
+def _activation(x: Tensor, weight: Tensor | None, rows: Tensor, terms: list[Any]) -> int:
+    t, n = x.shape[0], Terms._make(terms).p.shape[0]
+    made = 0 if weight is None else _product(t, *weight.shape)
+    return made + _sides(terms) * _product(t, n, rows.shape[0])
+
+
+def _activation_backward(
+    g: Tensor, saved: Tensor, weight: Tensor | None, terms: list[Any], norm: str, needs: list[bool]
+) -> int:
+    (t, n), m = g.shape, _rank(terms)
+    to_x = 0
+    if weight is not None:
+        k = weight.shape[1]
+        to_x = _product(t, n, k) + (_product(t, m, k) if adds_h(n, k, unpack(norm)) else 0)
+    again = 0 if saved.dtype == torch.uint8 else _sides(terms)
+    thin = again + needs[0] * _sides(terms) + needs[1]
+    return needs[0] * to_x + thin * _product(t, n, m)
+
+
+def _weight(x: Tensor, w: Tensor, terms: list[Any], norm: str) -> int:
+    how = unpack(norm)
+    passes = 1 + how.needs_peak + how.restrained
+    thin = _sides(terms) * _product(*w.shape, _rank(terms))
+    return _product(x.shape[0], *w.shape) + passes * thin
+
+
+def _weight_backward(g: Tensor, w: Tensor, terms: list[Any], needs: list[bool]) -> int:
+    thin = _product(*w.shape, _rank(terms))
+    to_x = _product(g.shape[0], *w.shape) + _sides(terms) * thin
+    return needs[0] * to_x + needs[1] * (to_x + thin)
+
+
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
+    "project": (project, _project),
+    "project_backward": (project_backward, _project_backward),
+    "lowrank": (lowrank, _lowrank),
+    "lowrank_backward": (lowrank_backward, _lowrank_backward),
+    "channel": (channel, _channel),
+    "activation": (activation, _activation),
+    "activation_backward": (activation_backward, _activation_backward),
+    "weight": (weight, _weight),
+    "weight_backward": (weight_backward, _weight_backward),
+}
+"""By operator: the op and its formula."""
+
+
+def _by_name(op: Callable[..., Any], formula: Callable[..., int]) -> Callable[..., int]:
+    names = tuple(inspect.signature(op).parameters)
+    wanted = tuple(inspect.signature(formula).parameters)
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return formula(**{name: given[name] for name in wanted})
+
+    return count
+
+
+def register() -> None:
+    """Tell torch's counter, once all ops are defined."""
+    for name, (op, formula) in FORMULAS.items():
+        operator = getattr(torch.ops.secura, name)
+        register_flop_formula(operator, get_raw=True)(_by_name(op, formula))
+
+
+__all__ = ["FORMULAS", "register"]

@@ -1,0 +1,172 @@
+"""What every kernel shares: the gain, the dot product, rounding and offsets, each once.
+
+Only ``@triton.jit`` helpers and the few host-side decisions that belong to them stand here.
+Formulas: :mod:`secura_kernels.norm`.
+"""
+
+# Jit functions have no Python return type; Triton wants plain if/else.
+# ruff: noqa: ANN201, SIM108, SIM300
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+MOST_SPLITS = 8
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+_LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there
+
+
+@triton.jit
+def inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT: tl.constexpr):
+    """``1/M`` from base and Δ, elementwise, fp32.
+
+    ``1/M = (1 + e) / (1 + w e)`` with ``e = exp(−(slope ρ + offset))``, ``ρ = |Δ| / (|base| + ε)``:
+    one exp2 and one division besides ρ's. An offset of −inf (nothing moves) gives 1/w.
+    """
+    rho = relative_change(base, delta, eps)
+    power = rho * (slope * _MINUS_LOG2_E) + offset * _MINUS_LOG2_E
+    e = tl.exp2(tl.minimum(power, _LARGEST_POWER, propagate_nan=tl.PropagateNan.ALL))
+    return divide(1.0 + e, 1.0 + SIGMOID_WEIGHT * e)
+
+
+@triton.jit
+def load_scalars(ptr):
+    """ε, slope and offset where a pass before measured them."""
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+
+
+@triton.jit
+def relative_change(base, delta, eps):
+    """``ρ = |Δ| / (|base| + ε)``."""
+    return divide(tl.abs(delta), tl.abs(base) + eps)
+
+
+@triton.jit
+def divide(a, b):
+    """``a / b`` in fp32 within 2 units in the last place, for ``b`` under 2¹²⁶.
+
+    A plain ``/`` also scales its operands against overflow: over half of all instructions of the
+    norm's kernels.
+    """
+    if INTERPRET:
+        quotient = a / b
+    else:
+        quotient = libdevice.fast_dividef(a, b)
+    return quotient
+
+
+@triton.jit
+def combine(base, delta, inverse, AVERAGED: tl.constexpr):
+    """``(2 base + Δ) / M`` when averaged, ``base + Δ / M`` when gated."""
+    if AVERAGED:
+        out = (2.0 * base + delta) * inverse
+    else:
+        out = base + delta * inverse
+    return out
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32; the interpreter multiplies bf16 as bit patterns, so it upcasts."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """fp32 to ``DTYPE``, to nearest even; the interpreter truncates to bf16, so it rounds first."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def span(block, BLOCK: tl.constexpr):
+    """The indices of one block, int64: products with a stride may pass 2³¹."""
+    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a dot: TF32 for fp32 operands only where torch's own setting allows.
+
+    16-bit operands ignore it.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover ``size``: a plain division, where ``triton.cdiv`` takes 3 µs."""
+    return -(-size // block)
+
+
+def block_of(size: int, smallest: int, largest: int) -> int:
+    """The power of two that covers ``size``, within ``[smallest, largest]``."""
+    return max(smallest, min(largest, 1 << max(0, size - 1).bit_length()))
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where its last dimension has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def padded(thin: Tensor) -> Tensor:
+    """``[..., m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
+    short = -thin.shape[-1] % 16
+    return F.pad(thin, (0, short)) if short else thin.contiguous()
+
+
+def padded_rows(rows: Tensor) -> Tensor:
+    """``rows [m]`` with the first repeated behind, where it meets the zeros of a padded P or Q."""
+    short = -rows.numel() % 16
+    return torch.cat((rows, rows[:1].expand(short))) if short else rows.contiguous()
+
+
+def splits(programs: int, blocks: int, processors: int) -> int:
+    """In how many parts programs share their blocks of columns: two programs a multiprocessor.
+
+    One alone leaves it idle while it waits for memory. Each part has an h of its own to be added
+    up, hence not more than ``MOST_SPLITS``.
+    """
+    return max(1, min(blocks, MOST_SPLITS, 2 * processors // programs))
+
+
+def aligned(*sizes: int) -> bool:
+    """Whether rows of these many elements start at multiples of 16 bytes, whatever the dtype."""
+    return not any(size % 16 for size in sizes)
+
+
+__all__ = [
+    "INTERPRET",
+    "aligned",
+    "block_of",
+    "cast",
+    "cdiv",
+    "combine",
+    "dot",
+    "dot_precision",
+    "inverse_gain",
+    "load_scalars",
+    "padded",
+    "padded_rows",
+    "relative_change",
+    "span",
+    "splits",
+    "unit_stride",
+]

@@ -1,0 +1,368 @@
+"""Kernels of the additive spaces: the gather, the thin product, the gradient of the output.
+
+    z    = (y[:, rows] − b[rows]) · z_scale                          _gather_kernel
+    out  = share · (y − b) + b + δb + z Qᵀ   (or without the − b)    _add_product_kernel
+    W'   = share · W + Q R                                           _rebuild_kernel
+    dy   = share · g,  h = (g Q) · z_scale                           _output_gradient_kernel
+    dy[:, rows] += h                                                 _add_columns_kernel
+
+| tensor       | shape  | dtype          | | in the kernel                               |
+|--------------|--------|----------------|-|---------------------------------------------|
+| y, g, out, dy| [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
+| z            | [T, m] | y's            | | operand of the matrix instructions          |
+| Q            | [N, m] | y's            | | the same                                    |
+| share, b, δb | [N]    | any            | | fp32                                        |
+
+Sums run in fp32 in a fixed order: no atomics, the same bits each time. ``_rebuild_kernel`` is
+``_add_product_kernel`` on W transposed (y = Wᵀ, z = Rᵀ, strides swapped), compiled for the sizes of
+W; the other's T is a number of tokens, for which nothing is compiled anew. Rows that y does not
+have read as 0 and are not written. What is saved and what rebuilt: :mod:`.op`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...gpu import machine_of
+from ..jit import (
+    aligned,
+    block_of,
+    cast,
+    cdiv,
+    dot,
+    dot_precision,
+    padded,
+    padded_rows,
+    span,
+    splits,
+    unit_stride,
+)
+from ..launch import Kernel
+
+
+class Blocks(NamedTuple):
+    """Tile sizes and launch options: ``t`` tokens by ``n`` outputs, ``m`` of the rank at a time."""
+
+    t: int
+    n: int
+    m: int
+    num_warps: int
+    num_stages: int
+
+
+# Rows that do not start aligned are read an element at a time, each at an address of its own:
+# smaller tiles then, whose addresses fit in registers.
+def _add_blocks(dtype: torch.dtype, is_aligned: bool) -> Blocks:
+    if not is_aligned:
+        return Blocks(64, 32, 32, 8, 2)
+    return Blocks(32, 64, 32, 8, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
+
+
+def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
+    m = block_of(m, 16, 512)
+    if dtype == torch.float32:
+        return Blocks(32, 32, m, 8, 1)
+    if not is_aligned:
+        return Blocks(16, 32, m, 8, 2)
+    if m <= 128:
+        return Blocks(64, 64, m, 4 if m <= 64 else 8, 4)
+    return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
+
+
+_GATHER = Blocks(16, 0, 64, 8, 1)  # and its reverse, adding columns
+
+
+@Kernel
+@triton.jit(do_not_specialize=["T"])
+def _gather_kernel(
+    y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
+    T, N, M, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
+    mask_t, mask_m = offs_t < T, offs_m < M
+    mask = mask_t[:, None] & mask_m[None, :]
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    inside = mask_m & (rows >= 0) & (rows < N)
+    y = y_ptr + offs_t[:, None] * stride_yt + rows[None, :] * stride_yn
+    z = tl.load(y, mask=mask_t[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z -= tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
+        z *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
+    out = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :]
+    tl.store(out, cast(z, z_ptr.dtype.element_ty), mask=mask)
+
+
+def _add_product(
+    y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
+    T, N, M, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
+    HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DELTA: tl.constexpr,
+    BIAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_t, offs_n = span(pid // blocks_n, BLOCK_T), span(pid % blocks_n, BLOCK_N)
+    mask_t, mask_n = offs_t < T, offs_n < N
+    mask = mask_t[:, None] & mask_n[None, :]
+    y_block = y_ptr + offs_t[:, None] * stride_yt + offs_n[None, :] * stride_yn
+    y = tl.load(y_block, mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for start in range(0, M, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        z_block = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :] * stride_zm
+        z = tl.load(z_block, mask=mask_t[:, None] & mask_m[None, :], other=0.0)
+        q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        acc = dot(z, tl.trans(q), acc, PRECISION)
+    y = y.to(tl.float32)
+    if HAS_SHARE:
+        share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y *= share[None, :]
+    acc += y
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if BIAS_INSIDE:
+            bias *= 1.0 - share
+        acc += bias[None, :]
+    if HAS_DELTA:
+        acc += tl.load(delta_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    out_block = out_ptr + offs_t[:, None] * stride_ot + offs_n[None, :] * stride_on
+    tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+_add_product_kernel = Kernel(triton.jit(do_not_specialize=["T"])(_add_product))
+_rebuild_kernel = Kernel(triton.jit(_add_product))
+
+
+@Kernel
+@triton.jit(do_not_specialize=["T"])
+def _output_gradient_kernel(
+    g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
+    T, N, M, width, stride_gt, stride_dt,
+    HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dy of the ``width`` columns of the program's second index, and their part of h."""
+    part = tl.program_id(1)
+    offs_t = span(tl.program_id(0), BLOCK_T)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_t, mask_m = offs_t < T, offs_m < M
+    h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    for start in range(0, width, BLOCK_N):
+        offs_n = part * width + start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        mask = mask_t[:, None] & mask_n[None, :]
+        g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
+        g = tl.load(g_block, mask=mask, other=0.0)
+        q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
+        q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        h = dot(g, q, h, PRECISION)
+        dy = g
+        if HAS_SHARE:
+            share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
+        tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
+    place_h = offs_t[:, None] * M + offs_m[None, :]
+    mask = mask_t[:, None] & mask_m[None, :]
+    if HAS_SCALE:
+        h *= tl.load(scale_ptr + place_h, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h_ptr + part.to(tl.int64) * T * M + place_h, h, mask=mask)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["T", "parts"])
+def _add_columns_kernel(
+    base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
+    T, N, M, parts, stride_bt, stride_hp, stride_ht, stride_dt,
+    HAS_SHARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
+    mask_m = offs_m < M
+    rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    mask_m &= (rows >= 0) & (rows < N)
+    mask = (offs_t < T)[:, None] & mask_m[None, :]
+    base = base_ptr + offs_t[:, None] * stride_bt + rows[None, :]
+    base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SHARE:
+        base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    # A row that is named twice has one column: each of its programs stores the sum of both.
+    h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+    for start in range(0, M, BLOCK_M):
+        others = start + tl.arange(0, BLOCK_M)
+        mask_o = others < M
+        rows_o = tl.load(rows_ptr + others, mask=mask_o, other=-1).to(tl.int64)
+        place_h = h_ptr + offs_t[:, None] * stride_ht + others[None, :]
+        mask_h = (offs_t < T)[:, None] & mask_o[None, :]
+        part_h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
+        for part in range(0, parts):
+            part_h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask_h, other=0.0)
+        same = (rows_o[:, None] == rows[None, :]).to(tl.float32)
+        h = dot(part_h, same, h, "ieee")
+    dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
+    tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def gather(y: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None) -> Tensor:
+    """``z [T, m]`` of ``y [T, N]``, bias ``[N]``, rows ``[m]`` and z_scale ``[T, m]``."""
+    t, m = y.shape[0], rows.numel()
+    z = y.new_empty(t, m)
+    blocks = _GATHER
+    block_m = block_of(m, 16, blocks.m)
+    grid = (cdiv(t, blocks.t) * cdiv(m, block_m),)
+    if z.numel():
+        tensors = (y, _vector(bias), rows.contiguous(), z_scale, z)
+        sizes = (t, y.shape[1], m, *_strides(y), *_strides(z_scale), m)
+        flags = {"HAS_BIAS": bias is not None, "HAS_SCALE": z_scale is not None}
+        tile = {"BLOCK_T": blocks.t, "BLOCK_M": block_m, **_warps(blocks)}
+        _gather_kernel[grid](*tensors, *sizes, **flags, **tile)
+    return z
+
+
+def add_product(
+    y: Tensor,
+    z: Tensor,
+    q: Tensor,
+    share: Tensor | None = None,
+    bias: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    bias_inside: bool = False,
+    out: Tensor,
+) -> Tensor:
+    """``out = share · y + z Qᵀ + b + δb``, or with ``b · (1 − share)`` where y includes the bias.
+
+    In place with share and biases None it is one cuBLAS ``addmm_``, which moves no byte more than
+    the kernel does; into a new tensor cuBLAS would copy y first, so the kernel it is.
+
+    Args:
+        y: ``[T, N]``, any strides.
+        z: ``[T, m]``, any strides; padded or not.
+        q: ``[N, m]``.
+        share, bias, delta_bias: ``[N]`` or None.
+        bias_inside: whether y includes the bias.
+        out: ``[T, N]``, what to write; y itself to work in place.
+    """
+    if bias_inside and share is None:
+        bias = None
+    if out is y and share is None and bias is None and delta_bias is None:
+        return y.addmm_(_as_wide_as(z, q := padded(q)), q.t())
+    _launch_product(_add_product_kernel, y, z, q, (share, bias, delta_bias), bias_inside, out)
+    return out
+
+
+_HAS = ("HAS_SHARE", "HAS_BIAS", "HAS_DELTA")
+
+
+def _as_wide_as(z: Tensor, q: Tensor) -> Tensor:
+    return z if z.shape[1] == q.shape[1] else padded(z)
+
+
+def _launch_product(
+    kernel: Kernel,
+    y: Tensor,
+    z: Tensor,
+    q: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias_inside: bool,
+    out: Tensor,
+) -> None:
+    q = padded(q)
+    (t, n), m = y.shape, q.shape[1]
+    z = _as_wide_as(z, q)
+    blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
+    if out.numel() == 0:
+        return
+    grid = (cdiv(t, blocks.t) * cdiv(n, blocks.n),)
+    has = {name: vector is not None for name, vector in zip(_HAS, vectors, strict=True)}
+    flags = has | {"BIAS_INSIDE": bias_inside, "PRECISION": dot_precision(y.dtype)}
+    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": block_of(m, 16, blocks.m)}
+    sizes = (t, n, m, *_strides(y), *_strides(z), m, *_strides(out))
+    kernel[grid](y, z, q, *map(_vector, vectors), out, *sizes, **flags, **tile, **_warps(blocks))
+
+
+def padded_r(weight: Tensor, rows: Tensor) -> Tensor:
+    """R, with rows behind it up to a multiple of 16: ``[m or more, K]``."""
+    return weight.index_select(0, padded_rows(rows))
+
+
+def rebuilt_weight(weight: Tensor, r: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
+    """``W' = share · W + Q R  [N, K]``, laid out as W; R of :func:`padded_r`."""
+    row_major = weight.stride(1) == 1 and weight.stride(0) != 1
+    like = weight if row_major else weight.t()
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out = out if row_major else out.t()
+    _launch_product(_rebuild_kernel, weight.t(), r.t(), q, (share, None, None), False, out.t())
+    return out
+
+
+def output_gradient(
+    g: Tensor, rows: Tensor, q: Tensor, share: Tensor | None, z_scale: Tensor | None
+) -> Tensor:
+    """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
+    (t, n), m = g.shape, q.shape[1]
+    dy = torch.empty_like(g, memory_format=torch.contiguous_format)
+    g, q_padded = unit_stride(g), padded(q)
+    z_scale = None if z_scale is None else padded(z_scale)
+    blocks = _gradient_blocks(g.dtype, m, aligned(n))
+    if dy.numel() == 0:
+        return dy
+    programs, blocks_n = cdiv(t, blocks.t), cdiv(n, blocks.n)
+    parts = splits(programs, blocks_n, machine_of(g).processors)
+    h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
+    tensors = (g, q_padded, _vector(share), z_scale, dy, h)
+    sizes = (t, n, q_padded.shape[1], cdiv(blocks_n, parts) * blocks.n, g.stride(0), n)
+    flags = {"HAS_SHARE": share is not None, "HAS_SCALE": z_scale is not None}
+    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m, **_warps(blocks)}
+    _output_gradient_kernel[(programs, parts)](
+        *tensors, *sizes, **flags, **tile, PRECISION=dot_precision(g.dtype)
+    )
+    if m:
+        add_columns(g, share, h, rows, dy)
+    return dy
+
+
+def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy: Tensor) -> None:
+    """``dy[:, rows] = share[rows] · base[:, rows] + Σ h``, rounded once; base may be dy.
+
+    Args:
+        base, dy: ``[T, N]``, their rows without gaps.
+        share: ``[N]`` or None for 1.
+        h: ``[parts, T, m]`` or wider, fp32, to be summed over its parts.
+        rows: ``[m]``; one named twice takes the sum of both columns of h.
+    """
+    (t, n), m = base.shape, rows.numel()
+    block_m = block_of(m, 16, _GATHER.m)
+    tensors = (base, _vector(share), h, rows.contiguous(), dy)
+    sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0))
+    tile = {"BLOCK_T": _GATHER.t, "BLOCK_M": block_m, **_warps(_GATHER)}
+    grid = (cdiv(t, _GATHER.t) * cdiv(m, block_m),)
+    _add_columns_kernel[grid](*tensors, *sizes, **tile, HAS_SHARE=share is not None)
+
+
+def _warps(blocks: Blocks) -> dict[str, int]:
+    return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+__all__ = ["add_columns", "add_product", "gather", "output_gradient", "padded_r", "rebuilt_weight"]

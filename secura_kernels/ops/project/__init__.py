@@ -1,0 +1,1 @@
+"""P = C U, which every space starts from, and its gradient."""

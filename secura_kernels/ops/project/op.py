@@ -1,0 +1,90 @@
+"""P, which every space starts from, with C read where it lies: in the weight.
+
+    P = C U,  C = W[:, cols]        ∂U = Cᵀ ∂P
+
+| tensor | shape  | dtype                        |
+|--------|--------|------------------------------|
+| W      | [N, K] | any floating, frozen         |
+| cols   | [m]    | int64                        |
+| U      | [m, m] | fp32 or wider, scaling in it |
+| P      | [N, m] | any; summed in U's           |
+
+Saved for backward: W itself and cols. A C kept beside them would be 4 N m bytes a layer, more than
+z at T ≤ 2 N. Bytes: at most a 32-byte sector of W an element of C, each way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import op, supported
+from ..common import Call, Step
+
+
+def _kernels(impl: str | None, weight: Tensor, u: Tensor) -> Any:
+    """The Triton kernels where they take this call, or None."""
+    if supported(impl, weight, u) != "triton" or not weight.numel() or not u.numel():
+        return None
+    from . import triton
+
+    return triton
+
+
+@op("project")
+def project(
+    weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
+) -> Tensor:
+    """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
+    if kernels := _kernels(impl, weight, u):
+        return kernels.forward(weight, cols, u, dtype)
+    return (weight.index_select(1, cols).to(u.dtype) @ u).to(dtype)
+
+
+@project.register_fake
+def _project_fake(
+    weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
+) -> Tensor:
+    return u.new_empty(weight.shape[0], u.shape[1], dtype=dtype)
+
+
+@op("project_backward")
+def project_backward(dp: Tensor, weight: Tensor, cols: Tensor, impl: str | None) -> Tensor:
+    """``∂U [m, m]`` of ``∂P [N, m]``."""
+    if kernels := _kernels(impl, weight, dp):
+        return kernels.backward(dp, weight, cols)
+    return weight.index_select(1, cols).to(dp.dtype).t() @ dp
+
+
+@project_backward.register_fake
+def _project_backward_fake(dp: Tensor, weight: Tensor, cols: Tensor, impl: str | None) -> Tensor:
+    return dp.new_empty(cols.shape[0], dp.shape[1])
+
+
+def projection(call: Call, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``P = C U [N, m]`` of a layer in ``dtype``."""
+    layer = call.layer
+    if layer.columns is not None:
+        return (layer.columns.to(u.dtype) @ u).to(dtype)
+    run = project if call.watched else project.body
+    return run(layer.weight, layer.cols, u, dtype, call.impl)
+
+
+def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``(P, P_base or None)`` of a layer in ``dtype``."""
+    p = projection(call, step.u, dtype)
+    return p, None if step.u_base is None else projection(call, step.u_base, dtype)
+
+
+def backward(call: Call, dp: Tensor) -> Tensor:
+    """``∂U [m, m]`` of ``∂P [N, m]``."""
+    layer = call.layer
+    if layer.columns is not None:
+        return layer.columns.to(dp.dtype).t() @ dp
+    run = project_backward if call.watched else project_backward.body
+    return run(dp, layer.weight, layer.cols, call.impl)
+
+
+__all__ = ["backward", "project", "project_backward", "projection", "projections"]

@@ -1,0 +1,140 @@
+"""Kernels of P = C U and ∂U = Cᵀ ∂P, C gathered from W.
+
+    P [N, m]  = Σ_i W[n, cols[i]] U[i, j]                _project_fwd_kernel
+    ∂U [m, m] = Σ_n W[n, cols[i]] ∂P[n, j]               _project_bwd_kernel, then a sum over splits
+
+| tensor    | shape          | dtype: in / accumulate / out  |
+|-----------|----------------|-------------------------------|
+| W         | [N, K]         | bf16, fp16, fp32; any strides |
+| U, ∂U, ∂P | [m, m], [N, m] | fp32 / fp32 / fp32            |
+| P         | [N, m]         | – / fp32 / any                |
+| partial   | [splits, m, m] | fp32                          |
+
+Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
+of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
+at most; fp32 weights, and ROCm, multiply in fp32. Source: DESIGN section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...gpu import machine_of
+from ..jit import block_of, cast, cdiv, dot, dot_precision, span
+from ..launch import Kernel
+
+MOST_SPLITS = 64
+
+
+class Blocks(NamedTuple):
+    """Rows of W, columns of C a step, and warps of a program."""
+
+    n: int
+    i: int
+    num_warps: int
+
+
+FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(32, 32, 4)
+
+
+@triton.jit
+def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk):
+    """A tile of C ``[n, i]``, fp32; columns that W does not have are 0."""
+    mask_i = offs_i < M
+    cols = tl.load(cols_ptr + offs_i, mask=mask_i, other=0).to(tl.int64)
+    mask_i &= (cols >= 0) & (cols < K)
+    place = w_ptr + offs_n[:, None] * stride_wn + cols[None, :] * stride_wk
+    return tl.load(place, mask=(offs_n < N)[:, None] & mask_i[None, :], other=0.0).to(tl.float32)
+
+
+@Kernel
+@triton.jit
+def _project_fwd_kernel(
+    w_ptr, cols_ptr, u_ptr, p_ptr, N, K, M, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    offs_n, offs_j = span(tl.program_id(0), BLOCK_N), span(tl.program_id(1), BLOCK_J)
+    mask_j = offs_j < M
+    acc = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
+    for start in range(0, M, BLOCK_I):
+        offs_i = start + tl.arange(0, BLOCK_I)
+        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        u = tl.load(
+            u_ptr + offs_i[:, None] * M + offs_j[None, :],
+            mask=(offs_i < M)[:, None] & mask_j[None, :],
+            other=0.0,
+        )
+        acc = dot(c, u, acc, PRECISION)
+    place = p_ptr + offs_n[:, None] * M + offs_j[None, :]
+    out = cast(acc, p_ptr.dtype.element_ty)
+    tl.store(place, out, mask=(offs_n < N)[:, None] & mask_j[None, :])
+
+
+@Kernel
+@triton.jit
+def _project_bwd_kernel(
+    dp_ptr, w_ptr, cols_ptr, partial_ptr, N, K, M, rows, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The sum over ``rows`` rows of W, as many as a split has."""
+    split = tl.program_id(2).to(tl.int64)
+    offs_i, offs_j = span(tl.program_id(0), BLOCK_I), span(tl.program_id(1), BLOCK_J)
+    mask_i, mask_j = offs_i < M, offs_j < M
+    acc = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_N):
+        offs_n = split * rows + start + tl.arange(0, BLOCK_N)
+        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        dp = tl.load(
+            dp_ptr + offs_n[:, None] * M + offs_j[None, :],
+            mask=(offs_n < N)[:, None] & mask_j[None, :],
+            other=0.0,
+        )
+        acc = dot(tl.trans(c), dp, acc, PRECISION)
+    place = partial_ptr + split * M * M + offs_i[:, None] * M + offs_j[None, :]
+    tl.store(place, acc, mask=mask_i[:, None] & mask_j[None, :])
+
+
+def forward(weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``P [N, m]`` in ``dtype`` of ``W [N, K]``, ``cols [m]`` and ``U [m, m]``."""
+    (n, m), u = (weight.shape[0], cols.numel()), u.contiguous()
+    p = u.new_empty(n, m, dtype=dtype)
+    block_j = _block_j(weight, m)
+    sizes = (n, weight.shape[1], m, *weight.stride())
+    _project_fwd_kernel[(cdiv(n, FORWARD.n), cdiv(m, block_j))](
+        weight, cols.contiguous(), u, p, *sizes, **_options(weight, FORWARD, block_j)
+    )
+    return p
+
+
+def backward(dp: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
+    """``∂U [m, m]`` in fp32 of ``∂P [N, m]``."""
+    (n, m), dp = dp.shape, dp.contiguous()
+    blocks = cdiv(n, BACKWARD.n)
+    rows = cdiv(blocks, MOST_SPLITS) * BACKWARD.n
+    splits = cdiv(n, rows)
+    partial = dp.new_empty(splits, m, m)
+    block_j = _block_j(weight, m)
+    sizes = (n, weight.shape[1], m, rows, *weight.stride())
+    _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
+        dp, weight, cols.contiguous(), partial, *sizes, **_options(weight, BACKWARD, block_j)
+    )
+    return partial.sum(0)
+
+
+def _block_j(weight: Tensor, m: int) -> int:
+    return block_of(m, 16, 64 if weight.dtype == torch.float32 else 128)
+
+
+def _options(weight: Tensor, blocks: Blocks, block_j: int) -> dict[str, object]:
+    parts = weight.dtype != torch.float32 and not machine_of(weight).rocm
+    precision = "tf32x3" if parts else dot_precision(torch.float32)
+    cut = {"BLOCK_N": blocks.n, "BLOCK_I": blocks.i, "BLOCK_J": block_j}
+    return cut | {"PRECISION": precision, "num_warps": blocks.num_warps, "num_stages": 2}
+
+
+__all__ = ["backward", "forward"]

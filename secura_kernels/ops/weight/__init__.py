@@ -1,0 +1,1 @@
+"""The space ``weight``: S-MagNorm on the weight itself."""

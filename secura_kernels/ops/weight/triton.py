@@ -1,0 +1,433 @@
+"""The kernels of the space ``weight``: W' in one pass over W, ∂P without ∂W, and their launchers.
+
+    base = W + P_base R      Δ = P R      R = W[rows]      1/M from ρ = |Δ| / (|base| + ε)
+    W' = (2 base + Δ)/M · f   or   (base + Δ/M) · f        f: the restraint's factor of a row
+    ∂P = D Rᵀ,  D = (f/M) · (gᵀ x)
+
+| tensor    | shape  | dtype                                                       |
+|-----------|--------|-------------------------------------------------------------|
+| W         | [N, K] | its own, any strides; W' in the compute dtype, W's layout   |
+| P, P_base | [N, m] | cast once to the compute dtype, which the dots multiply in  |
+| R         | [m, K] | read through ``rows`` from W where K is W's unit stride     |
+| x, g      | [T, K] [T, N] | compute dtype                                        |
+| D         | [chunk, K]    | compute dtype, at most ``WORKSPACE_MIB``             |
+| ∂P, scalars, factor | [N, m] [3] [N] | fp32                                      |
+
+Accumulators, ρ and M are fp32. Nothing is saved but the three scalars (ε, slope, offset) and the
+factors; base, Δ and M are rebuilt. Rows that W does not have read as 0.
+
+Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K ≪ N·K:
+
+- W': 2w·N·K bytes (W in, W' out) and 2·N·K·m operations, three times that when folded.
+  ``paper`` and ``released`` add a pass of w·N·K bytes and the same operations for the largest ρ,
+  the restraint another. Every tile also reads its blocks of P and R from L2:
+  w·(m/BLOCK_K + m/BLOCK_N) bytes an entry.
+- ∂P, row chunks : gᵀx 2·T·N·K operations by cuBLAS, the gain's 2·N·K·m and the
+  contraction's 2·N·K·m; bytes of g + x per chunk + 5w·N·K, of which 4w·N·K (D written, read and
+  rewritten by the division, read by the contraction) stay in L2 where a chunk fits there.
+- ∂P in one kernel would save those 4w·N·K bytes, move gᵀx's operations from cuBLAS into Triton and
+  need 4·splits·N·m bytes of partial sums to stay deterministic. At T = 8192 and 200 operations a
+  byte the bytes are a tenth of gᵀx's time if none of them stays in L2, so it pays only where
+  Triton's product comes closer than that to cuBLAS. Not written.
+
+Deterministic: tile maxima, sums and counts are written to their own places; one program of
+``weight_scalars_kernel`` turns the maxima into slope and offset, torch adds the rest.
+"""
+
+# Jit functions have no Python return type; Triton wants plain if/else.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...gpu import LARGE_SHARED, machine_of
+from ...norm import Norm, effective_eps, restrained
+from ..common import Terms, product_wide
+from ..jit import (
+    aligned,
+    block_of,
+    cast,
+    cdiv,
+    combine,
+    dot,
+    dot_precision,
+    inverse_gain,
+    load_scalars,
+    padded,
+    padded_rows,
+    relative_change,
+    span,
+)
+from ..launch import Kernel
+
+WORKSPACE_MIB = 16
+_ROWS_OF_A_TILE = 128
+
+STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
+
+
+@triton.jit
+def _base_and_delta(
+    w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
+    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    offs_n, offs_k,
+    HAS_BASE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of base and of Δ ``[BLOCK_N, BLOCK_K]``, fp32, 0 outside W.
+
+    ρ divides by base, which is small where W and P_base R cancel, so P_base is multiplied as two
+    16-bit parts; Δ's own rounding is a relative one.
+    """
+    mask_n, mask_k = offs_n < N, offs_k < K
+    delta = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    base = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        if GATHER:
+            row = tl.load(rows_ptr + offs_m, mask_m, other=0).to(tl.int64)
+            mask_r = mask_m & (row >= 0) & (row < N)
+        else:
+            row = offs_m.to(tl.int64)
+            mask_r = mask_m
+        r = tl.load(
+            r_ptr + row[:, None] * stride_rm + offs_k[None, :] * stride_rk,
+            mask_r[:, None] & mask_k[None, :],
+            other=0.0,
+        ).to(p_ptr.dtype.element_ty)
+        offs_p = offs_n[:, None] * M + offs_m[None, :]
+        mask_p = mask_n[:, None] & mask_m[None, :]
+        delta = dot(tl.load(p_ptr + offs_p, mask_p, other=0.0), r, delta, PRECISION)
+        if HAS_BASE:
+            base = dot(tl.load(p_base_ptr + offs_p, mask_p, other=0.0), r, base, PRECISION)
+            if p_ptr.dtype.element_ty != tl.float32:
+                low = tl.load(p_base_ptr + stride_low + offs_p, mask_p, other=0.0)
+                base = dot(low, r, base, PRECISION)
+    w = tl.load(
+        w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk,
+        mask_n[:, None] & mask_k[None, :],
+        other=0.0,
+    )
+    return base + w.to(tl.float32), delta
+
+
+@Kernel
+@triton.jit
+def weight_stat_kernel(
+    w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, out_ptr,
+    edge, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    STAT: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr,
+    HAS_BASE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One number a tile: the largest ρ, the sum of base², or how many M ≤ ``edge``."""
+    offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
+    base, delta = _base_and_delta(
+        w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
+        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+    )  # fmt: skip
+    if STAT == "peak":  # beyond W's edge both are 0, and so is ρ
+        value = tl.max(relative_change(base, delta, tl.load(scalars_ptr)))
+    elif STAT == "square":
+        value = tl.sum(base * base)
+    else:
+        eps, slope, offset = load_scalars(scalars_ptr)
+        inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+        small = (inverse * edge >= 1.0) & mask
+        value = tl.sum(small.to(tl.float32))
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), value)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["count"])
+def weight_scalars_kernel(
+    peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Slope and offset of the gain (see ``gain.coefficients``) after ε; one program."""
+    slope, offset = scale, 0.0
+    if FORM != "calibrated":
+        peak = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
+        peak = tl.max(peak)
+        if FORM == "paper":
+            slope = scale / tl.maximum(peak, 1e-30)
+            offset = -0.5 * scale
+        slope = tl.where(peak == 0.0, 0.0, slope)
+        offset = tl.where(peak == 0.0, float("-inf"), offset)
+    tl.store(scalars_ptr + 1, slope)
+    tl.store(scalars_ptr + 2, offset)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["seed"])
+def weight_fwd_kernel(
+    w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
+    seed, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
+    SIGMOID_WEIGHT: tl.constexpr, NORMED: tl.constexpr, AVERAGED: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr, GATHER: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of W'. Without NORMED: ``factor · base + Δ``, what the additive spaces merge to."""
+    offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
+    base, delta = _base_and_delta(
+        w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
+        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+    )  # fmt: skip
+    mask_n = offs_n < N
+    if HAS_FACTOR:
+        factor = tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
+    if NORMED:
+        eps, slope, offset = load_scalars(scalars_ptr)
+        inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+        out = combine(base, delta, inverse, AVERAGED)
+        if HAS_FACTOR:
+            out = out * factor
+    else:
+        if HAS_FACTOR:
+            base = base * factor
+        out = base + delta
+    if STOCHASTIC:
+        out = _round_stochastically(out, seed, offs_n[:, None] * K + offs_k[None, :])
+    else:
+        out = cast(out, out_ptr.dtype.element_ty)
+    tl.store(
+        out_ptr + offs_n[:, None] * stride_on + offs_k[None, :] * stride_ok,
+        out,
+        mask_n[:, None] & (offs_k < K)[None, :],
+    )
+
+
+@triton.jit
+def _round_stochastically(x, seed, offset):
+    """fp32 to a bf16 neighbour, up with the probability of the part cut off.
+
+    The draw depends on the seed and the entry's place alone, not on the tiles; values that bf16
+    holds exactly stay, as do inf and NaN.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) >> 16
+    rounded = ((bits + noise) >> 16) << 16
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@Kernel
+@triton.jit
+def weight_bwd_kernel(
+    d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr,
+    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    SIGMOID_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``D ← D · f / M`` in place, D ``[N, K]`` contiguous: one chunk of gᵀx."""
+    offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
+    base, delta = _base_and_delta(
+        w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
+        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+    )  # fmt: skip
+    eps, slope, offset = load_scalars(scalars_ptr)
+    inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+    mask_n = offs_n < N
+    if HAS_FACTOR:
+        inverse *= tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
+    offs_d = offs_n[:, None] * K + offs_k[None, :]
+    mask = mask_n[:, None] & (offs_k < K)[None, :]
+    d = tl.load(d_ptr + offs_d, mask, other=0.0).to(tl.float32)
+    tl.store(d_ptr + offs_d, cast(d * inverse, d_ptr.dtype.element_ty), mask)
+
+
+def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]:
+    """A tile of W.
+
+    Args:
+        dtype: the compute dtype.
+        is_aligned: whether rows start aligned; else each element is read at an address of its own.
+        small: whether the two accumulators of a folded W are too much for the large tile.
+    """
+    block_n, block_k = (64, 128) if is_aligned else (32, 64)
+    if dtype == torch.float32 or small:
+        block_k = 64
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
+
+
+class Tiles:
+    """W, R and P as the kernels take them, and the arguments that every launch shares.
+
+    Args:
+        weight: ``W [N, K]`` or a slice of its rows.
+        source: where R's rows are read: the whole W with ``rows``, or ``R [m, K]`` with None;
+            both of :func:`padded_rows`.
+        rows: ``[m]`` int64 or None.
+        p: ``P [N, m]`` of the same rows as ``weight``.
+        p_base: :func:`summands` of P_base, of the same rows, or None.
+        dtype: the compute dtype.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        source: Tensor,
+        rows: Tensor | None,
+        p: Tensor,
+        p_base: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.weight = weight
+        self.p = padded(p.to(dtype))
+        self.p_base = p_base
+        self.tensors = (weight, source, rows, self.p, self.p_base)
+        n, k = weight.shape
+        stride_low = 0 if p_base is None else p_base.stride(0)
+        self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
+        small = p_base is not None and machine_of(weight).shared_bytes < LARGE_SHARED
+        blocks = _blocks(dtype, aligned(k if weight.stride(1) == 1 else n), small)
+        self.grid = (cdiv(k, blocks["BLOCK_K"]), cdiv(n, blocks["BLOCK_N"]))
+        self.options = dict(
+            HAS_BASE=p_base is not None,
+            GATHER=rows is not None,
+            PRECISION=dot_precision(dtype),
+            BLOCK_M=block_of(p.shape[1], 16, 32 if dtype == torch.float32 else 64),
+            **blocks,
+        )
+
+    @classmethod
+    def whole(
+        cls, weight: Tensor, rows: Tensor, p: Tensor, p_base: Tensor | None, dtype: torch.dtype
+    ) -> Tiles:
+        """All of W. R is gathered in the kernel, unless its rows are scattered in memory."""
+        p_base, rows = summands(p_base, dtype), padded_rows(rows)
+        if weight.stride(1) == 1:
+            return cls(weight, weight, rows, p, p_base, dtype)
+        return cls(weight, weight.index_select(0, rows), None, p, p_base, dtype)
+
+
+def summands(p_base: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``P_base [N, m]`` as padded summands ``[1 or 2, N, m]`` in ``dtype``, two of 16 bits."""
+    if p_base is None:
+        return None
+    high = p_base.to(dtype)
+    if dtype == torch.float32:
+        return padded(high)[None]
+    return padded(torch.stack((high, (p_base - high).to(dtype))))
+
+
+def measure(tiles: Tiles, important: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor | None]:
+    """The global part of the norm, on the device: ``([ε, slope, offset], f [N] or None)``."""
+    weight = tiles.weight
+    scalars = torch.full((3,), norm.eps, dtype=torch.float32, device=weight.device)
+    if norm.eps_relative and weight.numel():
+        if tiles.p_base is None:
+            scalars[0] = effective_eps(weight, norm)
+        else:
+            square = _stat("square", tiles, scalars, norm).sum() / weight.numel()
+            scalars[0] = norm.eps * square.sqrt()
+    peaks = _stat("peak", tiles, scalars, norm) if norm.needs_peak else scalars
+    with torch.cuda.device_of(weight):
+        weight_scalars_kernel[(1,)](
+            peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
+        )
+    if important is None:
+        return scalars, None
+    count = _stat("count", tiles, scalars, norm, norm.edge).sum(dtype=torch.float64)
+    return scalars, restrained(count, weight.numel(), important, norm)
+
+
+def _stat(what: str, tiles: Tiles, scalars: Tensor, norm: Norm, edge: float = 0.0) -> Tensor:
+    out = scalars.new_empty(tiles.grid[0] * tiles.grid[1])
+    if out.numel() == 0:
+        return out
+    flags = {"STAT": what, "SIGMOID_WEIGHT": norm.sigmoid_weight}
+    options = tiles.options | {"num_stages": STAT_STAGES}
+    with torch.cuda.device_of(tiles.weight):
+        weight_stat_kernel[tiles.grid](
+            *tiles.tensors, scalars, out, edge, *tiles.sizes, **flags, **options
+        )
+    return out
+
+
+def fused_weight(
+    tiles: Tiles,
+    scalars: Tensor | None,
+    factor: Tensor | None,
+    norm: Norm | None,
+    dtype: torch.dtype,
+    seed: int | None = None,
+) -> Tensor:
+    """W' ``[N, K]`` in ``dtype`` and W's layout; ``factor · base + Δ`` where ``norm`` is None."""
+    out = torch.empty_like(tiles.weight, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    flags = {
+        "SIGMOID_WEIGHT": 2.0 if norm is None else norm.sigmoid_weight,
+        "NORMED": norm is not None,
+        "AVERAGED": norm is not None and norm.averaged,
+        "HAS_FACTOR": factor is not None,
+        "STOCHASTIC": seed is not None,
+    }
+    sizes = (*tiles.sizes, *out.stride())
+    with torch.cuda.device_of(out):
+        weight_fwd_kernel[tiles.grid](
+            *tiles.tensors, scalars, factor, out, seed or 0, *sizes, **flags, **tiles.options
+        )
+    return out
+
+
+def grad_p(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    terms: Terms,
+    found: tuple[Tensor, Tensor | None],
+    norm: Norm,
+) -> Tensor:
+    """``∂P = ((f · gᵀx) / M) Rᵀ [N, m]``, fp32, in chunks of W's rows.
+
+    ``found`` is ``([ε, slope, offset], f [N] or None)`` of :func:`measure`.
+    """
+    (n, k), (scalars, factor) = weight.shape, found
+    dp = torch.empty(terms.p.shape, dtype=torch.float32, device=g.device)
+    if weight.numel() == 0:
+        return dp.zero_()
+    r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
+    p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
+    flags = {"SIGMOID_WEIGHT": norm.sigmoid_weight, "HAS_FACTOR": factor is not None}
+    step = chunk_rows(n, k, x.element_size())
+    workspace = x.new_empty(step, k)
+    for start in range(0, n, step):
+        part = slice(start, min(n, start + step))
+        d = workspace[: part.stop - start]
+        torch.mm(g[:, part].t(), x, out=d)
+        base_part = None if p_base is None else p_base[:, part]
+        tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
+        of_rows = None if factor is None else factor[part]
+        with torch.cuda.device_of(d):
+            weight_bwd_kernel[tiles.grid](
+                d, *tiles.tensors, scalars, of_rows, *tiles.sizes, **flags, **tiles.options
+            )
+        product_wide(d, r[: p.shape[1]].t(), out=dp[part])
+    return dp
+
+
+def chunk_rows(n: int, k: int, itemsize: int) -> int:
+    """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W."""
+    most = max(1, WORKSPACE_MIB * 2**20 // max(1, k * itemsize))
+    chunks = max(2, cdiv(n, most))
+    rows = max(1, cdiv(n, chunks))
+    whole_tiles = cdiv(rows, _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
+    return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
+
+
+__all__ = ["WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]

@@ -1,0 +1,193 @@
+"""The additive kernels in Triton's interpreter, against the fp64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from secura_kernels import NormOptions
+from secura_kernels.ops.lowrank import op as lowrank
+from secura_kernels.ops.lowrank import triton as kernels
+
+from .rule import SHAPES, case_of, check, check_example
+
+GRID = [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+GRID.append(((67, 71, 40, 33), torch.float16))
+AVERAGED = NormOptions("channel", "calibrated", "averaged")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What is allocated and never written is NaN, and operators without a fixed order raise."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2, 2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def both_routes(monkeypatch, rebuild: bool):
+    monkeypatch.setattr(lowrank, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
+    monkeypatch.setattr(lowrank, "takes_weight", lambda t, n, k, m, z_scale: rebuild)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
+@pytest.mark.parametrize("rebuild", [True, False], ids=["rebuilt", "gathered"])
+def test_linear(shape, dtype, rebuild, monkeypatch):
+    both_routes(monkeypatch, rebuild)
+    check(shape, AVERAGED, dtype, folded="base")
+
+
+@pytest.mark.parametrize("y0_given", [False, True])
+@pytest.mark.parametrize("rebuild", [True, False], ids=["rebuilt", "gathered"])
+@pytest.mark.parametrize("m", [6, 90])
+def test_rows_named_twice(y0_given, rebuild, m, monkeypatch):
+    """Two adapters that chose the same rows of W: their columns of ∂y0 add up."""
+    both_routes(monkeypatch, rebuild)
+    example = case_of((20, 70, 48, m), NormOptions("none"), given=y0_given).draw()
+    twice = torch.randint(m // 2, (m,), generator=torch.Generator().manual_seed(0))
+    rows = example.layer.rows[twice]
+    assert rows.unique().numel() < m
+    check_example(example._replace(layer=example.layer._replace(rows=rows)))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
+def test_add_with_dropout(shape, dtype):
+    check(shape, AVERAGED, dtype, dropout=True, given=True)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+@pytest.mark.parametrize("y0_given", [True, False])
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("trains_bias", [True, False])
+def test_every_flag(norm, y0_given, dropout, biased, trains_bias):
+    check(
+        (19, 13, 11, 4), NormOptions(norm), torch.bfloat16,
+        given=y0_given, dropout=dropout, biased=biased, trains_bias=trains_bias,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("folded", ["base", "change"])
+def test_trained_by_two_factors_beside_what_was_folded(folded):
+    check((19, 13, 11, 4), AVERAGED, inner=6, folded=folded, scaling=0.5)
+
+
+def strided(tensor: torch.Tensor, how: int) -> torch.Tensor:
+    """The same values: contiguous, transposed, every other column, or shifted off alignment."""
+    if how == 1:
+        return tensor.t().contiguous().t()
+    if how == 2:
+        return tensor.repeat_interleave(2, 1)[:, ::2]
+    if how == 3:
+        return torch.cat([tensor[:, :1], tensor], 1)[:, 1:]
+    return tensor
+
+
+def draw(t, n, m, dtype=torch.float32):
+    """y, g ``[T, N]``, Q ``[N, m]``, z_scale ``[T, m]``, rows ``[m]``, share, b, δb ``[N]``."""
+    source = torch.Generator().manual_seed(0)
+    y, g, q, scale, share, bias, delta = (
+        torch.randn(size, generator=source).to(dtype)
+        for size in ((t, n), (t, n), (n, m), (t, m), (n,), (n,), (n,))
+    )
+    return y, g, q, scale, torch.randperm(n, generator=source)[:m], share, bias, delta
+
+
+SMALL = st.integers(0, 40)
+LAYOUT = st.integers(0, 3)
+
+
+@settings(
+    max_examples=40, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(t=SMALL, n=st.integers(1, 70), m=st.integers(1, 35), layouts=st.tuples(*[LAYOUT] * 4))
+def test_shapes_and_strides_of_each_kernel(t, n, m, layouts):
+    *wide, rows, share, bias, delta = draw(t, n, min(m, n))
+    y, g, q, scale = (strided(tensor, how) for tensor, how in zip(wide, layouts, strict=True))
+    kept = [tensor.clone() for tensor in (y, g, q, scale)]
+    z = kernels.gather(y, bias, rows, scale)
+    torch.testing.assert_close(z, (y[:, rows] - bias[rows]) * scale)
+    out = torch.empty(y.shape)
+    kernels.add_product(y, z, q, share, bias, delta, bias_inside=True, out=out)
+    torch.testing.assert_close(out, (y - bias) * share + bias + delta + z @ q.t())
+    dy = kernels.output_gradient(g, rows, q, share, scale)
+    torch.testing.assert_close(dy, (g * share).index_add(1, rows, (g @ q) * scale))
+    for tensor, before in zip((y, g, q, scale), kept, strict=True):
+        assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("outside", [-1, 9, 2**40])
+def test_rows_that_y_does_not_have_read_as_zero_and_are_not_written(outside):
+    """An index out of range must reach nothing beyond y."""
+    y, g, q, scale, rows, share, bias, _ = draw(5, 9, 3)
+    rows[1] = outside
+    inside = torch.tensor([True, False, True])
+    z = kernels.gather(y, bias, rows, scale)
+    expected = (y - bias)[:, rows[inside]] * scale[:, inside]
+    torch.testing.assert_close(z[:, inside], expected)
+    assert not z[:, 1].any()
+    dy = kernels.output_gradient(g, rows, q, share, None)
+    expected = (g * share).index_add(1, rows[inside], (g @ q)[:, inside])
+    torch.testing.assert_close(dy, expected)
+
+
+@pytest.mark.parametrize("m", [100, 130, 300, 512])
+def test_every_block_of_the_rank(m):
+    _, g, q, _, rows, share, *_ = draw(5, 520, m, torch.bfloat16)
+    got = kernels.output_gradient(g, rows, q, share, None)
+    exact = (g.double() * share.double()).index_add(1, rows, g.double() @ q.double())
+    assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+def test_product_works_in_place():
+    y, _, q, z, _, share, *_ = draw(33, 70, 5)
+    expected = y * share + z @ q.t()
+    assert kernels.add_product(y, z, q, share, out=y) is y
+    torch.testing.assert_close(y, expected)
+    expected = y + z @ q.t()
+    assert kernels.add_product(y, z, q, out=y) is y
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("how", [0, 1, 2])
+def test_a_rebuilt_weight_on_every_layout(how):
+    weight, q, rows = torch.randn(70, 12), torch.randn(70, 5), torch.randperm(70)[:5]
+    for share in (None, torch.randn(70)):
+        given = strided(weight, how)
+        fused = kernels.rebuilt_weight(given, kernels.padded_r(given, rows), q, share)
+        assert fused.is_contiguous() == (how == 0)
+        scaled = weight if share is None else weight * share[:, None]
+        torch.testing.assert_close(fused, scaled + q @ weight[rows])
+
+
+def test_same_bits_twice():
+    example = case_of(
+        (40, 70, 33, 20), NormOptions("channel", "paper", "averaged"), torch.bfloat16
+    ).draw()
+    first, second = (example.run("triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_expanded_and_strided_gradients(norm):
+    combine = None if norm == "none" else "averaged"
+    example = case_of((9, 13, 11, 4), NormOptions(norm, combine=combine)).draw()
+    grad = example.grad
+    for other in (torch.ones(()).expand(9, 13), strided(grad, 1), strided(grad, 2)):
+        check_example(example._replace(grad=other))
+
+
+def test_a_dtype_without_a_kernel_is_refused():
+    example = case_of((3, 5, 4, 2), NormOptions("none"), torch.float64).draw()
+    with pytest.raises(RuntimeError, match="no kernel takes float64"):
+        example.output("triton")
+
+
+def test_the_output_has_the_strides_that_compilers_are_told():
+    example = case_of((9, 16, 5, 4), NormOptions("none"), given=True).draw()
+    y0 = example.x.t().contiguous().t()
+    for impl in ("triton", "reference"):
+        assert example._replace(x=y0).output(impl).stride() == (16, 1)

@@ -1,0 +1,58 @@
+"""P = C U and its gradient in Triton's interpreter against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secura_kernels.ops.project import triton as kernels
+from secura_kernels.ops.project.op import project, project_backward
+
+from .rule import check_project
+
+# N, K, m: ones, primes, more than one block of rows, of C's columns and of U's columns
+SHAPES = [(1, 1, 1), (7, 13, 4), (131, 67, 33), (70, 150, 140), (2100, 64, 16)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every tensor that torch leaves uninitialised holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matches_fp64(shape, dtype, transposed):
+    check_project(*shape, dtype, transposed=transposed)
+
+
+def test_splits_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_SPLITS", 2)
+    check_project(150, 40, 7, torch.bfloat16)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 200), k=st.integers(1, 90), m=st.integers(1, 70), seed=st.integers(0, 99),
+    transposed=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape_and_strides(n, k, m, seed, transposed, dtype):
+    check_project(n, k, min(m, k), dtype, seed=seed, transposed=transposed)
+
+
+@pytest.mark.parametrize("outside", [-1, 9, 2**40])
+def test_columns_that_w_does_not_have_read_as_zero(outside):
+    """An index out of range must not read beyond W."""
+    weight, u, dp = torch.randn(6, 9), torch.randn(3, 3), torch.randn(6, 3)
+    cols = torch.tensor([2, outside, 0])
+    columns = weight[:, [2, 0, 0]].clone()
+    columns[:, 1] = 0
+    p = project(weight, cols, u, torch.float32, "triton")
+    torch.testing.assert_close(p, columns @ u)
+    torch.testing.assert_close(project_backward(dp, weight, cols, "triton"), columns.T @ dp)

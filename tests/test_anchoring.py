@@ -1,0 +1,382 @@
+"""``core="u"`` and its anchor: the equations, what stays as it was, files, and bad input."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+import secura
+from secura import AdapterConfig, SECURALinear, anchor, bases, unanchor
+
+TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
+
+
+def cored(**settings):
+    """A tiny Llama with ``core="u"``, U at random."""
+    return tiny.adapted(core="u", norm="none", **settings)
+
+
+def anchors(model):
+    return [(part.left, part.right) for part in tiny.parts(model)]
+
+
+def statistics(model, texts, seed=0):
+    """Σ and Γ of every adapted layer by their definition: one text at a time, autograd alone."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [[torch.zeros(4, 4), torch.zeros(4, 4)] for _ in tiny.parts(model)]
+    for text in texts:
+        seen, hooks = [], []
+        for layer in tiny.layers(model).values():
+            watch = partial(lambda seen, _, x, y: seen.append((x[0][0], y)), seen)
+            hooks.append(layer.register_forward_hook(watch))
+        logits = model(input_ids=text[None]).logits
+        labels = torch.multinomial(logits[0].softmax(-1), 1, generator=generator)
+        loss = -logits[0].log_softmax(-1).gather(1, labels).sum()
+        gradients = torch.autograd.grad(loss, [y for _, y in seen])
+        for hook in hooks:
+            hook.remove()
+        pairs = zip(found, seen, gradients, tiny.layers(model).values(), strict=True)
+        for (sigma, gamma), (x, _), g, layer in pairs:
+            weight, part = layer.base_layer.weight.detach(), layer.secura_adapter["default"]
+            z, h = x @ weight[part.rows].t(), g[0] @ weight[:, part.cols]
+            sigma += (z.t() @ z).detach()
+            gamma += (h.t() @ h).detach()
+    return found
+
+
+@pytest.mark.parametrize("damping", [1e-2, 0.5])
+def test_left_and_right_are_the_roots_of_both_statistics(damping):
+    model = cored()
+    expected = statistics(model, TEXTS)
+    report = anchor(model, TEXTS, damping=damping, length=64, batch_size=1)
+    assert (report.layers, report.tokens, report.sampled) == (4, sum(map(len, TEXTS)), False)
+    for (sigma, gamma), part, layer in zip(
+        expected, tiny.parts(model), tiny.layers(model).values(), strict=True
+    ):
+        eye = torch.eye(4, dtype=torch.float64)
+        for matrix, root in ((sigma, part.right), (gamma, part.left)):
+            matrix = matrix.double() / matrix.diagonal().double().mean()
+            product = root.double() @ (matrix + damping * eye) @ root.double()
+            scale = product.diagonal().mean()
+            torch.testing.assert_close(product / scale, eye, rtol=0, atol=2e-4)
+        weight = layer.base_layer.weight.detach()
+        c, r = weight[:, part.cols], weight[part.rows]
+        moved = (c @ part.left).norm() * (part.right @ r).norm()
+        torch.testing.assert_close(moved, c.norm() * r.norm())
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_what_the_model_computes_stays_and_so_do_its_flags(norm):
+    model = tiny.adapted(core="u", norm=norm)
+    before = tiny.logits(model)
+    part = tiny.parts(model)[0]
+    part.U.grad = torch.ones_like(part.U)
+    state, training = torch.random.get_rng_state(), [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    anchor(model, TEXTS)
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(part.U.grad, torch.ones_like(part.U))
+    anchor(model, TEXTS[:1])
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
+    assert unanchor(model) == 4 and anchors(model)[0] == (None, None)
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_gradients_are_those_of_the_product(norm):
+    model = tiny.adapted(core="u", norm=norm)
+    anchor(model, TEXTS)
+    got = tiny.gradients(model)
+    whitened = {name: part.U.detach().clone() for name, part in named(model).items()}
+    sides = {name: (part.left, part.right) for name, part in named(model).items()}
+    unanchor(model)
+    plain = tiny.gradients(model)
+    assert len(whitened) == 4
+    for name, (left, right) in sides.items():
+        key = f"{name}.U"
+        torch.testing.assert_close(
+            got[key], left.t() @ plain[key] @ right.t(), rtol=1e-3, atol=1e-5
+        )
+
+
+def named(model):
+    return {
+        f"{n}.secura_adapter.default": m.secura_adapter["default"]
+        for n, m in tiny.layers(model).items()
+    }
+
+
+def test_it_samples_its_own_text_where_none_is_given():
+    first, second = cored(), cored()
+    report = anchor(first, tokens=60, length=20, seed=3)
+    assert report.sampled and report.tokens == 60
+    anchor(second, tokens=60, length=20, seed=3)
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(anchors(first), anchors(second), strict=True)
+    )
+    anchor(second, tokens=60, length=20, seed=4)
+    assert not torch.equal(anchors(first)[0][0], anchors(second)[0][0])
+
+
+def test_tokens_are_taken_from_every_text_in_turn():
+    pieces = secura.anchoring._pieces(TEXTS, None, 20, 6)
+    assert [len(piece) for piece in pieces] == [6, 6, 6, 2]
+    assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
+
+
+def test_added_statistics_are_those_of_both_texts_at_equal_weight():
+    model, texts = cored(), (TEXTS[:1], TEXTS[1:2])
+    parts = [[t / t.diagonal().mean() for t in pair] for pair in statistics(model, texts[0])]
+    more = [[t / t.diagonal().mean() for t in pair] for pair in statistics(model, texts[1])]
+    anchor(model, texts[0], length=64)
+    anchor(model, texts[1], length=64, add=True)
+    for first, second, part in zip(parts, more, tiny.parts(model), strict=True):
+        for a, b, root in zip(first, second, (part.right, part.left), strict=True):
+            total = (a + b).double()
+            damped = total + 0.01 * total.diagonal().mean() * torch.eye(4)
+            product = root.double() @ damped @ root.double()
+            torch.testing.assert_close(
+                product / product.diagonal().mean(), torch.eye(4).double(), rtol=0, atol=2e-3
+            )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_no_token_twice(reentrant):
+    plain, checkpointed = cored(), cored()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.train()
+    for model in (plain, checkpointed):
+        anchor(model, TEXTS)
+    for a, b in zip(anchors(plain), anchors(checkpointed), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_recomputed_outputs_count_once():
+    layer = SECURALinear(nn.Linear(12, 12), AdapterConfig(r=4, core="u", norm="none"))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(16, 12), layer
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            if self.recompute:
+                x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+            else:
+                x = self.layer(x)
+            return type("Out", (), {"logits": x @ self.embed.weight.t()})
+
+    model = Model()
+    model.recompute = False
+    anchor(model, [torch.arange(2, 12)])
+    expected = layer.left.clone(), layer.right.clone()
+    model.recompute = True
+    anchor(model, [torch.arange(2, 12)])
+    assert torch.equal(layer.left, expected[0]) and torch.equal(layer.right, expected[1])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_files_go_on_where_they_were_bit_for_bit(low_cpu_mem_usage, tmp_path):
+    model = cored(rank_pattern={"v_proj": 3})
+    anchor(model, TEXTS)
+    tiny.perturb(model, 3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny.llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert loaded.peft_config["default"].anchored
+    tiny.assert_same(tiny.snapshot(loaded), tiny.snapshot(model))
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    tiny.assert_same(tiny.gradients(loaded), tiny.gradients(model))
+
+
+def test_a_fresh_adapter_takes_an_anchor_over_from_a_checkpoint(tmp_path):
+    model = cored()
+    anchor(model, TEXTS)
+    tiny.perturb(model, 3)
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
+    fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(tiny.logits(fresh), tiny.logits(model))
+    assert fresh.peft_config["default"].anchored
+
+
+def test_an_anchor_of_another_file_is_found(tmp_path):
+    model = cored()
+    anchor(model, TEXTS)
+    tiny.perturb(model, 3)
+    state = tiny.snapshot(model)
+    name = next(name for name in state if name.endswith("left"))
+    state[name] = state[name] + 1
+    with pytest.raises(ValueError, match="do not match their checksum"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_merge_fold_and_export_know_the_core(norm, tmp_path):
+    model = tiny.adapted(core="u", norm=norm, norm_reference="pretrained")
+    anchor(model, TEXTS)
+    before = tiny.logits(model)
+    assert secura.fold(model) == 4
+    assert not tiny.parts(model)[0].U.any() and tiny.parts(model)[0].core.any()
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
+    tiny.perturb(model, 1)
+    before = tiny.logits(model)
+    if norm != "weight":
+        secura.export_lora(model, tmp_path / "lora")
+        lora = PeftModel.from_pretrained(tiny.llama(), tmp_path / "lora")
+        torch.testing.assert_close(tiny.logits(lora), before, rtol=0, atol=2e-5)
+    torch.testing.assert_close(tiny.logits(model.merge_and_unload()), before, rtol=0, atol=5e-5)
+
+
+def test_several_adapters_are_anchored_one_at_a_time():
+    model = cored()
+    model.add_adapter("other", tiny.config(core="u", norm="none", r=3))
+    anchor(model, TEXTS)
+    assert tiny.parts(model)[0].left is not None
+    assert tiny.parts(model, "other")[0].left is None
+    assert not model.peft_config["other"].anchored
+    model.base_model.set_adapter(["default", "other"])
+    assert anchor(model, TEXTS).layers == 8
+
+
+def test_a_layer_that_no_token_reached_is_named():
+    model = cored()
+    model.base_model.model.model.layers[1].self_attn.v_proj.forward = lambda x: x.new_zeros(
+        *x.shape[:-1], 12
+    )
+    report = anchor(model, TEXTS)
+    assert [name for name in report.unseen if "layers.1" in name and "v_proj" in name]
+    assert torch.isfinite(tiny.parts(model)[3].left).all()
+
+
+BAD = {
+    "there is no text": {"texts": []},
+    "text 1 has 1 token": {"texts": [torch.arange(3, 9), torch.tensor([3])]},
+    "give the tokenizer": {"texts": ["some text"]},
+    "neither a string nor": {"texts": [torch.rand(5)]},
+    "damping=0": {"texts": TEXTS, "damping": 0},
+    "damping=nan": {"texts": TEXTS, "damping": float("nan")},
+    "tokens=1": {"texts": TEXTS, "tokens": 1},
+    "length=1.5": {"texts": TEXTS, "length": 1.5},
+    "batch_size=0": {"texts": TEXTS, "batch_size": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_error_and_changes_nothing(message):
+    model = cored()
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        anchor(model, **BAD[message])
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_a_model_that_cannot_sample_says_so():
+    model = cored()
+    model.config.bos_token_id = model.config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"cannot sample: .*give texts"):
+        anchor(model)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.1.mlp.down_proj"])
+def test_statistics_with_nan_are_refused(where):
+    model = cored()
+    weight = model.base_model.model.model.get_submodule(where).weight
+    weight.data[4] = float("nan")
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        anchor(model, TEXTS)
+    assert before.keys() == tiny.snapshot(model).keys() and anchors(model)[0] == (None, None)
+
+
+def test_only_that_core_is_anchored():
+    with pytest.raises(ValueError, match="no active adapter with core='u'"):
+        anchor(tiny.adapted(), TEXTS)
+    model = cored()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="unmerge it first"):
+        anchor(model, TEXTS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"core": "v"}, {"core": "u", "inner_r": 8}, {"anchored": True}, {"anchor_damping": -1}],
+)
+def test_settings_that_do_not_fit_are_refused(settings):
+    with pytest.raises(ValueError, match=r"core|damping"):
+        tiny.config(**settings)
+
+
+def test_the_cost_of_a_change_on_old_text_is_the_same_in_every_direction():
+    """The sum over old text of the KL that a small change makes, against ½ κ² ‖Ũ‖²."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny.llama(), tiny.config(core="u", norm="none", target_modules=["q_proj"])
+    )
+    part = tiny.parts(model)[1]
+    texts = [torch.randint(3, tiny.VOCAB, (40,)) for _ in range(60)]
+    before = [tiny.logits(model, text[None]).log_softmax(-1) for text in texts]
+
+    def spread():
+        costs = []
+        for _ in range(12):
+            direction = torch.randn(4, 4)
+            part.U.data = direction / direction.norm() * 0.02
+            after = [tiny.logits(model, text[None]).log_softmax(-1) for text in texts]
+            pairs = zip(before, after, strict=True)
+            costs.append(sum((a.exp() * (a - b)).sum() for a, b in pairs))
+        part.U.data.zero_()
+        costs = torch.stack(costs)
+        return (costs.std() / costs.mean()).item()
+
+    plain = spread()
+    anchor(model, texts, damping=1e-4)
+    assert spread() < 0.5 * plain
+
+
+def test_a_quantised_base_is_anchored():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = SECURALinear(
+        bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False), AdapterConfig(r=4, core="u")
+    )
+    assert bases.weight(layer.base).shape == (16, 16)
+
+
+def _anchor_in_one_process(rank, store, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2
+    )
+    model = cored()
+    report = anchor(model, [text[:8] for text in TEXTS[:2]], batch_size=1)
+    left, right = anchors(model)[1]
+    queue.put((report.tokens, left.tolist(), right.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_texts_and_add_up_what_they_find(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = [(rank, str(tmp_path / "store"), queue) for rank in range(2)]
+    processes = [context.Process(target=_anchor_in_one_process, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert found[0] == found[1] and found[0][0] == 16
+    model = cored()
+    anchor(model, [text[:8] for text in TEXTS[:2]], batch_size=1)
+    torch.testing.assert_close(
+        torch.tensor(found[0][2]), anchors(model)[1][1], rtol=1e-4, atol=1e-5
+    )

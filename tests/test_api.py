@@ -1,0 +1,354 @@
+"""The door against the oracle: values and every gradient, each space, form and combination."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import secura_kernels
+from secura_kernels import (
+    NormOptions,
+    effective_weight,
+    important_channels,
+    naive,
+    row_norms,
+    secura_add,
+    secura_linear,
+)
+from secura_kernels.api import additive_product
+from secura_kernels.inspection.layers import Case, with_norms
+from secura_kernels.norm import COMBINES, FORMS, NORMS, pack, unpack
+from secura_kernels.ops.project.op import project
+from secura_kernels.ops.weight import op as weight_op
+
+WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
+
+
+def close(example, **tolerance):
+    for got, expected in zip(example.run(), example.run(door=naive), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("folded", ["", "base", "change"])
+@pytest.mark.parametrize("restrained", [False, True], ids=["free", "restrained"])
+@pytest.mark.parametrize("inner", [0, 6], ids=["U", "A B"])
+def test_linear_matches_the_oracle(options, folded, restrained, inner):
+    flags = {"folded": folded, "restrained": restrained, "inner": inner, "scaling": 0.5}
+    close(Case(options, **WIDE, **flags).draw())
+
+
+@pytest.mark.parametrize("folded", ["", "base"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_add_matches_the_oracle(options, folded, biased):
+    if options.replaces_product:
+        pytest.skip("the space takes no y0")
+    close(Case(options, **WIDE, folded=folded, restrained=True, biased=biased, given=True).draw())
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+@pytest.mark.parametrize("y0_given", [True, False])
+def test_dropout_scales_z_of_the_change_alone(norm, y0_given):
+    folded = "base" if norm == "activation" else ""
+    close(Case(NormOptions(norm), **WIDE, dropout=True, folded=folded, given=y0_given).draw())
+
+
+@pytest.mark.parametrize("y0_given", [True, False])
+def test_given_and_made_outputs_agree(options, y0_given):
+    """secura_add on the base's own output is secura_linear, the gradients of A and δb included."""
+    if options.replaces_product:
+        pytest.skip("the space takes no y0")
+    example = Case(options, **WIDE, folded="base").draw()
+    y0 = linear(example.x, example.layer.weight, example.layer.bias)
+    added = example._replace(x=y0, given=True).run()
+    made = example.run()
+    for index in (0, 2, 3):
+        torch.testing.assert_close(added[index], made[index], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(added[1] @ example.layer.weight, made[1], rtol=1e-10, atol=1e-10)
+
+
+def test_columns_stand_for_those_of_the_weight(options):
+    example = Case(options, **WIDE, folded="base").draw()
+    layer = example.layer
+    given = example._replace(layer=layer._replace(columns=layer.weight[:, layer.cols]))
+    for got, expected in zip(given.run(), example.run(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_relative_eps(options):
+    close(Case(options._replace(eps=0.05, eps_relative=True), **WIDE, folded="base").draw())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_dtypes_err_no_more_than_plain_torch(norm, dtype):
+    """Error against the fp64 oracle ≤ 2 × that of plain torch in the same dtype + a floor."""
+    case = Case(NormOptions(norm), dtype, 8, 29, 33, 40, trains_bias=False)
+    low, wide = case.draw(), case.draw().to(torch.float64)
+    got, exact = low.run(), wide.run(door=naive)
+
+    def plain(example):
+        layer = example.layer
+        x, u = example.x.clone().requires_grad_(), example.a.clone().requires_grad_()
+        p = (layer.weight[:, layer.cols].to(u.dtype) @ u).to(x.dtype)
+        out = linear(x, layer.weight, layer.bias) + (x @ layer.weight[layer.rows].T) @ p.T
+        return out.detach(), *torch.autograd.grad(out, (x, u), example.grad)
+
+    floor = 4 * torch.finfo(dtype).eps
+    for ours, oracle, same, ideal in zip(got, exact, plain(low), plain(wide), strict=True):
+        error = (ours.double() - oracle).norm() / oracle.norm()
+        yardstick = (same.double() - ideal).norm() / ideal.norm()
+        assert error <= 2 * yardstick + floor
+        assert ours.dtype == same.dtype
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (2, 0, 3)], ids=str)
+def test_leading_dimensions(shape, options):
+    example = Case(options, **WIDE, trains_bias=False).draw()
+    x = torch.randn(*shape, 11, dtype=torch.float64, requires_grad=True)
+    a = example.a.clone().requires_grad_()
+    out = example._replace(x=x, a=a).output()
+    assert out.shape == (*shape, 13)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and a.grad.isfinite().all()
+
+
+def test_strided_inputs(options):
+    example = Case(options, **WIDE, folded="base").draw()
+    expected = example.run()
+    moved = example._replace(
+        x=example.x.repeat_interleave(2, 1)[:, ::2],
+        grad=example.grad.t().contiguous().t(),
+        layer=example.layer._replace(weight=example.layer.weight.t().contiguous().t()),
+    )
+    for got, value in zip(moved.run(), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-10)
+
+
+def test_expanded_gradient(options):
+    example = Case(options, **WIDE, folded="base").draw()
+    ones = torch.ones_like(example.grad)
+    expanded = example._replace(grad=torch.ones((), dtype=torch.float64).expand(ones.shape)).run()
+    for got, expected in zip(expanded, example._replace(grad=ones).run(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gradients_that_nobody_wants_are_not_made(options):
+    example = Case(options, **WIDE, inner=6, folded="base").draw()
+    names = ("x", "a", "b", "delta_bias")
+    for wanted in names:
+        leaves = {name: getattr(example, name).clone() for name in names}
+        leaves[wanted].requires_grad_()
+        example._replace(**leaves).output().backward(example.grad)
+        assert [name for name in names if leaves[name].grad is not None] == [wanted]
+
+
+def test_double_backward_is_refused(options):
+    example = Case(options, **WIDE).draw()
+    x = example.x.clone().requires_grad_()
+    out = example._replace(x=x).output()
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
+    example = Case(NormOptions(norm)).draw()
+    x, a = example.x.clone().requires_grad_(), example.a.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = example._replace(x=x, a=a).output()
+    assert out.dtype == torch.bfloat16
+    out.backward(example.grad.bfloat16())
+    assert x.grad.dtype == a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("form", "combine"), list(product(FORMS, COMBINES)))
+def test_weight_chunks_do_not_change_the_result(form, combine, monkeypatch):
+    options = NormOptions("weight", form, combine)
+    example = Case(options, **WIDE, folded="base", restrained=True).draw()
+    whole = effective_weight(example.layer, example.a)
+    monkeypatch.setattr(weight_op, "WORKSPACE_MIB", 1e-9)
+    torch.testing.assert_close(effective_weight(example.layer, example.a), whole)
+
+
+@pytest.mark.parametrize("folded", ["", "base", "change"])
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_effective_weight_matches_the_oracle(norm, folded):
+    example = Case(NormOptions(norm), **WIDE, folded=folded, restrained=True, inner=6).draw()
+    arguments = (example.layer, example.a, example.b)
+    torch.testing.assert_close(effective_weight(*arguments), naive.effective_weight(*arguments))
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_additive_product_is_that_of_the_effective_weight(norm):
+    example = Case(NormOptions(norm), **WIDE, folded="base", restrained=True).draw()
+    layer = example.layer
+    q, share = additive_product(layer, example.a)
+    base = layer.weight if share is None else share[:, None] * layer.weight
+    expected = effective_weight(layer, example.a)
+    torch.testing.assert_close(base + q @ layer.weight[layer.rows], expected)
+    with pytest.raises(ValueError, match="no product of low rank"):
+        additive_product(layer._replace(options=NormOptions("weight")), example.a)
+
+
+CHANGES = {
+    "bias": torch.ones(1),
+    "core": torch.ones(3, 4),
+    "columns": torch.ones(13, 3),
+    "rows": torch.ones(1, 4, dtype=torch.int64),
+    "cols": torch.arange(3),
+    "gram": torch.ones(3, 3),
+    "base_norms": torch.ones(12),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("door", ["secura_linear", "secura_add", "effective_weight"])
+def test_a_part_of_the_layer_that_does_not_fit_is_refused(name, door):
+    example = Case(NormOptions("channel"), **WIDE).draw()
+    layer = example.layer._replace(**{name: CHANGES[name]})
+    first = {"secura_linear": [example.x], "secura_add": [example.grad]}.get(door, [])
+    with pytest.raises(ValueError, match="must be"):
+        getattr(secura_kernels, door)(*first, layer, example.a)
+
+
+@pytest.mark.parametrize("y0_given", [False, True])
+@pytest.mark.parametrize("name", ["x", "a", "b", "delta_bias", "z_scale", "important"])
+def test_an_argument_that_does_not_fit_is_refused(name, y0_given):
+    flags = {"inner": 6, "dropout": True, "restrained": True, "given": y0_given}
+    example = Case(NormOptions("channel"), **WIDE, **flags).draw()
+    example.run()
+    wrong = {"x": example.x[:, 1:], "a": example.a[1:], "b": example.b[:, 1:]}
+    wrong |= {"delta_bias": torch.ones(1), "z_scale": torch.ones(1, 4)}
+    if name == "important":
+        restrain = example.layer.restrain._replace(important=torch.ones(14, dtype=torch.bool))
+        changed = example._replace(layer=example.layer._replace(restrain=restrain))
+    else:
+        changed = example._replace(**{name: wrong[name]})
+    with pytest.raises(ValueError, match=r"must be|does not fit the weight"):
+        changed.output()
+
+
+def test_what_a_space_cannot_do_is_refused():
+    example = Case(NormOptions("weight"), **WIDE).draw()
+    layer, x, a = example.layer, example.x, example.a
+    with pytest.raises(ValueError, match="call secura_linear"):
+        secura_add(example.grad, layer, a)
+    with pytest.raises(ValueError, match="takes no z_scale"):
+        secura_linear(x, layer, a, z_scale=torch.ones(7, 4))
+    channel = layer._replace(options=NormOptions("channel"))
+    with pytest.raises(ValueError, match="gram and base_norms"):
+        secura_linear(x, channel, a)
+    bare = layer._replace(weight=None, options=NormOptions("none"))
+    with pytest.raises(ValueError, match="call secura_add"):
+        secura_linear(x, bare, a)
+    with pytest.raises(ValueError, match="neither weight nor columns"):
+        secura_add(example.grad, bare, a)
+    with pytest.raises(ValueError, match="not linear in x"):
+        effective_weight(layer._replace(options=NormOptions("activation")), a)
+    with pytest.raises(ValueError, match=r"is for torch\.bfloat16"):
+        effective_weight(layer, a, stochastic_rounding=True)
+    with pytest.raises(ValueError, match="unknown norm 'rows'"):
+        secura_linear(x, layer._replace(options=NormOptions("rows")), a)
+
+
+@pytest.mark.parametrize("y0_given", [False, True])
+def test_integers_are_refused(y0_given):
+    example = Case(NormOptions("none"), given=y0_given).draw()
+    with pytest.raises(TypeError, match="floating"):
+        example._replace(x=example.x.long()).output()
+
+
+def test_the_public_names_are_few():
+    assert len(secura_kernels.__all__) <= 10
+    assert all(hasattr(secura_kernels, name) for name in secura_kernels.__all__)
+
+
+def test_a_norm_comes_back_from_its_packed_form(options):
+    example = Case(options, restrained=True).draw()
+    restrain = example.layer.restrain
+    for traced in (False, True):
+        norm = unpack(pack(options._replace(eps=0.1, scale=1 / 3), restrain, traced=traced))
+        assert norm.space == options.norm and (norm.eps, norm.scale) == (0.1, 1 / 3)
+        assert norm.restrained == (restrain is not None)
+        if restrain is not None:
+            assert (norm.percent, norm.edge, norm.decay) == restrain[1:]
+
+
+def test_p_is_c_u():
+    example = Case(NormOptions("none"), **WIDE).draw()
+    layer, u = example.layer, example.a
+    p = project(layer.weight, layer.cols, u, torch.float64, None)
+    torch.testing.assert_close(p, layer.weight[:, layer.cols] @ u)
+    assert project(layer.weight, layer.cols, u, torch.bfloat16, None).dtype == torch.bfloat16
+
+
+def test_meta_tensors_give_shapes(options):
+    assert Case(options, **WIDE).draw("meta").output().shape == (7, 13)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_by_default_next_to_no_change_leaves_the_layer_alone(norm):
+    example = Case(NormOptions(norm), **WIDE, trains_bias=False).draw()
+    out = example._replace(a=example.a * 1e-12).output()
+    torch.testing.assert_close(out, linear(example.x, example.layer.weight, example.layer.bias))
+
+
+def test_averaged_scales_the_base_of_an_entry_that_hardly_moves():
+    example = Case(NormOptions("weight", combine="averaged"), **WIDE).draw()
+    fused = effective_weight(example.layer, example.a * 1e-12)
+    ratio = (fused / example.layer.weight).min()
+    assert ratio == pytest.approx(2 / (2 - torch.sigmoid(torch.tensor(-3.0))).item(), abs=1e-3)
+    assert ratio == pytest.approx(1.0243, abs=1e-3)
+
+
+@pytest.mark.parametrize(("t", "n", "k"), [(3, 0, 5), (3, 4, 0), (3, 0, 0), (0, 4, 5), (0, 0, 0)])
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_dimension_may_be_empty(t, n, k, lead, norm):
+    example = Case(NormOptions(norm), t=t, n=n, k=k, m=0, trains_bias=False).draw()
+    x = torch.randn(*lead, t, k, requires_grad=True)
+    layer = example.layer._replace(bias=torch.ones(n), weight=torch.zeros(n, k))
+    layer = with_norms(layer) if norm == "channel" else layer
+    a = example.a.clone().requires_grad_()
+    out = secura_linear(x, layer, a)
+    assert out.shape == (*lead, t, n) and bool((out == 1).all())
+    for leaf, gradient in zip((x, a), torch.autograd.grad(out.sum(), (x, a)), strict=True):
+        assert gradient.shape == leaf.shape
+    if norm != "weight":
+        y0 = torch.ones(*lead, t, n)
+        assert torch.equal(secura_add(y0, layer, a), y0)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_a_merge_of_16_bit_factors_rounds_once(norm):
+    form = None if norm == "none" else "calibrated"
+    example = Case(NormOptions(norm, form), m=8, n=40, k=30, folded="base").draw()
+    a, core = example.a.bfloat16(), example.layer.core.bfloat16()
+    layer = example.layer._replace(core=core)
+    wide = layer._replace(weight=layer.weight.double(), core=core.double())
+    exact = effective_weight(wide, a.double()).float()
+    torch.testing.assert_close(effective_weight(layer, a), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [-14, 13, 2**40])
+def test_an_index_out_of_range_is_an_error_in_plain_torch(index, options):
+    example = Case(options, **WIDE).draw()
+    rows = example.layer.rows.clone()
+    rows[1] = index
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        example._replace(layer=example.layer._replace(rows=rows)).output()
+
+
+def test_row_norms_are_those_of_the_folded_base():
+    example = Case(NormOptions("channel"), **WIDE, folded="base").draw()
+    layer = example.layer
+    p_base = layer.weight[:, layer.cols] @ layer.core
+    r = layer.weight[layer.rows]
+    gram, norms = row_norms(layer.weight, layer.rows, p_base)
+    torch.testing.assert_close(gram, r @ r.T)
+    torch.testing.assert_close(norms, (layer.weight + p_base @ r).norm(dim=1))
+    assert important_channels(layer.weight, 4).sum() == (13 - 4) // 2

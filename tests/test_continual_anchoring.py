@@ -1,0 +1,123 @@
+"""The anchored core beside a Trainer and on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from cli_fixtures import base, data, fails, train_flags  # noqa: F401
+from continual_runs import rows, trainer
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+import secura
+from secura import anchor
+from secura.cli import main
+from secura.continual import AnchorCallback, AnchorDecayCallback
+
+
+def cored():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
+    anchor(model, tokens=64, length=16)
+    return model
+
+
+def test_a_task_ends_with_a_fold_and_its_statistics(tmp_path):
+    model = cored()
+    before = [part.right.clone() for part in tiny.parts(model)]
+    callback = AnchorCallback()
+    run = trainer(tmp_path, model, [callback])
+    run.train()
+    texts = [torch.tensor(row["input_ids"]) for row in rows()]
+    assert callback.report.tokens == sum(map(len, texts)) and not callback.report.sampled
+    for part, right in zip(tiny.parts(model), before, strict=True):
+        assert not part.U.any() and part.core.any()
+        assert not torch.allclose(part.right, right)
+    outputs = tiny.logits(model)
+    trainer(tmp_path, model, [AnchorCallback(fold=False)]).train()
+    assert tiny.parts(model)[0].U.any() and not torch.equal(tiny.logits(model), outputs)
+
+
+def test_decay_is_that_of_adamw_whatever_the_optimizer(tmp_path):
+    """AdamW's own decay of the same strength takes the same steps."""
+    ours, theirs = cored(), cored()
+    trainer(tmp_path, ours, [AnchorDecayCallback(3.0)], weight_decay=0.0).train()
+    run = trainer(tmp_path, theirs, weight_decay=3.0)
+    run.train()
+    for a, b in zip(tiny.parts(ours), tiny.parts(theirs), strict=True):
+        torch.testing.assert_close(a.U, b.U, rtol=1e-5, atol=1e-7)
+        assert a.U.any()
+
+
+@pytest.mark.parametrize("callback", [AnchorCallback(), AnchorDecayCallback(1.0)])
+def test_a_model_without_a_core_is_refused_before_the_first_step(callback, tmp_path):
+    with pytest.raises(ValueError, match="no active adapter with core='u'"):
+        trainer(tmp_path, tiny.adapted(), [callback]).train()
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_decay_that_is_none(value):
+    with pytest.raises(ValueError, match="anchor_decay"):
+        AnchorDecayCallback(value)
+
+
+def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trainer(tmp_path / "whole", cored(), [AnchorDecayCallback(1.0)], **settings)
+    whole.train()
+    fresh = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
+    run = trainer(tmp_path / "whole", fresh, [AnchorDecayCallback(1.0)], **settings)
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    tiny.assert_same(tiny.snapshot(fresh), tiny.snapshot(whole.model))
+
+
+@pytest.mark.parametrize("source", ["self", "text", "jsonl"])
+def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa: F811
+    by = {"self": "self", "text": tmp_path / "old.txt", "jsonl": tmp_path / "old.jsonl"}[source]
+    if source == "text":
+        by.write_text("how many apples are left\n\nann has 3 and\neats 1\n")
+    if source == "jsonl":
+        by.write_text(json.dumps({"text": "how many apples are left"}) + "\n")
+    output = tmp_path / "adapter"
+    flags = ("--core", "u", "--norm", "none", "--anchor", by, "--anchor_decay", 1)
+    more = ("--anchor_tokens", 256, "--save_steps", 2)
+    assert main(train_flags(base, data, output, *flags, *more)) == 0
+    said = capfd.readouterr().out
+    assert "secura: anchored 14 layers by" in said
+    assert ("the model's own samples" if source == "self" else str(by)) in said
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["core"] == "u" and config["anchored"] and config["anchor_damping"] == 0.01
+    names = {name.rpartition(".")[2] for name in load_file(output / "adapter_model.safetensors")}
+    assert {"U", "left", "right"} <= names and not {"A", "B"} & names
+    assert "anchored by old text" in (output / "README.md").read_text()
+    assert main(["merge", "--adapter", str(output), "--output_dir", str(tmp_path / "m")]) == 0
+    other = [*train_flags(base, data, output, *flags, *more), "--resume_from_checkpoint"]
+    other[other.index("--anchor_decay") + 1] = "2"
+    fails(other, capfd, "anchor_decay", "1", "2")
+
+
+BAD = {
+    "--core u": ["--anchor", "self"],
+    "--anchor_decay acts": ["--anchor_decay", "1"],
+    "must be 0 or more": ["--core", "u", "--anchor_decay", "-1"],
+    "no such file": ["--core", "u", "--anchor", "nowhere.txt"],
+    "inner_r": ["--core", "u", "--inner_r", "8"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_flags_that_do_not_fit_are_one_line(message, base, data, tmp_path, capfd):  # noqa: F811
+    fails(train_flags(base, data, tmp_path / "out", *BAD[message]), capfd, message)
+
+
+def test_an_empty_file_of_old_text_is_one_line(base, data, tmp_path, capfd):  # noqa: F811
+    (tmp_path / "empty.txt").write_text("\n\n")
+    flags = ("--core", "u", "--norm", "none", "--anchor", tmp_path / "empty.txt")
+    fails(train_flags(base, data, tmp_path / "out", *flags), capfd, "holds no text")
+
+
+def test_public_names():
+    assert {"anchor", "unanchor", "AnchorReport"} <= set(dir(secura))
