@@ -129,7 +129,7 @@ def saved_mib(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> float
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node kept would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
