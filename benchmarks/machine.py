@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Versions of Python and ``packages``; ``"missing"`` where one is not installed."""
     found = {"python": platform.python_version()}
     for name in packages:

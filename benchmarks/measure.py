@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 MIB = 2**20
 WARMUP_MS, SLICE_MS = 10, 40
@@ -117,22 +118,24 @@ def _without_frames(error: Exception) -> Exception:
 def saved_mib(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> float:
     """MiB that autograd keeps between forward and backward, storages of ``weights`` not counted.
 
-    A storage counts once and whole: it is what stays alive. What a function keeps outside
+    A storage counts once and whole, if it is still alive when the forward pass has ended: what a
+    part of the graph kept that is gone by then is not counted. What a function keeps outside
     ``save_for_backward`` escapes; ``held_mib`` sees that on CUDA.
     """
     known = {weight.untyped_storage().data_ptr() for weight in weights}
-    sizes: dict[int, int] = {}
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return tensor.detach()  # an output that its own node kept would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
+    total = sum(nbytes for storage, nbytes in saved.values() if not storage.expired())
     del out
-    return sum(sizes.values()) / MIB
+    return total / MIB
 
 
 def held_mib(forward: Callable[[], Tensor], device: torch.device) -> float | None:

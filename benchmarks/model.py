@@ -33,8 +33,6 @@ from .shapes import MODELS
 from .tables import model_table
 from .training import adapted, flop_per_token, random_model, set_checkpointing, target_layers
 
-DATASHEET_TFLOP_S = {"NVIDIA H200": 989.5, "NVIDIA H100": 989.5, "NVIDIA A100": 312.0}
-"""Dense bf16, by the vendor's datasheets, as published MFU figures use."""
 PRESETS = ("quick", "saved", "block", "llama3-8b", "qwen2-7b", "qwen2-1.5b", "full")
 CHECK_TOKENS = 256
 
@@ -193,7 +191,7 @@ def run_case(
 
     def finish(provider: Provider, row: Row, times: dict[str, dict[str, float]]) -> None:
         if steps:
-            row.figures |= rates(times["step"], case, ceilings, device)
+            row.figures |= rates(times["step"], case, ceilings)
 
     return in_turns(
         case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=steps,
@@ -201,25 +199,17 @@ def run_case(
     )  # fmt: skip
 
 
-def rates(
-    timing: dict[str, float], case: StepCase, ceilings: dict[str, float], device: torch.device
-) -> dict[str, Any]:
+def rates(timing: dict[str, float], case: StepCase, ceilings: dict[str, float]) -> dict[str, Any]:
     """Tokens per second and utilisation of a step's times."""
     tokens = case.batch * case.sequence * case.accumulate
     rate = tokens / timing["median"] * 1e3
     tflop_s = rate * flop_per_token(MODELS[case.model], case.blocks, case.sequence) / 1e12
-    found: dict[str, Any] = {
+    return {
         "step_ms": timing,
         "tokens_per_s": rate,
         "tflop_s": tflop_s,
         "mfu_measured": tflop_s / ceilings["gemm_tflop_s"],
     }
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((v for known, v in DATASHEET_TFLOP_S.items() if name.startswith(known)), None)
-        if peak is not None:
-            found["mfu_datasheet"] = tflop_s / peak
-    return found
 
 
 def run(options: argparse.Namespace) -> Result:

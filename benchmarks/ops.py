@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import Layer, NormOptions, effective_weight, init_a, row_norms, secura_add
-from secura_kernels.api import additive_product
+from secura_kernels import NormOptions
+from secura_kernels.inspection.layers import Case
+from secura_kernels.norm import pack
+from secura_kernels.ops.activation.op import activation, activation_backward
+from secura_kernels.ops.channel.op import channel
+from secura_kernels.ops.common import Terms
+from secura_kernels.ops.lowrank.op import lowrank, lowrank_backward
+from secura_kernels.ops.project.op import project, project_backward
+from secura_kernels.ops.weight.op import merged_weight, normed_weight
 
 from .registry import SPACES, Ranks, frozen_linear, secura
 
@@ -41,42 +48,25 @@ class Tensors:
         weight: ``W [N, K]``.
         rows, cols: ``[m]`` int64.
         a, b, u: ``A [m, r]``, ``B [r, m]`` and their product, fp32.
+        p, q: ``P = C A B [N, m]`` in fp32, and in x's dtype.
+        gram, norms: of :func:`secura_kernels.row_norms`.
     """
 
     def __init__(self, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> None:
         t, n, k, m = self.size = size
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device) * scale
-
-        def choice(count: int) -> Tensor:
-            return torch.randperm(count, generator=generator, device=device)[:m].sort().values
-
-        self.x = normal(t, k).to(dtype)
-        self.weight = normal(n, k, scale=k**-0.5).to(dtype)
-        self.rows, self.cols = choice(n), choice(k)
-        self.a = init_a(self.weight, m, min(2 * m, k))
-        self.b = normal(self.a.shape[1], m, scale=0.5)
-        self.grad = normal(t, n).to(dtype)
+        case = Case(NormOptions("channel"), dtype, m, t, n, k, inner=min(2 * m, k), biased=False)
+        drawn = case.draw(device, seed)
+        layer = drawn.layer
+        assert layer.weight is not None and drawn.b is not None
+        assert layer.gram is not None and layer.base_norms is not None
+        self.x, self.grad, self.weight = drawn.x, drawn.grad, layer.weight
+        self.rows, self.cols = layer.rows.sort().values, layer.cols.sort().values
+        self.a, self.b = drawn.a, drawn.b
         self.u = self.a @ self.b
+        self.p = self.weight[:, self.cols].float() @ self.u
+        self.q = self.p.to(dtype)
         self.y0 = linear(self.x, self.weight)
-        self._norms = row_norms(self.weight, self.rows, None)
-
-    def layer(self, norm: str, form: str | None = None, save: str = "recompute") -> Layer:
-        """The adapted layer in a norm space, without its core."""
-        gram, norms = self._norms if norm == "channel" else (None, None)
-        options = NormOptions(norm, form)
-        return Layer(
-            self.weight,
-            None,
-            self.rows,
-            self.cols,
-            options,
-            gram=gram,
-            base_norms=norms,
-            save=save,
-        )
+        self.gram, self.norms = layer.gram, layer.base_norms
 
 
 def scattered(height: int, width: int, m: int, itemsize: int) -> float:
@@ -90,30 +80,28 @@ class Op(NamedTuple):
 
     Attributes:
         name: what it is.
-        run: the op on a layer's tensors and the leaves, in an implementation.
-        leaves: the names of the tensors that gradients reach; none for what has no backward.
+        run: the op on a layer's tensors in an implementation.
+        back: its backward on what ``run`` gave, or None for what has none.
         moved: the bytes it must move forward and backward, from T, N, K, m and s.
         rate: the ceiling its operations run under: ``gemm_tflop_s`` or ``fp32_tflop_s``.
     """
 
     name: str
-    run: Callable[..., Tensor]
-    leaves: tuple[str, ...]
+    run: Callable[[Tensors, str], Any]
+    back: Callable[[Tensors, str, Any], Any] | None
     moved: Callable[[int, int, int, int, int], tuple[float, float]]
     rate: str = "fp32_tflop_s"
 
     def calls(self, data: Tensors, impl: str) -> dict[str, Callable[[], Any]]:
         """``{"forward"}``, and ``"both"`` where it has a backward: what to time."""
-        leaves = [getattr(data, name).clone().requires_grad_() for name in self.leaves]
-        gradient = torch.randn_like(self.run(data, impl, *leaves).detach())
+        run, back = self.run, self.back
 
-        def forward() -> Tensor:
-            return self.run(data, impl, *leaves)
+        def forward() -> Any:
+            return run(data, impl)
 
-        def both() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(forward(), leaves, gradient)
-
-        return {"forward": forward, "both": both} if leaves else {"forward": forward}
+        if back is None:
+            return {"forward": forward}
+        return {"forward": forward, "both": lambda: back(data, impl, run(data, impl))}
 
     def floors_us(
         self, calls: dict[str, Callable[[], Any]], data: Tensors, ceilings: dict[str, float]
@@ -130,91 +118,95 @@ class Op(NamedTuple):
         return floors
 
 
-def _merged(data: Tensors, impl: str, norm: str, **how: Any) -> Tensor:
-    return effective_weight(data.layer(norm), data.u, impl=impl, **how)
+def _merged(seed: int | None) -> Callable[[Tensors, str], Tensor]:
+    return lambda d, impl: merged_weight(d.weight, d.rows, d.p, None, d.weight.dtype, seed, impl)
 
 
-def _projected(n: int, k: int, m: int, s: int) -> float:
-    """Bytes of P = C U, or of ∂U = Cᵀ ∂P: scattered columns of W, P in fp32, U."""
-    return scattered(n, k, m, s) + 4 * n * m + 4 * m * m
+def _normed(data: Tensors, impl: str) -> Tensor:
+    norm, dtype = pack(NormOptions("weight")), data.weight.dtype
+    return normed_weight(data.weight, data.rows, data.p, None, None, norm, dtype, None, impl)
 
 
-def _q(norm: str, form: str | None) -> Op:
+def _channel(form: str) -> Op:
+    norm = pack(NormOptions("channel", form))
     return Op(
-        f"{norm}: Q of U" + (f", {form}" if form else ""),
-        lambda d, impl: additive_product(d.layer(norm, form), d.u, impl=impl)[0],
-        (),
-        lambda t, n, k, m, s: (
-            _projected(n, k, m, s) + (8 * n * m + 4 * m * m if norm == "channel" else 0),
-            0,
-        ),
+        f"channel: Q of P, {form}",
+        lambda d, impl: channel(d.p, None, d.gram, d.norms, None, norm, impl),
+        lambda d, impl, found: d.p * found[2][:, None],
+        lambda t, n, k, m, s: (8 * n * m + 4 * m * m, 8 * n * m),
     )
 
 
 def _activation(save: str) -> Op:
-    kept = int(save == "8bit")
+    keep, norm = save == "8bit", pack(NormOptions("activation"))
+
+    def forward(d: Tensors, impl: str) -> Any:
+        return activation(d.y0, None, None, d.rows, Terms(d.q), None, norm, keep, impl)
+
+    def backward(d: Tensors, impl: str, found: Any) -> Any:
+        _, z, _, kept, *measured = found
+        saved = kept if keep else d.y0
+        needs = [True, True, False]
+        return activation_backward(
+            d.grad, saved, z, None, d.rows, Terms(d.q), measured, norm, needs, impl
+        )
+
     return Op(
         f"activation: norm of y0, {save}",
-        lambda d, impl, y0, u: secura_add(y0, d.layer("activation", save=save), u, impl=impl),
-        ("y0", "u"),
+        forward,
+        backward,
         lambda t, n, k, m, s: (
-            (2 * s + kept) * t * n
-            + scattered(t, n, m, s)
-            + s * m * (2 * t + n)
-            + _projected(n, k, m, s),
-            (2 * s + (1 if kept else s)) * t * n
-            + scattered(t, n, m, s)
-            + s * m * (t + n)
-            + _projected(n, k, m, s),
+            (2 * s + keep) * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
+            (2 * s + (1 if keep else s)) * t * n + scattered(t, n, m, s) + s * m * (t + n),
         ),
         "gemm_tflop_s",
     )
+
+
+def _added(d: Tensors, impl: str) -> Any:
+    return lowrank(d.y0, None, None, d.rows, d.q, None, None, None, impl)
+
+
+def _added_back(d: Tensors, impl: str, found: Any) -> Any:
+    needs = [True, True, False]
+    return lowrank_backward(d.grad, found[1], None, d.rows, d.q, None, None, needs, impl)
 
 
 OPS = (
     Op(
         "A B",
-        lambda d, impl, a, b: a @ b,
-        ("a", "b"),
+        lambda d, impl: d.a @ d.b,
+        lambda d, impl, u: (u @ d.b.t(), d.a.t() @ u),
         lambda t, n, k, m, s: (20 * m * m, 36 * m * m),
     ),
-    _q("none", None),
-    _q("channel", "calibrated"),
-    _q("channel", "paper"),
+    Op(
+        "P = C U",
+        lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
+        lambda d, impl, p: project_backward(p, d.weight, d.cols, impl),
+        lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
+    ),
+    _channel("calibrated"),
+    _channel("paper"),
     Op(
         "none: thin product added to y0",
-        lambda d, impl, y0, u: secura_add(y0, d.layer("none"), u, impl=impl),
-        ("y0", "u"),
+        _added,
+        _added_back,
         lambda t, n, k, m, s: (
-            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n) + _projected(n, k, m, s),
-            3 * s * t * n
-            + scattered(t, n, m, s)
-            + s * m * (t + n)
-            + 4 * n * m
-            + _projected(n, k, m, s),
+            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
+            3 * s * t * n + scattered(t, n, m, s) + s * m * (t + n) + 4 * n * m,
         ),
         "gemm_tflop_s",
     ),
     _activation("recompute"),
     _activation("8bit"),
-    Op(
-        "none: W' to nearest",
-        lambda d, impl: _merged(d, impl, "none"),
-        (),
-        lambda t, n, k, m, s: (2 * s * n * k, 0),
-    ),
+    Op("none: W' to nearest", _merged(None), None, lambda t, n, k, m, s: (2 * s * n * k, 0)),
     Op(
         "none: W' rounded stochastically",
-        lambda d, impl: _merged(d, impl, "none", stochastic_rounding=True),
-        (),
+        _merged(0),
+        None,
         lambda t, n, k, m, s: (2 * s * n * k, 0),
     ),
-    Op(
-        "weight: W'",
-        lambda d, impl: _merged(d, impl, "weight"),
-        (),
-        lambda t, n, k, m, s: (3 * s * n * k, 0),
-    ),
+    Op("weight: W'", _normed, None, lambda t, n, k, m, s: (3 * s * n * k, 0)),
 )
 """The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
 

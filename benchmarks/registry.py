@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secura import SECURALinear
-from secura_kernels import Layer, NormOptions, naive
+from secura_kernels import NormOptions, naive
 from secura_kernels.dispatch import why_not_triton
 
 from .machine import dtype_name
@@ -240,8 +240,8 @@ def expected(
         options = NormOptions("activation", "released", "averaged")
         if isinstance(module, SECURALinear):
             options = module.config.norm_options
-        layer = Layer(weight, bias, module.rows, module.cols, options, module.scaling)
-        return naive.secura_linear(x, layer, parameters["A"], parameters["B"])
+        p = _product(module, weight, parameters)
+        return naive.linear(x, weight, bias, module.rows, p, options)
     direction = weight + delta_weight(module, weight, parameters)
     if any("magnitude" in name for name in parameters):
         norm = direction.detach().norm(dim=1)

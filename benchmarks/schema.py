@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .machine import commit, describe, dtype_name, versions
+from .machine import commit, describe, dtype_name, package_versions
 
 SCHEMA = 1
 STATUSES = ("ok", "missing", "wrong", "failed", "out of memory", "skipped")
@@ -120,7 +120,7 @@ def new_result(
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         dtype=dtype_name(dtype),
         machine=describe(device),
-        versions=versions(),
+        versions=package_versions(),
         settings=settings,
     )
 

@@ -102,14 +102,13 @@ class Session:
         raise_ceilings(self.result.ceilings, self.device, self.dtype)
         finished = [row.case for row in self.result.rows]
         rest = [case for case in cases if case[0] not in finished]
-        progress = Progress(len(rest))
         for index, (case, name, _) in enumerate(rest):
             if time.monotonic() >= self.end:
                 self.recorder.add(Row(case, one.name, "skipped", SPENT) for one in providers)
                 continue
             deadline = self._deadline([size for _, _, size in rest[index:]])
-            self.recorder.add(measure(case, Turn(deadline, self.end, progress.say)))
-            progress.step(name)
+            self.recorder.add(measure(case, Turn(deadline, self.end, _say)))
+            _say(f"{index + 1}/{len(rest)} {time.monotonic() - self.start:4.0f} s  {name}", "\n")
             collect(self.device)
         raise_ceilings(self.result.ceilings, self.device, self.dtype)
         self.recorder.close()
@@ -181,39 +180,15 @@ def in_turns(
     return rows
 
 
+def _say(text: str, end: str = "") -> None:
+    """What is done, on stderr; what is being done on a terminal alone, in one line."""
+    live = sys.stderr.isatty()
+    if live or end:
+        print(f"\r\x1b[K{text}" if live else text, end=end, file=sys.stderr, flush=True)
+
+
 def collect(device: torch.device) -> None:
     """Give back what is no longer used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-class Progress:
-    """A bar on stderr: redrawn in place on a terminal, one line a step elsewhere.
-
-    Args:
-        total: steps.
-    """
-
-    WIDTH = 24
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.start = total, 0, time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def say(self, text: str) -> None:
-        """What is being done, on a terminal alone."""
-        if self.live:
-            self._draw(text, "\r\x1b[K", "")
-
-    def step(self, text: str) -> None:
-        """One step is done."""
-        self.done += 1
-        self._draw(text, "\r\x1b[K" if self.live else "", "\n")
-
-    def _draw(self, text: str, begin: str, end: str) -> None:
-        filled = self.WIDTH * self.done // max(1, self.total)
-        bar = "█" * filled + "░" * (self.WIDTH - filled)
-        seconds = time.monotonic() - self.start
-        line = f"{begin}{bar} {self.done}/{self.total} {seconds:4.0f} s  {text}{end}"
-        print(line, end="", file=sys.stderr, flush=True)

@@ -160,7 +160,7 @@ def test_scattered_columns_count_by_the_sectors_that_they_lie_in(width, itemsize
 def test_every_ops_floor_grows_with_its_bytes_and_its_operations(op):
     data = ops.Tensors(ops.Size(32, 48, 64, 16), "cpu", torch.bfloat16)
     calls = op.calls(data, "reference")
-    assert ("both" in calls) == bool(op.leaves)
+    assert ("both" in calls) == (op.back is not None)
     slow, fast = {"copy_gb_s": 1e-3, op.rate: 1e6}, {"copy_gb_s": 1e9, op.rate: 1e-6}
     by_bytes = op.floors_us(calls, data, slow)
     forward, backward = op.moved(*data.size, 2)
