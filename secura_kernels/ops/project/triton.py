@@ -12,7 +12,7 @@
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
 of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
-at most; fp32 weights, and ROCm, multiply in fp32. Source: DESIGN section 3.
+at most; fp32 weights, and ROCm, multiply in fp32.
 """
 
 from __future__ import annotations
