@@ -125,8 +125,8 @@ class CABR(AdapterState):
         self._check_input(dense, x)
         self._refresh(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.norm_options.replaces_product:
-            weight = bases.weight(base, values=False) if self.columns is None else None
             return secura_add(base(x), self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_moves_inputs(base):

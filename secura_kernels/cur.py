@@ -1,6 +1,6 @@
 """The CUR half of SECURA: which rows and columns of W, and how A starts.
 
-Notation (docs/design.md): ``W [N, K]`` is the frozen weight, ``rows [m]`` and ``cols [m]`` index
+Notation: ``W [N, K]`` is the frozen weight, ``rows [m]`` and ``cols [m]`` index
 its least important rows and columns, ``C = W[:, cols] [N, m]``, ``R = W[rows, :] [m, K]``,
 ``U = A B [m, m]`` and ``ΔW = scaling · C U R = P R`` with ``P = scaling · C U [N, m]``.
 

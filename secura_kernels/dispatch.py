@@ -77,12 +77,13 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     return "reference"
 
 
-def supported(impl: str | None, *tensors: Tensor) -> str:
-    """:func:`resolve` of several tensors: Triton where it can take them all."""
-    if impl == "reference":
-        return impl
-    found = [resolve(impl, tensor) for tensor in tensors]
-    return "triton" if all(name == "triton" for name in found) else "reference"
+def supported(impl: str | None, first: Tensor, second: Tensor) -> str:
+    """:func:`resolve` of two tensors: Triton where it can take both."""
+    found = resolve(impl, first)
+    if second.dtype == first.dtype and second.device == first.device:
+        return found
+    other = resolve(impl, second)
+    return found if found == other else "reference"
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Any]:

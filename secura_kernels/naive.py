@@ -21,6 +21,8 @@ Source: SECURA (arXiv 2502.18168), section 4, and its released code.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,10 +79,10 @@ def secura_linear(
     """Compute what :func:`secura_kernels.secura_linear` does; ``impl`` is ignored."""
     assert layer.weight is not None
     p, p_base = _projections(layer, a, b)
-    return linear(
-        x, layer.weight, layer.bias, layer.rows, p, layer.options, p_base=p_base,
-        delta_bias=delta_bias, z_scale=z_scale, restrain=layer.restrain,
-    )  # fmt: skip
+    trained: Any = {"delta_bias": delta_bias, "z_scale": z_scale}
+    frozen: Any = {"p_base": p_base, "restrain": layer.restrain}
+    w, bias, rows = layer.weight, layer.bias, layer.rows
+    return linear(x, w, bias, rows, p, layer.options, **frozen, **trained)
 
 
 def secura_add(

@@ -160,9 +160,17 @@ def _packed(
 ) -> str:
     form, combine = resolve_norm(options.norm, options.form, options.combine)
     norm = Norm(
-        options.norm, form, combine, float(options.scale), float(options.eps),
-        options.eps_relative, restrained, float(percent), float(edge), float(decay),
-    )  # fmt: skip
+        space=options.norm,
+        form=form,
+        combine=combine,
+        scale=float(options.scale),
+        eps=float(options.eps),
+        eps_relative=options.eps_relative,
+        restrained=restrained,
+        percent=float(percent),
+        edge=float(edge),
+        decay=float(decay),
+    )
     fields = [f"{name!r}: {value!r}" for name, value in zip(Norm._fields, norm, strict=True)]
     return "{" + ", ".join(fields) + "}"
 

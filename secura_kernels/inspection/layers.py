@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Example(NamedTuple):
         return [out.detach(), *found]
 
 
-def _cast(values: NamedTuple, cast) -> dict:
+def _cast(values: Any, cast: Callable[[object], object]) -> dict[str, Any]:
     return {name: cast(value) for name, value in zip(values._fields, values, strict=True)}
 
 

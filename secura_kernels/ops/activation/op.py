@@ -294,10 +294,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     weight = None if call.given else cast(layer.weight, dtype)
     terms = Terms(*projections(call, step, dtype), step.delta_bias, step.z_scale)
     keep = layer.save == "8bit"
-    out, z, y0, kept, *found = (activation if call.watched else activation.body)(
-        step.x, weight, cast(layer.bias, dtype), layer.rows, terms, call.important, call.norm, keep,
-        call.impl,
-    )  # fmt: skip
+    frozen, how = (weight, cast(layer.bias, dtype), layer.rows), (call.norm, keep, call.impl)
+    run = activation if call.watched else activation.body
+    out, z, y0, kept, *found = run(step.x, *frozen, terms, call.important, *how)
     if keep:
         terms = terms._replace(delta_bias=None)
     saved = kept if keep else step.x if call.given else y0

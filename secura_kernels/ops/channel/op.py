@@ -132,9 +132,9 @@ def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def product(call: Call, p: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(Q [N, m], share [N] or None, f/M [N])`` of a layer."""
     layer = call.layer
-    q, share, inverse = (channel if call.watched else channel.body)(
-        p, p_base, layer.gram, layer.base_norms, call.important, call.norm, call.impl
-    )
+    run = channel if call.watched else channel.body
+    norms = (layer.gram, layer.base_norms)
+    q, share, inverse = run(p, p_base, *norms, call.important, call.norm, call.impl)
     shared = layer.options.combine == "averaged" or call.important is not None
     return q, share if shared else None, inverse
 

@@ -216,10 +216,9 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
     layer, dtype = call.layer, step.x.dtype
     weight = None if call.given else cast(layer.weight, dtype)
     q = as_dtype(q, dtype)
-    out, z = (lowrank if call.watched else lowrank.body)(
-        step.x, weight, cast(layer.bias, dtype), layer.rows, q, share, step.delta_bias,
-        step.z_scale, call.impl,
-    )  # fmt: skip
+    frozen, trained = (weight, cast(layer.bias, dtype), layer.rows), (step.delta_bias, step.z_scale)
+    run = lowrank if call.watched else lowrank.body
+    out, z = run(step.x, *frozen, q, share, *trained, call.impl)
     return out, (z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
 
 

@@ -12,7 +12,7 @@
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
 of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
-at most; fp32 weights, and ROCm, multiply in fp32. Source: docs/design.md.
+at most; fp32 weights, and ROCm, multiply in fp32.
 """
 
 from __future__ import annotations
@@ -55,9 +55,20 @@ def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk
 @Kernel
 @triton.jit
 def _project_fwd_kernel(
-    w_ptr, cols_ptr, u_ptr, p_ptr, N, K, M, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    cols_ptr,
+    u_ptr,
+    p_ptr,
+    N,
+    K,
+    M,
+    stride_wn,
+    stride_wk,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     offs_n, offs_j = span(tl.program_id(0), BLOCK_N), span(tl.program_id(1), BLOCK_J)
     mask_j = offs_j < M
     acc = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)

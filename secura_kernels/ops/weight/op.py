@@ -316,10 +316,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
     terms = Terms(*projections(call, step, step.u.dtype), step.delta_bias)
-    out, *found = (weight if call.watched else weight.body)(
-        x, layer.weight, cast(layer.bias, x.dtype), layer.rows, terms, call.important, call.norm,
-        call.impl,
-    )  # fmt: skip
+    frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
+    run = weight if call.watched else weight.body
+    out, *found = run(x, *frozen, terms, call.important, call.norm, call.impl)
     return out, (x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 

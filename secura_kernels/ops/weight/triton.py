@@ -14,7 +14,8 @@
 | ∂P, scalars, factor | [N, m] [3] [N] | fp32                                      |
 
 Accumulators, ρ and M are fp32. Nothing is saved but the three scalars (ε, slope, offset) and the
-factors; base, Δ and M are rebuilt. Rows that W does not have read as 0.
+factors; base, Δ and M are rebuilt. An index that W does not have reads its first or last row (a
+mask in its place spilled on sm_80).
 
 Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K ≪ N·K:
 
@@ -90,13 +91,12 @@ def _base_and_delta(
         mask_m = offs_m < M
         if GATHER:
             row = tl.load(rows_ptr + offs_m, mask_m, other=0).to(tl.int64)
-            mask_r = mask_m & (row >= 0) & (row < N)
+            row = tl.minimum(tl.maximum(row, 0), N - 1)
         else:
             row = offs_m.to(tl.int64)
-            mask_r = mask_m
         r = tl.load(
             r_ptr + row[:, None] * stride_rm + offs_k[None, :] * stride_rk,
-            mask_r[:, None] & mask_k[None, :],
+            mask_m[:, None] & mask_k[None, :],
             other=0.0,
         ).to(p_ptr.dtype.element_ty)
         offs_p = offs_n[:, None] * M + offs_m[None, :]
