@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import Layer, NormOptions, secura_linear
+from secura_kernels import Layer, NormOptions, row_norms, secura_linear
 from secura_kernels.gain import NORMS
 
 from .cases import check_layer_op
@@ -79,3 +82,29 @@ def test_gradients_that_nobody_wants_are_not_made():
         leaves[wanted].requires_grad_()
         secura_linear(leaves[0], layer(), leaves[1], leaves[2]).sum().backward()
         assert [leaf.grad is not None for leaf in leaves] == [i == wanted for i in range(3)]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_core_that_is_trained_itself(norm, watched):
+    """Without B, A is the core: as with the identity in B's place, gradients included."""
+    torch.manual_seed(0)
+    weight = torch.randn(13, 11, dtype=torch.float64)
+    own = layer(weight=weight, options=NormOptions(norm), scaling=1.5)
+    if norm == "channel":
+        gram, norms = row_norms(weight, own.rows, None)
+        own = own._replace(gram=gram, base_norms=norms)
+    x = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(4, dtype=torch.float64)
+    weights = torch.randn(5, 13, dtype=torch.float64)
+
+    def run(*factors):
+        with FlopCounterMode(display=False) if watched else nullcontext():
+            out = secura_linear(x, own, *factors)
+        return out, *torch.autograd.grad((out * weights).sum(), (x, u))
+
+    for got, expected in zip(run(u), run(u, eye), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"without b, a is \[4, 4\]"):
+        secura_linear(x, own, u[:, :3])
