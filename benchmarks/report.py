@@ -251,6 +251,30 @@ def startup_table(result: Result, name: str) -> str:
     return "\n".join([*lines, "", f"{provenance(result)}."]) + "\n"
 
 
+def anchor_table(result: Result, name: str) -> str:
+    """Costs of the anchor that ``benchmarks.anchor`` found."""
+    lines = ["| | seconds | |", "|---|---|---|"]
+    for row in result.rows:
+        figures = row.figures
+        if row.status != "ok":
+            lines.append(f"| {row.provider} | {row.status}: {row.note} | |")
+        elif "tokens" in figures:
+            lines.append(
+                f"| anchoring {row.case['layers']} layers, {figures['tokens']:,} tokens | "
+                f"{figures['seconds']:.0f} | {figures['peak_mib']:.0f} MiB above the model at the "
+                "peak |"
+            )
+        else:
+            time = figures["step_ms"]
+            shape = f"{row.case['batch']} × {row.case['sequence']} tokens"
+            lines.append(
+                f"| {row.provider}, {shape} | {time['median'] / 1e3:.2f} | "
+                f"{time['q20'] / 1e3:.2f} to {time['q80'] / 1e3:.2f}, {time['samples']} steps |"
+            )
+    case = result.rows[0].case
+    return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
+
+
 def demo_table(result: dict[str, Any]) -> str:
     """Losses and costs of ``secura demo``."""
     base, settings, plan = result["base"], result["settings"], result["plan"]
@@ -302,6 +326,7 @@ TABLES: dict[str, Callable[[Result, str], str]] = {
     "layer": layer_table,
     "model": model_table,
     "startup": startup_table,
+    "anchor": anchor_table,
 }
 
 

@@ -9,7 +9,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import costs, layer, measure, model, oracle, plots, report, shapes, startup, targets
+from benchmarks import (
+    anchor,
+    costs,
+    layer,
+    measure,
+    model,
+    oracle,
+    plots,
+    report,
+    shapes,
+    startup,
+    targets,
+)
 from benchmarks.providers import (
     MissingError,
     Provider,
@@ -388,3 +400,16 @@ def test_a_kernel_that_cannot_run_is_missing_with_the_reason():
     (provider,) = choose(catalogue(torch.float32), "secura none triton")
     with pytest.raises(MissingError, match="cpu"):
         provider.build(frozen_linear(torch.randn(8, 8)), Ranks(2, 2))
+
+
+def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path):
+    path = tmp_path / "anchor.json"
+    flags = ["--device", "cpu", "--preset", "tiny", "--max_seconds", "20", "--out", str(path)]
+    assert anchor.main(flags) == 0
+    result = Result.load(path)
+    assert result.complete and [row.provider for row in result.rows] == [
+        "anchoring", anchor.PLAIN, anchor.ANCHORED,
+    ]  # fmt: skip
+    assert result.rows[0].figures["tokens"] == 256 and result.rows[0].case["layers"] == 6
+    table = report.anchor_table(result, "anchor")
+    assert "anchoring 6 layers, 256 tokens" in table and "4 × 128 tokens" in table
