@@ -252,7 +252,7 @@ def test_torch_compile_takes_a_layer_whole(norm):
 
 
 def test_config_round_trip(tmp_path):
-    """Of every field one value that is not the default: of those that exclude each other, in two."""
+    """Every field has a value that is not the default, in one of two: some exclude each other."""
     settings = dict(
         r=7, scaling=0.5, selection="inverse_sampling", init="kaiming", norm="channel",
         norm_form="released", norm_combine="averaged", norm_reference="folded",
