@@ -252,6 +252,30 @@ def startup_table(result: Result) -> str:
     return "\n".join([*lines, "", f"{provenance(result)}."]) + "\n"
 
 
+def anchor_table(result: Result) -> str:
+    """Costs of the anchor that ``benchmarks.anchor`` found."""
+    lines = ["| | seconds | |", "|---|---|---|"]
+    for row in result.rows:
+        figures = row.figures
+        if row.status != "ok":
+            lines.append(f"| {row.provider} | {row.status}: {row.note} | |")
+        elif "tokens" in figures:
+            lines.append(
+                f"| anchoring {row.case['layers']} layers, {figures['tokens']:,} tokens | "
+                f"{figures['seconds']:.0f} | {figures['peak_mib']:.0f} MiB above the model at the "
+                "peak |"
+            )
+        else:
+            time = figures["step_ms"]
+            shape = f"{row.case['batch']} × {row.case['sequence']} tokens"
+            lines.append(
+                f"| {row.provider}, {shape} | {time['median'] / 1e3:.2f} | "
+                f"{time['q20'] / 1e3:.2f} to {time['q80'] / 1e3:.2f}, {time['samples']} steps |"
+            )
+    case = result.rows[0].case
+    return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
+
+
 def provenance(result: Result) -> str:
     """Where and how a result was made, in a sentence."""
     machine, versions = result.machine, result.versions
@@ -264,4 +288,9 @@ def provenance(result: Result) -> str:
     return f"{where}, {result.dtype}; {packages}; commit {result.commit}; `{result.command}`"
 
 
-TABLES = {"layer": layer_table, "model": model_table, "startup": startup_table}
+TABLES = {
+    "layer": layer_table,
+    "model": model_table,
+    "startup": startup_table,
+    "anchor": anchor_table,
+}

@@ -94,8 +94,7 @@ class CABR(AdapterState):
         self.register_buffer("cols", cols)
         self.register_buffer("core", torch.zeros(m, m, device=weight.device))
         for name in ("left", "right"):
-            side = torch.eye(m, device=weight.device) if config.anchored else None
-            self.register_buffer(name, side)
+            self.register_buffer(name, None)
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0

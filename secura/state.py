@@ -62,6 +62,10 @@ class AdapterState(nn.Module):
         if name in ("rows", "cols", "core"):
             self._assigned, self._awaits_file = True, False
 
+    def expect_anchor(self) -> None:
+        """Make room for the κ L and S that a file is about to bring."""
+        self.left, self.right = (torch.eye(len(self.core)).to(self.core) for _ in range(2))
+
     def await_file(self) -> None:
         """Make every use an error until the adapter's tensors are loaded."""
         self._assigned = self._awaits_file = True
@@ -141,7 +145,7 @@ class AdapterState(nn.Module):
         self.check_loadable(state_dict, prefix)
         known = any(prefix + name in state_dict for name in self.STATE)
         if self.U is not None and self.left is None and prefix + "left" in state_dict:
-            self.left, self.right = torch.zeros_like(self.core), torch.zeros_like(self.core)
+            self.expect_anchor()
             self.config.anchored = True
         state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -127,7 +127,7 @@ def test_it_samples_its_own_text_where_none_is_given():
 
 
 def test_tokens_are_taken_from_every_text_in_turn():
-    pieces = secura.anchoring._pieces(TEXTS, None, 20, 6)
+    pieces = secura.curvature._pieces(TEXTS, None, 20, 6)
     assert [len(piece) for piece in pieces] == [6, 6, 6, 2]
     assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
 
@@ -293,10 +293,11 @@ def test_statistics_with_nan_are_refused(where):
     model = cored()
     weight = model.base_model.model.model.get_submodule(where).weight
     weight.data[4] = float("nan")
-    before = tiny.snapshot(model)
+    before = {name: value for name, value in tiny.snapshot(model).items() if "secura" in name}
     with pytest.raises(ValueError, match="NaN or inf"):
         anchor(model, TEXTS)
-    assert before.keys() == tiny.snapshot(model).keys() and anchors(model)[0] == (None, None)
+    after = {name: value for name, value in tiny.snapshot(model).items() if "secura" in name}
+    tiny.assert_same(after, before)
 
 
 def test_only_that_core_is_anchored():
@@ -344,12 +345,85 @@ def test_the_cost_of_a_change_on_old_text_is_the_same_in_every_direction():
     assert spread() < 0.5 * plain
 
 
-def test_a_quantised_base_is_anchored():
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = SECURALinear(
-        bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False), AdapterConfig(r=4, core="u")
-    )
-    assert bases.weight(layer.base).shape == (16, 16)
+class Packed(nn.Linear):
+    """A linear layer whose weight is stored in 8 bits, as a quantised one's is."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 127
+        stored = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).t()
+
+
+class Backend:
+    @staticmethod
+    def get_base_weight(base):
+        return base.weight * base.scale
+
+
+def test_a_quantised_base_is_anchored(monkeypatch):
+    """Its statistics are those of the weight that it stands for."""
+    kind = lambda base: Backend if isinstance(base, Packed) else None  # noqa: E731
+    monkeypatch.setattr(bases, "_quantization", kind)
+    models = []
+    for quantised in (True, False):
+        model = tiny.llama(bias=False)
+        for block in model.model.layers:
+            packed = Packed(block.self_attn.q_proj)
+            dense = nn.Linear(24, 24, bias=False)
+            dense.weight = nn.Parameter(Backend.get_base_weight(packed), requires_grad=False)
+            block.self_attn.q_proj = packed if quantised else dense
+        models.append(tiny.adapted(model, core="u", norm="none", target_modules=["q_proj"]))
+    for model in models:
+        anchor(model, TEXTS)
+    for got, expected in zip(*map(anchors, models), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(models[0]), tiny.logits(models[1]), rtol=0, atol=1e-4)
+
+
+def test_a_config_that_was_anchored_anchors_nothing_new(tmp_path):
+    """A new adapter from an anchored one's config has no anchor, nor has its file."""
+    model = cored()
+    anchor(model, TEXTS)
+    fresh = get_peft_model(tiny.llama(), model.peft_config["default"])
+    assert anchors(fresh)[0] == (None, None)
+    fresh.save_pretrained(tmp_path)
+    assert "without an anchor" in (tmp_path / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert not loaded.peft_config["default"].anchored and anchors(loaded)[0] == (None, None)
+
+
+def test_the_small_file_needs_no_anchor(tmp_path):
+    model = cored()
+    anchor(model, TEXTS)
+    tiny.perturb(model, 3)
+    before = tiny.logits(model)
+    unanchor(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    torch.testing.assert_close(tiny.logits(loaded), before, rtol=0, atol=2e-5)
+    assert anchors(loaded)[0] == (None, None)
+
+
+def test_no_more_tokens_are_read_than_asked_for_or_than_positions_allow():
+    assert anchor(cored(), tokens=50, length=128).tokens == 50
+    assert anchor(cored(), tokens=50, length=20).tokens == 40
+    model = cored()
+    assert anchor(model, tokens=200, length=128).tokens == 192  # 64 positions
+
+
+def test_a_forward_without_a_cache_cannot_sample():
+    model = cored()
+    inner = model.forward
+    model.forward = lambda input_ids: inner(input_ids=input_ids)
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"cannot sample: its forward takes no past.*give texts"):
+        anchor(model)
+    tiny.assert_same(tiny.snapshot(model), before)
+    anchor(model, TEXTS)
 
 
 def _anchor_in_one_process(rank, store, queue):

@@ -224,6 +224,15 @@ def test_doctor_notices_a_wrong_or_failing_op(capfd, monkeypatch):
     assert "2 of 5 checks passed" in shown  # 1% lies within what bf16 may err
 
 
+def test_doctor_notices_an_anchor_that_moves_something(capfd, monkeypatch):
+    from secura.cli import doctor
+
+    monkeypatch.setattr(doctor, "anchor_error", lambda torch: 2 * doctor.ANCHOR_LIMIT)
+    assert main(["doctor"]) == 1
+    shown = capfd.readouterr().out
+    assert "output, FAILED" in shown and "28 of 29 checks passed" in shown
+
+
 def test_doctor_when_an_implementation_is_forced(capfd, monkeypatch):
     monkeypatch.setenv("SECURA_IMPL", "fastest")
     fails(["doctor"], capfd, "unknown impl 'fastest'")

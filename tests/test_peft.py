@@ -252,8 +252,9 @@ def test_torch_compile_takes_a_layer_whole(norm):
 
 
 def test_config_round_trip(tmp_path):
-    config = SecuraConfig(
-        r=7, inner_r=9, scaling=0.5, selection="inverse_sampling", init="kaiming", norm="channel",
+    """Every field has a value that is not the default, in one of two: some exclude each other."""
+    settings = dict(
+        r=7, scaling=0.5, selection="inverse_sampling", init="kaiming", norm="channel",
         norm_form="released", norm_combine="averaged", norm_reference="folded",
         norm_save="8bit",
         norm_scale=5.0, norm_eps=1e-6, norm_eps_relative=True, fold_every=3, train_bias=True,
@@ -262,19 +263,24 @@ def test_config_round_trip(tmp_path):
         exclude_modules=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
         modules_to_save=["lm_head"], rank_pattern={"q_proj": 3}, task_type="CAUSAL_LM",
     )  # fmt: skip
-    default = SecuraConfig(r=8)
-    same = {n for n, v in default.to_dict().items() if v == config.to_dict()[n]}
-    assert same <= {
+    configs = (
+        SecuraConfig(inner_r=9, **settings),
+        SecuraConfig(core="u", anchor_damping=0.5, anchored=True, **settings),
+    )
+    default = SecuraConfig(r=8).to_dict().items()
+    same = [{n for n, v in default if v == config.to_dict()[n]} for config in configs]
+    assert same[0] & same[1] <= {
         "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
         "inference_mode", "format_version", "check_base", "checksum", "base_tensors",
         "how_to_load", "layer_replication",
     }  # fmt: skip
-    config.save_pretrained(tmp_path)
-    for loaded in (
-        SecuraConfig.from_pretrained(tmp_path), peft.PeftConfig.from_pretrained(tmp_path)
-    ):  # fmt: skip
-        assert type(loaded) is SecuraConfig
-        assert loaded == config
+    for config in configs:
+        config.save_pretrained(tmp_path)
+        for loaded in (
+            SecuraConfig.from_pretrained(tmp_path), peft.PeftConfig.from_pretrained(tmp_path)
+        ):  # fmt: skip
+            assert type(loaded) is SecuraConfig
+            assert loaded == config
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _measure(output_dir: Path, asked: Asked, board: Board) -> dict[str, Any]:
         "assets": [
             asdict(ASSETS[name]) | {"description": ASSETS[name].describe()} for name in _ASSETS
         ],
-        "versions": machine.versions(_PACKAGES),
+        "versions": machine.package_versions(_PACKAGES),
         "hardware": machine.describe(torch.device("cpu")),
     }
 

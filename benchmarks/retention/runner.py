@@ -128,7 +128,7 @@ class Runner:
     @cached_property
     def _environment(self) -> dict[str, Any]:
         return {
-            **machine.versions(_PACKAGES),
+            **machine.package_versions(_PACKAGES),
             "commit": machine.commit(),
             "machine": machine.describe(self.device),
             **self.material.describe(),

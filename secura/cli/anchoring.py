@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,18 @@ def check(arguments: Any, config: Any) -> None:
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"
         raise UserError(f"{flag} acts on a core that is trained itself: give --core u with it")
-    if arguments.anchor_decay < 0:
-        raise UserError(f"--anchor_decay {arguments.anchor_decay} must be 0 or more")
+    if arguments.anchor is None:
+        usual = type(config).anchor_damping
+        for flag, given in (
+            ("--anchor_tokens", arguments.anchor_tokens is not None),
+            ("--anchor_damping", config.anchor_damping != usual),
+        ):
+            if given:
+                raise UserError(f"{flag} is --anchor's: give --anchor self|FILE with it")
+    elif arguments.anchor_tokens is not None and arguments.anchor_tokens < 2:
+        raise UserError(f"--anchor_tokens {arguments.anchor_tokens} must be 2 or more")
+    if not (arguments.anchor_decay >= 0 and math.isfinite(arguments.anchor_decay)):
+        raise UserError(f"--anchor_decay {arguments.anchor_decay} must be 0 or more, and finite")
     if arguments.anchor not in (None, SELF) and not Path(arguments.anchor).is_file():
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
@@ -45,8 +56,8 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
             model,
             texts,
             tokenizer=trainer.processing_class,
-            tokens=arguments.anchor_tokens,
             seed=seed,
+            **({"tokens": arguments.anchor_tokens} if arguments.anchor_tokens else {}),
         )
     except ValueError as error:
         raise UserError(f"--anchor {arguments.anchor}: {one_line(error)}") from error

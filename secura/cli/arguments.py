@@ -112,8 +112,9 @@ class AnchorArguments:
             "column text, or any other, in which an empty line ends a text."
         },
     )
-    anchor_tokens: int = field(
-        default=8192, metadata={"help": "Tokens of old text that are read at most."}
+    anchor_tokens: int | None = field(
+        default=None,
+        metadata={"help": "With --anchor: tokens of old text that are read at most. [8192]"},
     )
     anchor_decay: float = field(
         default=0.0,

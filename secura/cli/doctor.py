@@ -83,10 +83,10 @@ def main(argv: list[str]) -> int:
         print(f"{device} {dtype}: {impl or 'nothing'}, because {reason}")
     try:
         kept = anchor_error(torch)
-        print(f"\nanchor: a core U and its κ L Ũ S differ by {kept:.1e} in a layer's output")
+        said = f"a core U and its κ L Ũ S differ by {kept:.1e} in a layer's output"
     except RuntimeError as error:
-        kept = math.inf
-        print(f"\nanchor: FAILED {one_line(error)}")
+        kept, said = math.inf, one_line(error)
+    print(f"\nanchor: {said}, {'ok' if kept < ANCHOR_LIMIT else 'FAILED'}")
     failed = sum(not check.passed for check in checks) + (not kept < ANCHOR_LIMIT)
     print(f"\n{len(checks) + 1 - failed} of {len(checks) + 1} checks passed")
     return 1 if failed else 0

@@ -78,6 +78,11 @@ def run(
     trainer.accelerator.print(describe(trainer, config))
     if anchor_args.anchor and resume is None:
         trainer.accelerator.print(anchoring.anchor(trainer, anchor_args, training.seed))
+    elif config.core == "u" and resume is None:
+        trainer.accelerator.print(
+            "secura: note: the core has no anchor, so nothing holds its steps to what the model "
+            "knows: --anchor self gives it one"
+        )
     if data_args.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
         for old in checkpoints(Path(training.output_dir)):
             clear(old)

@@ -31,11 +31,11 @@ added to those of old text, and what was learned is folded::
     secura.anchor(model, tokenizer=tokenizer)
     trainer = Trainer(model, ..., callbacks=[AnchorCallback(), AnchorDecayCallback(1.0)])
 
-Its callbacks work wherever a Trainer does, DDP and FSDP2 included. The others work under one
-process and under DDP. Sharded training (FSDP, DeepSpeed) keeps parameters and gradients where a
-callback cannot reach them, and is refused, as is an adapter whose config folds during training
-(``fold_every``): folding moves what was learned out of the parameters these methods watch. Fold at
-the end of a task, before ``Fisher.estimate``.
+Its callbacks are not refused under sharded training, in which they have not been tried within a
+Trainer. The others work under one process and under DDP. Sharded training (FSDP, DeepSpeed) keeps
+parameters and gradients where a callback cannot reach them, and is refused, as is an adapter whose
+config folds during training (``fold_every``): folding moves what was learned out of the parameters
+these methods watch. Fold at the end of a task, before ``Fisher.estimate``.
 """
 
 from __future__ import annotations

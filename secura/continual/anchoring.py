@@ -19,7 +19,18 @@ from secura.folding import fold
 TrainerCallback = require("transformers", "train").TrainerCallback
 
 
-class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+class _CoreCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+    """What a callback for ``core="u"`` needs before the first step is paid for."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Raise ``ValueError`` where the model has no such core."""
+        assert model is not None
+        anchored_adapters(model)
+
+
+class AnchorCallback(_CoreCallback):
     """At the end of a task, fold what was learned and add the task's texts to the anchor.
 
     The next task then starts at U = 0, in coordinates in which what the earlier tasks taught costs
@@ -56,13 +67,6 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         self.fold, self.settings = fold, settings
         self.report: AnchorReport | None = None
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        """Look for a core to anchor, before the first step is paid for."""
-        assert model is not None
-        anchored_adapters(model)
-
     def on_train_end(
         self,
         args: Any,
@@ -82,7 +86,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         self.report = anchor(model, texts, tokenizer=self.tokenizer, add=True, **self.settings)
 
 
-class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+class AnchorDecayCallback(_CoreCallback):
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
     On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
@@ -90,25 +94,18 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     weight decay on U.
 
     Args:
-        anchor_decay: 0 or more; AdamW's own default for weights is 0.01, 1 is felt after some
-            hundred steps at 1e-3.
+        anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off what U
+            would be.
 
     Raises:
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
-            ``core="u"``.
+            ``core="u"``. At a step: for an optimizer that holds copies of the cores (ZeRO).
     """
 
     def __init__(self, anchor_decay: float) -> None:
         if not (anchor_decay >= 0 and math.isfinite(anchor_decay)):
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
         self.anchor_decay = anchor_decay
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        """Look for a core to decay."""
-        assert model is not None
-        anchored_adapters(model)
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -123,10 +120,15 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         """Decay every core that the optimizer trains, at the rate of its group."""
         assert model is not None
         cores = {id(adapter.U) for adapter, _ in anchored_adapters(model).values()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in cores:
-                    parameter.mul_(1 - group["lr"] * self.anchor_decay)
+        pairs = [(group["lr"], one) for group in optimizer.param_groups for one in group["params"]]
+        found = [(rate, one) for rate, one in pairs if id(one) in cores]
+        if not found:
+            raise ValueError(
+                "the optimizer trains none of the model's cores U themselves (they are frozen, or "
+                "it holds copies, as ZeRO's does), so anchor_decay would do nothing: leave it out"
+            )
+        for rate, core in found:
+            core.mul_(1 - rate * self.anchor_decay)
 
 
 def _read(dataloader: Any, tokens: int) -> list[Tensor]:

@@ -138,21 +138,23 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" not in kwargs:  # then another saved: its tensors are not there yet
             return
-        folder = Path(save_directory)
+        folder, anchored = Path(save_directory), self.anchored
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             tensors = read_file(folder / SAFETENSORS_WEIGHTS_NAME)
             written = json.loads((folder / CONFIG_NAME).read_text())
+            anchored = any(name.endswith(".secura_adapter.left") for name in tensors)
             written["checksum"] = digest(tensors.values())
+            written["anchored"] = anchored
             written["base_tensors"] = self._base_tensors(tensors) or None
             (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
-        describe_loading(folder / "README.md", self.describe_core())
+        describe_loading(folder / "README.md", self.describe_core(anchored))
 
-    def describe_core(self) -> str:
+    def describe_core(self, anchored: bool) -> str:
         """What is trained, in one sentence."""
         if self.core == "ab":
             return "The core U = A B of ΔW = C U R is trained."
         anchor = f"anchored by old text with damping {self.anchor_damping:g}"
-        how = anchor if self.anchored else "without an anchor"
+        how = anchor if anchored else "without an anchor"
         return f"The core U of ΔW = C U R is trained itself, {how}."
 
     def _base_tensors(self, names: Iterable[str]) -> list[str]:

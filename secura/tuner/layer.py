@@ -80,6 +80,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         dtype = torch.float32 if dense is None else dense.dtype
         adapter = CABR(config, base, r=r, dtype=dtype).train(self.training)
         adapter.name = name
+        if config.anchored and config.checksum is not None:  # of a file, whose tensors come next
+            adapter.expect_anchor()
         if config.inference_mode and config.checksum is not None:
             adapter.await_file()
         self.secura_adapter[adapter_name] = adapter

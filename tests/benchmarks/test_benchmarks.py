@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    anchor,
     compare,
     layer,
     measure,
@@ -463,3 +464,15 @@ def test_a_kernel_that_cannot_run_is_missing_with_the_reason():
     (provider,) = choose(catalogue(torch.float32), "secura none triton")
     with pytest.raises(MissingError, match="cpu"):
         provider.build(frozen_linear(torch.randn(8, 8)), Ranks(2, 2))
+
+
+def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path):
+    path = tmp_path / "anchor.json"
+    flags = ["--device", "cpu", "--preset", "tiny", "--max_seconds", "20", "--out", str(path)]
+    assert anchor.main(flags) == 0
+    result = Result.load(path)
+    names = ["anchoring", anchor.PLAIN, anchor.ANCHORED]
+    assert result.complete and [row.provider for row in result.rows] == names
+    assert result.rows[0].figures["tokens"] == 256 and result.rows[0].case["layers"] == 6
+    table = tables.anchor_table(result)
+    assert "anchoring 6 layers, 256 tokens" in table and "4 × 128 tokens" in table

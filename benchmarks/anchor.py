@@ -1,0 +1,130 @@
+"""What anchoring costs: the pass over old text, and a training step with an anchor and without.
+
+    python -m benchmarks.anchor --preset quick --out benchmarks/results/anchor-cpu.json
+
+``quick`` is the whole packaged SmolLM2-135M, CUR rank 64 on its MLP, ``tiny`` a model of two layers
+with random weights, for tests. The pass writes its own text. Steps are forward, backward and AdamW
+on 4 × 128 tokens, with and without in turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from secura import SecuraConfig, anchor
+
+from . import measure
+from .assets import load_model
+from .schema import SPENT, Result, Row
+from .session import Session, parser
+from .tables import anchor_table
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+BATCH, LENGTH = 4, 128
+ROUNDS = 40
+"""Steps of each kind at most."""
+TOKENS = {"quick": 8192, "tiny": 256}
+PLAIN, ANCHORED = "step, core='u'", "step, anchored"
+
+
+def base_model(preset: str, dtype: torch.dtype) -> Any:
+    """The model of a preset."""
+    if preset == "quick":
+        return load_model("smollm2-135m", dtype)[0]
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def adapted(base: nn.Module, m: int) -> Any:
+    """A copy of the model with ``core="u"`` on its MLP layers."""
+    config = SecuraConfig(core="u", norm="none", r=m, target_modules=MLP)
+    return get_peft_model(copy.deepcopy(base), config).train()
+
+
+def step_of(model: nn.Module, seed: int) -> Callable[[], None]:
+    """One training step on random tokens, which the optimizer's state outlasts."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    device = trained[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    vocabulary = getattr(model, "config").vocab_size  # noqa: B009  a PeftModel forwards it
+    ids = torch.randint(vocabulary, (BATCH, LENGTH), generator=generator, device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run(options: Any) -> Result:
+    """Everything the command line asked for."""
+    session = Session("anchor", options, {})
+    device, recorder = session.device, session.recorder
+    quick = options.preset == "quick"
+    base = base_model(options.preset, session.dtype).to(device)
+    case = {"model": "smollm2-135m" if quick else "tiny", "m": 64 if quick else 8}
+    model, tokens = adapted(base, case["m"]), TOKENS[options.preset]
+    reports: list[Any] = []
+    peak = measure.peak_mib(
+        lambda: reports.append(anchor(model, tokens=tokens, seed=options.seed)), device
+    )
+    figures = {"seconds": reports[0].seconds, "peak_mib": peak, "tokens": reports[0].tokens}
+    recorder.add([Row(case | {"layers": reports[0].layers}, "anchoring", figures=figures)])
+    shape = case | {"batch": BATCH, "sequence": LENGTH}
+    if time.monotonic() >= session.end:
+        recorder.add([Row(shape, name, "skipped", SPENT) for name in (PLAIN, ANCHORED)])
+    else:
+        steps = {PLAIN: step_of(adapted(base, case["m"]), options.seed)}
+        steps[ANCHORED] = step_of(model.train(), options.seed)
+        for step in steps.values():
+            step()
+        times = paired(steps, device, session.end)
+        recorder.add([Row(shape, name, figures={"step_ms": times[name]}) for name in steps])
+    recorder.close()
+    return session.result
+
+
+def paired(
+    steps: dict[str, Callable[[], None]], device: torch.device, end: float
+) -> dict[str, dict[str, float]]:
+    """Times of the steps in turns, the order turned about each round, until the time is spent."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    while (done := len(samples[names[0]])) < 3 or (time.monotonic() < end and done < ROUNDS):
+        for name in names:
+            samples[name] += measure.stopwatch(steps[name], device)
+        names.reverse()
+    return {name: measure.timing(found) for name, found in samples.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line."""
+    flags = parser(__doc__ or "", ("quick", "tiny"))
+    options = flags.parse_args(arguments)
+    try:
+        result = run(options)
+    except ValueError as error:
+        flags.error(str(error))
+    print(anchor_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

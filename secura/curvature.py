@@ -1,0 +1,261 @@
+"""The curvature of what a model knows in the span of its adapters, read off old text.
+
+Texts are cut into pieces and batched by length, so that none is padded; without texts the model
+writes some. One pass forward and backward over them sums z zᵀ and h hᵀ of every adapted layer
+(formulas in :mod:`secura.anchoring`), each process over its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import bases
+from .adapter import CABR
+
+Texts = Sequence[str] | Sequence[Tensor]
+
+
+class Statistics(NamedTuple):
+    """What one layer's tokens sum up to, and its own C and R, ``[m, m]`` each, fp32.
+
+    Attributes:
+        sigma: the sum of z zᵀ.
+        gamma: the sum of h hᵀ.
+        columns: CᵀC.
+        rows: R Rᵀ.
+    """
+
+    sigma: Tensor
+    gamma: Tensor
+    columns: Tensor
+    rows: Tensor
+
+
+def curvature(
+    model: nn.Module,
+    adapters: Mapping[str, tuple[CABR, nn.Module]],
+    texts: Texts | None,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[dict[str, Statistics], int]:
+    """Each layer's sums over old text, and how many tokens were read, over all processes.
+
+    Args:
+        model: gives ``logits`` for ``input_ids``; gradients have to reach the adapted layers.
+        adapters: the adapters and the layers they are on, by name.
+        texts, tokenizer, tokens, length, batch_size, seed: see :func:`secura.anchor`.
+
+    Raises:
+        ValueError: no text, one of fewer than two tokens, strings without a tokenizer, a model that
+            cannot sample, or logits that are not finite.
+    """
+    device = next(iter(adapters.values()))[0].rows.device
+    rank, world = _processes()
+    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
+    length = min(length, tokens, _limit(model))
+    if texts is None:
+        count = max(1, tokens // (length * world))
+        batches = _batches(
+            _sample(model, tokenizer, count, length, batch_size, generator), batch_size
+        )
+    else:
+        batches = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
+        batches = _share(batches, rank, world, device)
+    sums, handles = {}, []
+    for name, (adapter, layer) in adapters.items():
+        sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
+        handles.append(layer.register_forward_hook(_Watch(adapter, sums[name])))
+    try:
+        for batch in batches:
+            _read(model, batch.to(device), generator)
+    finally:
+        for handle in handles:
+            handle.remove()
+    read = torch.tensor(sum(batch.numel() for batch in batches), device=device)
+    if world > 1:
+        for tensor in (read, *(side for one in sums.values() for side in (one.sigma, one.gamma))):
+            torch.distributed.all_reduce(tensor)
+    return sums, int(read)
+
+
+def _limit(model: Any) -> int:
+    """How many tokens the model's positions allow at once."""
+    limit = getattr(_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else 1 << 30
+
+
+def _config(model: Any) -> Any:
+    """The configuration of the language model in ``model``, or None."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _read(model: Any, ids: Tensor, generator: Any) -> None:
+    """One pass forward and backward over ``ids [B, T]``, with labels drawn from the model."""
+    logits = model(input_ids=ids).logits
+    labels = _draw(logits.detach(), generator)
+    flat = logits.float().flatten(0, -2)
+    F.cross_entropy(flat, labels.flatten(), reduction="sum").backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _pieces(texts: Any, tokenizer: Any, tokens: int, length: int) -> list[Tensor]:
+    """Texts cut into pieces of 2 to ``length`` token ids, ``tokens`` in all at most."""
+    if isinstance(texts, str | Tensor):
+        texts = [texts]
+    texts = list(texts)
+    if not texts:
+        raise ValueError("there is no text to anchor by: give some, or texts=None to sample")
+    ids = []
+    for number, text in enumerate(texts):
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise ValueError("texts are strings: give the tokenizer, or token ids")
+            text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+        if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() != 1:
+            raise ValueError(f"text {number} is neither a string nor a 1-D tensor of token ids")
+        if text.numel() < 2:
+            raise ValueError(
+                f"text {number} has {text.numel()} token(s): there is nothing to predict in fewer "
+                "than two"
+            )
+        ids.append(text.long().cpu())
+    pieces, left = [], tokens
+    for begin in range(0, max(text.numel() for text in ids), length):
+        for text in ids:
+            piece = text[begin : begin + min(length, left)]
+            if piece.numel() >= 2:
+                pieces.append(piece)
+                left -= piece.numel()
+    return pieces
+
+
+@torch.no_grad()
+def _sample(
+    model: Any, tokenizer: Any, count: int, length: int, batch_size: int, generator: Any
+) -> list[Tensor]:
+    """``count`` texts of ``length`` tokens that the model writes from its start token.
+
+    An end token does not end a text: what the model writes after one belongs to what it knows.
+    """
+    token = _start_token(model, tokenizer)
+    pieces: list[Tensor] = []
+    while len(pieces) < count:
+        batch = min(4 * batch_size, count - len(pieces))
+        ids = torch.full((batch, 1), token, device=generator.device)
+        past = None
+        for _ in range(length - 1):
+            here = ids if past is None else ids[:, -1:]
+            try:
+                out = model(input_ids=here, past_key_values=past, use_cache=True)
+            except TypeError as error:
+                raise ValueError(
+                    "the model cannot sample: its forward takes no past_key_values and use_cache "
+                    f"({error}); give texts to anchor by"
+                ) from error
+            past = getattr(out, "past_key_values", None)
+            ids = torch.cat([ids, _draw(out.logits[:, -1:], generator)], dim=1)
+        pieces += list(ids.cpu())
+    return pieces
+
+
+def _start_token(model: Any, tokenizer: Any) -> int:
+    config = _config(model)
+    for owner, name in ((tokenizer, "bos"), (config, "bos"), (config, "eos"), (tokenizer, "eos")):
+        token: Any = getattr(owner, f"{name}_token_id", None)
+        token = token[0] if isinstance(token, list) and token else token
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        "the model cannot sample: neither its config nor a tokenizer names a start token; give "
+        "texts to anchor by"
+    )
+
+
+def _draw(logits: Tensor, generator: Any) -> Tensor:
+    """A token ``[B, T]`` from each of ``logits [B, T, V]``.
+
+    Raises:
+        ValueError: they hold NaN or inf.
+    """
+    shares = logits.float().softmax(-1)
+    if not bool(torch.isfinite(shares).all()):
+        raise ValueError("the model's logits hold NaN or inf on old text: nothing was anchored")
+    flat = shares.flatten(0, -2)
+    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
+
+
+def _batches(pieces: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """The pieces as ``[B, T]``, each batch of one length."""
+    alike: dict[int, list[Tensor]] = {}
+    for piece in pieces:
+        alike.setdefault(piece.numel(), []).append(piece)
+    return [
+        torch.stack(same[begin : begin + batch_size])
+        for same in alike.values()
+        for begin in range(0, len(same), batch_size)
+    ]
+
+
+def _share(batches: list[Tensor], rank: int, world: int, device: torch.device) -> list[Tensor]:
+    """This process's share of the batches, as many as every other's: sharded ones wait."""
+    if world == 1:
+        return batches
+    own = batches[rank::world] or batches
+    count = torch.tensor(len(own), device=device)
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
+    return own[: int(count)]
+
+
+class _Watch:
+    """A forward hook that adds a layer's z zᵀ and h hᵀ to its sums once its gradient is there."""
+
+    def __init__(self, adapter: CABR, sums: Statistics) -> None:
+        self.adapter, self.sums = adapter, sums
+
+    def __call__(self, layer: Any, inputs: tuple, out: Tensor) -> None:
+        if not out.requires_grad:
+            return
+        base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
+        with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+            weight = bases.weight(base)
+            rows = weight.index_select(0, self.adapter.rows)
+            columns = weight.index_select(1, self.adapter.cols)
+            if not bool(self.sums.rows.any()):  # later, the weight may be elsewhere
+                self.sums.rows.copy_(rows.float() @ rows.float().t())
+                self.sums.columns.copy_(columns.float().t() @ columns.float())
+            z = (_flat(inputs[0]).to(weight.dtype) @ rows.t()).float()
+            squares = z.t() @ z
+
+        def add(gradient: Tensor) -> None:
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                h = (_flat(gradient).to(columns.dtype) @ columns).float()
+                self.sums.sigma.add_(squares)
+                self.sums.gamma.add_(h.t() @ h)
+
+        out.register_hook(add)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _processes() -> tuple[int, int]:
+    """``(rank, processes)``."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+__all__ = ["Statistics", "Texts", "curvature"]
