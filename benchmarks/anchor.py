@@ -79,8 +79,9 @@ def run(options: Any) -> Result:
     device, recorder = session.device, session.recorder
     quick = options.preset == "quick"
     base = base_model(options.preset, session.dtype).to(device)
-    case = {"model": "smollm2-135m" if quick else "tiny", "m": 64 if quick else 8}
-    model, tokens = adapted(base, case["m"]), TOKENS[options.preset]
+    m = 64 if quick else 8
+    case = {"model": "smollm2-135m" if quick else "tiny", "m": m}
+    model, tokens = adapted(base, m), TOKENS[options.preset]
     reports: list[Any] = []
     peak = measure.peak_mib(
         lambda: reports.append(anchor(model, tokens=tokens, seed=options.seed)), device
@@ -91,7 +92,7 @@ def run(options: Any) -> Result:
     if time.monotonic() >= session.end:
         recorder.add([Row(shape, name, "skipped", SPENT) for name in (PLAIN, ANCHORED)])
     else:
-        steps = {PLAIN: step_of(adapted(base, case["m"]), options.seed)}
+        steps = {PLAIN: step_of(adapted(base, m), options.seed)}
         steps[ANCHORED] = step_of(model.train(), options.seed)
         for step in steps.values():
             step()
