@@ -203,21 +203,26 @@ def test_bad_generation(flags, part, base, capfd):
 def test_doctor_checks_every_op(capfd):
     assert main(["doctor"]) == 0
     shown = capfd.readouterr().out
-    ops = ("lowrank_linear", "lowrank_add", "weight_norm_linear", "activation_norm")
-    words = (*ops, "activation_linear", "torch", "29 of 29 checks passed", "because")
+    ops = ("secura_linear", "secura_add", "effective_weight")
+    words = (*ops, "torch", "21 of 21 checks passed", "because")
     assert all(word in shown for word in words)
 
 
 def test_doctor_notices_a_wrong_or_failing_op(capfd, monkeypatch):
-    from secura_kernels import doctor
+    from secura_kernels import api
+    from secura_kernels.inspection import selfcheck
 
-    def wrong(layer, options):
-        return doctor._weight(layer, options) * 1.01
+    right = api.secura_linear
 
-    def broken(layer, options):
+    def wrong(*args, **kwargs):
+        return right(*args, **kwargs) * 1.01
+
+    def broken(*args, **kwargs):
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr(doctor, "OPS", (("wrong", "weight", wrong), ("broken", "none", broken)))
+    monkeypatch.setattr(api, "secura_linear", wrong)
+    monkeypatch.setattr(api, "secura_add", broken)
+    monkeypatch.setattr(selfcheck, "OPS", (("secura_linear", "weight"), ("secura_add", "none")))
     assert main(["doctor"]) == 1
     shown = capfd.readouterr().out
     assert shown.count("FAILED") == 3 and "it broke" in shown
@@ -230,7 +235,7 @@ def test_doctor_notices_an_anchor_that_moves_something(capfd, monkeypatch):
     monkeypatch.setattr(doctor, "anchor_error", lambda torch: 2 * doctor.ANCHOR_LIMIT)
     assert main(["doctor"]) == 1
     shown = capfd.readouterr().out
-    assert "output, FAILED" in shown and "28 of 29 checks passed" in shown
+    assert "output, FAILED" in shown and "20 of 21 checks passed" in shown
 
 
 def test_doctor_when_an_implementation_is_forced(capfd, monkeypatch):
