@@ -122,7 +122,8 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
         `(model, tokenizer)`, on the CPU, the model in eval mode.
     """
     transformers = require("transformers", "bench")
-    torch = require("torch", "bench")
+    import torch
+
     folder = model_dir(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -267,7 +268,8 @@ def _open_member(archive: Path, part: Part) -> Iterator[IO[bytes]]:
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Writes the fp32 checkpoint of `gguf` with a record of the weights' checksum."""
     transformers = require("transformers", "bench")
-    torch = require("torch", "bench")
+    import torch
+
     require("gguf", "bench")
     source: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)

@@ -34,9 +34,6 @@ INSPECTORS = ("secura.cli", "benchmarks")
 IMPORTERS = ("require", "import_module", "__import__")
 """Functions that import a module by its name in a string."""
 
-MOVING = ("secura.experiments",)
-"""What is to leave its package, and is looked at from then on."""
-
 
 def module_of(path: Path, root: Path = ROOT) -> str:
     parts = path.relative_to(root).with_suffix("").parts
@@ -121,8 +118,6 @@ def problems(root: Path = ROOT) -> list[str]:
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             module = module_of(path, root)
-            if module.startswith(MOVING):
-                continue
             for line, target in imported(path, root):
                 if reason := forbidden(module, target):
                     found.append(f"{module}:{line} imports {target}: {reason}")
@@ -139,7 +134,6 @@ def test_the_table_names_what_is_there():
     assert set(SPACES) == {path.name for path in ops.iterdir() if (path / "op.py").exists()}
     assert all((ops / f"{name}.py").exists() for name in SHARED)
     assert all((ROOT / "secura_kernels" / f"{name}.py").exists() for name in GROUND)
-    assert all(ROOT.joinpath(*name.split(".")).exists() for name in MOVING)
 
 
 @pytest.mark.parametrize(
