@@ -141,7 +141,7 @@ def _measure(output_dir: Path, asked: Asked, board: Board) -> dict[str, Any]:
     records = {name: _record(output_dir, cell) for name, cell in cells.items()}
     board.begin("Reloading, merging, checking")
     merge = merge_and_check(
-        material.load_model(),
+        material.fresh_model(),
         material.tokenizer,
         output_dir / "secura",
         output_dir / "merged",

@@ -39,7 +39,7 @@ def build(
             the first task.
         resumed: the adapter's tensors at a checkpoint of this cell, which then are all it takes.
     """
-    model = material.load_model()
+    model = material.fresh_model()
     torch.manual_seed(cell.seed)
     config = method.make_config(cell.targets, cell.seed)
     if config is None:

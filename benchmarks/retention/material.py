@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -70,19 +71,24 @@ class Material:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def load_model(self) -> Any:
-        """A fresh base model, fp32, frozen, in training mode."""
+    @cached_property
+    def base(self) -> Any:
+        """The untouched model, fp32 and frozen, which is never trained."""
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, attn_implementation="sdpa"
         )
         if getattr(model.config, "final_logit_softcapping", None):
             raise ValueError(f"{self.settings.model} caps its logits, which scoring does not do")
-        return model.to(self.device).requires_grad_(False).train()
+        return model.to(self.device).requires_grad_(False).eval()
 
-    @cached_property
-    def base(self) -> Any:
-        """The untouched model, which is never trained."""
-        return self.load_model()
+    def fresh_model(self) -> Any:
+        """A copy of the base model, in training mode."""
+        return copy.deepcopy(self.base).train()
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row that is trained on."""
+        return max(self.settings.max_tokens, self.settings.sample_tokens)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -200,7 +206,7 @@ class Material:
         prompt = torch.full((self.settings.samples, 1), start, device=self.device)
         torch.manual_seed(seed)
         with torch.no_grad(), autocast(self.device, self.bf16):
-            written = self.base.eval().generate(
+            written = self.base.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,

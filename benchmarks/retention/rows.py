@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.retention.data import Example
 
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,7 +52,8 @@ def text_row(ids: Sequence[int]) -> Row:
 class Batch:
     """Rows as tensors: `ids` and `positions` `[B, T]`, `mask` `[B, 1, T, T]` or None (causal).
 
-    The states at `rows[i], columns[i]` predict `targets[i]`, all `[S]`, row by row.
+    The states at `rows[i], columns[i]` predict `targets[i]`, all `[S]`, row by row. The mask is
+    True where a token sees another; a target of -100 counts for nothing.
     """
 
     ids: Tensor
@@ -61,9 +64,17 @@ class Batch:
     targets: Tensor
 
 
-def pack(rows: Sequence[Row], device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-    """Packs rows, padded on the right; several completions of a prompt do not see one another."""
-    length = max(row.length for row in rows)
+def pack(rows: Sequence[Row], device: torch.device, length: int = 0) -> Batch:
+    """Packs rows, padded on the right; several completions of a prompt do not see one another.
+
+    Args:
+        rows: to read.
+        device: of the tensors.
+        length: where given, every batch of as many rows has tensors of the same shapes: T is
+            this, and S is B T.
+    """
+    alike = length > 0
+    length = length or max(row.length for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros_like(ids)
     segments = torch.full_like(ids, -1)
@@ -81,13 +92,14 @@ def pack(rows: Sequence[Row], device: torch.device, dtype: torch.dtype = torch.f
             columns = [start - 1, *range(place.start, place.stop)]
             scored += [(index, c, target) for c, target in zip(columns, completion, strict=True)]
             end = place.stop
+    if alike:
+        scored += [(0, 0, IGNORED)] * (len(rows) * length - len(scored))
     at = torch.tensor(scored, device=device).unbind(1)
     mask = None
-    if any(len(row.completions) > 1 for row in rows):
+    if alike or any(len(row.completions) > 1 for row in rows):
         seen = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         seen = seen.tril() | torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-        mask = mask[:, None].to(device)
+        mask = seen[:, None].to(device)
     return Batch(ids.to(device), positions.to(device), mask, *at)
 
 
@@ -119,7 +131,7 @@ def hidden(model: nn.Module, batch: Batch) -> Tensor:
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of a batch's targets, nats a token; logits are formed for them alone."""
     logits = causal(model).get_output_embeddings()(hidden(model, batch))
-    return F.cross_entropy(logits.float(), batch.targets)
+    return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED)
 
 
 __all__ = [

@@ -22,7 +22,7 @@ from benchmarks.retention.record import Score
 from benchmarks.retention.rows import Row, by_length, causal, hidden, pack
 
 _TOKENS = {"cpu": 1024, "cuda": 16384}  # read at once, padding included
-_LOGITS = 256  # rows of the vocabulary's width that are held at once
+_LOGITS = {"cpu": 256, "cuda": 2048}  # rows of the vocabulary's width that are held at once
 _ANSWERS = 16  # written at once: all go on until the longest ends
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -39,6 +39,7 @@ class Evaluator:
         self.head = head
         self.autocast = autocast
         self.device = head.device
+        self.logits = _LOGITS[self.device.type]
 
     def states(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
         """The final states `[S, d]` fp32 that predict the rows' targets, row by row."""
@@ -64,8 +65,8 @@ class Evaluator:
         own_head = causal(model).get_output_embeddings().weight
         found = []
         with self._scoring(model):
-            for start in range(0, len(targets), _LOGITS):
-                part = slice(start, start + _LOGITS)
+            for start in range(0, len(targets), self.logits):
+                part = slice(start, start + self.logits)
                 truth = targets[part]
                 ours = self._log_probs(states[part], own_head)
                 theirs = self._log_probs(base[part].to(self.device), self.head)
@@ -87,7 +88,7 @@ class Evaluator:
         states, targets = self.states(model, rows), self._targets(rows)
         head = causal(model).get_output_embeddings().weight
         with self._scoring(model):
-            parts = zip(states.split(_LOGITS), targets.split(_LOGITS), strict=True)
+            parts = zip(states.split(self.logits), targets.split(self.logits), strict=True)
             found = [
                 self._log_probs(part, head).gather(1, ids[:, None])[:, 0] for part, ids in parts
             ]

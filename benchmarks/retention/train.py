@@ -23,10 +23,10 @@ from benchmarks.retention.build import (
     scale_update,
 )
 from benchmarks.retention.cells import Cell
+from benchmarks.retention.gradients import Gradients
 from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method, get_method
 from benchmarks.retention.record import Record, measure_from, replacing
-from benchmarks.retention.score import autocast
 from benchmarks.retention.strategies import STRATEGIES, Context, State, Strategy
 
 WARMUP = 0.1
@@ -116,6 +116,8 @@ class _Run:
         record.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if kept:
             self._resume(kept, notes)
+        recorded = self.strategy.alike and self.method.fold != "step"
+        self.gradients = Gradients(self.strategy, recorded=recorded)
 
     def train(self, on_step: Callable[[int], None]) -> None:
         """Takes the steps that are left, measuring after each quarter."""
@@ -148,17 +150,13 @@ class _Run:
         record = self.record
         for group in self.optimizer.param_groups:
             group["lr"] = self.cell.rate * rate_factor(self.step, self.cell.steps)
-        with autocast(self.material.device, self.material.bf16):
-            loss = self.strategy.loss(rows)
-        record.losses.append(loss.item())
+        record.losses.append(self.gradients(rows))
         if not math.isfinite(record.losses[-1]):
             raise DivergedError(f"the loss became {record.losses.pop()} at step {self.step + 1}")
-        loss.backward()
         for kind, norm in gradient_norms(self.model, self.cell.targets).items():
             record.gradient_norms.setdefault(kind, []).append(norm)
         self.strategy.before_step()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.method.fold == "step":
             secura.fold(self.model)

@@ -11,8 +11,9 @@ import small
 import torch
 
 import secura
+from benchmarks.graphs import NotCapturableError
+from benchmarks.retention import gradients, train
 from benchmarks.retention import record as records
-from benchmarks.retention import train
 from benchmarks.retention.cells import Cell
 from benchmarks.retention.methods import METHODS, get_method
 from benchmarks.retention.record import Record
@@ -176,6 +177,50 @@ def test_a_finished_tasks_statistics_are_added_to_the_anchor(runner, monkeypatch
     (sampled, own), (added, task) = asked
     assert (sampled, added) == (False, True)
     assert max(own) <= 16 < min(task)  # its own samples, then the task that was learned
+
+
+@pytest.mark.parametrize("name", ["lora", "core-u", "replay-self", "full"])
+def test_recorded_steps_are_those_taken_eagerly(runner, tmp_path, monkeypatch, name):
+    """A recording is played here by a call whose gradients are written where the first were."""
+    cell = Cell(short(name), "all" if name == "full" else "qv", 1e-3, 0, ("sums",), 6)
+    eager, recorded = runner(tmp_path / "eager"), runner(tmp_path / "recorded")
+    eager.run([cell])
+    calls = []
+
+    def graphed(call):
+        call()
+        calls.append(call)
+        trained = call.__self__.trained
+        kept = [value.grad for value in trained]
+
+        def replay():
+            call()
+            for own, value in zip(kept, trained, strict=True):
+                own.copy_(value.grad)
+
+        return replay
+
+    monkeypatch.setattr(gradients, "supported", lambda device: True)
+    monkeypatch.setattr(gradients, "graphed", graphed)
+    recorded.run([cell])
+    assert len(calls) == 1
+    found, wanted = read(recorded, cell), read(eager, cell)
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-4)
+    for kind, norms in wanted.gradient_norms.items():
+        assert found.gradient_norms[kind] == pytest.approx(norms, rel=1e-3)
+
+
+def test_steps_that_cannot_be_recorded_run_eagerly(runner, monkeypatch):
+    cell, one = Cell("lora@rank=2", "qv", 1e-3, 0, ("sums",), 2), runner()
+
+    def graphed(call):
+        raise NotCapturableError("it waits")
+
+    monkeypatch.setattr(gradients, "supported", lambda device: True)
+    monkeypatch.setattr(gradients, "graphed", graphed)
+    with pytest.warns(UserWarning, match="steps run eagerly: it waits"):
+        one.run([cell])
+    assert read(one, cell).status == "done"
 
 
 def test_every_method_of_a_seed_is_given_the_same_batches(runner):

@@ -33,7 +33,7 @@ def log_probs(model, row: Row):
 
 def test_scores_are_those_of_each_row_alone(models, monkeypatch):
     base, tuned, tokenizer = models
-    monkeypatch.setattr(score, "_LOGITS", 5)
+    monkeypatch.setitem(score._LOGITS, "cpu", 5)
     monkeypatch.setitem(score._TOKENS, "cpu", 60)
     rows = [task_row(e, tokenizer) for e in small.load_task("sums").held_out[:5]]
     rows.append(text_row(tokenizer("some words of text")["input_ids"]))
@@ -92,6 +92,9 @@ def test_the_loss_is_the_models_own_over_the_completion(models):
     batch = pack(rows, torch.device("cpu"))
     wanted = base(input_ids=ids, labels=labels).loss
     assert batch_loss(base, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    padded = pack(rows, torch.device("cpu"), 80)
+    assert padded.ids.shape == (3, 80) and padded.targets.shape == (240,)
+    assert batch_loss(base, padded).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_batches_by_length_hold_every_row_once():
