@@ -7,7 +7,7 @@ is cut short has compared every method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from benchmarks.retention.cells import Cell, Settings
@@ -121,17 +121,17 @@ _SEEDS = (0, 1, 2, 3, 4)
 _TWO = (1, 0)  # rates: the curves over the steps bridge what lies between
 _CONFIRMED = ("anchored-self", "anchored-text", "core-u", "lora", "dora", "full")
 _SCALED = tuple(f"lora@scale={scale}" for scale in (0.25, 0.5, 0.75))
-_CONFIRM = Settings(probe_questions=200)
+_MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 
 STAGES: dict[str, Stage] = {
     "screen": Stage(
         "One seed, every method at three rates",
-        Settings(),
+        _MEASURED,
         (*_both(_SCREEN, (0,), 128), Cell("released-m1", "qv", 1e-3, 0, GSM8K, 128)),
     ),
     "anchor": Stage(
         "One seed, the anchor's settings and the optimizer",
-        Settings(),
+        _MEASURED,
         tuple(
             Cell(method, "mlp", rate, 0, GSM8K, 128)
             for method in (*_ANCHOR, "lora@optimizer=muon")
@@ -140,7 +140,7 @@ STAGES: dict[str, Stage] = {
     ),
     "confirm": Stage(
         "Five seeds paired, with the controls that could do as well",
-        _CONFIRM,
+        _MEASURED,
         (
             *front((*_CONFIRMED, *_CONTROLS), "mlp", _SEEDS, 128, _TWO),
             *(Cell(method, "mlp", 3e-3, seed, GSM8K, 128) for seed in _SEEDS for method in _SCALED),
@@ -148,12 +148,12 @@ STAGES: dict[str, Stage] = {
     ),
     "long": Stage(
         "512 steps, three seeds",
-        _CONFIRM,
+        _MEASURED,
         tuple(front(("anchored-self", "lora", "replay-self"), "mlp", (0, 1, 2), 512, _TWO)),
     ),
     "gemma": Stage(
         "Another model, three seeds",
-        Settings(model="gemma3-270m", probe_questions=200),
+        replace(_MEASURED, model="gemma3-270m"),
         tuple(front(("anchored-self", "lora"), "mlp", (0, 1, 2), 128, _TWO)),
     ),
     "sequence": Stage(

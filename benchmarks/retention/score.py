@@ -22,7 +22,7 @@ from benchmarks.retention.record import Score
 from benchmarks.retention.rows import Row, by_length, causal, hidden, pack
 
 _TOKENS = {"cpu": 1024, "cuda": 16384}  # read at once, padding included
-_LOGITS = {"cpu": 256, "cuda": 2048}  # rows of the vocabulary's width that are held at once
+_LOGITS = {"cpu": 256, "cuda": 1024}  # rows of the vocabulary's width that are held at once
 _ANSWERS = 16  # written at once: all go on until the longest ends
 _NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:,\d{3})*(?:\.\d+)?")
 
