@@ -150,9 +150,12 @@ def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iter
 
 
 def alone(tensor: Tensor) -> AbstractContextManager:
-    """A context in which ``tensor``'s device is the current one and autocast is off."""
+    """A context in which ``tensor``'s device is the current one and autocast is off.
+
+    A compiler sees to the device itself, and cannot trace a change of it (torch 2.11).
+    """
     quiet = without_autocast(tensor.device.type)
-    if not tensor.is_cuda:
+    if not tensor.is_cuda or torch.compiler.is_compiling():
         return quiet
     current = torch.cuda.device_of(tensor)
     return current if quiet is _NOTHING else _both(current, quiet)

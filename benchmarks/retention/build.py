@@ -174,7 +174,8 @@ class Whitening(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """A `[r, K]` of Ã `[r, K]`."""
-        return weight @ self.factor
+        with autocast(weight.device, enabled=False):
+            return weight @ self.factor
 
 
 @torch.no_grad()
@@ -185,7 +186,8 @@ def whiten(model: nn.Module, texts: list[Tensor], *, autocasts: bool) -> None:
 
     def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        sums[module] = sums.get(module, 0) + x.T @ x
+        with autocast(x.device, enabled=False):
+            sums[module] = sums.get(module, 0) + x.T @ x
 
     handles = [layer.register_forward_pre_hook(collect) for layer in layers]
     device = next(model.parameters()).device

@@ -6,33 +6,16 @@ is cut short has compared every method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, zip_longest
 
 from benchmarks.retention.cells import Cell, Settings
 
 GSM8K = ("gsm8k",)
 SEQUENCE = ("gsm8k", "logiqa", "xsum", "csqa")
-# Three rates a family across its useful range, by place. Muon's are those of its scaled steps.
-RATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "lora": {"qv": (1e-3, 3e-3, 6e-3), "mlp": (1e-3, 3e-3, 6e-3)},
-    "core": {"qv": (1e-3, 3e-3, 6e-3), "mlp": (5e-4, 1e-3, 1.5e-3)},
-    "cabr": {"qv": (1e-4, 3e-4, 1e-3), "mlp": (1e-4, 3e-4, 1e-3)},
-    "full": {"all": (1e-5, 3e-5, 1e-4)},
-    "muon": {"qv": (5e-3, 1e-2, 2e-2), "mlp": (2.5e-3, 5e-3, 1e-2)},
-}
-_FAMILIES = {
-    "lora": "lora",
-    "dora": "lora",
-    "ewc-self": "lora",
-    "replay-self": "lora",
-    "lora-whitened": "lora",
-    "full": "full",
-    "cabr": "cabr",
-    "secura-weight": "cabr",
-    "secura-weight-gated": "cabr",
-}
+Tried = Mapping[str, Sequence[float]]
+"""Methods and the rates each is run at, the most telling first."""
 
 
 @dataclass(frozen=True)
@@ -50,35 +33,19 @@ class Stage:
     cells: tuple[Cell, ...]
 
 
-def rates(method: str, targets: str) -> tuple[float, ...]:
-    """The rates a method is run at."""
-    family = _FAMILIES.get(method.partition("@")[0], "core")
-    return RATES["muon" if "optimizer=muon" in method else family][targets]
-
-
-def front(
-    methods: Sequence[str],
-    targets: str,
-    seeds: Sequence[int],
-    steps: int,
-    places: Sequence[int] = (1, 2, 0),
-) -> Iterator[Cell]:
-    """Every method at its rates of these places in their list: all methods' first of them first."""
-    for seed, place in product(seeds, places):
-        for method in methods:
-            own = "all" if method == "full" else targets
-            yield Cell(method, own, rates(method, own)[place], seed, GSM8K, steps)
-
-
-def _both(methods: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[Cell, ...]:
-    pairs = zip(
-        *(list(front(methods, place, seeds, steps)) for place in ("mlp", "qv")), strict=True
-    )
-    return tuple(dict.fromkeys(cell for pair in pairs for cell in pair))
+def front(tried: Tried, targets: str, seeds: Iterable[int], steps: int = 128) -> Iterator[Cell]:
+    """Every method at its rates: the first rate of all methods and seeds, then the second."""
+    most = max(len(rates) for rates in tried.values())
+    for place in range(most):
+        for seed in seeds:
+            for method, rates in tried.items():
+                if place < len(rates):
+                    own = "all" if method == "full" else targets
+                    yield Cell(method, own, rates[place], seed, GSM8K, steps)
 
 
 def in_sequence(
-    methods: dict[str, float], targets: str, seeds: Sequence[int], steps: int
+    methods: Mapping[str, float], targets: str, seeds: Sequence[int], steps: int
 ) -> tuple[Cell, ...]:
     """Tasks one after another, each method at its own rate."""
     return tuple(
@@ -89,84 +56,126 @@ def in_sequence(
     )
 
 
-_SCREEN = (
-    "lora",
-    "anchored-self",
-    "anchored-text",
-    "core-u",
-    "full",
-    "cur-lora",
-    "cabr",
-    "anchored-channel",
-    "secura-weight",
-    "secura-weight-u",
-)
-_ANCHOR = tuple(
-    f"anchored-self@{variation}"
-    for variation in (
-        "optimizer=muon",
-        "damping=0.1",
-        "damping=0.001",
-        "decay=0.03",
-        "decay=0.1",
-        "decay=0.3",
-        "rank=32",
-        "rank=96",
-        "sides=in",
-        "sides=out",
-    )
-)
-_CONTROLS = ("lora@rank=2", "lora-whitened", "replay-self", "ewc-self")
+def _in_turns(*stages: Iterable[Cell]) -> tuple[Cell, ...]:
+    turns = chain.from_iterable(zip_longest(*stages))
+    return tuple(dict.fromkeys(cell for cell in turns if cell is not None))
+
+
+_LORA, _CABR = (3e-3, 6e-3, 1e-3), (3e-4, 1e-3, 1e-4)
+_QV, _MLP = (3e-3, 6e-3, 1e-3), (1e-3, 1.5e-3, 5e-4)  # a core's
+
+
+def _screened(core: Sequence[float]) -> Tried:
+    return {
+        "lora": _LORA,
+        "anchored-self": core,
+        "anchored-text": core,
+        "core-u": core,
+        "full": (3e-5, 1e-4, 1e-5),
+        "cur-lora": core,
+        "cabr": _CABR,
+        "anchored-channel": core,
+        "secura-weight": _CABR,
+        "secura-weight-u": core,
+    }
+
+
+_ANCHOR: Tried = {
+    "anchored-self@optimizer=muon": (5e-3, 2.5e-3),
+    "anchored-self@damping=0.1": (1e-3, 5e-4),
+    "anchored-self@damping=0.001": (1e-3, 5e-4),
+    "anchored-self@decay=0.03": (1e-3, 5e-4),
+    "anchored-self@decay=0.1": (1e-3, 5e-4),
+    "anchored-self@decay=0.3": (1e-3, 5e-4),
+    "anchored-self@rank=32": (1e-3, 5e-4),
+    "anchored-self@rank=96": (1e-3, 5e-4),
+    "anchored-self@sides=in": (1e-3, 5e-4),
+    "anchored-self@sides=out": (1e-3, 5e-4),
+    "lora@optimizer=muon": (5e-3, 2.5e-3),
+}
+# Decided after those: more rank at a lower rate, a decay that is felt, LoRA with as many numbers.
+_FURTHER: Tried = {
+    "anchored-self@rank=128": (5e-4, 2.5e-4),
+    "anchored-self@rank=96": (2.5e-4,),
+    "anchored-self@decay=30": (1e-3, 2e-3),
+    "anchored-self@rank=192": (2.5e-4, 1.25e-4),
+    "anchored-self@decay=100": (1e-3, 2e-3),
+    "anchored-self@decay=10": (1e-3, 2e-3),
+    "anchored-self@rank=128,decay=30": (5e-4, 1e-3),
+    "ewc-self@strength=1e5": (3e-3, 6e-3),
+    "ewc-self": (6e-3,),
+    "anchored-channel@rank=128": (5e-4,),
+    "lora@rank=8": (3e-3, 1e-3),
+    "lora@rank=16": (3e-3, 1e-3),
+}
+BEST = "anchored-self@rank=128"
+"""The anchored core that is confirmed, and at which rates."""
+BEST_RATES = (5e-4, 2.5e-4, 1e-3)
+_CONFIRMED: Tried = {
+    "lora": _LORA,
+    BEST: BEST_RATES,
+    "ewc-self": (3e-3, 6e-3),
+    "full": (3e-5, 1e-4),
+    "replay-self": (3e-3, 1e-3),
+    "lora-whitened": (1e-3, 3e-3),
+    "core-u": (5e-4, 1e-3),
+    "dora": (3e-3, 1e-3),
+    "anchored-self": (1e-3, 5e-4),
+    BEST.replace("-self", "-text"): BEST_RATES[:2],
+}
 _SEEDS = (0, 1, 2, 3, 4)
-_TWO = (1, 0)  # rates: the curves over the steps bridge what lies between
-_CONFIRMED = ("anchored-self", "anchored-text", "core-u", "lora", "dora", "full")
-_SCALED = tuple(f"lora@scale={scale}" for scale in (0.25, 0.5, 0.75))
 _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 
 STAGES: dict[str, Stage] = {
     "screen": Stage(
         "One seed, every method at three rates",
         _MEASURED,
-        (*_both(_SCREEN, (0,), 128), Cell("released-m1", "qv", 1e-3, 0, GSM8K, 128)),
+        (
+            *_in_turns(front(_screened(_MLP), "mlp", (0,)), front(_screened(_QV), "qv", (0,))),
+            Cell("released-m1", "qv", 1e-3, 0, GSM8K, 128),
+        ),
     ),
     "anchor": Stage(
-        "One seed, the anchor's settings and the optimizer",
+        "One seed, the anchor's settings, the optimizer and LoRA's rank",
         _MEASURED,
-        tuple(
-            Cell(method, "mlp", rate, 0, GSM8K, 128)
-            for method in (*_ANCHOR, "lora@optimizer=muon")
-            for rate in rates(method, "mlp")[:2]
-        ),
+        (*front(_ANCHOR, "mlp", (0,)), *front(_FURTHER, "mlp", (0,))),
     ),
     "confirm": Stage(
         "Five seeds paired, with the controls that could do as well",
         _MEASURED,
         (
-            *front((*_CONFIRMED, *_CONTROLS), "mlp", _SEEDS, 128, _TWO),
-            *(Cell(method, "mlp", 3e-3, seed, GSM8K, 128) for seed in _SEEDS for method in _SCALED),
+            *front(_CONFIRMED, "mlp", _SEEDS),
+            *front({f"lora@scale={part}": (3e-3,) for part in (0.25, 0.5, 0.75)}, "mlp", _SEEDS),
         ),
     ),
     "long": Stage(
         "512 steps, three seeds",
         _MEASURED,
-        tuple(front(("anchored-self", "lora", "replay-self"), "mlp", (0, 1, 2), 512, _TWO)),
+        tuple(
+            front(
+                {"lora": (3e-3, 1e-3), BEST: BEST_RATES[:2], "ewc-self": (3e-3,)},
+                "mlp",
+                (0, 1, 2),
+                512,
+            )
+        ),
     ),
     "gemma": Stage(
         "Another model, three seeds",
         replace(_MEASURED, model="gemma3-270m"),
-        tuple(front(("anchored-self", "lora"), "mlp", (0, 1, 2), 128, _TWO)),
+        tuple(front({"lora": _LORA[:2], BEST: BEST_RATES[:2]}, "mlp", (0, 1, 2))),
     ),
     "sequence": Stage(
         "Four tasks in turn, each method at its rate of equal learning of the first",
-        Settings(tasks=SEQUENCE, max_tokens=160, text_count=12, probe_questions=0),
+        Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0),
         in_sequence(
             {
                 "lora": 3e-3,
-                "anchored-self": 1e-3,
+                BEST: BEST_RATES[0],
                 "er": 3e-3,
                 "ewc": 3e-3,
+                "cur-lora": 5e-4,
                 "i-lora": 3e-3,
-                "cur-lora": 1e-3,
                 "secura-weight": 3e-4,
                 "secura-weight@norm_reference=pretrained": 3e-4,
             },
@@ -178,4 +187,4 @@ STAGES: dict[str, Stage] = {
 }
 """By the name of the stage's folder. The rates of ``sequence`` are read off ``screen``."""
 
-__all__ = ["GSM8K", "RATES", "SEQUENCE", "STAGES", "Stage", "front", "in_sequence", "rates"]
+__all__ = ["BEST", "GSM8K", "SEQUENCE", "STAGES", "Stage", "front", "in_sequence"]

@@ -206,6 +206,14 @@ def test_eight_bits_compile_whole():
     torch.testing.assert_close(got, torch.autograd.grad(loss_of(example, *leaves), leaves))
 
 
+def test_no_compiler_is_asked_to_trace_a_change_of_device(monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, device="cuda")
+    assert isinstance(dispatch.alone(x), torch.cuda.device_of)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not isinstance(dispatch.alone(x), torch.cuda.device_of)
+
+
 class Layer(torch.nn.Module):
     """An adapted layer as a module, for export."""
 

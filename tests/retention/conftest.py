@@ -34,10 +34,10 @@ def made_up_data(monkeypatch, cache):
 def runner(tmp_path, model_folder):
     """Makes a runner of a stage called "try" in a fresh folder."""
 
-    def make(out=tmp_path, deadline=float("inf"), retry=False, **settings):
+    def make(out=tmp_path, deadline=float("inf"), retry=False, bf16=False, **settings):
         board = Board(Console(quiet=True))
         chosen = small.settings(model_folder, **settings)
         device = torch.device("cpu")
-        return Runner(out, "try", chosen, device, False, board, deadline, retry)
+        return Runner(out, "try", chosen, device, bf16, board, deadline, retry)
 
     return make

@@ -63,6 +63,16 @@ def test_every_method_learns_and_is_scored(runner, name):
     assert all(len(norms) == 8 for norms in record.gradient_norms.values())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_under_autocast(runner, name):
+    cell = small.cell(short(name), "all" if name == "full" else "qv", 1e-3, steps=2)
+    one = runner(bf16=True)
+    one.run([cell])
+    record = read(one, cell)
+    assert record.status == "done", record.error
+    assert len(record.losses) == 2
+
+
 @pytest.mark.parametrize(
     "name",
     [
