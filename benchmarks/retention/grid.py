@@ -108,9 +108,9 @@ _FURTHER: Tried = {
     "lora@rank=8": (3e-3, 1e-3),
     "lora@rank=16": (3e-3, 1e-3),
 }
-BEST = "anchored-self@rank=128"
+BEST = "anchored-self@rank=128,decay=30"
 """The anchored core that is confirmed, and at which rates."""
-BEST_RATES = (5e-4, 2.5e-4, 1e-3)
+BEST_RATES = (5e-4, 1e-3, 2.5e-4)
 _CONFIRMED: Tried = {
     "lora": _LORA,
     BEST: BEST_RATES,
@@ -120,6 +120,7 @@ _CONFIRMED: Tried = {
     "lora-whitened": (1e-3, 3e-3),
     "core-u": (5e-4, 1e-3),
     "dora": (3e-3, 1e-3),
+    "lora@rank=8": (3e-3, 1e-3),
     "anchored-self": (1e-3, 5e-4),
     BEST.replace("-self", "-text"): BEST_RATES[:2],
 }
