@@ -346,7 +346,7 @@ class _SecuraLayer(torch.autograd.Function):
                 dtype = ctx.u_dtype
                 du = project.backward(call, as_dtype(dp, dtype))
                 if scaling != 1:
-                    du = du.mul_(1.0)
+                    du = du.mul_(scaling)
                 if needs[1]:
                     da = as_dtype(du if b is None else du @ as_dtype(b, dtype).t(), a.dtype)
                 db = as_dtype(as_dtype(a, dtype).t() @ du, b.dtype) if needs[2] else None

@@ -216,6 +216,19 @@ def test_released_settings_leave_a_without_gradient(tmp_path):
         assert part.core.any()
 
 
+@torch.no_grad()
+def test_the_released_norm_acts_through_the_bias_alone():
+    """Folded after every step, A B is 0 in every forward, and the trained bias is not."""
+    settings = {"r": 4, "inner_r": 6}
+    model = get_peft_model(tiny.llama(), type(tiny.config()).released("M1", **settings))
+    layer = next(iter(tiny.layers(model).values()))
+    x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
+    base = layer.base_layer(x)
+    torch.testing.assert_close(layer(x), base)
+    tiny.parts(model)[0].bias.fill_(1e-3)
+    assert (layer(x) / base).median() == pytest.approx(4 / 3, rel=0.01)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["A", "B", "core", "bias"])
 def test_a_trained_tensor_that_is_not_finite_is_noticed(name, value):

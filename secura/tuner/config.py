@@ -174,10 +174,12 @@ class SecuraConfig(AdapterConfig, PeftConfig):
 
         q and v projections, CUR rank 150, inner rank 200, form ``released``, ``averaged``,
         trainable output bias, fusion after every step; they ran with AdamW at lr 1e-3. Folding
-        every step leaves B at 0 in every forward: the norm then never acts, and A receives no
-        gradient (∂A = ∂U Bᵀ = 0). Train with :class:`secura.FoldCallback` to reproduce that. The
-        trained bias does not outlast a merge on layers that have none of their own (see
-        ``train_bias``): pass ``train_bias=False`` where the model is to be merged.
+        every step leaves B at 0 in every forward, so A receives no gradient (∂A = ∂U Bᵀ = 0). The
+        bias is never folded: in ``"M1"`` it alone is Δ, and from the second step on the norm acts
+        through it, the layer's output about 4/3 of its base's. Train with
+        :class:`secura.FoldCallback` to reproduce that. The trained bias does not outlast a merge on
+        layers that have none of their own (see ``train_bias``): pass ``train_bias=False`` where the
+        model is to be merged; the norm of ``"M1"`` then never acts.
 
         Args:
             kind: ``"M1"`` (norm against the folded weight), ``"M2"`` (against the original) or
