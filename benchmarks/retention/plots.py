@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.retention.grid import BEST
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.summary import Front, kl_of, learned, unseen
 from secura._extras import require
@@ -21,7 +22,9 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "cur-lora": ("#C2569B", "X"),
     "cabr": ("#00875F", "d"),
     "secura-weight": ("#5B8C5A", "^"),
-    "anchored-self": ("#0B2F57", "s"),
+    "anchored-self": ("#6C8EBF", "s"),
+    BEST: ("#0B2F57", "s"),
+    "lora@rank=8": ("#F2B75C", "o"),
     "anchored-text": ("#1F6FB2", "<"),
     "anchored-channel": ("#2E94D6", ">"),
 }
@@ -29,33 +32,45 @@ _OTHER = ("#999999", ".")
 
 
 def draw_front(front: Front, title: str) -> Any:
-    """A figure of a method's ends at each rate, means over seeds, joined from the origin."""
+    """A figure of a method's ends at each rate, means over seeds.
+
+    On the left all of it, joined from the untouched model at the origin; on the right, with the KL
+    on a logarithmic scale, where most was learned. Of variations there are those with a look.
+    """
     figure_class = require("matplotlib.figure", "bench").Figure
-    figure = figure_class(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for name in [n for n in front.methods if "@" not in n]:
-        value = kl_of(*unseen(front.some(name)))
-        points = sorted(
-            (
-                fmean(learned(r.end, r.task) for r in records),
-                fmean(value(r.end) for r in records),
-            )
-            for records in _by_rate(front, name).values()
-        )
-        xs, ys = zip((0.0, 0.0), *points, strict=True)
+    figure = figure_class(figsize=(11, 4.6), dpi=150, layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    tops = []
+    for name in [n for n in front.methods if "@" not in n or n in _LOOKS]:
+        points = _points(front, name)
         colour, marker = _LOOKS.get(name, _OTHER)
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=5, label=get_method(name).title)
-    axes.plot(0, 0, color="black", marker="o", markersize=7, clip_on=False)
-    axes.annotate("base", (0, 0), xytext=(6, 6), textcoords="offset points")
-    axes.set(
-        title=title,
-        xlabel="learned: fall of the held-out loss (nats a token)",
-        ylabel="KL(base ‖ tuned) on old text (nats a token)",
-    )
-    axes.set_ylim(0, _top(front))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+        look = {"color": colour, "marker": marker, "markersize": 5}
+        xs, ys = zip((0.0, 0.0), *points, strict=True)
+        whole.plot(xs, ys, **look, label=get_method(name).title)
+        near.plot(xs[1:], ys[1:], **look)
+        tops.append(xs[-1])
+    whole.plot(0, 0, color="black", marker="o", markersize=7, clip_on=False)
+    whole.annotate("base", (0, 0), xytext=(6, 6), textcoords="offset points")
+    whole.set_ylim(0, _top(front))
+    near.set(yscale="log", xlim=(0.9 * max(tops), 1.005 * max(tops)), title="where most is learned")
+    whole.set(title=title, ylabel="KL(base ‖ tuned) on old text, nats a token")
+    for axes in (whole, near):
+        axes.set_xlabel("learned: fall of the held-out loss, nats a token")
+        axes.spines[["top", "right"]].set_visible(False)
+    whole.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _points(front: Front, method: str) -> list[tuple[float, float]]:
+    """(learned, KL on old text) at a method's rates, means over seeds, the least learned first."""
+    value = kl_of(*unseen(front.some(method)))
+    return sorted(
+        (
+            fmean(learned(record.end, record.task) for record in records),
+            fmean(value(record.end) for record in records),
+        )
+        for records in _by_rate(front, method).values()
+    )
 
 
 def write_front(front: Front, path: Path, title: str) -> None:
