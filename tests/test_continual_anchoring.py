@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import secura
 from secura import anchor
-from secura.cli import main
+from secura.cli import arguments, main
 from secura.continual import AnchorCallback, AnchorDecayCallback
 
 
@@ -84,11 +85,11 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
     if source == "jsonl":
         by.write_text(json.dumps({"text": "how many apples are left"}) + "\n")
     output = tmp_path / "adapter"
-    flags = ("--core", "u", "--norm", "none", "--anchor", by, "--anchor_decay", 1)
+    flags = ("--anchor", by, "--anchor_decay", 1)
     more = ("--anchor_tokens", 256, "--save_steps", 2)
     assert main(train_flags(base, data, output, *flags, *more)) == 0
     said = capfd.readouterr().out
-    assert "secura: anchored 14 layers by" in said
+    assert "secura: anchored 6 layers by" in said
     assert ("the model's own samples" if source == "self" else str(by)) in said
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["core"] == "u" and config["anchored"] and config["anchor_damping"] == 0.01
@@ -122,7 +123,7 @@ def test_a_core_without_an_anchor_is_noted(base, data, tmp_path, capfd):  # noqa
 
 
 BAD = {
-    "--core u": ["--anchor", "self"],
+    "--core u": ["--core", "ab", "--anchor", "self"],
     "--anchor_tokens is --anchor's": ["--core", "u", "--anchor_tokens", "64"],
     "--anchor_damping is --anchor's": ["--core", "u", "--anchor_damping", "0.5"],
     "must be 2 or more": ["--core", "u", "--anchor", "self", "--anchor_tokens", "1"],
@@ -137,6 +138,24 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_flags_that_do_not_fit_are_one_line(message, base, data, tmp_path, capfd):  # noqa: F811
     fails(train_flags(base, data, tmp_path / "out", *BAD[message]), capfd, message)
+
+
+@pytest.mark.parametrize("way", ["bare", "valued", "file"])
+def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path):  # noqa: F811
+    given = {"bare": ["--anchor"], "valued": ["--anchor=self"], "file": []}[way]
+    if way == "file":
+        (tmp_path / "run.yaml").write_text("anchor: self\n")
+        given = ["--config", str(tmp_path / "run.yaml")]
+    flags = ["--model", str(base), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    training, _, _, adapter, anchor = arguments.parse([*flags, *given, "--r", "16"])
+    assert (adapter.core, adapter.norm, adapter.r) == ("u", "none", 16)
+    assert (training.learning_rate, anchor.anchor, anchor.anchor_decay) == (5e-4, "self", 30)
+    config = arguments.to_secura_config(adapter, 0)
+    layers = "model.layers.0.mlp.gate_proj", "gpt_neox.layers.3.mlp.dense_h_to_4h", "h.1.mlp.c_fc"
+    assert all(re.fullmatch(config.target_modules, f"base.{name}") for name in layers)
+    assert not re.fullmatch(config.target_modules, "model.layers.0.mlp.gate")
+    _, _, _, adapter, anchor = arguments.parse(flags)
+    assert (adapter.core, adapter.r, anchor.anchor_decay) == ("ab", 64, 0)
 
 
 def test_an_empty_file_of_old_text_is_one_line(base, data, tmp_path, capfd):  # noqa: F811

@@ -101,8 +101,8 @@ def main_table(front: Front, methods: Sequence[str] | None = None) -> str:
         table.append(cells)
     caption = (
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
-        f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, as "
-        "a multiple of what LoRA pays for that, paired by seed, with the 95% interval; below 1 "
+        f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
+        "as a multiple of what LoRA pays for that, paired by seed, with the 95% interval; below 1 "
         "drifts less. "
         f"{_NOTHING}: it does not learn as much at any rate. Rise of loss: mean over the kinds of "
         "old text; this, the probes (accuracy as a share of the base model's) and the seconds are "

@@ -22,6 +22,15 @@ from secura.cli.models import DTYPES
 PROG = "secura train"
 LEARNING_RATE = 2e-4
 """Unless set; `SFTConfig`'s own 2e-5 is meant for training every weight."""
+ANCHORED: dict[str, Any] = {
+    "core": "u",
+    "norm": "none",
+    "r": 128,
+    "target_modules": [r".*\.(mlp|feed_forward)\.(\w+_proj|c_fc|fc\d|dense_\w+)"],
+    "learning_rate": 5e-4,
+    "anchor_decay": 30.0,
+}
+"""Defaults with `--anchor`: those that kept most in docs/results.md."""
 
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "rank": "r"}
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
@@ -100,6 +109,10 @@ class DataArguments:
     )
 
 
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
 @dataclass
 class AnchorArguments:
     """How a core of ``--core u`` is held to old text."""
@@ -107,9 +120,14 @@ class AnchorArguments:
     anchor: str | None = field(
         default=None,
         metadata={
-            "help": "With --core u, before training: what to anchor the core by, self for the "
-            "model's own samples, or a file of old text: .jsonl, .json, .csv or .parquet with a "
-            "column text, or any other, in which an empty line ends a text."
+            "help": "Before training, anchor a core that is trained itself: by the model's own "
+            "samples (self, also without a value), or by a file of old text: .jsonl, .json, .csv "
+            "or .parquet with a column text, or any other, in which an empty line ends a text. "
+            "Sets other defaults: "
+            + ", ".join(f"--{name} {_words(value)}" for name, value in ANCHORED.items())
+            + ".",
+            "nargs": "?",
+            "const": "self",
         },
     )
     anchor_tokens: int | None = field(
@@ -258,8 +276,10 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """
     parser = make_parser()
     argv, config_file = take_config_flag(argv)
+    config = {} if config_file is None else read_config(config_file)
+    if "anchor" in config or any(word.partition("=")[0] == "--anchor" for word in argv):
+        parser.set_defaults(**ANCHORED)
     if config_file is not None:
-        config = read_config(config_file)
         known = {action.dest: action for action in parser._actions}
         for key, value in config.items():
             if key not in known:
