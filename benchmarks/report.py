@@ -1,11 +1,12 @@
-"""The tables of docs/results.md and the plots, made from the committed results alone.
+"""The tables of README.md and docs/results.md, and the plots, from the committed results alone.
 
-    python -m benchmarks.report            # rewrite the tables between the page's markers, plots
+    python -m benchmarks.report            # rewrite the tables between the pages' markers, plots
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
 ``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
-``retention-<stage>-<place>``, a stage of the retention experiment there.
+``retention-<stage>-<place>``, a stage of the retention experiment there, or the same and
+``-brief``, less of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .tables import NOT_YET, TABLES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,11 +62,11 @@ def demo_table(result: dict[str, Any]) -> str:
 
 def retention_table(results: Path, name: str) -> str:
     """What methods keep where each learned as much, of a stage and a place."""
-    _, stage, targets = name.split("-")
+    _, stage, targets, *brief = name.split("-")
     folder = results / "retention" / stage
     if not folder.is_dir():
         return NOT_YET
-    return f"{main_table(Front(read_all(folder), targets))}\n"
+    return f"{main_table(Front(read_all(folder), targets), brief=bool(brief))}\n"
 
 
 def table(name: str, results: Path = RESULTS) -> str:
@@ -97,13 +98,20 @@ def main(arguments: list[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     if not check:
         draw_all(RESULTS)
-    text = PAGE.read_text(encoding="utf-8")
-    made = render(text)
-    if check and made != text:
-        print("docs/results.md differs from benchmarks/results: run make table", file=sys.stderr)
+    differs = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = render(text)
+        if made == text:
+            continue
+        if check:
+            name = page.relative_to(ROOT).as_posix()
+            print(f"{name} differs from benchmarks/results: run make table", file=sys.stderr)
+            differs = True
+        else:
+            page.write_text(made, encoding="utf-8")
+    if differs:
         return 1
-    if made != text:
-        PAGE.write_text(made, encoding="utf-8")
     return 0
 
 

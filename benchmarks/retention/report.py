@@ -73,43 +73,50 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def main_table(front: Front, methods: Sequence[str] | None = None) -> str:
-    """At most eight methods where each learned nearly what LoRA does at its best rate.
+def main_table(front: Front, *, brief: bool = False) -> str:
+    """The methods of most interest, each where it learned nearly what LoRA does at its best rate.
 
     Args:
         front: of one stage and place.
-        methods: the rows; None takes those of most interest.
+        brief: the KL on each kind of old text alone.
     """
-    wanted = methods or [*_PREFERRED, *front.methods]
-    rows = [name for name in dict.fromkeys(wanted) if name in front.runs][:ROWS]
+    rows = [name for name in dict.fromkeys([*_PREFERRED, *front.methods]) if name in front.runs]
     level = front.levels()[MAIN]
     kinds = front.some(REFERENCE).settings.texts
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
-    head += ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "seconds"]
+    more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "seconds"]
     table = []
-    for name in rows:
+    for name in rows[:ROWS]:
         some = front.some(name)
         cells = [get_method(name).title, f"{some.trained / 1e3:,.0f}k"]
         cells.append(_plain(estimate(list(front.best(name).values()))))
         cells += [_ratio(front, name, level, kind) for kind in kinds]
-        cells.append(_ratio(front, name, level))
-        cells.append(_ratio(front, name, level, some.task))
-        cells.append(_plain(estimate(front.ends(name, level, _rise)), sign=True))
-        kept = [value for value in front.ends(name, level, _kept) if not math.isnan(value)]
-        cells.append(f"{fmean(kept):.0%}" if kept else _NOTHING)
-        cells.append(f"{fmean(front.ends(name, level, lambda r: r.seconds['total'])):.0f}")
-        table.append(cells)
+        table.append(cells if brief else [*cells, *_costs(front, name, level, some.task)])
     caption = (
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
         f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
         "as a multiple of what LoRA pays for that, paired by seed, with the 95% interval; below 1 "
-        "drifts less. "
-        f"{_NOTHING}: it does not learn as much at any rate. Rise of loss: mean over the kinds of "
-        "old text; this, the probes (accuracy as a share of the base model's) and the seconds are "
-        "of the run that ends nearest above that level. An anchor by given news has seen the "
-        "source of the kind news, which its column of all kinds leaves out."
+        f"drifts less. {_NOTHING}: it does not learn as much at any rate."
     )
-    return f"{_table(head, table)}\n\n{caption}"
+    if not brief:
+        caption += (
+            " Rise of loss: mean over the kinds of old text; this, the probes (accuracy as a share "
+            "of the base model's) and the seconds are of the run that ends nearest above that "
+            "level. An anchor by given news has seen the source of the kind news, which its column "
+            "of all kinds leaves out."
+        )
+    return f"{_table(head if brief else [*head, *more], table)}\n\n{caption}"
+
+
+def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
+    kept = [value for value in front.ends(name, level, _kept) if not math.isnan(value)]
+    return [
+        _ratio(front, name, level),
+        _ratio(front, name, level, task),
+        _plain(estimate(front.ends(name, level, _rise)), sign=True),
+        f"{fmean(kept):.0%}" if kept else _NOTHING,
+        f"{fmean(front.ends(name, level, lambda r: r.seconds['total'])):.0f}",
+    ]
 
 
 def sequence_table(records: Iterable[Record]) -> str:

@@ -52,7 +52,7 @@ def test_a_front_joins_quarters_and_the_ends_of_rates():
     assert paid == {0: pytest.approx(0.06)}  # between the two ends, not along the second's quarter
     assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.005)}
     assert front.paid("lora", 0.9, kl_of("news")) == {}
-    assert front.levels() == pytest.approx([0.64, 0.72, 0.8])
+    assert front.levels() == pytest.approx([0.72, 0.784, 0.8])
 
 
 def test_quarters_are_scaled_as_the_ends_part_is_to_its_whole():
