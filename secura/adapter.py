@@ -159,7 +159,9 @@ class CABR(AdapterState):
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
-        return factors(self.A, self.B, self.U, self.left, self.right)
+        own, fixed = self._parameters, self._buffers
+        trained = (own.get(name) for name in ("A", "B", "U"))
+        return factors(*trained, fixed["left"], fixed["right"])
 
     def update(self) -> Tensor:
         """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""

@@ -120,7 +120,8 @@ def check_at_hand(base: nn.Module) -> None:
 
 def bias(base: nn.Module) -> Tensor | None:
     """The bias ``[N]`` that the base adds, or None; detached."""
-    value = getattr(base, "bias", None)
+    own = base._parameters
+    value = own["bias"] if "bias" in own else getattr(base, "bias", None)
     return value.detach() if isinstance(value, Tensor) else None
 
 

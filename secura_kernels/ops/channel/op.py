@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import absent, op, resolve, wide
+from ...dispatch import absent, as_dtype, op, resolve, wide
 from ...norm import (
     base_share,
     coefficients,
@@ -52,17 +52,17 @@ def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tens
 
 
 def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
-    """``‖ΔW_i‖ [N]``: squares are of P over its row's largest entry and of R over its longest row.
+    """``‖ΔW_i‖ [N]``: squares are of P over m times its row's largest entry.
 
-    Of P and R as they are they overflow where ‖ΔW_i‖ itself is far from it.
+    Of P as it is they overflow where ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[0])
-    tiny = torch.finfo(p.dtype).tiny
-    largest, longest = p.abs().amax(1).clamp_min_(tiny), gram.diagonal().amax().clamp_min(tiny)
-    p = p / largest[:, None]
-    squares = (p * (p @ (gram / longest))).sum(1)
-    return squares.clamp_min_(0).sqrt_().mul_(largest).mul_(longest.sqrt())
+    largest = torch.linalg.vector_norm(p, torch.inf, 1, keepdim=True)
+    scale = largest.mul_(p.shape[1]).clamp_min_(torch.finfo(p.dtype).tiny)
+    p = p / scale
+    squares = (p @ gram).mul_(p).sum(1, keepdim=True)
+    return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
 
 
 def _kernels() -> Any:
@@ -93,18 +93,21 @@ def channel(
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how = unpack(norm)
-    base_norms = base_norms.to(wide(p.dtype))
+    base_norms = as_dtype(base_norms, wide(p.dtype))
     kernels = _kernels() if resolve(impl, p) == "triton" else None
     if kernels is not None and important is None and (known := how.known):
         return kernels.channel_product(p, p_base, gram, base_norms, known, how)
     if kernels is not None:
         norms = kernels.delta_norms(p, gram)
     else:
-        norms = _delta_norms(p.to(base_norms.dtype), gram.to(base_norms.dtype))
-    epsilon = effective_eps(base_norms, how)
-    rho = relative_change(base_norms, norms, epsilon)
-    peak = largest(rho) if how.needs_peak else None
-    slope, offset = coefficients(how, peak, rho)
+        norms = _delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
+    if known := how.known if kernels is None else None:
+        epsilon, slope, offset = known
+        rho = norms / (base_norms + epsilon)
+    else:
+        epsilon = effective_eps(base_norms, how)
+        rho = relative_change(base_norms, norms, epsilon)
+        slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
     m = gain(rho, slope, offset, how)
     factor = restrain_factor((m,), m.numel(), important, how)
     if kernels is not None:
@@ -118,7 +121,7 @@ def channel(
     q = p * inverse[:, None]
     if p_base is not None:
         q = q + (p_base if share is None else share[:, None] * p_base)
-    return q.to(p.dtype), absent(inverse) if share is None else share, inverse
+    return as_dtype(q, p.dtype), absent(inverse) if share is None else share, inverse
 
 
 @channel.register_fake

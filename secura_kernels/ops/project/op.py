@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import op, supported
+from ...dispatch import as_dtype, op, supported
 from ..common import Call, Step
 
 
@@ -40,7 +40,7 @@ def project(
     """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
     if kernels := _kernels(impl, weight, u):
         return kernels.forward(weight, cols, u, dtype)
-    return (weight.index_select(1, cols).to(u.dtype) @ u).to(dtype)
+    return as_dtype(as_dtype(weight.index_select(1, cols), u.dtype) @ u, dtype)
 
 
 @project.register_fake
@@ -55,7 +55,7 @@ def project_backward(dp: Tensor, weight: Tensor, cols: Tensor, impl: str | None)
     """``∂U [m, m]`` of ``∂P [N, m]``."""
     if kernels := _kernels(impl, weight, dp):
         return kernels.backward(dp, weight, cols)
-    return weight.index_select(1, cols).to(dp.dtype).t() @ dp
+    return as_dtype(weight.index_select(1, cols), dp.dtype).t() @ dp
 
 
 @project_backward.register_fake
