@@ -80,6 +80,8 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
 
 def supported(impl: str | None, first: Tensor, second: Tensor) -> str:
     """:func:`resolve` of two tensors: Triton where it can take both."""
+    if impl == "reference":
+        return impl
     found = resolve(impl, first)
     if second.dtype == first.dtype and second.device == first.device:
         return found

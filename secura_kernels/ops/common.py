@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import absent, as_dtype, wide
+from ..dispatch import absent, wide
 from ..layer import Layer
 
 Saved = tuple[Tensor | None, ...]
@@ -92,7 +92,7 @@ def measured(like: Tensor, scalars: Tensor | None, factor: Tensor | None) -> Mea
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``tensor`` in ``dtype``, or None."""
-    return None if tensor is None else as_dtype(tensor, dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -101,7 +101,10 @@ def channel(
         norms = kernels.delta_norms(p, gram)
     else:
         norms = _delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
-    if known := how.known if kernels is None else None:
+    epsilon: Tensor | float
+    slope: Tensor | float
+    offset: Tensor | float
+    if kernels is None and (known := how.known):
         epsilon, slope, offset = known
         rho = norms / (base_norms + epsilon)
     else:

@@ -316,7 +316,7 @@ def _backward(
         m = _gain(base, delta, scalars, norm)
         if fused is not None:
             fused[part] = _normed(base, delta, m, factor, part, norm)
-        if dp is not None:
+        if dp is not None and x is not None:
             dp[part] = as_dtype(g[:, part].t() @ x, base.dtype).div_(m) @ chunks.r.t()
     if dp is not None and factor is not None:
         dp.mul_(factor[:, None])
