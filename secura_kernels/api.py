@@ -188,7 +188,7 @@ def effective_weight(
         if options.norm == "channel":
             gram, norms = channel.row_norms(w, rows, p_base)
             fresh = call._replace(layer=layer._replace(gram=gram, base_norms=norms))
-            q, share, _ = channel.product(fresh, p, p_base)
+            q, share, _ = channel.product(fresh, p, p_base, p.dtype)
         return weight.merged_weight(w, rows, q, share, dtype, draw, impl)
 
 
@@ -213,7 +213,7 @@ def additive_product(
         p, p_base = _projections(call, a, b)
         if layer.options.norm == "none":
             return p, None
-        q, share, _ = channel.product(call, p, p_base)
+        q, share, _ = channel.product(call, p, p_base, p.dtype)
     return q, share
 
 
@@ -357,10 +357,10 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     a, b, *saved = ctx.saved_tensors
     da = db = None
     with alone(g):
-        dx, dp, dbias = space.backward(call, _flat(g), tuple(saved), wanted)
+        dx, dp, dbias, scale = space.backward(call, _flat(g), tuple(saved), wanted)
         if wanted[1]:
             dtype = ctx.u_dtype
-            du = project.backward(call, as_dtype(dp, dtype))
+            du = project.backward(call, as_dtype(dp, dtype), scale)
             if scaling != 1:
                 du = du.mul_(scaling)
             if needs[1]:

@@ -54,6 +54,22 @@ class Step(NamedTuple):
     keeps: bool
 
 
+class Gradients(NamedTuple):
+    """What a space's backward pass ends with; those not asked for may be empty.
+
+    Attributes:
+        x: ``∂x [T, K]`` or ``∂y0 [T, N]``.
+        p: ``∂P [N, m]``, fp32 or wider, but for ``row_scale``.
+        delta_bias: ``∂δb [N]``.
+        row_scale: ``[N]``, what ∂P's rows are yet to be multiplied by, or None.
+    """
+
+    x: Tensor
+    p: Tensor
+    delta_bias: Tensor
+    row_scale: Tensor | None = None
+
+
 class Terms(NamedTuple):
     """The thin operands of base and Δ, as ``Tensor?[]`` in a schema; ``Terms(*list)`` names them.
 
@@ -132,6 +148,7 @@ def gradients_fake(
 
 __all__ = [
     "Call",
+    "Gradients",
     "Measured",
     "Saved",
     "Step",

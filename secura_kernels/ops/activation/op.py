@@ -61,6 +61,7 @@ from ...norm import (
 )
 from ..common import (
     Call,
+    Gradients,
     Measured,
     Saved,
     Step,
@@ -303,12 +304,12 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (saved, z, weight, layer.rows, *terms, *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x or ∂y0, ∂P, ∂δb)``."""
     of_gain, z, weight, rows, *terms_and_found = saved
     terms, found = terms_and_found[:4], terms_and_found[4:]
     run = activation_backward if call.watched else activation_backward.body
-    return run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl)
+    return Gradients(*run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl))
 
 
 __all__ = ["activation", "activation_backward", "adds_h", "backward", "forward"]

@@ -46,7 +46,7 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
-from ..common import Call, Measured, Saved, Step, Terms, cast, gradients_fake, measured
+from ..common import Call, Gradients, Measured, Saved, Step, Terms, cast, gradients_fake, measured
 from ..project.op import projections
 
 WORKSPACE_MIB = 8
@@ -346,11 +346,13 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x, ∂P, ∂δb)``."""
     x, w, rows, p, p_base, *found = saved
     run = weight_backward if call.watched else weight_backward.body
-    return run(g, x, w, rows, [p, p_base, None, None], found, call.norm, needs, call.impl)
+    return Gradients(
+        *run(g, x, w, rows, [p, p_base, None, None], found, call.norm, needs, call.impl)
+    )
 
 
 __all__ = [
