@@ -12,7 +12,7 @@
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
 of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
-at most; fp32 weights, and ROCm, multiply in fp32.
+at most (of a scaled C two parts are taken too); fp32 weights, and ROCm, multiply in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu import machine_of
-from ..jit import block_of, cast, cdiv, dot, dot_precision, span
+from ..jit import aligned, block_of, cast, cdiv, dot, dot_precision, span
 from ..launch import Kernel
 
 MOST_SPLITS = 64
@@ -101,14 +101,13 @@ def _project_bwd_kernel(
     for start in range(0, rows, BLOCK_N):
         offs_n = split * rows + start + tl.arange(0, BLOCK_N)
         c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        if HAS_SCALE:  # of C, whose tile is the smaller
+            c *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
         dp = tl.load(
             dp_ptr + offs_n[:, None] * M + offs_j[None, :],
             mask=(offs_n < N)[:, None] & mask_j[None, :],
             other=0.0,
         )
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            dp *= scale[:, None]
         acc = dot(tl.trans(c), dp, acc, PRECISION)
     place = partial_ptr + split * M * M + offs_i[:, None] * M + offs_j[None, :]
     tl.store(place, acc, mask=mask_i[:, None] & mask_j[None, :])
@@ -135,6 +134,8 @@ def backward(dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None)
     partial = dp.new_empty(splits, m, m)
     scale = None if row_scale is None else row_scale.contiguous()
     block_j = _block_j(weight, m)
+    if scale is not None and not aligned(m):
+        block_j = min(block_j, 64)  # of 128, addresses one by one beside the scale spilled on sm_80
     sizes = (n, weight.shape[1], m, rows, *weight.stride())
     _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
         *(dp, scale, weight, cols.contiguous(), partial, *sizes),
