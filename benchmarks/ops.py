@@ -131,7 +131,7 @@ def _channel(form: str) -> Op:
     norm = pack(NormOptions("channel", form))
     return Op(
         f"channel: Q of P, {form}",
-        lambda d, impl: channel(d.p, None, d.gram, d.norms, None, norm, impl),
+        lambda d, impl: channel(d.p, None, d.gram, d.norms, None, norm, d.weight.dtype, impl),
         lambda d, impl, found: d.p * found[2][:, None],
         lambda t, n, k, m, s: (8 * n * m + 4 * m * m, 8 * n * m),
     )
@@ -182,7 +182,7 @@ OPS = (
     Op(
         "P = C U",
         lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
-        lambda d, impl, p: project_backward(p, d.weight, d.cols, impl),
+        lambda d, impl, p: project_backward(p, d.weight, d.cols, None, impl),
         lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
     ),
     _channel("calibrated"),

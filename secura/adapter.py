@@ -113,7 +113,8 @@ class CABR(AdapterState):
         weight = bases.product_weight(base)
         if weight is None:
             return self._beside(base, x)
-        self._check_input(weight, x)
+        if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
+            self._check_input(weight, x)
         self._refresh(base)
         layer, mask = self._layer(base, weight), self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
@@ -159,7 +160,8 @@ class CABR(AdapterState):
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
-        return factors(self.A, self.B, self.U, self.left, self.right)
+        fixed = self._buffers
+        return factors(self.A, self.B, self.U, fixed["left"], fixed["right"])
 
     def update(self) -> Tensor:
         """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""

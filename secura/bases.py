@@ -120,8 +120,9 @@ def check_at_hand(base: nn.Module) -> None:
 
 def bias(base: nn.Module) -> Tensor | None:
     """The bias ``[N]`` that the base adds, or None; detached."""
-    value = getattr(base, "bias", None)
-    return value.detach() if isinstance(value, Tensor) else None
+    own = base._parameters
+    value = own["bias"] if "bias" in own else getattr(base, "bias", None)
+    return value.detach() if value is not None and isinstance(value, Tensor) else None
 
 
 def why_not_product(base: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,10 @@ class SECURALinear(CABR):
             ValueError: for another last dimension.
             RuntimeError: when trained while merged.
         """
-        if self.merged:
+        if self._merged is not None:
             check_not_training(self)
             return self.base(x)
-        return super().forward(self.base, x)
+        return super().forward(cast(nn.Module, self._modules["base"]), x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

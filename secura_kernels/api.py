@@ -188,7 +188,7 @@ def effective_weight(
         if options.norm == "channel":
             gram, norms = channel.row_norms(w, rows, p_base)
             fresh = call._replace(layer=layer._replace(gram=gram, base_norms=norms))
-            q, share, _ = channel.product(fresh, p, p_base)
+            q, share, _ = channel.product(fresh, p, p_base, p.dtype)
         return weight.merged_weight(w, rows, q, share, dtype, draw, impl)
 
 
@@ -213,7 +213,7 @@ def additive_product(
         p, p_base = _projections(call, a, b)
         if layer.options.norm == "none":
             return p, None
-        q, share, _ = channel.product(call, p, p_base)
+        q, share, _ = channel.product(call, p, p_base, p.dtype)
     return q, share
 
 
@@ -248,17 +248,13 @@ def _run(
     lead = x.shape[:-1]
     _check(n, lead, layer, a, b, delta_bias, z_scale)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
-    tokens = math.prod(lead)
-    flat = as_dtype(x.reshape(tokens, x.shape[-1]), dtype)
-    if z_scale is not None:
-        z_scale = z_scale.reshape(tokens, z_scale.shape[-1])
+    x = as_dtype(x, dtype)
     if not watched and layer.options.norm == "weight" and layer.weight is not None:
-        impl = supported(impl, flat, layer.weight)
+        impl = supported(impl, x, layer.weight)
     elif not watched:
-        impl = resolve(impl, flat)
+        impl = resolve(impl, x)
     call = _call(layer, given, watched, impl)
-    out = _SecuraLayer.apply(flat, a, b, delta_bias, z_scale, call)
-    return out.view(*lead, n)
+    return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
 
 
 def _check(
@@ -308,8 +304,21 @@ def _check(
         raise ValueError(f"unknown save {layer.save!r}: choose one of {SAVES}")
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """``[T, size]`` of ``[..., size]``."""
+    lead = tensor.shape[:-1]
+    return tensor if len(lead) == 1 else tensor.reshape(math.prod(lead), tensor.shape[-1])
+
+
+_unflatten = torch.ops.aten._unsafe_view.default
+"""A view that autograd does not take for one: into a function's view nobody may write."""
+
+
 class _SecuraLayer(torch.autograd.Function):
-    """Forward and backward of one layer on flat inputs; its space says what is saved."""
+    """Forward and backward of one layer; its space says what is saved.
+
+    Inputs are made flat within, where autograd has no node to make for it.
+    """
 
     @staticmethod
     def forward(
@@ -323,35 +332,45 @@ class _SecuraLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = call
         ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
+        ctx.shape = x.shape
         keeps = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         with alone(x):
             u, u_base = cores(call.layer, a, b)
             ctx.u_dtype = u.dtype
-            step = Step(x, u, u_base, delta_bias, z_scale, keeps)
+            scale = None if z_scale is None else _flat(z_scale)
+            step = Step(_flat(x), u, u_base, delta_bias, scale, keeps)
             out, saved = SPACES[call.layer.options.norm].forward(call, step)
         ctx.save_for_backward(a, b, *saved)
-        return out
+        return out if x.dim() == 2 else _unflatten(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        call, needs = ctx.call, ctx.needs_input_grad
-        scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
-        wanted = [needs[0], needs[1] or needs[2], needs[3]]
-        a, b, *saved = ctx.saved_tensors
-        da = db = None
-        with alone(g):
-            dx, dp, dbias = space.backward(call, g, tuple(saved), wanted)
-            if wanted[1]:
-                dtype = ctx.u_dtype
-                du = project.backward(call, as_dtype(dp, dtype))
-                if scaling != 1:
-                    du = du.mul_(scaling)
-                if needs[1]:
-                    da = as_dtype(du if b is None else du @ as_dtype(b, dtype).t(), a.dtype)
-                db = as_dtype(as_dtype(a, dtype).t() @ du, b.dtype) if needs[2] else None
-        dx = dx if needs[0] else None
-        return dx, da, db, dbias.to(ctx.bias_dtype) if needs[3] else None, None, None
+        # once_differentiable is for a second derivative; it costs the first one 5 µs
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, g)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_SecuraLayer`'s inputs."""
+    call, needs = ctx.call, ctx.needs_input_grad
+    scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
+    wanted = [needs[0], needs[1] or needs[2], needs[3]]
+    a, b, *saved = ctx.saved_tensors
+    da = db = None
+    with alone(g):
+        dx, dp, dbias, scale = space.backward(call, _flat(g), tuple(saved), wanted)
+        if wanted[1]:
+            dtype = ctx.u_dtype
+            du = project.backward(call, as_dtype(dp, dtype), scale)
+            if scaling != 1:
+                du = du.mul_(scaling)
+            if needs[1]:
+                da = as_dtype(du if b is None else du @ as_dtype(b, dtype).t(), a.dtype)
+            db = as_dtype(as_dtype(a, dtype).t() @ du, b.dtype) if needs[2] else None
+    dx = None if not needs[0] else dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
+    return dx, da, db, as_dtype(dbias, ctx.bias_dtype) if needs[3] else None, None, None
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 __all__ = ["Layer", "additive_product", "effective_weight", "secura_add", "secura_linear"]

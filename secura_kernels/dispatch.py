@@ -42,9 +42,10 @@ def why_not_triton(tensor: Tensor) -> str | None:
     """Why no kernel can take ``tensor``, or None where one can."""
     if reason := triton_missing():
         return reason
-    recording = tensor.is_meta and assumed() is not None
-    if tensor.device.type != "cuda" and not interpreting() and not recording:
-        return f"the tensor is on {tensor.device.type}, kernels run on cuda"
+    if not tensor.is_cuda and not interpreting():
+        recording = tensor.is_meta and assumed() is not None
+        if not recording:
+            return f"the tensor is on {tensor.device.type}, kernels run on cuda"
     if tensor.dtype not in TRITON_DTYPES:
         taken, *names = (
             str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *TRITON_DTYPES)
@@ -67,7 +68,7 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
         return impl
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
-    if impl == "auto" and tensor.device.type != "cuda":
+    if impl == "auto" and not tensor.is_cuda:
         return "reference"
     reason = why_not_triton(tensor)
     if reason is None:
@@ -79,6 +80,8 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
 
 def supported(impl: str | None, first: Tensor, second: Tensor) -> str:
     """:func:`resolve` of two tensors: Triton where it can take both."""
+    if impl == "reference":
+        return impl
     found = resolve(impl, first)
     if second.dtype == first.dtype and second.device == first.device:
         return found
@@ -118,7 +121,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_watched(*args: Any) -> bool:
@@ -173,7 +176,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """fp32, or ``dtype`` where that is wider: what sums and small gradients are kept in."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

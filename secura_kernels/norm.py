@@ -226,7 +226,15 @@ def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor,
 def gain(rho: Tensor, slope: Tensor | float, offset: Tensor | float, norm: Norm) -> Tensor:
     """M from ρ, elementwise, in ρ's dtype."""
     w = norm.sigmoid_weight
-    return w - (w - 1) * torch.sigmoid(slope * rho + offset)
+    power = slope * rho
+    if isinstance(offset, Tensor) or offset:
+        power = power + offset
+    return torch.rsub(power.sigmoid_(), w, alpha=w - 1)
+
+
+def combined(base: Tensor, delta: Tensor, gain: Tensor, share: Tensor | None) -> Tensor:
+    """``base + Δ / M``, or with a share of :func:`base_share` ``share · base + Δ / M``."""
+    return torch.addcdiv(base if share is None else share * base, delta, gain)
 
 
 def base_share(gain: Tensor, norm: Norm) -> Tensor | None:
@@ -268,6 +276,7 @@ __all__ = [
     "Restrain",
     "base_share",
     "coefficients",
+    "combined",
     "effective_eps",
     "gain",
     "largest",

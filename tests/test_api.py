@@ -120,6 +120,18 @@ def test_leading_dimensions(shape, options):
     assert x.grad.shape == x.shape and a.grad.isfinite().all()
 
 
+def test_an_output_with_leading_dimensions_may_be_written_into(options):
+    example = Case(options, **WIDE, trains_bias=False).draw()
+    x = example.x.clone().requires_grad_()
+
+    def gradient(x):
+        out = example._replace(x=x).output()
+        out *= 2
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    torch.testing.assert_close(gradient(x[None].detach().requires_grad_())[0], gradient(x))
+
+
 def test_strided_inputs(options):
     example = Case(options, **WIDE, folded="base").draw()
     expected = example.run()

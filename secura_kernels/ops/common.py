@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import absent, as_dtype, wide
+from ..dispatch import absent, wide
 from ..layer import Layer
 
 Saved = tuple[Tensor | None, ...]
@@ -54,6 +54,22 @@ class Step(NamedTuple):
     keeps: bool
 
 
+class Gradients(NamedTuple):
+    """What a space's backward pass ends with; those not asked for may be empty.
+
+    Attributes:
+        x: ``∂x [T, K]`` or ``∂y0 [T, N]``.
+        p: ``∂P [N, m]``, fp32 or wider, but for ``row_scale``.
+        delta_bias: ``∂δb [N]``.
+        row_scale: ``[N]``, what ∂P's rows are yet to be multiplied by, or None.
+    """
+
+    x: Tensor
+    p: Tensor
+    delta_bias: Tensor
+    row_scale: Tensor | None = None
+
+
 class Terms(NamedTuple):
     """The thin operands of base and Δ, as ``Tensor?[]`` in a schema; ``Terms(*list)`` names them.
 
@@ -92,7 +108,7 @@ def measured(like: Tensor, scalars: Tensor | None, factor: Tensor | None) -> Mea
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``tensor`` in ``dtype``, or None."""
-    return None if tensor is None else as_dtype(tensor, dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -132,6 +148,7 @@ def gradients_fake(
 
 __all__ = [
     "Call",
+    "Gradients",
     "Measured",
     "Saved",
     "Step",

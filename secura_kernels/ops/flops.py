@@ -21,7 +21,7 @@ from .channel.op import channel
 from .common import Terms
 from .lowrank.op import lowrank, lowrank_backward, rebuilds_weight
 from .project.op import project, project_backward
-from .weight.op import weight, weight_backward
+from .weight.op import rows_at_once, weight, weight_backward
 
 
 def _product(*sizes: int) -> int:
@@ -87,15 +87,16 @@ def _activation_backward(
 
 def _weight(x: Tensor, w: Tensor, terms: list[Any], norm: str) -> int:
     how = unpack(norm)
-    passes = 1 + how.needs_peak + how.restrained
+    whole = w.shape[0] <= rows_at_once(w, torch.float32)  # and kept from pass to pass
+    passes = 1 if whole else 1 + how.needs_peak + how.restrained
     thin = _sides(terms) * _product(*w.shape, _rank(terms))
     return _product(x.shape[0], *w.shape) + passes * thin
 
 
 def _weight_backward(g: Tensor, w: Tensor, terms: list[Any], needs: list[bool]) -> int:
-    thin = _product(*w.shape, _rank(terms))
-    to_x = _product(g.shape[0], *w.shape) + _sides(terms) * thin
-    return needs[0] * to_x + needs[1] * (to_x + thin)
+    thin, wide = _product(*w.shape, _rank(terms)), _product(g.shape[0], *w.shape)
+    made = any(needs[:2]) * _sides(terms) * thin
+    return made + needs[0] * wide + needs[1] * (wide + thin)
 
 
 FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {

@@ -76,14 +76,14 @@ def check_project(n, k, m, dtype, device="cpu", *, seed=0, transposed=False) -> 
 
     weight = (draw(k, n).t() if transposed else draw(n, k)).to(dtype)
     cols = torch.randperm(k, generator=generator, device=device)[:m]
-    u, dp = draw(m, m) * m**-0.5, draw(n, m) * n**-0.5
+    u, dp, scale = draw(m, m) * m**-0.5, draw(n, m) * n**-0.5, draw(n)
 
     def run(impl):
-        return project(weight, cols, u, torch.float32, impl), project_backward(
-            dp, weight, cols, impl
-        )
+        back = [project_backward(dp, weight, cols, of_rows, impl) for of_rows in (None, scale)]
+        return project(weight, cols, u, torch.float32, impl), *back
 
-    columns = weight.double()[:, cols]
-    ours, exact = run("triton"), (columns @ u.double(), columns.T @ dp.double())
+    columns, wide = weight.double()[:, cols], dp.double()
+    exact = columns @ u.double(), columns.T @ wide, columns.T @ (wide * scale.double()[:, None])
+    ours = run("triton")
     assert_no_worse(ours, run("reference"), exact, torch.float32)
-    assert [tensor.dtype for tensor in ours] == [torch.float32] * 2
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 3

@@ -76,7 +76,7 @@ def test_kept_gain_is_within_half_a_step_and_y0_is_not_saved():
     x = example.x.clone().requires_grad_()
     for impl in ("triton", "reference"):
         out = example._replace(x=x).output(impl)
-        saved = out.grad_fn.next_functions[0][0].saved_tensors
+        saved = out.grad_fn.saved_tensors
         large = [tensor for tensor in saved if tensor is not None and tensor.shape == x.shape]
         assert [tensor.dtype for tensor in large] == [torch.uint8]
         wide = example.to(torch.float64)
@@ -167,7 +167,7 @@ def test_torchs_default_dtype_changes_nothing():
         got = example.output("triton")
     finally:
         torch.set_default_dtype(torch.float32)
-    scalars = [t for t in got.grad_fn.next_functions[0][0].saved_tensors if t is not None]
+    scalars = [t for t in got.grad_fn.saved_tensors if t is not None]
     assert torch.float64 not in {tensor.dtype for tensor in scalars}
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 

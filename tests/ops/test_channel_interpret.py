@@ -47,13 +47,17 @@ def test_norms_neither_overflow_nor_hide_nan(impl, form):
     r, p = (torch.randn(*size, generator=generator) for size in ((34, 50), (37, 34)))
     p[3] = 0.0
     norm, norms = pack(NormOptions("channel", form, eps=1e-37)), torch.ones(37)
-    q, *_ = channel(p, None, r @ r.T, norms, None, norm, impl)
+    q, *_ = channel(p, None, r @ r.T, norms, None, norm, torch.float32, impl)
     for power in (1e-15, 1e15):
         wide = (power * r) @ (power * r).T
-        found, *_ = channel(power * p, None, wide, power**2 * norms, None, norm, impl)
+        found, *_ = channel(
+            power * p, None, wide, power**2 * norms, None, norm, torch.float32, impl
+        )
         torch.testing.assert_close(found / power, q, rtol=1e-5, atol=1e-6)
     p[5, 2] = torch.nan
-    q, *_ = channel(p, None, r @ r.T, norms, None, pack(NormOptions("channel")), impl)
+    q, *_ = channel(
+        p, None, r @ r.T, norms, None, pack(NormOptions("channel")), torch.float32, impl
+    )
     assert q[5].isnan().all() and q[:5].isfinite().all() and q[6:].isfinite().all()
 
 

@@ -46,11 +46,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch import absent, op, resolve, wide
+from ...dispatch import absent, as_dtype, op, resolve, wide
 from ...norm import (
     Norm,
     base_share,
     coefficients,
+    combined,
     effective_eps,
     gain,
     largest,
@@ -60,6 +61,7 @@ from ...norm import (
 )
 from ..common import (
     Call,
+    Gradients,
     Measured,
     Saved,
     Step,
@@ -214,11 +216,11 @@ def _activation_backward_fake(
 def _base_and_delta(y0: Tensor, z: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     p, p_base, delta_bias, z_scale = terms
     dtype = wide(y0.dtype)
-    z = z.to(dtype)
-    base = y0.to(dtype)
+    z = as_dtype(z, dtype)
+    base = as_dtype(y0, dtype)
     if p_base is not None:
-        base = torch.addmm(base, z, p_base.to(dtype).t())
-    delta = (z if z_scale is None else z * z_scale) @ p.to(dtype).t()
+        base = torch.addmm(base, z, as_dtype(p_base, dtype).t())
+    delta = (z if z_scale is None else z * z_scale) @ as_dtype(p, dtype).t()
     if delta_bias is not None:
         delta += delta_bias
     return base, delta
@@ -243,12 +245,10 @@ def _forward(
         scalars = torch.stack((small, slope, offset))
     m = gain(rho, slope, offset, norm)
     factor = restrain_factor((m,), m.numel(), important, norm)
-    share = base_share(m, norm)
-    delta.div_(m)
-    out = delta.add_(base) if share is None else delta.addcmul_(base, share)
+    out = combined(base, delta, m, base_share(m, norm))
     out = out if factor is None else out.mul_(factor)
     kept = (2 / m).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
-    return out.to(y0.dtype), kept, scalars, factor
+    return as_dtype(out, y0.dtype), kept, scalars, factor
 
 
 def _backward(
@@ -264,17 +264,18 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(∂y0, ∂P, ∂δb)`` in plain torch; with ``h_alone`` h ``[T, m]`` in ∂y0's place."""
     dtype, z_scale = wide(g.dtype), terms.z_scale
+    wide_g = as_dtype(g, dtype)
+    if norm.restrained:
+        wide_g = wide_g * found.factor
     if saved.dtype == torch.uint8:
-        inverse = saved.to(dtype).mul_(0.5 / _LEVELS).add_(0.5)
+        ddelta = wide_g * saved.to(dtype).mul_(0.5 / _LEVELS).add_(0.5)
     else:
         base, delta = _base_and_delta(saved, z, terms)
         eps, slope, offset = norm.known or found.scalars.unbind()
-        inverse = gain(relative_change(base, delta, eps), slope, offset, norm).reciprocal_()
-    wide_g = g.to(dtype) * found.factor if norm.restrained else g.to(dtype)
-    ddelta = wide_g * inverse
-    dbase = (2 * ddelta if norm.averaged else wide_g).to(g.dtype)
+        ddelta = wide_g / gain(relative_change(base, delta, eps), slope, offset, norm)
+    dbase = as_dtype(2 * ddelta if norm.averaged else wide_g, g.dtype)
     dbias = ddelta.sum(0) if needs[2] else None
-    ddelta = ddelta.to(g.dtype)
+    ddelta = as_dtype(ddelta, g.dtype)
     first = dp = None
     if needs[0]:
         h = ddelta @ terms.p
@@ -303,12 +304,12 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (saved, z, weight, layer.rows, *terms, *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x or ∂y0, ∂P, ∂δb)``."""
     of_gain, z, weight, rows, *terms_and_found = saved
     terms, found = terms_and_found[:4], terms_and_found[4:]
     run = activation_backward if call.watched else activation_backward.body
-    return run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl)
+    return Gradients(*run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl))
 
 
 __all__ = ["activation", "activation_backward", "adds_h", "backward", "forward"]

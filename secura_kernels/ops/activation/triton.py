@@ -519,7 +519,9 @@ def backward(
         elif dp is not None:
             dp[part] += product_wide(change.t(), ops.zd[at])
         if h is not None and multiplies:
-            own = product_wide(change, p).mul_(share)
+            own = product_wide(change, p)
+            if halves:
+                own *= share
             if z_scale is not None:
                 own *= z_scale[at]
             if p_base is not None:
@@ -530,7 +532,8 @@ def backward(
     if h is None:
         return None, dp, dbias
     if dbase is None:
-        return h.sum(0)[:, : ops.m_rows].to(g.dtype), dp, dbias
+        whole = h[0] if parts == 1 else h.sum(0)
+        return whole[:, : ops.m_rows].to(g.dtype), dp, dbias
     add_columns(dbase if averaged else g, None if averaged else factor, h, rows, dbase)
     return dbase, dp, dbias
 

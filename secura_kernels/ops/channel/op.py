@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import absent, op, resolve, wide
+from ...dispatch import absent, as_dtype, op, resolve, wide
 from ...norm import (
     base_share,
     coefficients,
@@ -27,7 +27,7 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
-from ..common import Call, Saved, Step
+from ..common import Call, Gradients, Saved, Step
 from ..lowrank import op as lowrank
 from ..project.op import projections
 
@@ -52,17 +52,17 @@ def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tens
 
 
 def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
-    """``‖ΔW_i‖ [N]``: squares are of P over its row's largest entry and of R over its longest row.
+    """``‖ΔW_i‖ [N]``: squares are of P over m times its row's largest entry.
 
-    Of P and R as they are they overflow where ‖ΔW_i‖ itself is far from it.
+    Of P as it is they overflow where ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[0])
-    tiny = torch.finfo(p.dtype).tiny
-    largest, longest = p.abs().amax(1).clamp_min_(tiny), gram.diagonal().amax().clamp_min(tiny)
-    p = p / largest[:, None]
-    squares = (p * (p @ (gram / longest))).sum(1)
-    return squares.clamp_min_(0).sqrt_().mul_(largest).mul_(longest.sqrt())
+    largest = torch.linalg.vector_norm(p, torch.inf, 1, keepdim=True)
+    scale = largest.mul_(p.shape[1]).clamp_min_(torch.finfo(p.dtype).tiny)
+    p = p / scale
+    squares = (p @ gram).mul_(p).sum(1, keepdim=True)
+    return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
 
 
 def _kernels() -> Any:
@@ -79,6 +79,7 @@ def channel(
     base_norms: Tensor,
     important: Tensor | None,
     norm: str,
+    dtype: torch.dtype,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(Q [N, m], share [N], f/M [N])``; share is empty where it would be 1 throughout.
@@ -90,26 +91,34 @@ def channel(
         base_norms: ``‖W_base,i‖ [N]``, of :func:`row_norms`.
         important: ``[N]`` bool of the restraint, or None.
         norm: of :func:`secura_kernels.norm.pack`.
+        dtype: of Q, rounded to once.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how = unpack(norm)
-    base_norms = base_norms.to(wide(p.dtype))
+    base_norms = as_dtype(base_norms, wide(p.dtype))
     kernels = _kernels() if resolve(impl, p) == "triton" else None
     if kernels is not None and important is None and (known := how.known):
-        return kernels.channel_product(p, p_base, gram, base_norms, known, how)
+        return kernels.channel_product(p, p_base, gram, base_norms, known, how, dtype)
     if kernels is not None:
         norms = kernels.delta_norms(p, gram)
     else:
-        norms = _delta_norms(p.to(base_norms.dtype), gram.to(base_norms.dtype))
-    epsilon = effective_eps(base_norms, how)
-    rho = relative_change(base_norms, norms, epsilon)
-    peak = largest(rho) if how.needs_peak else None
-    slope, offset = coefficients(how, peak, rho)
+        norms = _delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
+    epsilon: Tensor | float
+    slope: Tensor | float
+    offset: Tensor | float
+    if kernels is None and (known := how.known):
+        epsilon, slope, offset = known
+        rho = norms / (base_norms + epsilon)
+    else:
+        epsilon = effective_eps(base_norms, how)
+        rho = relative_change(base_norms, norms, epsilon)
+        slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
     m = gain(rho, slope, offset, how)
     factor = restrain_factor((m,), m.numel(), important, how)
     if kernels is not None:
         scalars = (epsilon, slope, offset)
-        return kernels.channel_product(p, p_base, None, base_norms, scalars, how, norms, factor)
+        of_rows = (norms, factor)
+        return kernels.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
     share = base_share(m, how)
     inverse = 1 / m
     if factor is not None:
@@ -118,41 +127,41 @@ def channel(
     q = p * inverse[:, None]
     if p_base is not None:
         q = q + (p_base if share is None else share[:, None] * p_base)
-    return q.to(p.dtype), absent(inverse) if share is None else share, inverse
+    return as_dtype(q, dtype), absent(inverse) if share is None else share, inverse
 
 
 @channel.register_fake
 def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     inverse = p.new_empty(p.shape[0], dtype=wide(p.dtype))
-    *_, important, norm, _ = rest
+    *_, important, norm, dtype, _ = rest
     shared = unpack(norm).averaged or important is not None
-    return p.new_empty(p.shape), torch.empty_like(inverse) if shared else absent(inverse), inverse
+    q = p.new_empty(p.shape, dtype=dtype)
+    return q, torch.empty_like(inverse) if shared else absent(inverse), inverse
 
 
-def product(call: Call, p: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(Q [N, m], share [N] or None, f/M [N])`` of a layer."""
+def product(
+    call: Call, p: Tensor, p_base: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(Q [N, m] in dtype, share [N] or None, f/M [N])`` of a layer."""
     layer = call.layer
     run = channel if call.watched else channel.body
     norms = (layer.gram, layer.base_norms)
-    q, share, inverse = run(p, p_base, *norms, call.important, call.norm, call.impl)
+    q, share, inverse = run(p, p_base, *norms, call.important, call.norm, dtype, call.impl)
     shared = layer.options.combine == "averaged" or call.important is not None
     return q, share if shared else None, inverse
 
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
-    q, share, inverse = product(call, *projections(call, step, step.u.dtype))
+    q, share, inverse = product(call, *projections(call, step, step.u.dtype), step.x.dtype)
     out, saved = lowrank.add(call, step, q, share)
     return out, (*saved, inverse)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
-    """``(∂x or ∂y0, ∂P, ∂δb)``."""
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
+    """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    dx, dq, dbias = lowrank.backward(call, g, tuple(saved_by_add), needs)
-    if needs[1] and inverse is not None:
-        dq = dq.mul_(inverse[:, None])
-    return dx, dq, dbias
+    return lowrank.backward(call, g, tuple(saved_by_add), needs)._replace(row_scale=inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]

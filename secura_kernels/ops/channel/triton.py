@@ -125,6 +125,7 @@ def channel_product(
     base_norms: Tensor,
     scalars: tuple[Any, Any, Any],
     norm: Norm,
+    dtype: torch.dtype,
     norms: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,10 +137,11 @@ def channel_product(
         base_norms: ``‖W_base,i‖ [N]``.
         scalars: ``(ε, slope, offset)``, all numbers or all 0-dim tensors.
         norm: the norm.
+        dtype: of Q.
         norms: ``‖ΔW_i‖ [N]`` of :func:`delta_norms`, or None to measure them here.
         factor: ``[N]`` of the restraint, or None.
     """
-    q = torch.empty_like(p, memory_format=torch.contiguous_format)
+    q = torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     inverse = p.new_empty(p.shape[0], dtype=torch.float32)
     share = torch.empty_like(inverse) if norm.averaged or factor is not None else None
     found = torch.empty_like(inverse) if norms is None else norms

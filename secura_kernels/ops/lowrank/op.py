@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import absent, as_dtype, op, resolve, wide
-from ..common import Call, Saved, Step, cast, gather, gradients_fake, product_wide
+from ..common import Call, Gradients, Saved, Step, cast, gather, gradients_fake, product_wide
 from ..project.op import projection
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -222,10 +222,10 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
     return out, (z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x or ∂y0, ∂Q, ∂δb)``."""
     run = lowrank_backward if call.watched else lowrank_backward.body
-    return run(g, *saved, needs, call.impl)
+    return Gradients(*run(g, *saved, needs, call.impl))
 
 
 __all__ = [

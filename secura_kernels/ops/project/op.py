@@ -1,6 +1,6 @@
 """P, which every space starts from, with C read where it lies: in the weight.
 
-    P = C U,  C = W[:, cols]        ∂U = Cᵀ ∂P
+    P = C U,  C = W[:, cols]        ∂U = Cᵀ ∂P,  or Cᵀ (row_scale · ∂P)
 
 | tensor | shape  | dtype                        |
 |--------|--------|------------------------------|
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import op, supported
+from ...dispatch import as_dtype, op, supported
 from ..common import Call, Step
 
 
@@ -40,7 +40,7 @@ def project(
     """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
     if kernels := _kernels(impl, weight, u):
         return kernels.forward(weight, cols, u, dtype)
-    return (weight.index_select(1, cols).to(u.dtype) @ u).to(dtype)
+    return as_dtype(as_dtype(weight.index_select(1, cols), u.dtype) @ u, dtype)
 
 
 @project.register_fake
@@ -51,15 +51,20 @@ def _project_fake(
 
 
 @op("project_backward")
-def project_backward(dp: Tensor, weight: Tensor, cols: Tensor, impl: str | None) -> Tensor:
-    """``∂U [m, m]`` of ``∂P [N, m]``."""
+def project_backward(
+    dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None, impl: str | None
+) -> Tensor:
+    """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
     if kernels := _kernels(impl, weight, dp):
-        return kernels.backward(dp, weight, cols)
-    return weight.index_select(1, cols).to(dp.dtype).t() @ dp
+        return kernels.backward(dp, weight, cols, row_scale)
+    dp = _scaled(dp, row_scale)
+    return as_dtype(weight.index_select(1, cols), dp.dtype).t() @ dp
 
 
 @project_backward.register_fake
-def _project_backward_fake(dp: Tensor, weight: Tensor, cols: Tensor, impl: str | None) -> Tensor:
+def _project_backward_fake(
+    dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None, impl: str | None
+) -> Tensor:
     return dp.new_empty(cols.shape[0], dp.shape[1])
 
 
@@ -78,13 +83,17 @@ def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Ten
     return p, None if step.u_base is None else projection(call, step.u_base, dtype)
 
 
-def backward(call: Call, dp: Tensor) -> Tensor:
-    """``∂U [m, m]`` of ``∂P [N, m]``."""
+def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
+    """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
     layer = call.layer
     if layer.columns is not None:
-        return layer.columns.to(dp.dtype).t() @ dp
+        return layer.columns.to(dp.dtype).t() @ _scaled(dp, row_scale)
     run = project_backward if call.watched else project_backward.body
-    return run(dp, layer.weight, layer.cols, call.impl)
+    return run(dp, layer.weight, layer.cols, row_scale, call.impl)
+
+
+def _scaled(dp: Tensor, row_scale: Tensor | None) -> Tensor:
+    return dp if row_scale is None else dp * row_scale[:, None]
 
 
 __all__ = ["backward", "project", "project_backward", "projection", "projections"]

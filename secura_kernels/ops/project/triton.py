@@ -1,7 +1,7 @@
 """Kernels of P = C U and ∂U = Cᵀ ∂P, C gathered from W.
 
     P [N, m]  = Σ_i W[n, cols[i]] U[i, j]                _project_fwd_kernel
-    ∂U [m, m] = Σ_n W[n, cols[i]] ∂P[n, j]               _project_bwd_kernel, then a sum over splits
+    ∂U [m, m] = Σ_n W[n, cols[i]] scale[n] ∂P[n, j]      _project_bwd_kernel, then a sum over splits
 
 | tensor    | shape          | dtype: in / accumulate / out  |
 |-----------|----------------|-------------------------------|
@@ -12,7 +12,7 @@
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
 of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
-at most; fp32 weights, and ROCm, multiply in fp32.
+at most (of a scaled C two parts are taken too); fp32 weights, and ROCm, multiply in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gpu import machine_of
-from ..jit import block_of, cast, cdiv, dot, dot_precision, span
+from ..jit import aligned, block_of, cast, cdiv, dot, dot_precision, span
 from ..launch import Kernel
 
 MOST_SPLITS = 64
@@ -89,8 +89,9 @@ def _project_fwd_kernel(
 @Kernel
 @triton.jit
 def _project_bwd_kernel(
-    dp_ptr, w_ptr, cols_ptr, partial_ptr, N, K, M, rows, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    dp_ptr, scale_ptr, w_ptr, cols_ptr, partial_ptr, N, K, M, rows, stride_wn, stride_wk,
+    HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The sum over ``rows`` rows of W, as many as a split has."""
     split = tl.program_id(2).to(tl.int64)
@@ -100,6 +101,8 @@ def _project_bwd_kernel(
     for start in range(0, rows, BLOCK_N):
         offs_n = split * rows + start + tl.arange(0, BLOCK_N)
         c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        if HAS_SCALE:  # of C, whose tile is the smaller
+            c *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
         dp = tl.load(
             dp_ptr + offs_n[:, None] * M + offs_j[None, :],
             mask=(offs_n < N)[:, None] & mask_j[None, :],
@@ -122,17 +125,22 @@ def forward(weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype) -> Tens
     return p
 
 
-def backward(dp: Tensor, weight: Tensor, cols: Tensor) -> Tensor:
-    """``∂U [m, m]`` in fp32 of ``∂P [N, m]``."""
+def backward(dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None) -> Tensor:
+    """``∂U [m, m]`` in fp32 of ``∂P [N, m]`` and ``row_scale [N]`` or None."""
     (n, m), dp = dp.shape, dp.contiguous()
     blocks = cdiv(n, BACKWARD.n)
     rows = cdiv(blocks, MOST_SPLITS) * BACKWARD.n
     splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
+    scale = None if row_scale is None else row_scale.contiguous()
     block_j = _block_j(weight, m)
+    if scale is not None and not aligned(m):
+        block_j = min(block_j, 64)  # of 128, addresses one by one beside the scale spilled on sm_80
     sizes = (n, weight.shape[1], m, rows, *weight.stride())
     _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
-        dp, weight, cols.contiguous(), partial, *sizes, **_options(weight, BACKWARD, block_j)
+        *(dp, scale, weight, cols.contiguous(), partial, *sizes),
+        HAS_SCALE=scale is not None,
+        **_options(weight, BACKWARD, block_j),
     )
     return partial.sum(0)
 

@@ -34,18 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch import absent, op, supported, wide
+from ...dispatch import absent, as_dtype, op, supported, wide
 from ...norm import (
     Norm,
     base_share,
     coefficients,
+    combined,
     effective_eps,
     gain,
     relative_change,
     restrain_factor,
     unpack,
 )
-from ..common import Call, Measured, Saved, Step, Terms, cast, gradients_fake, measured
+from ..common import Call, Gradients, Measured, Saved, Step, Terms, cast, gradients_fake, measured
 from ..project.op import projections
 
 WORKSPACE_MIB = 8
@@ -87,8 +88,9 @@ def weight(
         scalars, factor = kernels.measure(tiles, important, how)
         fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype)
     else:
-        scalars, factor = _measure(w, rows, named, important, how)
-        fused = _fused(w, rows, named, (scalars, factor), how, x.dtype)
+        chunks = _Chunks(w, rows, named)
+        scalars, factor = _measure(chunks, important, how)
+        fused = _fused(chunks, (scalars, factor), how, x.dtype)
     out = F.linear(x, fused, bias)
     if named.delta_bias is not None:
         out.add_(named.delta_bias)
@@ -126,22 +128,23 @@ def weight_backward(
     """
     how, named, (scalars, factor) = unpack(norm), Terms._make(terms), Measured._make(found)
     parts = (scalars, factor if how.restrained else None)
-    dx, dp, dbias = absent(g), absent(g, wide(g.dtype)), absent(g, wide(g.dtype))
-    kernels = _kernels() if supported(impl, g, w) == "triton" else None
-    if needs[0]:
-        if kernels is not None:
+    dx, dp, exact = None, None, wide(g.dtype)
+    x = x if needs[1] else None
+    if supported(impl, g, w) != "triton":
+        if needs[0] or x is not None:
+            dx, dp = _backward(g, x, _Chunks(w, rows, named), parts, how, needs[0])
+    else:
+        kernels = _kernels()
+        if needs[0]:
             tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, g.dtype)
-            fused = kernels.fused_weight(tiles, *parts, how, g.dtype)
-        else:
-            fused = _fused(w, rows, named, parts, how, g.dtype)
-        dx = g @ fused
-        del fused
-    if needs[1] and x is not None:
-        run = _grad_p if kernels is None else kernels.grad_p
-        dp = run(g, x, w, rows, named, parts, how)
-    if needs[2]:
-        dbias = g.sum(0, dtype=wide(g.dtype))
-    return dx, dp, dbias
+            dx = g @ kernels.fused_weight(tiles, *parts, how, g.dtype)
+        if x is not None:
+            dp = kernels.grad_p(g, x, w, rows, named, parts, how)
+    return (
+        absent(g) if dx is None else dx,
+        absent(g, exact) if dp is None else dp,
+        g.sum(0, dtype=exact) if needs[2] else absent(g, exact),
+    )
 
 
 @weight_backward.register_fake
@@ -174,7 +177,8 @@ def normed_weight(
         tiles = kernels.Tiles.whole(w, rows, p, p_base, torch.float32)
         found = kernels.measure(tiles, important, how)
         return kernels.fused_weight(tiles, *found, how, dtype, seed)
-    return _fused(w, rows, terms, _measure(w, rows, terms, important, how), how, dtype, seed)
+    chunks = _Chunks(w, rows, terms)
+    return _fused(chunks, _measure(chunks, important, how), how, dtype, seed)
 
 
 @normed_weight.register_fake
@@ -216,30 +220,62 @@ Found = tuple[Tensor, Tensor | None]
 """``([ε, slope, offset], f [N] or None)``: the global part of the norm."""
 
 
-def _measure(w: Tensor, rows: Tensor, terms: Terms, important: Tensor | None, norm: Norm) -> Found:
+class _Chunks:
+    """Yields ``(rows of W as a slice, base, Δ)``, in fp32 or wider, to be read alone.
+
+    Once a pass over W, unless all of W is one chunk, which is kept for the next.
+    """
+
+    def __init__(self, w: Tensor, rows: Tensor, terms: Terms) -> None:
+        self.w, self.p, self.p_base = w, terms.p, terms.p_base
+        self.dtype = wide(torch.promote_types(w.dtype, terms.p.dtype))
+        self.r = as_dtype(w.index_select(0, rows), self.dtype)
+        self.step = rows_at_once(w, self.dtype)
+        self.whole = self._chunk(slice(None)) if w.shape[0] <= self.step else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        if self.whole is not None:
+            yield self.whole
+            return
+        for start in range(0, self.w.shape[0], self.step):
+            yield self._chunk(slice(start, start + self.step))
+
+    def _chunk(self, part: slice) -> tuple[slice, Tensor, Tensor]:
+        base = as_dtype(self.w[part], self.dtype)
+        if self.p_base is not None:
+            base = torch.addmm(base, as_dtype(self.p_base[part], self.dtype), self.r)
+        return part, base, as_dtype(self.p[part], self.dtype) @ self.r
+
+
+def rows_at_once(w: Tensor, dtype: torch.dtype) -> int:
+    """How many rows of W plain torch takes at a time in ``dtype``."""
+    return max(1, WORKSPACE_MIB * 2**20 // max(1, w.shape[1] * dtype.itemsize))
+
+
+def _measure(chunks: _Chunks, important: Tensor | None, norm: Norm) -> Found:
     """The global part of the norm in plain torch."""
-    small, slope, offset = _coefficients(w, rows, terms, norm)
-    scalars = torch.stack([small.to(slope.dtype), slope, offset])
-    chunks = _chunks(w, rows, terms) if w.numel() else ()
-    gains = (_gain(base, delta, scalars, norm) for _, base, delta in chunks)
+    w = chunks.w
+    small, slope, offset = _coefficients(chunks, norm)
+    scalars = torch.stack([as_dtype(small, slope.dtype), slope, offset])
+    parts = chunks if w.numel() else ()
+    gains = (_gain(base, delta, scalars, norm) for _, base, delta in parts)
     return scalars, restrain_factor(gains, w.numel(), important, norm)
 
 
-def _coefficients(
-    w: Tensor, rows: Tensor, terms: Terms, norm: Norm
-) -> tuple[Tensor, Tensor, Tensor]:
+def _coefficients(chunks: _Chunks, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """``(ε, slope, offset)``, 0-dim."""
-    if terms.p_base is not None and norm.eps_relative and w.numel():
-        square = w.new_zeros((), dtype=wide(torch.promote_types(w.dtype, terms.p.dtype)))
-        for _, base, _ in _chunks(w, rows, terms):
+    w = chunks.w
+    if chunks.p_base is not None and norm.eps_relative and w.numel():
+        square = w.new_zeros((), dtype=chunks.dtype)
+        for _, base, _ in chunks:
             square += base.square().sum()
         small = norm.eps * (square / w.numel()).sqrt()
     else:
         small = effective_eps(w, norm)
     peak = None
     if norm.needs_peak:
-        chunks = _chunks(w, rows, terms) if w.numel() else ()
-        peaks = [relative_change(base, delta, small).amax() for _, base, delta in chunks]
+        parts = chunks if w.numel() else ()
+        peaks = [relative_change(base, delta, small).amax() for _, base, delta in parts]
         peak = torch.stack(peaks).amax() if peaks else small.new_zeros(())
     return small, *coefficients(norm, peak, w)
 
@@ -249,54 +285,42 @@ def _gain(base: Tensor, delta: Tensor, scalars: Tensor, norm: Norm) -> Tensor:
     return gain(relative_change(base, delta, eps), slope, offset, norm)
 
 
+def _normed(
+    base: Tensor, delta: Tensor, m: Tensor, factor: Tensor | None, part: slice, norm: Norm
+) -> Tensor:
+    """W' of one chunk."""
+    out = combined(base, delta, m, base_share(m, norm))
+    return out if factor is None else out.mul_(factor[part, None])
+
+
 def _fused(
-    w: Tensor,
-    rows: Tensor,
-    terms: Terms,
-    found: Found,
-    norm: Norm,
-    dtype: torch.dtype,
-    seed: int | None = None,
+    chunks: _Chunks, found: Found, norm: Norm, dtype: torch.dtype, seed: int | None = None
 ) -> Tensor:
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
-    (scalars, factor), draw = found, generator(w, seed)
-    fused = torch.empty_like(w, dtype=dtype)
-    for part, base, delta in _chunks(w, rows, terms):
-        m = _gain(base, delta, scalars, norm)
-        share = base_share(m, norm)
-        delta.div_(m)
-        out = delta.add_(base) if share is None else delta.addcmul_(base, share)
-        if factor is not None:
-            out.mul_(factor[part, None])
+    (scalars, factor), draw = found, generator(chunks.w, seed)
+    fused = torch.empty_like(chunks.w, dtype=dtype)
+    for part, base, delta in chunks:
+        out = _normed(base, delta, _gain(base, delta, scalars, norm), factor, part, norm)
         fused[part] = round_stochastically(out, draw) if draw else out
     return fused
 
 
-def _grad_p(
-    g: Tensor, x: Tensor, w: Tensor, rows: Tensor, terms: Terms, found: Found, norm: Norm
-) -> Tensor:
+def _backward(
+    g: Tensor, x: Tensor | None, chunks: _Chunks, found: Found, norm: Norm, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(∂x, ∂P)`` in plain torch, with one look at the gain for both; ∂P where x is given."""
     scalars, factor = found
-    dp = torch.empty(terms.p.shape, dtype=wide(g.dtype), device=g.device)
-    r = w.index_select(0, rows)
-    for part, base, delta in _chunks(w, rows, terms):
-        ddelta = (g[:, part].t() @ x).to(base.dtype).div_(_gain(base, delta, scalars, norm))
-        dp[part] = ddelta @ r.to(base.dtype).t()
-    return dp if factor is None else dp.mul_(factor[:, None])
-
-
-def _chunks(w: Tensor, rows: Tensor, terms: Terms) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield ``(rows of W as a slice, base, Δ)``, both fresh and in fp32 or wider."""
-    p, p_base, *_ = terms
-    dtype = wide(torch.promote_types(w.dtype, p.dtype))
-    r = w.index_select(0, rows).to(dtype)
-    n, k = w.shape
-    step = max(1, WORKSPACE_MIB * 2**20 // max(1, k * r.element_size()))
-    for start in range(0, n, step):
-        part = slice(start, start + step)
-        base = w[part].to(dtype, copy=True)
-        if p_base is not None:
-            base.addmm_(p_base[part].to(dtype), r)
-        yield part, base, p[part].to(dtype) @ r
+    fused = torch.empty_like(chunks.w, dtype=g.dtype) if needs_x else None
+    dp = None if x is None else g.new_empty(chunks.p.shape, dtype=wide(g.dtype))
+    for part, base, delta in chunks:
+        m = _gain(base, delta, scalars, norm)
+        if fused is not None:
+            fused[part] = _normed(base, delta, m, factor, part, norm)
+        if dp is not None and x is not None:
+            dp[part] = as_dtype(g[:, part].t() @ x, base.dtype).div_(m) @ chunks.r.t()
+    if dp is not None and factor is not None:
+        dp.mul_(factor[:, None])
+    return None if fused is None else g @ fused, dp
 
 
 def generator(like: Tensor, seed: int | None) -> torch.Generator | None:
@@ -322,11 +346,13 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> tuple[Tensor, ...]:
+def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x, ∂P, ∂δb)``."""
     x, w, rows, p, p_base, *found = saved
     run = weight_backward if call.watched else weight_backward.body
-    return run(g, x, w, rows, [p, p_base, None, None], found, call.norm, needs, call.impl)
+    return Gradients(
+        *run(g, x, w, rows, [p, p_base, None, None], found, call.norm, needs, call.impl)
+    )
 
 
 __all__ = [

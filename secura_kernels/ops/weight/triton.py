@@ -65,6 +65,7 @@ from ..jit import (
 from ..launch import Kernel
 
 WORKSPACE_MIB = 16
+SMALL_MIB = 2
 _ROWS_OF_A_TILE = 128
 
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
@@ -335,10 +336,9 @@ def measure(tiles: Tiles, important: Tensor | None, norm: Norm) -> tuple[Tensor,
             square = _stat("square", tiles, scalars, norm).sum() / weight.numel()
             scalars[0] = norm.eps * square.sqrt()
     peaks = _stat("peak", tiles, scalars, norm) if norm.needs_peak else scalars
-    with torch.cuda.device_of(weight):
-        weight_scalars_kernel[(1,)](
-            peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
-        )
+    weight_scalars_kernel[(1,)](
+        peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
+    )
     if important is None:
         return scalars, None
     count = _stat("count", tiles, scalars, norm, norm.edge).sum(dtype=torch.float64)
@@ -351,10 +351,9 @@ def _stat(what: str, tiles: Tiles, scalars: Tensor, norm: Norm, edge: float = 0.
         return out
     flags = {"STAT": what, "SIGMOID_WEIGHT": norm.sigmoid_weight}
     options = tiles.options | {"num_stages": STAT_STAGES}
-    with torch.cuda.device_of(tiles.weight):
-        weight_stat_kernel[tiles.grid](
-            *tiles.tensors, scalars, out, edge, *tiles.sizes, **flags, **options
-        )
+    weight_stat_kernel[tiles.grid](
+        *tiles.tensors, scalars, out, edge, *tiles.sizes, **flags, **options
+    )
     return out
 
 
@@ -378,10 +377,9 @@ def fused_weight(
         "STOCHASTIC": seed is not None,
     }
     sizes = (*tiles.sizes, *out.stride())
-    with torch.cuda.device_of(out):
-        weight_fwd_kernel[tiles.grid](
-            *tiles.tensors, scalars, factor, out, seed or 0, *sizes, **flags, **tiles.options
-        )
+    weight_fwd_kernel[tiles.grid](
+        *tiles.tensors, scalars, factor, out, seed or 0, *sizes, **flags, **tiles.options
+    )
     return out
 
 
@@ -414,16 +412,20 @@ def grad_p(
         base_part = None if p_base is None else p_base[:, part]
         tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
         of_rows = None if factor is None else factor[part]
-        with torch.cuda.device_of(d):
-            weight_bwd_kernel[tiles.grid](
-                d, *tiles.tensors, scalars, of_rows, *tiles.sizes, **flags, **tiles.options
-            )
+        weight_bwd_kernel[tiles.grid](
+            d, *tiles.tensors, scalars, of_rows, *tiles.sizes, **flags, **tiles.options
+        )
         product_wide(d, r[: p.shape[1]].t(), out=dp[part])
     return dp
 
 
 def chunk_rows(n: int, k: int, itemsize: int) -> int:
-    """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W."""
+    """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W.
+
+    A W of at most ``SMALL_MIB`` is one chunk: three launches less, where they are what takes time.
+    """
+    if n * k * itemsize <= SMALL_MIB * 2**20:
+        return max(1, n)
     most = max(1, WORKSPACE_MIB * 2**20 // max(1, k * itemsize))
     chunks = max(2, cdiv(n, most))
     rows = max(1, cdiv(n, chunks))
