@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from secura import bases
@@ -16,7 +17,7 @@ from secura.adapter import CABR
 
 from . import saved
 from .config import SecuraConfig, without_wrappers
-from .layer import SecuraLayer, SecuraLinear
+from .layer import BASE, SecuraLayer, SecuraLinear
 
 
 class SecuraModel(BaseTuner):
@@ -94,11 +95,44 @@ class SecuraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "SECURA does not mix adapters within a batch: run one adapter at a time"
+        """For one forward or generation, hand ``adapter_names`` to every layer that asks for them.
+
+        They are one adapter name a row of the batch, ``"__base__"`` for none.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        # a model without an encoder gives itself; an encoder sees the rows before they are repeated
+        encoding = set() if encoder is self.model else set(encoder.modules())
+        repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        handles = [
+            part.register_forward_pre_hook(
+                partial(_with_names, names=names if part in encoding else repeated),
+                with_kwargs=True,
             )
-        yield
+            for part in self.modules()
+            if isinstance(part, SecuraLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any) -> None:
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"adapter_names is a {type(names).__name__}: give a list of names")
+        if self.training:
+            raise ValueError(
+                "adapter_names mixes adapters within a batch for inference alone: call eval(), and "
+                "train one adapter at a time"
+            )
+        here = {name for _, layer in _secura_layers(self) for name in layer.secura_adapter}
+        if unknown := sorted(set(names) - here - {BASE}):
+            raise ValueError(f"adapter_names: the model has no adapter {', '.join(unknown)}")
 
     def _create_and_replace(
         self,
@@ -188,6 +222,13 @@ def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *un
     """Refuse before the first tensor is copied, so that no adapter is left half loaded."""
     for name, layer in _secura_layers(module):
         layer.check_loadable(state_dict, f"{prefix}{name}.")
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: Any, *, names: Any) -> tuple[Any, Any]:
+    if isinstance(module, AuxiliaryTrainingWrapper):  # which, unlike a layer, has to know them all
+        known = module._get_available_adapters()
+        names = [name if name in known else BASE for name in names]
+    return args, kwargs | {"adapter_names": names}
 
 
 def _secura_layers(model: Any) -> list[tuple[str, SecuraLayer]]:
