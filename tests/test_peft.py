@@ -262,6 +262,7 @@ def test_config_round_trip(tmp_path):
         seed=4, init_weights=False, allow_inexact_merge=True, target_modules=["q_proj", "k_proj"],
         exclude_modules=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
         modules_to_save=["lm_head"], rank_pattern={"q_proj": 3}, task_type="CAUSAL_LM",
+        trainable_token_indices={"embed_tokens": [3, 5]},
     )  # fmt: skip
     configs = (
         SecuraConfig(inner_r=9, **settings),

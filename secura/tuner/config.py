@@ -46,6 +46,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         layers_to_transform: indices of the decoder layers to adapt.
         layers_pattern: name of the list those indices count in.
         modules_to_save: modules trained in full and saved with the adapter.
+        trainable_token_indices: tokens whose embeddings are trained, as rows alone, and saved with
+            the adapter; or a dict of such lists by the embedding's name.
         rank_pattern: ``r`` by layer name or regular expression.
         layer_replication: refused: SECURA does not repeat layers.
         format_version: of the adapter file.
@@ -62,6 +64,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layer_replication: Any = None
     format_version: int = FORMAT
@@ -100,6 +103,12 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")
+
+    def fixed_settings(self, folded: bool) -> str:
+        """As of :class:`secura.AdapterConfig`, with the tokens that the trained rows belong to."""
+        own = super().fixed_settings(folded)
+        tokens = self.trainable_token_indices
+        return own if tokens is None else f"{own} {tokens}"
 
     @classmethod
     def from_pretrained(
@@ -160,7 +169,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     def _base_tensors(self, names: Iterable[str]) -> list[str]:
         """Of an adapter file's tensors, those of the base that PEFT added: resized embeddings."""
         rest = (n.removeprefix("base_model.model.") for n in names if ".secura_adapter." not in n)
-        own = [f".{module}." for module in self.modules_to_save or ()]
+        own = [f".{module}." for module in self.modules_to_save or ()] + [".trainable_tokens_delta"]
         copies = (".modules_to_save.", ".original_module.")  # of embeddings that are saved in full
         return sorted(
             n

@@ -270,6 +270,16 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             delta = self._named([adapter])[0].delta_of(self.base_layer)
         return delta.t() if bases.is_conv1d(self.base_layer) else delta
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :meth:`get_delta_weight` is all of the adapter: ``norm="none"`` without a bias.
+
+        PEFT's ``convert_to_lora`` asks. :func:`secura.export_lora` serves ``channel`` too.
+        """
+        return any(
+            adapter.config.norm == "none" and adapter.bias is None
+            for adapter in self._named([adapter_name])
+        )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight into the base; :meth:`unmerge` restores it bit for bit.
 

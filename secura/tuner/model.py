@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 
 from secura import bases
@@ -167,6 +167,12 @@ class SecuraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, TrainableTokensWrapper):  # its weight is computed, not to be assigned
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
         owners: dict[Any, list[str]] = {}
@@ -211,11 +217,12 @@ class SecuraModel(BaseTuner):
         Raises:
             RuntimeError: when nothing is merged.
         """
-        merged = [layer for _, layer in _secura_layers(self.model) if layer.merged]
+        parts = [part for part in self.model.modules() if isinstance(part, BaseTunerLayer)]
+        merged = [part for part in parts if part.merged]  # of trained tokens too
         if not merged:
             raise RuntimeError("nothing to undo: no adapter is merged")
-        for layer in merged:
-            layer.unmerge()
+        for part in merged:
+            part.unmerge()
 
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:
