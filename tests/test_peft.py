@@ -273,7 +273,7 @@ def test_config_round_trip(tmp_path):
     assert same[0] & same[1] <= {
         "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
         "inference_mode", "format_version", "check_base", "checksum", "base_tensors",
-        "how_to_load", "layer_replication",
+        "how_to_load", "layer_replication", "id2label",
     }  # fmt: skip
     for config in configs:
         config.save_pretrained(tmp_path)

@@ -88,6 +88,8 @@ def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
     kind = class_of(config)
     if labels := [shape[0] for name, shape in shapes.items() if _HEAD.search(name)]:
         kwargs["num_labels"] = labels[-1]
+    if names := config.id2label:
+        kwargs |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
     model = models.load_model(base, kind, **kwargs)
     fit_vocabulary(model, shapes, adapter)
     try:

@@ -53,6 +53,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         format_version: of the adapter file.
         checksum: over the tensors of the file these settings were read with, until it is loaded.
         base_tensors: names of the base's own tensors (resized embeddings) that the file holds.
+        id2label: what a classifier calls its labels, of the model that the file was saved with;
+            None where they have no names. ``secura merge`` gives them to the merged model.
         how_to_load: a note in ``adapter_config.json`` for whoever finds it.
 
     Raises:
@@ -70,6 +72,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     format_version: int = FORMAT
     checksum: str | None = field(default=None, compare=False, repr=False)
     base_tensors: list[str] | None = field(default=None, compare=False, repr=False)
+    id2label: dict[int, str] | None = field(default=None, compare=False, repr=False)
     how_to_load: str = field(default=_HOW_TO_LOAD, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             self.norm_combine = "averaged"
         self.format_version = FORMAT
         self.how_to_load = _HOW_TO_LOAD
+        if self.id2label is not None:  # JSON's keys are text
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
         if self.layer_replication is not None:
             raise ValueError(
                 "SECURA does not repeat layers, so layer_replication is not taken: repeat them in "

@@ -85,6 +85,7 @@ class SecuraModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
+        config.id2label = saved.named_labels(model)
         for name, layer in saved.adapted_layers(model, adapter_name).items():
             layer.renew_saved(found, f"{name}.secura_adapter.{adapter_name}.", adapter_name)
         return found
