@@ -112,22 +112,26 @@ class CABR(AdapterState):
         """
         weight = bases.product_weight(base)
         if weight is None:
-            return self._beside(base, x)
+            return self.beside(base, x)
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
         self._refresh(base)
         layer, mask = self._layer(base, weight), self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
-    def _beside(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The layer where the base is more than a frozen dense product: it makes y0 itself."""
+    def beside(self, base: nn.Module, x: Tensor, y0: Tensor | None = None) -> Tensor:
+        """The layer where the base is more than a frozen dense product: it makes y0 itself.
+
+        ``y0 [..., N]`` is what it made of ``x [..., K]`` already, if it did.
+        """
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
         self._refresh(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.norm_options.replaces_product:
-            return secura_add(base(x), self._layer(base, weight), *self.factors(), **trained)
+            y0 = base(x) if y0 is None else y0
+            return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_moves_inputs(base):
                 raise ValueError(

@@ -27,8 +27,9 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
 
     ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, fp32 (or wider, as the adapter), rank and alpha
     m: one rank for all layers, which many servers want, so layers with fewer rows than others are
-    filled up with zeros. Modules saved in full (``modules_to_save``) are carried over; vLLM takes
-    none. A base quantised to few bits is dequantised for R, and the LoRA then belongs to that base.
+    filled up with zeros. Modules saved in full (``modules_to_save``) and trained tokens are carried
+    over; vLLM takes neither. A base quantised to few bits is dequantised for R, and the LoRA then
+    belongs to that base.
 
     Example:
         >>> export_lora(PeftModel.from_pretrained(base, "adapter"), "lora")
@@ -78,7 +79,7 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
         lacking = rank - a.shape[0]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
-    if config.modules_to_save:
+    if config.modules_to_save or config.trainable_token_indices:
         tensors |= _saved_in_full(model, adapter_name)
     modules = [without_wrappers(name) for name, _ in model.get_base_model().named_modules()]
     lora = _lora_config(config, rank, set(layers), modules)
@@ -149,6 +150,7 @@ def _lora_config(config: Any, r: int, layers: set[str], modules: list[str]) -> A
         target_modules=sorted(layers),
         exclude_modules=namesakes or None,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SCRATCH = ".saving"
 """Name of the folder inside an output folder in which files are written before they move out."""
@@ -71,17 +75,60 @@ def clear(path: Path) -> None:
 def move_out(source: Path, target: Path) -> None:
     """Move every file of ``source`` into ``target``, and remove ``source``.
 
-    The configuration goes last, and an older one first, so that no mixture of two is ever loaded.
+    Over an older configuration all change at once (see :func:`_exchange`). Where that is not to be
+    had the configuration goes last, and the older one first, so that no mixture is ever loaded.
     """
     use_umask(source)
-    for name in _LAST:
-        if (source / name).exists():
-            (target / name).unlink(missing_ok=True)
+    older = [target / name for name in _LAST if (target / name).exists()]
+    if older and _exchange(source, target.resolve()):
+        return
+    for file in older:
+        if (source / file.name).exists():
+            file.unlink()
     for file in sorted(source.iterdir(), key=lambda file: file.name in _LAST):
         if file.is_dir():
             clear(target / file.name)
         os.replace(file, target / file.name)
     source.rmdir()
+
+
+def _exchange(source: Path, target: Path) -> bool:
+    """Put a folder of ``target``'s files and ``source``'s over them in ``target``'s place.
+
+    The folder is made beside ``target`` of links to the files, so none is copied, and none is lost
+    whenever the process is killed; then one rename exchanges the two. Linux alone can do it, on
+    most file systems, and not where ``target`` is a mount or the current folder.
+
+    Returns:
+        Whether it was done; else ``source`` and ``target`` are as before.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None or Path.cwd().is_relative_to(target):
+        return False
+    name, exchanged = f".{target.name}-", False
+    try:
+        for left in target.parent.glob(f"{glob.escape(name)}*{SCRATCH}"):  # by a killed run
+            clear(left)
+        made = Path(tempfile.mkdtemp(SCRATCH, name, target.parent))
+    except OSError:
+        return False
+    try:
+        _link_all(target, made, ignore=shutil.ignore_patterns(SCRATCH))
+        for file in source.iterdir():
+            clear(made / file.name)
+        _link_all(source, made)
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        exchanged = rename(here, os.fsencode(made), here, os.fsencode(target), swap) == 0
+    except OSError:
+        pass
+    shutil.rmtree(made, ignore_errors=True)
+    return exchanged
+
+
+def _link_all(source: Path, target: Path, **kwargs: Any) -> None:
+    shutil.copytree(
+        source, target, symlinks=True, copy_function=os.link, dirs_exist_ok=True, **kwargs
+    )
 
 
 def use_umask(folder: Path) -> None:

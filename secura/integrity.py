@@ -101,8 +101,8 @@ def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     if stored >> 32 == found >> 32:
         raise ValueError(
             f"{layer}: the adapter was saved with other settings than its adapter_config.json (or "
-            "the config given) has: the scaling, the norm or restrain was changed. Restore it; "
-            "set_scale() changes the scaling of an adapter once it is loaded"
+            "the config given) has: the scaling, the norm, restrain or the tokens were changed. "
+            "Restore it; set_scale() changes the scaling of an adapter once it is loaded"
         )
     raise ValueError(
         f"{layer}: the adapter's tensors do not match their checksum: the file (or its "

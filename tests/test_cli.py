@@ -111,6 +111,15 @@ def test_bad_flags(flags, parts, base, data, tmp_path, capfd):
         ("a: [\n", ["bad.yaml"]),
         ("max_steps: many\n", ["max_steps", "'many'"]),
         ("r: 0\n", ["r=0"]),
+        ("dropout: 2026-01-01\n", ["bad.yaml: dropout: ", "is no float, which the flag takes"]),
+        ("anchor_decay: null\n", ["bad.yaml: anchor_decay: None is no float"]),
+        ("per_device_train_batch_size: null\n", ["per_device_train_batch_size: None is no int"]),
+        ("warmup_steps: []\n", ["bad.yaml: warmup_steps: [] is no float"]),
+        ("anchor: []\n", ["bad.yaml: anchor: [] is no", "str"]),
+        ("norm: {a: 1}\n", ["unknown norm"]),
+        ("target_modules: {a: 1}\n", ["bad.yaml: target_modules: {'a': 1} is no"]),
+        ("target_modules: [q_proj, [v_proj]]\n", ["bad.yaml: target_modules: ['q_proj', ["]),
+        ("layers_to_transform: [0, first]\n", ["layers_to_transform: [0, 'first'] is no"]),
     ],
 )
 def test_bad_config_files(text, parts, base, data, tmp_path, capfd):

@@ -12,6 +12,7 @@ from cli_fixtures import fails, train_flags
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -71,6 +72,35 @@ def test_a_classifier_is_merged_with_its_head(named, base, tmp_path, capfd):
     ]
     if named:
         fails(argv("generate", tmp_path / "adapter", *PROMPT), capfd, "SEQ_CLS", "no text")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_classifiers_labels_keep_their_names(own, base, tmp_path, capfd):
+    names = {0: "good", 1: "bad", 2: "ugly"}
+    ids = {name: label for label, name in names.items()}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, id2label=names, label2id=ids
+    )
+    under = tmp_path / "base" if own else base
+    if own:  # the base knows its labels itself
+        model.save_pretrained(under)
+        AutoTokenizer.from_pretrained(base).save_pretrained(under)
+    adapter_on(model, under, tmp_path / "adapter", task_type="SEQ_CLS")
+    assert main(argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert (config.id2label, config.label2id) == (names, ids)
+    assert main(argv("export_lora", tmp_path / "adapter", "--output_dir", tmp_path / "lora")) == 0
+    assert "no place for the labels' names {0: 'good', 1: 'bad'" in capfd.readouterr().out
+
+
+def test_a_classifier_is_no_language_model(base, data, tmp_path, capfd):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    say = ("is no language model (LlamaForSequenceClassification)", "lm_head.weight")
+    fails(train_flags(tmp_path / "base", data, tmp_path / "out"), capfd, *say)
+    fails(["generate", "--model", tmp_path / "base", *PROMPT], capfd, *say)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_merged_configurations_agree_with_the_tokenizer(base, data, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from cli_fixtures import fails, train_flags
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -93,6 +93,26 @@ def test_modules_saved_in_full_come_along(tmp_path):
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save.default.weight += 1
     assert check(model, tiny.llama(), tmp_path / "lora")["modules_to_save"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("core", ["ab", "u"])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.t5])
+def test_pefts_own_conversion_is_exact_without_a_norm(build, core, tmp_path):
+    model = tiny.adapted(build(), norm="none", core=core, target_modules=tiny.TARGETS[build])
+    assert model.supports_lora_conversion()
+    save_as_lora(tmp_path, model, rank=4)
+    lora = PeftModel.from_pretrained(build(), tmp_path)
+    torch.testing.assert_close(tiny.logits(lora), tiny.logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"norm": "channel"}, {"norm": "weight"}, {"norm": "none", "train_bias": True}]
+)
+def test_pefts_own_conversion_refuses_what_a_delta_does_not_tell(settings):
+    model = tiny.adapted(**settings)
+    assert not model.supports_lora_conversion()
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*SecuraLinear"):
+        convert_to_lora(model, rank=4)
 
 
 def test_one_adapter_of_two(tmp_path):

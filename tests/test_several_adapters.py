@@ -10,9 +10,12 @@ from peft import PeftModel
 import secura
 
 
-def two_adapters(norm="none", **second):
-    model = tiny.adapted(norm=norm)
-    model.add_adapter("second", tiny.config(**({"norm": norm, "seed": 1, "r": 6} | second)))
+def two_adapters(norm="none", build=tiny.llama, **second):
+    targets = {"target_modules": tiny.TARGETS[build]}
+    model = tiny.adapted(build(), norm=norm, **targets)
+    model.add_adapter(
+        "second", tiny.config(**({"norm": norm, "seed": 1, "r": 6} | targets | second))
+    )
     tiny.perturb(model, 1, "second")
     return model
 
@@ -73,10 +76,68 @@ def test_two_active_adapters_with_a_norm_are_an_error(norm):
         tiny.logits(model)
 
 
-def test_adapters_within_one_batch_are_an_error():
+@pytest.mark.parametrize("norm", tiny.NORMS)
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.t5, tiny.classifier])
+def test_rows_of_one_batch_with_adapters_of_their_own(build, norm):
+    model = two_adapters(norm, build, **({"dropout": 0.5} if norm != "weight" else {}))
+    ids = tiny.tokens(6)
+    names = ["second", "__base__", "default", "second", "default", "__base__"]
+    with model.disable_adapter():
+        alone = {"__base__": tiny.logits(model, ids)}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone[name] = tiny.logits(model, ids)
+        assert not torch.allclose(alone[name], alone["__base__"])
+    want = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    got = tiny.logits(model, ids, adapter_names=names)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tiny.logits(model, ids), alone["second"])  # the next call has no names
+
+
+def test_rows_with_adapters_on_different_layers_and_of_different_norms():
+    model = tiny.adapted(norm="channel", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("second", tiny.config(norm="weight", target_modules=["v_proj"]))
+    tiny.perturb(model, 1, "second")
+    ids = tiny.tokens(2)
+    want = []
+    for row, name in enumerate(["second", "default"]):
+        model.set_adapter(name)
+        want.append(tiny.logits(model, ids)[row])
+    got = tiny.logits(model, ids, adapter_names=["second", "default"])
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.t5])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generating_with_an_adapter_a_row(build, beams):
+    model = two_adapters("channel", build)
+    ids = tiny.tokens(2)
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    want = []
+    for row, name in enumerate(["second", "default"]):
+        model.set_adapter(name)
+        want.append(model.generate(input_ids=ids[row : row + 1], **how)[0])
+    got = model.generate(input_ids=ids, adapter_names=["second", "default"], **how)
+    assert torch.equal(got, torch.stack(want))
+
+
+def test_what_rows_of_adapters_cannot_be():
     model = two_adapters()
-    with pytest.raises(ValueError, match="within a batch"):
-        model(input_ids=tiny.tokens(2), adapter_names=["default", "second"])
+    names, ids = ["default", "second"], tiny.tokens(2)
+    with pytest.raises(ValueError, match="the model has no adapter thrid"):
+        model(input_ids=ids, adapter_names=["default", "thrid"])
+    with pytest.raises(TypeError, match="adapter_names is a str: give a list"):
+        model(input_ids=ids, adapter_names="default")
+    with pytest.raises(ValueError, match="2 names for a batch of 3 rows"):
+        model(input_ids=tiny.tokens(3), adapter_names=names)
+    with pytest.raises(ValueError, match="for inference alone"):
+        model.train()(input_ids=ids, adapter_names=names)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="would act in every row of adapter_names: unmerge it"):
+        model(input_ids=ids, adapter_names=names)
+    model.unmerge_adapter()
+    assert not any(part._forward_pre_hooks for part in tiny.layers(model).values())
+    assert torch.isfinite(tiny.logits(model)).all()
 
 
 def test_adapters_on_different_layers_may_be_active_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -341,3 +342,38 @@ def test_sft_trainer_takes_the_config(norm, tokenizer, tmp_path):
     run.save_model(tmp_path / "saved")
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
     assert torch.equal(tiny.logits(loaded), tiny.logits(run.model.eval()))
+
+
+def test_sft_trainer_trains_the_tokens_of_another_models_chat_template(tokenizer, tmp_path):
+    other, own = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    other.chat_template = (
+        "{% for m in messages %}<|start|> {{ m.role }} {{ m.content }} </s>{% endfor %}"
+    )
+    other.save_pretrained(tmp_path / "other")
+    turns = [("user", "t4 t5 t6"), ("assistant", "t7 t8")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    run = SFTTrainer(
+        model=tiny.llama(),
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4,
+            learning_rate=3e-2, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+            disable_tqdm=True, chat_template_path=str(tmp_path / "other"),
+        ),
+        train_dataset=Dataset.from_list([row] * 8),
+        processing_class=own,
+        peft_config=tiny.config(norm="channel"),
+    )  # fmt: skip
+    config, embeddings = run.model.peft_config["default"], run.model.get_input_embeddings()
+    added, count = config.trainable_token_indices["embed_tokens"], embeddings.weight.shape[0]
+    assert added == list(range(tiny.VOCAB, count))
+    before = embeddings.weight.detach().clone()
+    run.train()
+    changed = (embeddings.weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [own.convert_tokens_to_ids("<|start|>")]
+    run.save_model(tmp_path / "saved")
+    base = tiny.llama()
+    base.resize_token_embeddings(count)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "saved")
+    ids = torch.tensor([[4, changed[0], 5]])
+    assert torch.equal(tiny.logits(loaded, ids), tiny.logits(run.model.eval(), ids))

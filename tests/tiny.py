@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from secura import SecuraConfig
 from secura.tuner import SecuraLayer
@@ -39,6 +47,31 @@ def gpt2(seed: int = 0):
         eos_token_id=2, pad_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+def t5(seed: int = 0):
+    """An encoder and a decoder of one block each."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=48, num_layers=1, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, initializer_factor=2.0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def classifier(seed: int = 0):
+    """:func:`llama`'s decoder with a head of three labels."""
+    decoder = llama(seed)
+    decoder.config.num_labels = 3
+    model = LlamaForSequenceClassification(decoder.config)
+    model.model = decoder.model
+    return model.eval()
+
+
+TARGETS = {llama: ["q_proj", "v_proj"], classifier: ["q_proj", "v_proj"], gpt2: ["c_attn", "c_fc"],
+           t5: ["q", "v", "wi"]}  # fmt: skip
+"""Some linear layers of each model."""
 
 
 def config(**settings) -> SecuraConfig:
@@ -81,10 +114,13 @@ def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (count, length), generator=generator)
 
 
-def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The model's logits, without gradients."""
+def logits(model, ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
+    """The model's logits, without gradients; an encoder's model gets the ids for both parts."""
+    ids = tokens() if ids is None else ids
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        return model(input_ids=tokens() if ids is None else ids).logits
+        return model(input_ids=ids, **inputs).logits
 
 
 def gradients(model, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

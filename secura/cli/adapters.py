@@ -88,6 +88,8 @@ def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
     kind = class_of(config)
     if labels := [shape[0] for name, shape in shapes.items() if _HEAD.search(name)]:
         kwargs["num_labels"] = labels[-1]
+    if names := config.id2label:
+        kwargs |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
     model = models.load_model(base, kind, **kwargs)
     fit_vocabulary(model, shapes, adapter)
     try:
@@ -122,7 +124,7 @@ def fit_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], adapter: str)
         return
     names = {module: name for name, module in model.named_modules()}
     parts = [inputs] if outputs is None or outputs.weight is inputs.weight else [inputs, outputs]
-    held = {names[part]: shapes.get(f"{_PREFIX}{names[part]}.weight") for part in parts}
+    held = {names[part]: _stored(shapes, names[part]) for part in parts}
     counts = {shape[0] for shape in held.values() if shape is not None}
     tokens = inputs.weight.shape[0]
     if counts <= {tokens}:
@@ -136,6 +138,12 @@ def fit_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], adapter: str)
             "a base with resized embeddings as --model_name_or_path"
         )
     model.resize_token_embeddings(counts.pop(), mean_resizing=False)
+
+
+def _stored(shapes: dict[str, Any], name: str) -> Any:
+    """The shape in which a file holds an embedding: as it is, or under its trained rows."""
+    own = f"{_PREFIX}{name}."
+    return shapes.get(f"{own}weight", shapes.get(f"{own}token_adapter.base_layer.weight"))
 
 
 def undeclared(model: Any, file: Path) -> list[str]:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from secura._extras import require
 from secura.cli.docstrings import docstring_entries
@@ -281,10 +281,17 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
         parser.set_defaults(**ANCHORED)
     if config_file is not None:
         known = {action.dest: action for action in parser._actions}
+        hints = {k: v for group in parser.dataclass_types for k, v in get_type_hints(group).items()}
         for key, value in config.items():
             if key not in known:
                 raise UserError(f"{config_file}: unknown key {key!r}{suggest(key, known)}")
-            config[key] = as_written(value, known[key])
+            try:
+                config[key] = as_written(value, known[key], hints[key])
+            except (TypeError, ValueError) as error:
+                wanted = getattr(hints[key], "__name__", hints[key])
+                raise UserError(
+                    f"{config_file}: {key}: {value!r} is no {wanted}, which the flag takes"
+                ) from error
         parser.set_defaults_with_config(**config)
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
 
@@ -293,14 +300,34 @@ def _takes_bool(action: Any) -> bool:
     return getattr(action.type, "__name__", "") == "string_to_bool"
 
 
-def as_written(value: Any, action: Any) -> Any:
+def as_written(value: Any, action: Any, hint: Any) -> Any:
     """A YAML value as the flag's own words, so that one parser judges both.
 
     YAML reads `no` as False: for a flag that is no switch it was a word, as in `save_strategy: no`.
+
+    Args:
+        value: the value.
+        action: the flag's, of `argparse`.
+        hint: the type of the field that the flag sets.
+
+    Raises:
+        TypeError: a list, a mapping, null or a date for a flag that takes none.
+        ValueError: a list with an entry that the flag does not take.
     """
+    options = (hint,) if get_origin(hint) is list else get_args(hint) or (hint,)
+    kinds = {get_origin(kind) or kind for kind in options}
+    if value is None and (type(None) in kinds or action.default is None):
+        return None
+    if isinstance(value, dict) and kinds & {dict, str}:
+        return value if dict in kinds else json.dumps(value)
+    if isinstance(value, list) and value and list in kinds:
+        scalars = [as_written(entry, action, str) for entry in value]
+        return [(action.type or str)(entry) for entry in scalars]
     if isinstance(value, bool):
         return str(value) if _takes_bool(action) else "yes" if value else "no"
-    return str(value) if isinstance(value, int | float) else value
+    if not isinstance(value, str | int | float):
+        raise TypeError
+    return str(value)
 
 
 def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:

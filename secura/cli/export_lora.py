@@ -55,4 +55,9 @@ def export(args: Any, output: Path, adapter: str) -> None:
     export_lora(model, output)
     if has_tokenizer(adapter):
         tokenizer.save_pretrained(output)
+    if config.id2label:
+        print(
+            f"secura: note: a LoRA has no place for the labels' names {config.id2label}: give them "
+            "as id2label where its base is loaded"
+        )
     print(f"secura: exported {adapter} as a LoRA adapter into {output}")

@@ -99,13 +99,25 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
         name: a folder, or a model of the hub.
         kind: the class.
         kwargs: given to its `from_pretrained`.
+
+    Raises:
+        UserError: there is no such model, or a language model's output layer is not in it.
     """
     transformers = require("transformers", "train")
     refuse_adapter(name, kwargs.get("revision"))
     try:
-        return getattr(transformers, kind).from_pretrained(resolve_model(name), **kwargs)
+        model, found = getattr(transformers, kind).from_pretrained(
+            resolve_model(name), output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
+    if kind == "AutoModelForCausalLM" and (lacking := sorted(found["missing_keys"])):
+        kinds = getattr(model.config, "architectures", None) or ["another model"]
+        raise UserError(
+            f"model {name!r} is no language model ({kinds[0]}): it lacks {lacking[0]}, which would "
+            "be random; give one that was saved whole as a causal language model"
+        )
+    return model
 
 
 def set_seed(seed: int) -> None:

@@ -46,11 +46,15 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         layers_to_transform: indices of the decoder layers to adapt.
         layers_pattern: name of the list those indices count in.
         modules_to_save: modules trained in full and saved with the adapter.
+        trainable_token_indices: tokens whose embeddings are trained, as rows alone, and saved with
+            the adapter; or a dict of such lists by the embedding's name.
         rank_pattern: ``r`` by layer name or regular expression.
         layer_replication: refused: SECURA does not repeat layers.
         format_version: of the adapter file.
         checksum: over the tensors of the file these settings were read with, until it is loaded.
         base_tensors: names of the base's own tensors (resized embeddings) that the file holds.
+        id2label: what a classifier calls its labels, of the model that the file was saved with;
+            None where they have no names. ``secura merge`` gives them to the merged model.
         how_to_load: a note in ``adapter_config.json`` for whoever finds it.
 
     Raises:
@@ -62,11 +66,13 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layer_replication: Any = None
     format_version: int = FORMAT
     checksum: str | None = field(default=None, compare=False, repr=False)
     base_tensors: list[str] | None = field(default=None, compare=False, repr=False)
+    id2label: dict[int, str] | None = field(default=None, compare=False, repr=False)
     how_to_load: str = field(default=_HOW_TO_LOAD, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +86,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             self.norm_combine = "averaged"
         self.format_version = FORMAT
         self.how_to_load = _HOW_TO_LOAD
+        if self.id2label is not None:  # JSON's keys are text
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
         if self.layer_replication is not None:
             raise ValueError(
                 "SECURA does not repeat layers, so layer_replication is not taken: repeat them in "
@@ -100,6 +108,12 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")
+
+    def fixed_settings(self, folded: bool) -> str:
+        """As of :class:`secura.AdapterConfig`, with the tokens that the trained rows belong to."""
+        own = super().fixed_settings(folded)
+        tokens = self.trainable_token_indices
+        return own if tokens is None else f"{own} {tokens}"
 
     @classmethod
     def from_pretrained(
@@ -160,7 +174,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     def _base_tensors(self, names: Iterable[str]) -> list[str]:
         """Of an adapter file's tensors, those of the base that PEFT added: resized embeddings."""
         rest = (n.removeprefix("base_model.model.") for n in names if ".secura_adapter." not in n)
-        own = [f".{module}." for module in self.modules_to_save or ()]
+        own = [f".{module}." for module in self.modules_to_save or ()] + [".trainable_tokens_delta"]
         copies = (".modules_to_save.", ".original_module.")  # of embeddings that are saved in full
         return sorted(
             n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,6 +17,9 @@ from secura.state import MERGED, refuse_merged
 from secura_kernels import Layer, NormOptions, secura_add
 
 from .config import SecuraConfig
+
+BASE = "__base__"
+"""PEFT's name, among ``adapter_names``, for rows that no adapter changes."""
 
 
 class SecuraLayer(nn.Module, BaseTunerLayer):
@@ -90,13 +93,21 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the active adapters, or of the base where they are disabled or merged.
 
+        ``adapter_names``, which the model's own forward takes and hands down, gives every row of
+        the batch its own adapter instead.
+
         Raises:
             TypeError: for integer or complex inputs, or a dtype that is not the weight's.
-            ValueError: for another last dimension, several active adapters with a norm, or see
-                :meth:`secura.adapter.CABR.forward`.
+            ValueError: for another last dimension, several active adapters with a norm, rows of
+                several adapters while one is merged, or see :meth:`secura.adapter.CABR.forward`.
             RuntimeError: when trained while merged.
         """
         base = self.base_layer
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and self.merged:
+            raise ValueError(
+                "an adapter is merged, and would act in every row of adapter_names: unmerge it"
+            )
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -104,11 +115,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             check_not_training(self)
             return base(x, *args, **kwargs)
-        active = self.active_cabr()
+        active = self.active_cabr() if names is None else self._named(list(dict.fromkeys(names)))
         if not active:
             return base(x, *args, **kwargs)
         if "_hf_hook" in base.__dict__:
             bases.check_at_hand(base)
+        if names is not None:
+            return self._by_row(x, names)
         if len(active) == 1:
             return active[0](base, x)
         return self._sum(active, x)
@@ -196,6 +209,25 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             cast(CABR, self.secura_adapter[name]) for name in names if name in self.secura_adapter
         ]
 
+    def _by_row(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The output ``[B, ..., N]`` where row i of ``x [B, ..., K]`` has the adapter names[i].
+
+        The base's product is formed once for all rows; adapters that replace it form their own.
+        """
+        if len(names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(names)} names for a batch of {len(x)} rows: give one name "
+                f"a row, {BASE!r} for none"
+            )
+        out = self.base_layer(x)
+        for name in dict.fromkeys(names):
+            for adapter in self._named([name]):
+                own = [row for row, other in enumerate(names) if other == name]
+                rows = torch.tensor(own, device=x.device)
+                part = adapter.beside(self.base_layer, x[rows], out[rows])
+                out.index_copy_(0, rows, part)
+        return out
+
     def _sum(self, adapters: list[CABR], x: Tensor) -> Tensor:
         masks = [adapter.dropout_mask(x) for adapter in adapters]
         if any(mask is not None for mask in masks):
@@ -237,6 +269,16 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         with self._before_merging():
             delta = self._named([adapter])[0].delta_of(self.base_layer)
         return delta.t() if bases.is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :meth:`get_delta_weight` is all of the adapter: ``norm="none"`` without a bias.
+
+        PEFT's ``convert_to_lora`` asks. :func:`secura.export_lora` serves ``channel`` too.
+        """
+        return any(
+            adapter.config.norm == "none" and adapter.bias is None
+            for adapter in self._named([adapter_name])
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight into the base; :meth:`unmerge` restores it bit for bit.
@@ -343,4 +385,4 @@ def _sum_biases(adapters: list[CABR]) -> Tensor | None:
     return torch.stack(biases).sum(0) if biases else None
 
 
-__all__ = ["SecuraLayer", "SecuraLinear"]
+__all__ = ["BASE", "SecuraLayer", "SecuraLinear"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 
 from secura import bases
@@ -16,7 +17,7 @@ from secura.adapter import CABR
 
 from . import saved
 from .config import SecuraConfig, without_wrappers
-from .layer import SecuraLayer, SecuraLinear
+from .layer import BASE, SecuraLayer, SecuraLinear
 
 
 class SecuraModel(BaseTuner):
@@ -84,6 +85,7 @@ class SecuraModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
+        config.id2label = saved.named_labels(model)
         for name, layer in saved.adapted_layers(model, adapter_name).items():
             layer.renew_saved(found, f"{name}.secura_adapter.{adapter_name}.", adapter_name)
         return found
@@ -94,11 +96,44 @@ class SecuraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "SECURA does not mix adapters within a batch: run one adapter at a time"
+        """For one forward or generation, hand ``adapter_names`` to every layer that asks for them.
+
+        They are one adapter name a row of the batch, ``"__base__"`` for none.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        # a model without an encoder gives itself; an encoder sees the rows before they are repeated
+        encoding = set() if encoder is self.model else set(encoder.modules())
+        repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        handles = [
+            part.register_forward_pre_hook(
+                partial(_with_names, names=names if part in encoding else repeated),
+                with_kwargs=True,
             )
-        yield
+            for part in self.modules()
+            if isinstance(part, SecuraLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any) -> None:
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"adapter_names is a {type(names).__name__}: give a list of names")
+        if self.training:
+            raise ValueError(
+                "adapter_names mixes adapters within a batch for inference alone: call eval(), and "
+                "train one adapter at a time"
+            )
+        here = {name for _, layer in _secura_layers(self) for name in layer.secura_adapter}
+        if unknown := sorted(set(names) - here - {BASE}):
+            raise ValueError(f"adapter_names: the model has no adapter {', '.join(unknown)}")
 
     def _create_and_replace(
         self,
@@ -132,6 +167,12 @@ class SecuraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, TrainableTokensWrapper):  # its weight is computed, not to be assigned
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
@@ -177,17 +218,25 @@ class SecuraModel(BaseTuner):
         Raises:
             RuntimeError: when nothing is merged.
         """
-        merged = [layer for _, layer in _secura_layers(self.model) if layer.merged]
+        parts = [part for part in self.model.modules() if isinstance(part, BaseTunerLayer)]
+        merged = [part for part in parts if part.merged]  # of trained tokens too
         if not merged:
             raise RuntimeError("nothing to undo: no adapter is merged")
-        for layer in merged:
-            layer.unmerge()
+        for part in merged:
+            part.unmerge()
 
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:
     """Refuse before the first tensor is copied, so that no adapter is left half loaded."""
     for name, layer in _secura_layers(module):
         layer.check_loadable(state_dict, f"{prefix}{name}.")
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: Any, *, names: Any) -> tuple[Any, Any]:
+    if isinstance(module, AuxiliaryTrainingWrapper):  # which, unlike a layer, has to know them all
+        known = module._get_available_adapters()
+        names = [name if name in known else BASE for name in names]
+    return args, kwargs | {"adapter_names": names}
 
 
 def _secura_layers(model: Any) -> list[tuple[str, SecuraLayer]]:

@@ -31,6 +31,13 @@ def adapted_layers(model: Any, adapter: str) -> dict[str, SecuraLayer]:
     }
 
 
+def named_labels(model: Any) -> dict[int, str] | None:
+    """What a classifier calls its labels, or None where they have transformers' numbers alone."""
+    found = getattr(getattr(model, "config", None), "id2label", None) or {}
+    plain = all(name == f"LABEL_{label}" for label, name in found.items())
+    return None if plain else dict(found)
+
+
 def for_loading(
     model: Any,
     config: Any,
@@ -162,4 +169,4 @@ def _check_digest(config: Any, state_dict: Mapping[str, Tensor], found: Any) -> 
         )
 
 
-__all__ = ["adapted_layers", "for_loading"]
+__all__ = ["adapted_layers", "for_loading", "named_labels"]

@@ -1,0 +1,106 @@
+"""Publishing over an older adapter, killed at every step: what is there is the old or the new."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from secura import folders
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+STEPS = ("os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "shutil")
+KILLED = 9
+
+
+def fill(output: Path) -> Path:
+    """A folder with an older adapter, a checkpoint, notes, and a newer adapter in its scratch."""
+    (output / "checkpoint-2").mkdir(parents=True)
+    scratch = output / folders.SCRATCH
+    scratch.mkdir()
+    for name in FILES:
+        (output / name).write_text("old")
+        (scratch / name).write_text("new")
+    (output / "README.md").write_text("old")
+    (output / "checkpoint-2" / "optimizer.pt").write_text("state")
+    (output / "notes").symlink_to("checkpoint-2")
+    (output / folders.LOCK).touch()
+    return output
+
+
+def killed_at(step: int, output: Path) -> bool:
+    """Publish in a process of its own, which ends at once before its ``step``-th change."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def count(event: str, _: object) -> None:
+            nonlocal left
+            if event.startswith(STEPS):
+                left -= 1
+                if left < 0:
+                    os._exit(KILLED)
+
+        sys.addaudithook(count)
+        folders.move_out(output / folders.SCRATCH, output)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+
+
+def content(output: Path) -> set[str]:
+    return {(output / name).read_text() if (output / name).exists() else "none" for name in FILES}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the exchange is Linux's")
+def test_a_kill_leaves_the_old_or_the_new(tmp_path):
+    seen, step, killed = [], 0, True
+    while killed:
+        output = fill(tmp_path / str(step) / "adapter")
+        (output / folders.LOCK).chmod(0o600)
+        inode = output.joinpath(folders.LOCK).stat().st_ino
+        killed = killed_at(step, output)
+        seen.append(content(output))
+        assert len(seen[-1]) == 1
+        assert (output / "notes" / "optimizer.pt").read_text() == "state"
+        assert (output / "README.md").read_text() == "old"
+        assert output.joinpath(folders.LOCK).stat().st_ino == inode  # the lock that a run holds
+        scratch = output / folders.SCRATCH
+        folders.clear(scratch)
+        scratch.mkdir()  # the next run's, which clears what this one left
+        (scratch / FILES[0]).write_text("newer")
+        folders.move_out(scratch, output)
+        assert (output / FILES[0]).read_text() == "newer"
+        assert [path.name for path in output.parent.iterdir()] == ["adapter"]
+        step += 1
+    assert step > 10
+    assert seen == sorted(seen, reverse=True, key=lambda found: found == {"old"})
+    assert seen[0] == {"old"}
+    assert seen[-1] == {"new"}
+
+
+@pytest.mark.parametrize("kind", ["current", "linked", "no links"])
+def test_no_mixture_of_two_is_ever_loaded(kind, tmp_path, monkeypatch):
+    step, killed = 0, True
+    while killed:
+        output = fill(tmp_path / str(step) / "adapter")
+        if kind == "linked":
+            (output.parent / "link").symlink_to("adapter")
+            output = output.parent / "link"
+        elif kind == "no links":
+            monkeypatch.setattr(os, "link", refuse)
+        else:
+            monkeypatch.chdir(output)
+        killed = killed_at(step, output)
+        found = content(output)
+        assert len(found) == 1 or not (output / FILES[0]).exists()
+        assert (output / "notes" / "optimizer.pt").read_text() == "state"
+        step += 1
+    assert found == {"new"}
+    assert not (output / folders.SCRATCH).exists()
+    assert output.is_symlink() is (kind == "linked")
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError("no links here")
