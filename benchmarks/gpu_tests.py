@@ -33,10 +33,18 @@ from .schema import Recorder, Row, new_result
 
 TESTS = "tests/ops/test_gpu.py"
 FIRST = (
-    "test_layers_of_an_8b_model", "test_layer_op", "test_cuda_graph", "test_side_stream",
-    "test_autocast", "test_compiles_whole", "test_same_bits_twice", "test_matches_oracle.*131, 67",
-    "test_folded", "test_projection", "test_.*_memory",
-)  # fmt: skip
+    "test_layers_of_an_8b_model",
+    "test_layer_op",
+    "test_cuda_graph",
+    "test_side_stream",
+    "test_autocast",
+    "test_compiles_whole",
+    "test_same_bits_twice",
+    "test_matches_oracle.*131, 67",
+    "test_folded",
+    "test_projection",
+    "test_.*_memory",
+)
 LARGE = "test_more_elements_than_32_bits_count"
 """Takes up to 24 GiB of the GPU: run last, by one process alone."""
 MOST_PROCESSES = 12
@@ -63,8 +71,11 @@ def collected() -> list[str]:
     """
     found = subprocess.run(
         [*pytest_command(), "--collect-only", "-q", TESTS],
-        cwd=ROOT, env=os.environ | _ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | _ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     names = [line for line in found.stdout.splitlines() if "::" in line]
     if found.returncode or not names:
         raise RuntimeError(f"no test collected: {(found.stdout + found.stderr)[-2000:]}")

@@ -152,9 +152,15 @@ def run_case(
                 row.figures[f"{phase}_moved_mib"] = least[phase].bytes / measure.MIB
 
     return in_turns(
-        case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=rounds,
+        case.as_dict(),
+        providers,
+        prepare,
+        finish,
+        device,
+        turn=turn or Turn(),
+        rounds=rounds,
         optional=[GRAPH],
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -181,18 +187,27 @@ def run(options: argparse.Namespace) -> Result:
 
     def rows_of(case: dict[str, Any], turn: Turn) -> list[Row]:
         rows = run_case(
-            LayerCase(**case), active, session.device, session.dtype, seed=options.seed,
-            rounds=rounds, phases=phases, turn=turn,
-        )  # fmt: skip
+            LayerCase(**case),
+            active,
+            session.device,
+            session.dtype,
+            seed=options.seed,
+            rounds=rounds,
+            phases=phases,
+            turn=turn,
+        )
         left_out = functools.partial(Row, case, status="missing", note="not asked for (--compile)")
         measured = {row.provider: row for row in rows}
         return [measured.get(one.name) or left_out(one.name) for one in providers]
 
     named = [
-        (case.as_dict(), f"{case.model} {case.projection} T={case.T} {case.K}→{case.N}",
-         float(case.T * case.N * case.K))
+        (
+            case.as_dict(),
+            f"{case.model} {case.projection} T={case.T} {case.K}→{case.N}",
+            float(case.T * case.N * case.K),
+        )
         for case in cases
-    ]  # fmt: skip
+    ]
     return session.run(named, providers, rows_of)
 
 

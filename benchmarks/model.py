@@ -194,9 +194,15 @@ def run_case(
             row.figures |= rates(times["step"], case, ceilings)
 
     return in_turns(
-        case.as_dict(), providers, prepare, finish, device, turn=turn or Turn(), rounds=steps,
+        case.as_dict(),
+        providers,
+        prepare,
+        finish,
+        device,
+        turn=turn or Turn(),
+        rounds=steps,
         timer=measure.stopwatch,
-    )  # fmt: skip
+    )
 
 
 def rates(timing: dict[str, float], case: StepCase, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -136,9 +136,13 @@ def steps(result: Result) -> Any:
     axes[1].set_yticklabels([])
     handles, labels = axes[0].get_legend_handles_labels()
     axes[1].legend(
-        handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5),
+        handles[::-1],
+        labels[::-1],
+        fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
         frameon=False,
-    )  # fmt: skip
+    )
     return figure
 
 

@@ -39,9 +39,15 @@ from .shapes import LayerCase
 WARMERS, WARM_S = 10, 50.0
 LOST = "the device does nothing more in this process"
 PROVIDERS = (
-    "frozen", "peft lora bf16", "strong lora", "secura none triton", "secura channel triton",
-    "secura activation triton", "secura weight triton", "peft dora bf16",
-)  # fmt: skip
+    "frozen",
+    "peft lora bf16",
+    "strong lora",
+    "secura none triton",
+    "secura channel triton",
+    "secura activation triton",
+    "secura weight triton",
+    "peft dora bf16",
+)
 SIZES = {"q+o": Size(8192, 4096, 4096, 128), "gate+up": Size(8192, 14336, 4096, 128)}
 LANDING = (1e-3, 3e-4)
 """‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""

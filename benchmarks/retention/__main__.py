@@ -59,9 +59,15 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
     deadline = time.perf_counter() + flags.budget_s if flags.budget_s else float("inf")
     with Board(Console(stderr=True)) as board:
         runner = Runner(
-            Path(flags.out), flags.stage, settings, device, dtype == "bf16", board, deadline,
+            Path(flags.out),
+            flags.stage,
+            settings,
+            device,
+            dtype == "bf16",
+            board,
+            deadline,
             flags.retry,
-        )  # fmt: skip
+        )
         runner.run(cells)
         board.end(", ".join(f"{count} {what}" for what, count in runner.counts.items()))
     return 1 if runner.counts["failed"] else 0
