@@ -194,7 +194,7 @@ def effective_eps(base: Tensor, norm: Norm) -> Tensor:
 
 def relative_change(base: Tensor, delta: Tensor, eps: Tensor | float) -> Tensor:
     """ρ = |Δ| / (|base| + ε), elementwise, in the inputs' dtype."""
-    return delta.abs() / (base.abs() + eps)
+    return delta.abs().div_(base.abs().add_(eps))
 
 
 def largest(rho: Tensor) -> Tensor:
@@ -226,9 +226,10 @@ def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor,
 def gain(rho: Tensor, slope: Tensor | float, offset: Tensor | float, norm: Norm) -> Tensor:
     """M from ρ, elementwise, in ρ's dtype."""
     w = norm.sigmoid_weight
-    power = slope * rho
-    if isinstance(offset, Tensor) or offset:
-        power = power + offset
+    if isinstance(slope, Tensor) and isinstance(offset, Tensor):
+        power = torch.addcmul(offset, slope, rho)
+    else:
+        power = slope * rho if offset == 0 else slope * rho + offset
     return torch.rsub(power.sigmoid_(), w, alpha=w - 1)
 
 

@@ -52,14 +52,13 @@ def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tens
 
 
 def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
-    """``‖ΔW_i‖ [N]``: squares are of P over m times its row's largest entry.
+    """``‖ΔW_i‖ [N]``: squares are of P over the sum of its row's absolute values.
 
     Of P as it is they overflow where ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[0])
-    largest = torch.linalg.vector_norm(p, torch.inf, 1, keepdim=True)
-    scale = largest.mul_(p.shape[1]).clamp_min_(torch.finfo(p.dtype).tiny)
+    scale = p.abs().sum(1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
     p = p / scale
     squares = (p @ gram).mul_(p).sum(1, keepdim=True)
     return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
@@ -120,13 +119,13 @@ def channel(
         of_rows = (norms, factor)
         return kernels.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
     share = base_share(m, how)
-    inverse = 1 / m
+    inverse = m.reciprocal()
     if factor is not None:
         inverse = inverse * factor
         share = factor.to(inverse.dtype) if share is None else share * factor
-    q = p * inverse[:, None]
+    q = p * inverse.unsqueeze(1)
     if p_base is not None:
-        q = q + (p_base if share is None else share[:, None] * p_base)
+        q = q + (p_base if share is None else share.unsqueeze(1) * p_base)
     return as_dtype(q, dtype), absent(inverse) if share is None else share, inverse
 
 

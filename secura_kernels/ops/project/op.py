@@ -93,7 +93,7 @@ def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
 
 
 def _scaled(dp: Tensor, row_scale: Tensor | None) -> Tensor:
-    return dp if row_scale is None else dp * row_scale[:, None]
+    return dp if row_scale is None else dp * row_scale.unsqueeze(1)
 
 
 __all__ = ["backward", "project", "project_backward", "projection", "projections"]

@@ -276,7 +276,9 @@ def _coefficients(chunks: _Chunks, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     if norm.needs_peak:
         parts = chunks if w.numel() else ()
         peaks = [relative_change(base, delta, small).amax() for _, base, delta in parts]
-        peak = torch.stack(peaks).amax() if peaks else small.new_zeros(())
+        peak = small.new_zeros(()) if not peaks else peaks[0]
+        if len(peaks) > 1:
+            peak = torch.stack(peaks).amax()
     return small, *coefficients(norm, peak, w)
 
 
