@@ -214,8 +214,16 @@ def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):
     for change in ({"target_modules": 3}, {"r": "4"}, {"rank_pattern": []}, {"modules_to_save": 1}):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         fails(argv("merge", folder, *out), capfd)
-    (folder / "adapter_config.json").write_text("[]")
-    fails(argv("merge", folder, *out), capfd, "adapter_config.json")
+    told = (b"[]", b'{"r": ', b"\xff\xfe", json.dumps(config | {"init": 0}).encode())
+    for damaged in (*told, json.dumps(config | {"base_model_name_or_path": 2.5}).encode()):
+        (folder / "adapter_config.json").write_bytes(damaged)
+        fails(argv("merge", folder, *out), capfd, str(folder), "adapter_config.json")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "post_processor": {"type": "No"}}')
+    fails(argv("merge", folder, *out), capfd, str(folder))
+    (folder / "adapter_model.safetensors").unlink()
+    fails(argv("merge", folder, *out), capfd, "the folder has no adapter_model.safetensors")
     assert not (tmp_path / "merged").exists()
 
 

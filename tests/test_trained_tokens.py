@@ -63,6 +63,12 @@ def test_those_rows_alone_are_trained_saved_loaded_and_merged(tied, tokens, tmp_
     assert rows.any(1).nonzero().flatten().tolist() == TOKENS
 
 
+@pytest.mark.parametrize("tokens", ["weight", 3, [1.5], [-1], [True], {"embed_tokens": 3}, (3,)])
+def test_what_is_no_list_of_tokens_is_an_error(tokens):
+    with pytest.raises(ValueError, match="must be a list of token ids, or a dict of such lists"):
+        tiny.config(trainable_token_indices=tokens)
+
+
 def test_they_come_along_to_a_lora(tmp_path):
     model = adapted()
     lora = PeftModel.from_pretrained(llama(), export_lora(model, tmp_path / "lora"))

@@ -25,7 +25,12 @@ CLASSES = {
 _HEAD = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight")
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 _PREFIX = "base_model.model."
-_MISFITS = (TypeError, KeyError, AttributeError, re.error)  # PEFT's answers to settings of no sense
+_MISFITS = (
+    TypeError,
+    LookupError,
+    AttributeError,
+    re.error,
+)  # PEFT's answers to settings of no sense
 
 
 def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
@@ -46,10 +51,18 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
             f"adapter {adapter!r}: the folder has no adapter_config.json; give the --output_dir of "
             "a finished training run, or one of its checkpoint folders"
         )
+    if path.is_dir() and not any(path.glob("adapter_model.*")):
+        raise UserError(f"adapter {adapter!r}: the folder has no {ADAPTER_WEIGHTS}")
     try:
         config = peft.PeftConfig.from_pretrained(_place(adapter))
-    except _MISFITS as error:
-        raise UserError(f"adapter {adapter!r}: {ADAPTER_CONFIG}: {one_line(error)}") from error
+    except (*_MISFITS, ValueError) as error:
+        place = "" if ADAPTER_WEIGHTS in str(error) else f"{ADAPTER_CONFIG}: "
+        raise UserError(f"adapter {adapter!r}: {place}{one_line(error)}") from error
+    if not isinstance(config.base_model_name_or_path, str | None):
+        raise UserError(
+            f"adapter {adapter!r}: {ADAPTER_CONFIG}: base_model_name_or_path "
+            f"{config.base_model_name_or_path!r} is no name"
+        )
     config.check_base = check_base
     return config
 

@@ -88,7 +88,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any:
     transformers = require("transformers", "train")
     try:
         return transformers.AutoTokenizer.from_pretrained(resolve_model(name), **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one
         raise UserError(f"model {name!r}: {one_line(error)}") from error
 
 

@@ -88,6 +88,11 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         self.how_to_load = _HOW_TO_LOAD
         if self.id2label is not None:  # JSON's keys are text
             self.id2label = {int(label): name for label, name in self.id2label.items()}
+        if not _are_tokens(self.trainable_token_indices):
+            raise ValueError(
+                f"trainable_token_indices={self.trainable_token_indices!r} must be a list of "
+                "token ids, or a dict of such lists by the embedding's name"
+            )
         if self.layer_replication is not None:
             raise ValueError(
                 "SECURA does not repeat layers, so layer_replication is not taken: repeat them in "
@@ -215,6 +220,15 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         if kind != "CABR":
             released |= {"norm_form": "released", "norm_combine": "averaged"}
         return cls(**(released | settings))
+
+
+def _are_tokens(value: Any) -> bool:
+    """Whether ``value`` is None, a list of token ids, or a dict of such lists."""
+    if value is None:
+        return True
+    if isinstance(value, dict):
+        return all(isinstance(tokens, list) and _are_tokens(tokens) for tokens in value.values())
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
 def without_wrappers(name: str) -> str:
