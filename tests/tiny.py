@@ -117,7 +117,8 @@ def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
 def logits(model, ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
     """The model's logits, without gradients; an encoder's model gets the ids for both parts."""
     ids = tokens() if ids is None else ids
-    if model.config.is_encoder_decoder:
+    whole = getattr(model, "module", model)  # of one that DistributedDataParallel wraps
+    if whole.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         return model(input_ids=ids, **inputs).logits
