@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import json
 import re
@@ -21,6 +22,7 @@ from secura import AdapterConfig, SECURALinear
 from secura.tuner.registration import peft_type
 
 FOLDER = Path(__file__).parent.parent / "docs" / "upstream"
+NAME = "peft.tuners.secura"
 TARGETS = "TRANSFORMERS_MODELS_TO_SECURA_TARGET_MODULES_MAPPING"
 REGISTRY = (
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -37,28 +39,34 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def install(patch: pytest.MonkeyPatch) -> ModuleType:
-    """Put the folder's tuner into PEFT, as the pull request would, in the place of ours."""
+def load_folder(patch: pytest.MonkeyPatch) -> tuple[ModuleType, type, dict, list]:
+    """Import the tuner and its tests as if the pull request were in PEFT, and ours were not.
+
+    Returns the tuner, the class of its tests, its modules by name, and its entries of REGISTRY.
+    """
     for mapping in REGISTRY:
-        patch.delitem(mapping, peft_type(), raising=False)
+        patch.delitem(mapping, peft_type())
     lora = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     patch.setattr(peft.utils, TARGETS, lora.copy(), raising=False)
-    patch.setitem(sys.modules, "peft.tuners.secura", None)
-    for module in ("config", "layer", "model"):
-        patch.delitem(sys.modules, f"peft.tuners.secura.{module}", raising=False)
-    tuner = load("peft.tuners.secura", FOLDER / "src/peft/tuners/secura/__init__.py")
+    tuner = load(NAME, FOLDER / "src/peft/tuners/secura/__init__.py")
     patch.setattr(peft, "SecuraConfig", tuner.SecuraConfig, raising=False)
-    return tuner
+    tests = load("upstream_test_secura", FOLDER / "tests/test_secura.py").TestSecura
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(NAME)}
+    return tuner, tests, modules, [mapping[peft_type()] for mapping in REGISTRY]
+
+
+with pytest.MonkeyPatch.context() as patched:
+    TUNER, TestPeftsOwn, MODULES, REGISTERED = load_folder(patched)
 
 
 @pytest.fixture(autouse=True)
 def upstream(monkeypatch):
-    return install(monkeypatch)
-
-
-with pytest.MonkeyPatch.context() as patched:
-    install(patched)
-    TestPeftsOwn = load("upstream_test_secura", FOLDER / "tests/test_secura.py").TestSecura
+    """The folder's tuner, in PEFT in the place of ours."""
+    for mapping, entry in zip(REGISTRY, REGISTERED, strict=True):
+        monkeypatch.setitem(mapping, peft_type(), entry)
+    for name, module in MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return TUNER
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -69,9 +77,7 @@ def test_it_computes_what_ours_does(core, norm, bias, upstream):
     base = nn.Linear(48, 40, bias=bias)
     before = base.weight.detach().clone()
     settings = {"r": 8, "core": core, "norm": norm, "scaling": 1.5}
-    ours = SECURALinear(nn.Linear(48, 40, bias=bias), AdapterConfig(**settings))
-    ours.base.load_state_dict(base.state_dict())
-    ours = SECURALinear(ours.base, AdapterConfig(**settings))
+    ours = SECURALinear(copy.deepcopy(base), AdapterConfig(**settings))
     model = peft.get_peft_model(
         nn.Sequential(base), upstream.SecuraConfig(**settings, target_modules=["0"])
     )
@@ -114,7 +120,8 @@ def test_it_computes_what_ours_does(core, norm, bias, upstream):
 
 def close(got, expected):
     """Equal within a few roundings of fp32, measured by the largest entry."""
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-6 * float(expected.detach().abs().max()))
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-6 * largest)
 
 
 def test_an_anchored_core_is_a_plain_one_upstream(upstream):
@@ -152,8 +159,9 @@ def test_the_entry_of_the_comparison_is_a_whole_config(upstream):
 
 def test_its_page_names_every_file_and_links_to_what_is_there():
     page = (FOLDER / "README.md").read_text()
-    for path in FOLDER.rglob("*"):
-        if path.is_file() and path.name not in ("README.md", "ruff.toml"):
-            assert path.suffix == ".pyc" or f"`{path.relative_to(FOLDER).as_posix()}`" in page, path
+    files = [path for kind in ("py", "md", "json", "patch") for path in FOLDER.rglob(f"*.{kind}")]
+    assert len(files) == 9
+    for path in files:
+        assert path.name == "README.md" or f"`{path.relative_to(FOLDER).as_posix()}`" in page, path
     for link in re.findall(r"\]\((?!\w+:)([^)#\s]+)", page):
         assert (FOLDER / link).exists(), link

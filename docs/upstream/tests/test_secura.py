@@ -141,9 +141,7 @@ class TestSecura:
     def test_two_active_adapters_add_up_and_merge(self, norm):
         """Each is measured against the original weight, so that their order does not matter."""
         model, base_model = get_model({"core": "u", "norm": norm})
-        model.add_adapter(
-            "other", SecuraConfig(r=3, norm=norm, target_modules=["lin0", "lin1"], init_weights=False)
-        )
+        model.add_adapter("other", SecuraConfig(r=3, norm=norm, target_modules=["lin0", "lin1"], init_weights=False))
         model.base_model.set_adapter(["default", "other"])
         expected = model(self.inputs)
         for name in ("lin0", "lin1"):
