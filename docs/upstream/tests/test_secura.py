@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import PeftModel, SecuraConfig, get_peft_model
+from peft import PeftModel, SecuraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.tuners.secura import SecuraLinear
 
 
@@ -178,6 +178,15 @@ class TestSecura:
         loaded = PeftModel.from_pretrained(base_model, tmp_path)
         assert loaded.base_model.model.lin0.secura_rows["default"].tolist() == [0, 5, 10, 15]
         assert torch.equal(loaded(self.inputs), model(self.inputs))
+
+    @VARIANTS
+    def test_conversion_to_lora_of_the_same_rank_is_exact(self, settings):
+        model, base_model = get_model(settings)
+        expected = model(self.inputs)
+        lora_config, state_dict = convert_to_lora(model, rank=4)
+        lora_model = get_peft_model(base_model, lora_config).eval()
+        set_peft_model_state_dict(lora_model, state_dict)
+        torch.testing.assert_close(lora_model(self.inputs), expected, rtol=1e-4, atol=1e-5)
 
     def test_ranks_by_pattern(self):
         model, _ = get_model({"core": "u"}, rank_pattern={"lin1": 2})
