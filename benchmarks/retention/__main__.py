@@ -25,8 +25,10 @@ import torch
 import transformers
 from rich.console import Console
 
+from benchmarks.assets import ASSETS
 from benchmarks.board import Board
 from benchmarks.retention.cells import TARGETS, Cell, Settings
+from benchmarks.retention.data import TASKS
 from benchmarks.retention.grid import STAGES
 from benchmarks.retention.methods import METHODS, get_method
 from benchmarks.retention.report import write_report
@@ -34,17 +36,28 @@ from benchmarks.retention.runner import Runner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 1 where cells failed."""
+    """Runs the command line; 1 where cells failed, 2 where it cannot be done as asked."""
     words = list(sys.argv[1:] if argv is None else argv)
-    flags = _parser().parse_args(words)
-    return flags.command(flags, words)
+    parser = _parser()
+    flags = parser.parse_args(words)
+    try:
+        return flags.command(flags, words)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+class UsageError(Exception):
+    """What was asked for is not there; the message says what is."""
 
 
 def run(flags: argparse.Namespace, words: list[str]) -> int:
     """Computes the cells of a stage."""
     if flags.assets:
         os.environ["SECURA_CACHE"] = str(Path(flags.assets).expanduser())
-    settings, cells = stage(flags)
+    try:
+        settings, cells = stage(flags)
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
     if flags.list:
         print("\n".join(cell.title for cell in cells))
         return 0
@@ -55,6 +68,8 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(flags.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {flags.device}: torch sees no CUDA device")
     dtype = flags.dtype or ("bf16" if device.type == "cuda" else "fp32")
     deadline = time.perf_counter() + flags.budget_s if flags.budget_s else float("inf")
     with Board(Console(stderr=True)) as board:
@@ -75,7 +90,10 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
 
 def report(flags: argparse.Namespace, words: list[str]) -> int:
     """Writes the report of what was run."""
-    print(write_report(Path(flags.out)))
+    try:
+        print(write_report(Path(flags.out)))
+    except ValueError as error:
+        raise UsageError(error) from error
     return 0
 
 
@@ -84,14 +102,22 @@ def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
     changed = dict(map(_setting, flags.set))
     if not flags.methods:
         if flags.stage not in STAGES:
-            raise SystemExit(
+            raise ValueError(
                 f"stage {flags.stage!r} is none of {', '.join(STAGES)}: give its cells, from "
                 "--methods to --steps"
             )
         known = STAGES[flags.stage]
-        return dataclasses.replace(known.settings, **changed), list(known.cells)
+        return _checked(dataclasses.replace(known.settings, **changed)), list(known.cells)
     shared = STAGES[flags.stage].settings if flags.stage in STAGES else Settings()
-    settings = dataclasses.replace(shared, **{"tasks": tuple(flags.tasks)} | changed)
+    settings = _checked(dataclasses.replace(shared, **{"tasks": tuple(flags.tasks)} | changed))
+    for name, wanted, there in (
+        ("task", flags.tasks, list(TASKS)),
+        ("place", flags.targets, list(TARGETS)),
+    ):
+        if unknown := [word for word in wanted if word not in there]:
+            raise ValueError(f"unknown {name} {unknown[0]!r}: choose from {', '.join(there)}")
+    for method, targets in product(flags.methods, flags.targets):
+        get_method(method).make_config(targets, 0)  # its errors name a wrong variation
     points = product(flags.seeds, flags.targets, flags.methods, flags.rates)
     cells = [
         Cell(get_method(method).name, targets, rate, seed, tuple(flags.tasks[:count]), flags.steps)
@@ -99,6 +125,13 @@ def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
         for count in range(1, len(flags.tasks) + 1)
     ]
     return settings, cells
+
+
+def _checked(settings: Settings) -> Settings:
+    if settings.model not in ASSETS and not Path(settings.model).expanduser().is_dir():
+        models = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "model")
+        raise ValueError(f"model {settings.model!r} is no folder, and none of {models}")
+    return settings
 
 
 def _run_side_by_side(jobs: int, words: list[str]) -> int:
@@ -144,9 +177,12 @@ def _setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     kinds = dataclasses.asdict(Settings())
     if name not in kinds:
-        raise SystemExit(f"--set {text}: the settings are {', '.join(kinds)}")
+        raise ValueError(f"--set {text}: the settings are {', '.join(kinds)}")
     kind: Any = type(kinds[name])
-    return name, tuple(_words(value)) if kind is tuple else kind(value)
+    try:
+        return name, tuple(_words(value)) if kind is tuple else kind(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: {name} takes {kind.__name__}") from error
 
 
 def _words(text: str) -> list[str]:

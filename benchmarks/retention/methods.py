@@ -179,7 +179,10 @@ def get_method(name: str) -> Method:
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key in kinds and key != "config":
-            changed[key] = value == "True" if kinds[key] is bool else kinds[key](value)
+            try:
+                changed[key] = value == "True" if kinds[key] is bool else kinds[key](value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {key} takes {kinds[key].__name__}") from error
         else:
             changed["config"][key] = _value(value)
     title = f"{method.title}, {text}" if text else method.title

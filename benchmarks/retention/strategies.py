@@ -42,9 +42,6 @@ class Strategy:
         context: of the run.
     """
 
-    alike = True
-    """Whether the loss is :func:`batch_loss` of the rows in every step."""
-
     def __init__(self, context: Context) -> None:
         self.context = context
 
@@ -160,8 +157,6 @@ class ReplaySelf(Replay):
 
 class ILoRA(Replay):
     """Replay, and a slow average of the adapter that steadies it and answers for it."""
-
-    alike = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

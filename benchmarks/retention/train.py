@@ -116,7 +116,8 @@ class _Run:
         record.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if kept:
             self._resume(kept, notes)
-        recorded = self.strategy.alike and self.method.fold != "step"
+        plain = type(self.strategy).loss is Strategy.loss
+        recorded = plain and self.method.fold != "step"
         self.gradients = Gradients(self.strategy, recorded=recorded)
 
     def train(self, on_step: Callable[[int], None]) -> None:

@@ -89,7 +89,7 @@ def test_projection(shape, dtype, transposed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_folded_with_dropout_and_restraint(options, dtype):
     dropout = options.norm == "activation"
-    flags = {"restrained": True, "dropout": dropout, "folded": "base"}
+    flags = {"restrained": True, "dropout": dropout, "folded": "base", "scaling": 0.5}
     check((131, 67, 71, 33), options, dtype, "cuda", **flags)
 
 

@@ -114,10 +114,6 @@ def test_the_command_line_lists_a_product_or_a_stage(capsys):
     assert len(said) == 12 and sum("damping=0.1,decay=0.3" in line for line in said) == 4
     assert main(["run", "confirm", "--out", "x", "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(STAGES["confirm"].cells)
-    with pytest.raises(SystemExit, match="is none of screen"):
-        main(["run", "nothing", "--out", "x", "--list"])
-    with pytest.raises(SystemExit, match="the settings are"):
-        main(["run", "screen", "--out", "x", "--list", "--set", "nothing=1"])
 
 
 def test_settings_out_of_range_are_refused():

@@ -1,0 +1,38 @@
+"""What the command line says of what it cannot do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.retention.__main__ import main
+
+BAD = {
+    "holds no results": ["report", "--out", "nowhere"],
+    "none of screen, anchor": ["run", "nonsense"],
+    "did you mean lora": ["run", "try", "--methods", "lroa"],
+    "unknown place 'foo'": ["run", "try", "--methods", "lora", "--targets", "foo"],
+    "unknown task 'nope'": ["run", "try", "--methods", "lora", "--tasks", "nope"],
+    "held_out takes int": ["run", "try", "--methods", "lora", "--set", "held_out=abc"],
+    "the settings are": ["run", "screen", "--set", "foo=1"],
+    "rank takes int": ["run", "try", "--methods", "lora@rank=x"],
+    "keyword argument 'foo'": ["run", "try", "--methods", "anchored-self@foo=1"],
+    "is no folder": ["run", "screen", "--set", "model=nowhere"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_not_there_is_one_line(message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = BAD[message]
+    with pytest.raises(SystemExit, match="2"):
+        main(words if "--out" in words else [*words, "--out", "results"])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "screen", "--out", str(tmp_path / "results"), "--device", "cuda"])
+    assert "torch sees no CUDA device" in capsys.readouterr().err
