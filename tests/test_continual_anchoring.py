@@ -154,8 +154,10 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
     layers = "model.layers.0.mlp.gate_proj", "gpt_neox.layers.3.mlp.dense_h_to_4h", "h.1.mlp.c_fc"
     assert all(re.fullmatch(config.target_modules, f"base.{name}") for name in layers)
     assert not re.fullmatch(config.target_modules, "model.layers.0.mlp.gate")
-    _, _, _, adapter, anchor = arguments.parse(flags)
-    assert (adapter.core, adapter.r, anchor.anchor_decay) == ("ab", 64, 0)
+    (tmp_path / "none.yaml").write_text("anchor: null\n")
+    for without in ([], ["--config", str(tmp_path / "none.yaml")]):
+        _, _, _, adapter, anchor = arguments.parse([*flags, *without])
+        assert (adapter.core, adapter.r, anchor.anchor_decay) == ("ab", 64, 0)
 
 
 def test_an_empty_file_of_old_text_is_one_line(base, data, tmp_path, capfd):  # noqa: F811

@@ -7,16 +7,15 @@ of `AdapterConfig`, with the text of its docstring, so they are written down onc
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from secura._extras import require
+from secura.cli.config_file import as_defaults, read_config, take_config_flag, takes_bool
 from secura.cli.docstrings import docstring_entries
-from secura.cli.errors import Parser, UserError, one_line, refuse_unknown, suggest
+from secura.cli.errors import Parser, UserError, refuse_unknown
 from secura.cli.models import DTYPES
 
 PROG = "secura train"
@@ -260,7 +259,7 @@ def make_parser() -> Any:
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
-        elif _takes_bool(action) and action.nargs is None:
+        elif takes_bool(action) and action.nargs is None:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
     parser.set_defaults(learning_rate=LEARNING_RATE)
     parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
@@ -276,90 +275,14 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """
     parser = make_parser()
     argv, config_file = take_config_flag(argv)
-    config = {} if config_file is None else read_config(config_file)
-    if "anchor" in config or any(word.partition("=")[0] == "--anchor" for word in argv):
+    read = {} if config_file is None else read_config(config_file)
+    config = {ALIASES.get(key, key): value for key, value in read.items()}
+    flagged = any(word.partition("=")[0] == "--anchor" for word in argv)
+    if flagged or config.get("anchor") is not None:
         parser.set_defaults(**ANCHORED)
     if config_file is not None:
-        known = {action.dest: action for action in parser._actions}
-        hints = {k: v for group in parser.dataclass_types for k, v in get_type_hints(group).items()}
-        for key, value in config.items():
-            if key not in known:
-                raise UserError(f"{config_file}: unknown key {key!r}{suggest(key, known)}")
-            try:
-                config[key] = as_written(value, known[key], hints[key])
-            except (TypeError, ValueError) as error:
-                wanted = getattr(hints[key], "__name__", hints[key])
-                raise UserError(
-                    f"{config_file}: {key}: {value!r} is no {wanted}, which the flag takes"
-                ) from error
-        parser.set_defaults_with_config(**config)
+        parser.set_defaults_with_config(**as_defaults(config, config_file, parser))
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-
-
-def _takes_bool(action: Any) -> bool:
-    return getattr(action.type, "__name__", "") == "string_to_bool"
-
-
-def as_written(value: Any, action: Any, hint: Any) -> Any:
-    """A YAML value as the flag's own words, so that one parser judges both.
-
-    YAML reads `no` as False: for a flag that is no switch it was a word, as in `save_strategy: no`.
-
-    Args:
-        value: the value.
-        action: the flag's, of `argparse`.
-        hint: the type of the field that the flag sets.
-
-    Raises:
-        TypeError: a list, a mapping, null or a date for a flag that takes none.
-        ValueError: a list with an entry that the flag does not take.
-    """
-    options = (hint,) if get_origin(hint) is list else get_args(hint) or (hint,)
-    kinds = {get_origin(kind) or kind for kind in options}
-    if value is None and (type(None) in kinds or action.default is None):
-        return None
-    if isinstance(value, dict) and kinds & {dict, str}:
-        return value if dict in kinds else json.dumps(value)
-    if isinstance(value, list) and value and list in kinds:
-        scalars = [as_written(entry, action, str) for entry in value]
-        return [(action.type or str)(entry) for entry in scalars]
-    if isinstance(value, bool):
-        return str(value) if _takes_bool(action) else "yes" if value else "no"
-    if not isinstance(value, str | int | float):
-        raise TypeError
-    return str(value)
-
-
-def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE` or `--config=FILE`, and the file."""
-    rest, config = [], None
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            config = next(words, None)
-            if config is None:
-                raise UserError("--config needs a YAML file")
-        elif word.startswith("--config="):
-            config = word.partition("=")[2]
-        else:
-            rest.append(word)
-    return rest, config
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """A YAML mapping of flags. Its `env`, as TRL's, is set in the environment."""
-    yaml = require("yaml", "train")
-    try:
-        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {name}: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--config {name}: wanted a mapping of flags to values")
-    environment = config.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise UserError(f"--config {name}: 'env' must be a mapping of variables to values")
-    os.environ.update({key: str(value) for key, value in environment.items()})
-    return {ALIASES.get(str(key), str(key)): value for key, value in config.items()}
 
 
 def settle(parsed: Any) -> None:
