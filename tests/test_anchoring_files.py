@@ -1,0 +1,74 @@
+"""An anchored core in files: saved, loaded, taken over, refused, and small without its anchor."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model
+
+from secura import anchor, unanchor
+
+
+def anchored(**settings):
+    """A tiny Llama with an anchored core, trained at random."""
+    model = tiny.adapted(core="u", norm="none", **settings)
+    anchor(model, [torch.arange(3, 25), torch.arange(5, 30)])
+    tiny.perturb(model, 3)
+    return model
+
+
+def anchors(model):
+    return [(part.left, part.right) for part in tiny.parts(model)]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_files_go_on_where_they_were_bit_for_bit(low_cpu_mem_usage, tmp_path):
+    model = anchored(rank_pattern={"v_proj": 3})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny.llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert loaded.peft_config["default"].anchored
+    tiny.assert_same(tiny.snapshot(loaded), tiny.snapshot(model))
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    tiny.assert_same(tiny.gradients(loaded), tiny.gradients(model))
+
+
+def test_a_fresh_adapter_takes_an_anchor_over_from_a_checkpoint(tmp_path):
+    model = anchored()
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
+    fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(tiny.logits(fresh), tiny.logits(model))
+    assert fresh.peft_config["default"].anchored
+
+
+def test_an_anchor_of_another_file_is_found(tmp_path):
+    model = anchored()
+    state = tiny.snapshot(model)
+    name = next(name for name in state if name.endswith("left"))
+    state[name] = state[name] + 1
+    with pytest.raises(ValueError, match="do not match their checksum"):
+        model.load_state_dict(state)
+
+
+def test_a_config_that_was_anchored_anchors_nothing_new(tmp_path):
+    """A new adapter from an anchored one's config has no anchor, nor has its file."""
+    model = anchored()
+    fresh = get_peft_model(tiny.llama(), model.peft_config["default"])
+    assert anchors(fresh)[0] == (None, None)
+    fresh.save_pretrained(tmp_path)
+    assert "without an anchor" in (tmp_path / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert not loaded.peft_config["default"].anchored and anchors(loaded)[0] == (None, None)
+
+
+def test_the_small_file_needs_no_anchor(tmp_path):
+    model = anchored()
+    before = tiny.logits(model)
+    unanchor(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    torch.testing.assert_close(tiny.logits(loaded), before, rtol=0, atol=2e-5)
+    assert anchors(loaded)[0] == (None, None)
