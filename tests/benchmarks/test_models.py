@@ -63,7 +63,7 @@ def test_the_counted_memory_is_what_autograd_keeps(tiny_model):
             known += [tensor for part in (counted, *layers.values()) for tensor in part.buffers()]
             saved = saved_mib(lambda: counted.model(input_ids=ids).last_hidden_state, known)
         beside = (ids.nbytes + 64 * tiny_model.hidden * 2) / MIB  # the input and the output
-        assert found["kept_mib"] == pytest.approx(saved + beside, abs=64 / MIB), provider.name
+        assert found["kept_mib"] == pytest.approx(saved + beside, rel=0.05), provider.name
         assert found["peak_mib"] > found["kept_mib"]
         training.set_checkpointing(counted, True)
         assert memory.step_memory(counted, case, layers)["kept_mib"] < 0.5 * found["kept_mib"]
