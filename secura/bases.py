@@ -98,7 +98,8 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
 def shape(base: nn.Module) -> tuple[int, int]:
     """``(N, K)`` of the weight, wherever it is kept."""
     if dense_weight(base) is None:
-        return (int(base.out_features), int(base.in_features))
+        n, k = weight(base).shape
+        return n, k
     stored: Any = base.weight
     n, k = getattr(stored, "ds_shape", stored.shape)
     return (k, n) if is_conv1d(base) else (n, k)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import tiny
 import torch
 import torch.distributed as dist
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -111,8 +111,8 @@ def ram_efficient(norm):
             del os.environ[name]
 
 
-def by_transformers(norm):
-    """A base that transformers sharded while loading it, and A and B that nobody shards."""
+def loaded_by_transformers():
+    """A base that transformers sharded while loading it."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -120,11 +120,15 @@ def by_transformers(norm):
     if dist.get_rank() == 0:
         tiny.llama().save_pretrained(folder)
     dist.barrier()
-    base = LlamaForCausalLM.from_pretrained(
+    return LlamaForCausalLM.from_pretrained(
         folder, distributed_config=DistributedConfig(fsdp_size=2)
     )
-    model = adapted(norm, base)
-    for value in model.parameters():  # LoRA's are not averaged either
+
+
+def by_transformers(norm):
+    """An adapter on a base that is sharded already: nobody averages its gradients but we."""
+    model = adapted(norm, loaded_by_transformers())
+    for value in model.parameters():
         if value.requires_grad:
             value.register_post_accumulate_grad_hook(average)
     return model
@@ -133,6 +137,17 @@ def by_transformers(norm):
 def average(value):
     dist.all_reduce(value.grad)
     value.grad /= 2
+
+
+def lora_by_transformers():
+    """Whether the processes have different gradients of a LoRA on such a base."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    model = get_peft_model(loaded_by_transformers(), config)
+    own = next(iter(tiny.gradients(model, tiny.tokens(4).chunk(2)[dist.get_rank()]).values()))
+    first = own.clone()
+    dist.broadcast(first, 0)
+    return gap(own, first) > 1e-2
 
 
 def zero(stage, *, partitioned_first=False):
@@ -286,6 +301,10 @@ def run(rank, port, folder, set_ups):
             worst = torch.tensor(list(mine.values()))
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             found[f"{set_up}, {norm}"] = dict(zip(mine, worst.tolist(), strict=True))
+    if "transformers fsdp_size" in set_ups:
+        differ = torch.tensor(float(lora_by_transformers()))
+        dist.all_reduce(differ, dist.ReduceOp.MAX)
+        found["LoRA by itself"] = bool(differ)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
