@@ -61,7 +61,7 @@ class CABR(AdapterState):
         ValueError: for a rank that does not fit, or a weight that cannot be decomposed.
     """
 
-    columns: Tensor
+    columns: Tensor | None
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
