@@ -186,9 +186,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
 def test_weight_chunks_do_not_change_the_result(form, combine, monkeypatch):
     options = NormOptions("weight", form, combine)
     example = Case(options, **WIDE, folded="base", restrained=True).draw()
-    whole = effective_weight(example.layer, example.a)
-    monkeypatch.setattr(weight_op, "WORKSPACE_MIB", 1e-9)
-    torch.testing.assert_close(effective_weight(example.layer, example.a), whole)
+    whole = [effective_weight(example.layer, example.a), *example.run()]
+    monkeypatch.setattr(weight_op, "CACHE_MIB", 1e-9)
+    assert weight_op.rows_at_once(example.layer.weight, torch.float64) == 1
+    torch.testing.assert_close([effective_weight(example.layer, example.a), *example.run()], whole)
 
 
 @pytest.mark.parametrize("folded", ["", "base", "change"])

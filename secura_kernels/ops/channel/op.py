@@ -58,7 +58,7 @@ def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[0])
-    scale = p.abs().sum(1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
+    scale = torch.linalg.vector_norm(p, 1, 1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
     p = p / scale
     squares = (p @ gram).mul_(p).sum(1, keepdim=True)
     return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
@@ -160,7 +160,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
 def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    return lowrank.backward(call, g, tuple(saved_by_add), needs)._replace(row_scale=inverse)
+    return lowrank.backward(call, g, saved_by_add, needs, inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]
