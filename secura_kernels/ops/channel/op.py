@@ -58,7 +58,7 @@ def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[0])
-    scale = torch.linalg.vector_norm(p, 1, 1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
+    scale = p.abs().sum(1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
     p = p / scale
     squares = (p @ gram).mul_(p).sum(1, keepdim=True)
     return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
