@@ -20,7 +20,7 @@ from secura_kernels import (
 )
 from secura_kernels.api import additive_product
 from secura_kernels.inspection.layers import Case, with_norms
-from secura_kernels.norm import COMBINES, FORMS, NORMS, pack, unpack
+from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
 from secura_kernels.ops.project.op import project
 from secura_kernels.ops.weight import op as weight_op
 
@@ -46,6 +46,15 @@ def test_add_matches_the_oracle(options, folded, biased):
     if options.replaces_product:
         pytest.skip("the space takes no y0")
     close(Case(options, **WIDE, folded=folded, restrained=True, biased=biased, given=True).draw())
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_nan_is_not_hidden(options, save):
+    """What is NaN in U shows in the output and in the gradient of x, with 8 bits of the gain too."""
+    example = Case(options, **WIDE, save=save).draw()
+    example.a[:, 2] = torch.nan
+    out, dx, *_ = example.run()
+    assert out.isnan().any(dim=0).all() and dx.isnan().any()
 
 
 @pytest.mark.parametrize("norm", ["none", "channel", "activation"])
