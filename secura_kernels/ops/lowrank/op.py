@@ -236,7 +236,8 @@ def backward(
 ) -> Gradients:
     """``(∂x or ∂y0, ∂Q, ∂δb)``, with what ∂Q's rows are yet to be multiplied by."""
     run = lowrank_backward if call.watched else lowrank_backward.body
-    return Gradients(*run(g, *saved, needs, call.impl), row_scale)
+    dx, dq, dbias = run(g, *saved, needs, call.impl)
+    return Gradients(dx, dq, dbias, row_scale)
 
 
 __all__ = [
