@@ -50,7 +50,7 @@ def test_add_matches_the_oracle(options, folded, biased):
 
 @pytest.mark.parametrize("save", SAVES)
 def test_nan_is_not_hidden(options, save):
-    """What is NaN in U shows in the output and in the gradient of x, with 8 bits of the gain too."""
+    """What is NaN in U shows in the output and in the gradient of x."""
     example = Case(options, **WIDE, save=save).draw()
     example.a[:, 2] = torch.nan
     out, dx, *_ = example.run()
