@@ -156,7 +156,9 @@ class CABR(AdapterState):
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
         self._refresh(base)
-        layer, mask = self._layer(base, weight), self.dropout_mask(x)
+        layer, mask = self._layer(base, weight), None
+        if self.training and self.config.dropout:
+            mask = self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
     def beside(self, base: nn.Module, x: Tensor, y0: Tensor | None = None) -> Tensor:
@@ -199,13 +201,16 @@ class CABR(AdapterState):
             config.norm_reference == "folded",
             own["gram"],
             own["base_norms"],
-            self._restrain(),
+            None if own["important"] is None else self._restrain(),
             config.norm_save,
             own["columns"],
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
+        own: Any = self._parameters
+        if "A" in own and "B" in own:
+            return own["A"], own["B"]
         fixed = self._buffers
         return factors(self.A, self.B, self.U, fixed["left"], fixed["right"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,8 @@ class SECURALinear(CABR):
         if self._merged is not None:
             check_not_training(self)
             return self.base(x)
-        return super().forward(cast(nn.Module, self._modules["base"]), x)
+        base: Any = self._modules["base"]
+        return super().forward(base, x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

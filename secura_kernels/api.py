@@ -35,6 +35,7 @@ from .dispatch import (
     alone,
     as_dtype,
     compute_dtype,
+    is_alone,
     is_watched,
     resolve,
     supported,
@@ -45,7 +46,7 @@ from .norm import SAVES, pack
 from .ops import flops
 from .ops.activation import op as activation
 from .ops.channel import op as channel
-from .ops.common import Call, Step
+from .ops.common import Call, Step, cast
 from .ops.lowrank import op as lowrank
 from .ops.project import op as project
 from .ops.weight import op as weight
@@ -248,7 +249,8 @@ def _run(
     lead = x.shape[:-1]
     _check(n, lead, layer, a, b, delta_bias, z_scale)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
-    x = as_dtype(x, dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     if not watched and layer.options.norm == "weight" and layer.weight is not None:
         impl = supported(impl, x, layer.weight)
     elif not watched:
@@ -330,44 +332,63 @@ class _SecuraLayer(torch.autograd.Function):
         z_scale: Tensor | None,
         call: Call,
     ) -> Tensor:
-        ctx.call = call
-        ctx.bias_dtype = None if delta_bias is None else delta_bias.dtype
-        ctx.shape = x.shape
-        keeps = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if is_alone(x):
+            return _output(ctx, x, a, b, delta_bias, z_scale, call)
         with alone(x):
-            u, u_base = cores(call.layer, a, b)
-            ctx.u_dtype = u.dtype
-            scale = None if z_scale is None else _flat(z_scale)
-            step = Step(_flat(x), u, u_base, delta_bias, scale, keeps)
-            out, saved = SPACES[call.layer.options.norm].forward(call, step)
-        ctx.save_for_backward(a, b, *saved)
-        return out if x.dim() == 2 else _unflatten(out, (*x.shape[:-1], out.shape[-1]))
+            return _output(ctx, x, a, b, delta_bias, z_scale, call)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         # once_differentiable is for a second derivative; it costs the first one 5 µs
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, g)
+        run = _gradients_once if torch.is_grad_enabled() else _gradients
+        if is_alone(g):
+            return run(ctx, g)
+        with alone(g):
+            return run(ctx, g)
+
+
+def _output(
+    ctx: Any,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """The output of :class:`_SecuraLayer`, autocast off; keeps in ``ctx`` what backward needs."""
+    shape, needs = x.shape, ctx.needs_input_grad
+    flat = len(shape) == 2
+    u, u_base = cores(call.layer, a, b)
+    scale = None if z_scale is None else _flat(z_scale)
+    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs[1] or needs[2])
+    out, saved = SPACES[call.layer.options.norm].forward(call, step)
+    ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
+    ctx.save_for_backward(a, b, *saved)
+    return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of :class:`_SecuraLayer`'s inputs."""
-    call, needs = ctx.call, ctx.needs_input_grad
+    """The gradients of :class:`_SecuraLayer`'s inputs, which autograd casts to their dtypes."""
+    call, needs, shape = ctx.call, ctx.needs_input_grad, ctx.shape
     scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
     wanted = [needs[0], needs[1] or needs[2], needs[3]]
     a, b, *saved = ctx.saved_tensors
-    da = db = None
-    with alone(g):
-        dx, dp, dbias, scale = space.backward(call, _flat(g), tuple(saved), wanted)
-        if wanted[1]:
-            dtype = ctx.u_dtype
-            du = project.backward(call, as_dtype(dp, dtype), scale)
-            if scaling != 1:
-                du = du.mul_(scaling)
-            if needs[1]:
-                da = as_dtype(du if b is None else du @ as_dtype(b, dtype).t(), a.dtype)
-            db = as_dtype(as_dtype(a, dtype).t() @ du, b.dtype) if needs[2] else None
-    dx = None if not needs[0] else dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
-    return dx, da, db, as_dtype(dbias, ctx.bias_dtype) if needs[3] else None, None, None
+    flat, da, db = len(shape) == 2, None, None
+    dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted)
+    if wanted[1]:
+        dtype = ctx.u_dtype
+        du = project.backward(call, as_dtype(dp, dtype), scale)
+        if scaling != 1:
+            du = du.mul_(scaling)
+        if a.dtype != dtype or (b is not None and b.dtype != dtype):
+            a, b = as_dtype(a, dtype), cast(b, dtype)
+        if needs[1]:
+            da = du if b is None else du @ b.t()
+        if needs[2]:
+            db = a.t() @ du
+    dx = None if not needs[0] else dx if flat else dx.view(shape)
+    return dx, da, db, dbias if needs[3] else None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)

@@ -164,6 +164,12 @@ def alone(tensor: Tensor) -> AbstractContextManager:
     return current if quiet is _NOTHING else _both(current, quiet)
 
 
+def is_alone(tensor: Tensor) -> bool:
+    """Whether :func:`alone` has nothing to do: one call where entering and leaving it are five."""
+    device = tensor.device.type
+    return device == "cpu" and not torch.is_autocast_enabled(device)
+
+
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The empty tensor that stands for "not asked for" among an op's outputs."""
     return like.new_empty(0, dtype=dtype)
@@ -194,6 +200,7 @@ __all__ = [
     "as_dtype",
     "compute_dtype",
     "interpreting",
+    "is_alone",
     "is_watched",
     "op",
     "resolve",

@@ -60,8 +60,11 @@ def update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
 
 def _update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:
     dtype = wide(a.dtype)
-    product = as_dtype(a, dtype) if b is None else as_dtype(a, dtype) @ as_dtype(b, dtype)
-    return product if scaling == 1 else product * scaling
+    if a.dtype != dtype:
+        a = a.to(dtype)
+    if b is not None:
+        a = a @ (b if b.dtype == dtype else b.to(dtype))
+    return a if scaling == 1 else a * scaling
 
 
 def cores(layer: Layer, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -212,13 +212,13 @@ def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor,
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     slope = torch.full((), norm.scale, dtype=dtype, device=like.device)
-    offset = torch.zeros_like(slope)
+    start = -norm.scale / 2 if norm.form == "paper" else 0.0
+    offset = torch.full((), start, dtype=dtype, device=like.device)
     if norm.form == "calibrated":
         return slope, offset
     assert peak is not None
     if norm.form == "paper":
         slope = slope / peak.to(dtype).clamp(min=_SMALLEST_PEAK)
-        offset = offset - norm.scale / 2
     still = peak == 0
     return slope.masked_fill(still, 0.0), offset.masked_fill(still, -math.inf)
 
@@ -233,9 +233,18 @@ def gain(rho: Tensor, slope: Tensor | float, offset: Tensor | float, norm: Norm)
     return torch.rsub(power.sigmoid_(), w, alpha=w - 1)
 
 
-def combined(base: Tensor, delta: Tensor, gain: Tensor, share: Tensor | None) -> Tensor:
-    """``base + Δ / M``, or with a share of :func:`base_share` ``share · base + Δ / M``."""
-    return torch.addcdiv(base if share is None else share * base, delta, gain)
+def combined(
+    base: Tensor,
+    delta: Tensor,
+    gain: Tensor,
+    share: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``base + Δ / M``, or with a share of :func:`base_share` ``share · base + Δ / M``.
+
+    ``out``, if given, is written over; of the result's shape and dtype.
+    """
+    return torch.addcdiv(base if share is None else share * base, delta, gain, out=out)
 
 
 def base_share(gain: Tensor, norm: Norm) -> Tensor | None:

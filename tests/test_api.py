@@ -20,7 +20,7 @@ from secura_kernels import (
 )
 from secura_kernels.api import additive_product
 from secura_kernels.inspection.layers import Case, with_norms
-from secura_kernels.norm import COMBINES, FORMS, NORMS, pack, unpack
+from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
 from secura_kernels.ops.project.op import project
 from secura_kernels.ops.weight import op as weight_op
 
@@ -46,6 +46,15 @@ def test_add_matches_the_oracle(options, folded, biased):
     if options.replaces_product:
         pytest.skip("the space takes no y0")
     close(Case(options, **WIDE, folded=folded, restrained=True, biased=biased, given=True).draw())
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_nan_is_not_hidden(options, save):
+    """What is NaN in U shows in the output and in the gradient of x."""
+    example = Case(options, **WIDE, save=save).draw()
+    example.a[:, 2] = torch.nan
+    out, dx, *_ = example.run()
+    assert out.isnan().any(dim=0).all() and dx.isnan().any()
 
 
 @pytest.mark.parametrize("norm", ["none", "channel", "activation"])
@@ -186,9 +195,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
 def test_weight_chunks_do_not_change_the_result(form, combine, monkeypatch):
     options = NormOptions("weight", form, combine)
     example = Case(options, **WIDE, folded="base", restrained=True).draw()
-    whole = effective_weight(example.layer, example.a)
-    monkeypatch.setattr(weight_op, "WORKSPACE_MIB", 1e-9)
-    torch.testing.assert_close(effective_weight(example.layer, example.a), whole)
+    whole = [effective_weight(example.layer, example.a), *example.run()]
+    monkeypatch.setattr(weight_op, "CACHE_MIB", 1e-9)
+    assert weight_op.rows_at_once(example.layer.weight, torch.float64) == 1
+    torch.testing.assert_close([effective_weight(example.layer, example.a), *example.run()], whole)
 
 
 @pytest.mark.parametrize("folded", ["", "base", "change"])

@@ -234,21 +234,24 @@ def test_autocast(norm):
         assert (value - grads[name]).norm() <= 0.1 * grads[name].norm()
 
 
-@pytest.mark.parametrize("norm", ["channel", "weight", "activation"])
-def test_torch_compile_takes_a_layer_whole(norm):
+@pytest.mark.parametrize("norm", ["none", "channel", "weight", "activation"])
+def test_torch_compile_takes_a_block_of_layers_whole(norm):
     config = tiny.config(r=3, norm=norm, norm_reference="folded")
-    layer = SECURALinear(nn.Linear(16, 12), config)
-    x = torch.randn(5, 16, requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    shapes = ((16, 12), (12, 16))
+    up, down = (SECURALinear(nn.Linear(*shape), config) for shape in shapes)
+    block = nn.Sequential(up, nn.GELU(), down)
+    leaves = [torch.randn(5, 16, requires_grad=True), up.A, up.B, down.A, down.B]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        nn.init.normal_(layer.B)
         results = []
-        for run in (compiled, layer):
-            out = run(x)
-            results.append([out, *torch.autograd.grad(out.square().sum(), (x, layer.A, layer.B))])
+        for layer in (up, down):
+            nn.init.normal_(layer.B)
+        for run in (compiled, block):
+            out = run(leaves[0])
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected)
-        layer.fold()
+        up.fold()
 
 
 def test_config_round_trip(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..dispatch import absent, wide
 from ..layer import Layer
 
-Saved = tuple[Tensor | None, ...]
+Saved = Sequence[Tensor | None]
 """What a space keeps for its backward pass."""
 
 
@@ -111,6 +112,16 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
+def frozen(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """``(W [N, K], b [N])`` of a layer in ``dtype``, W None where y0 is given, b where none is."""
+    weight, bias = None if call.given else call.layer.weight, call.layer.bias
+    if weight is not None and weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return weight, bias
+
+
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded.
 
@@ -154,6 +165,7 @@ __all__ = [
     "Step",
     "Terms",
     "cast",
+    "frozen",
     "gather",
     "gradients_fake",
     "measured",

@@ -67,6 +67,7 @@ from ..common import (
     Step,
     Terms,
     cast,
+    frozen,
     gather,
     gradients_fake,
     measured,
@@ -89,7 +90,12 @@ def adds_h(n: int, k: int, norm: Norm) -> bool:
 
 def _kernels(impl: str | None, tensor: Tensor, rows: Tensor) -> Any:
     """The Triton kernels where they take this call, or None; torch does where nothing is to do."""
-    if resolve(impl, tensor) != "triton" or not tensor.numel() or not rows.numel():
+    if (
+        impl == "reference"
+        or resolve(impl, tensor) != "triton"
+        or not tensor.numel()
+        or not rows.numel()
+    ):
         return None
     from . import triton
 
@@ -215,12 +221,12 @@ def _activation_backward_fake(
 
 def _base_and_delta(y0: Tensor, z: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     p, p_base, delta_bias, z_scale = terms
-    dtype = wide(y0.dtype)
-    z = as_dtype(z, dtype)
-    base = as_dtype(y0, dtype)
+    dtype, base = wide(y0.dtype), y0
+    if y0.dtype != dtype:
+        base, z, p, p_base = y0.to(dtype), z.to(dtype), p.to(dtype), cast(p_base, dtype)
     if p_base is not None:
-        base = torch.addmm(base, z, as_dtype(p_base, dtype).t())
-    delta = (z if z_scale is None else z * z_scale) @ as_dtype(p, dtype).t()
+        base = torch.addmm(base, z, p_base.t())
+    delta = (z if z_scale is None else z * z_scale) @ p.t()
     if delta_bias is not None:
         delta += delta_bias
     return base, delta
@@ -292,12 +298,12 @@ def _backward(
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, dtype = call.layer, step.x.dtype
-    weight = None if call.given else cast(layer.weight, dtype)
+    weight, bias = frozen(call, dtype)
     terms = Terms(*projections(call, step, dtype), step.delta_bias, step.z_scale)
     keep = layer.save == "8bit"
-    frozen, how = (weight, cast(layer.bias, dtype), layer.rows), (call.norm, keep, call.impl)
+    how = (terms, call.important, call.norm, keep, call.impl)
     run = activation if call.watched else activation.body
-    out, z, y0, kept, *found = run(step.x, *frozen, terms, call.important, *how)
+    out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, *how)
     if keep:
         terms = terms._replace(delta_bias=None)
     saved = kept if keep else step.x if call.given else y0

@@ -160,7 +160,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
 def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    return lowrank.backward(call, g, tuple(saved_by_add), needs)._replace(row_scale=inverse)
+    return lowrank.backward(call, g, saved_by_add, needs, inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]

@@ -41,8 +41,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch import absent, as_dtype, op, resolve, wide
-from ..common import Call, Gradients, Saved, Step, cast, gather, gradients_fake, product_wide
+from ...dispatch import absent, op, resolve, wide
+from ..common import (
+    Call,
+    Gradients,
+    Saved,
+    Step,
+    cast,
+    frozen,
+    gather,
+    gradients_fake,
+    product_wide,
+)
 from ..project.op import projection
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -66,7 +76,10 @@ def takes_weight(t: int, n: int, k: int, m: int, z_scale: Tensor | None) -> bool
     return z_scale is None and 2 * n * k + t * k < 2 * t * n + 16 * t * m
 
 
-def _kernels() -> Any:
+def _kernels(impl: str | None, tensor: Tensor) -> Any:
+    """The Triton kernels where they take ``tensor``, or None."""
+    if impl == "reference" or resolve(impl, tensor) != "triton":
+        return None
     from . import triton
 
     return triton
@@ -88,7 +101,7 @@ def lowrank(
 
     Without ``weight``, x is y0, bias included; it is not written.
     """
-    kernels = _kernels() if resolve(impl, x) == "triton" else None
+    kernels = _kernels(impl, x)
     if weight is None:
         y0, inside = x, bias
     else:
@@ -111,7 +124,11 @@ def lowrank(
         out.mul_(share)
     if inside is not None:
         bias = None if share is None else (1 - share) * inside
-    return _add_(out.addmm_(z, q.t()), bias, delta_bias), z
+    out.addmm_(z, q.t())
+    for added in (bias, delta_bias):
+        if added is not None:
+            out.add_(added)
+    return out, z
 
 
 @lowrank.register_fake
@@ -165,8 +182,7 @@ def _input_gradient(
     n, k = weight.shape
     if not rebuilds_weight(g.shape[0], n, k, z_scale):
         return _output_gradient(g, rows, q, share, z_scale, impl) @ weight
-    if resolve(impl, g) == "triton":
-        kernels = _kernels()
+    if kernels := _kernels(impl, g):
         return g @ kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
     fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
     return g @ torch.addmm(fused, q, weight.index_select(0, rows))
@@ -181,14 +197,14 @@ def _output_gradient(
     impl: str | None,
 ) -> Tensor:
     """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
-    if resolve(impl, g) == "triton" and q.shape[1] <= MAX_RANK:
-        return _kernels().output_gradient(g, rows, q, share, z_scale)
+    if q.shape[1] <= MAX_RANK and (kernels := _kernels(impl, g)):
+        return kernels.output_gradient(g, rows, q, share, z_scale)
     h = g @ q
     if z_scale is not None:
         h.mul_(z_scale)
-    dy0 = g.clone(memory_format=torch.contiguous_format)
-    if share is not None:
-        dy0.mul_(share)
+    if share is None:
+        return g.contiguous().index_add(1, rows, h)
+    dy0 = g.clone(memory_format=torch.contiguous_format).mul_(share)
     return dy0.index_add_(1, rows, h)
 
 
@@ -199,13 +215,6 @@ def _sum(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tenso
     return (bias.to(wide(dtype)) + delta).to(dtype)
 
 
-def _add_(out: Tensor, *biases: Tensor | None) -> Tensor:
-    for bias in biases:
-        if bias is not None:
-            out.add_(bias)
-    return out
-
-
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
     return add(call, step, projection(call, step.u, step.x.dtype), None)
@@ -213,19 +222,22 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
 
 def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of an additive layer."""
-    layer, dtype = call.layer, step.x.dtype
-    weight = None if call.given else cast(layer.weight, dtype)
-    q = as_dtype(q, dtype)
-    frozen, trained = (weight, cast(layer.bias, dtype), layer.rows), (step.delta_bias, step.z_scale)
+    x, rows, z_scale, dtype = step.x, call.layer.rows, step.z_scale, step.x.dtype
+    weight, bias = frozen(call, dtype)
+    if q.dtype != dtype:
+        q = q.to(dtype)
     run = lowrank if call.watched else lowrank.body
-    out, z = run(step.x, *frozen, q, share, *trained, call.impl)
-    return out, (z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
+    out, z = run(x, weight, bias, rows, q, share, step.delta_bias, z_scale, call.impl)
+    return out, (z if step.keeps else None, weight, rows, q, share, z_scale)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
-    """``(∂x or ∂y0, ∂Q, ∂δb)``."""
+def backward(
+    call: Call, g: Tensor, saved: Saved, needs: list[bool], row_scale: Tensor | None = None
+) -> Gradients:
+    """``(∂x or ∂y0, ∂Q, ∂δb)``, with what ∂Q's rows are yet to be multiplied by."""
     run = lowrank_backward if call.watched else lowrank_backward.body
-    return Gradients(*run(g, *saved, needs, call.impl))
+    dx, dq, dbias = run(g, *saved, needs, call.impl)
+    return Gradients(dx, dq, dbias, row_scale)
 
 
 __all__ = [

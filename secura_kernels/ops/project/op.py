@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import as_dtype, op, supported
+from ...dispatch import op, supported
 from ..common import Call, Step
 
 
@@ -38,9 +38,10 @@ def project(
     weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
 ) -> Tensor:
     """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
-    if kernels := _kernels(impl, weight, u):
+    if impl != "reference" and (kernels := _kernels(impl, weight, u)):
         return kernels.forward(weight, cols, u, dtype)
-    return as_dtype(as_dtype(weight.index_select(1, cols), u.dtype) @ u, dtype)
+    p = _columns(weight, cols, u) @ u
+    return p if p.dtype == dtype else p.to(dtype)
 
 
 @project.register_fake
@@ -55,10 +56,17 @@ def project_backward(
     dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None, impl: str | None
 ) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
-    if kernels := _kernels(impl, weight, dp):
+    if impl != "reference" and (kernels := _kernels(impl, weight, dp)):
         return kernels.backward(dp, weight, cols, row_scale)
-    dp = _scaled(dp, row_scale)
-    return as_dtype(weight.index_select(1, cols), dp.dtype).t() @ dp
+    if row_scale is not None:
+        dp = dp * row_scale.unsqueeze(1)
+    return _columns(weight, cols, dp).t() @ dp
+
+
+def _columns(weight: Tensor, cols: Tensor, like: Tensor) -> Tensor:
+    """``C = W[:, cols]  [N, m]`` in the dtype of ``like``."""
+    c = weight.index_select(1, cols)
+    return c if c.dtype == like.dtype else c.to(like.dtype)
 
 
 @project_backward.register_fake
@@ -87,13 +95,10 @@ def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
     layer = call.layer
     if layer.columns is not None:
-        return layer.columns.to(dp.dtype).t() @ _scaled(dp, row_scale)
+        dp = dp if row_scale is None else dp * row_scale.unsqueeze(1)
+        return layer.columns.to(dp.dtype).t() @ dp
     run = project_backward if call.watched else project_backward.body
     return run(dp, layer.weight, layer.cols, row_scale, call.impl)
-
-
-def _scaled(dp: Tensor, row_scale: Tensor | None) -> Tensor:
-    return dp if row_scale is None else dp * row_scale.unsqueeze(1)
 
 
 __all__ = ["backward", "project", "project_backward", "projection", "projections"]

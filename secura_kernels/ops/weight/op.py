@@ -16,7 +16,7 @@ Saved for backward: x and small tensors (ε, slope and offset of the gain, the f
 rebuilt. ``paper`` and ``released`` take a first pass for the largest ρ. Neither ∂W nor ΔW is ever
 whole in memory: Triton forms W' in one pass over W and ∂P in chunks of W's rows (:mod:`.triton`
 counts the bytes), plain torch runs everything elementwise over chunks of rows of at most
-``WORKSPACE_MIB``.
+``WORKSPACE_MIB``, on a CPU of what its cache holds (``CACHE_MIB``).
 
 :func:`normed_weight` and :func:`merged_weight` are what a merge writes, of this space and of the
 additive ones. One pass over W: products in fp32, one rounding to W's dtype at the end. bf16 keeps
@@ -50,6 +50,7 @@ from ..common import Call, Gradients, Measured, Saved, Step, Terms, cast, gradie
 from ..project.op import projections
 
 WORKSPACE_MIB = 8
+CACHE_MIB = 0.5
 
 
 def _kernels() -> Any:
@@ -82,7 +83,7 @@ def weight(
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how, named = unpack(norm), Terms._make(terms)
-    if supported(impl, x, w) == "triton":
+    if impl != "reference" and supported(impl, x, w) == "triton":
         kernels = _kernels()
         tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, x.dtype)
         scalars, factor = kernels.measure(tiles, important, how)
@@ -130,7 +131,7 @@ def weight_backward(
     parts = (scalars, factor if how.restrained else None)
     dx, dp, exact = None, None, wide(g.dtype)
     x = x if needs[1] else None
-    if supported(impl, g, w) != "triton":
+    if impl == "reference" or supported(impl, g, w) != "triton":
         if needs[0] or x is not None:
             dx, dp = _backward(g, x, _Chunks(w, rows, named), parts, how, needs[0])
     else:
@@ -223,33 +224,54 @@ Found = tuple[Tensor, Tensor | None]
 class _Chunks:
     """Yields ``(rows of W as a slice, base, Δ)``, in fp32 or wider, to be read alone.
 
-    Once a pass over W, unless all of W is one chunk, which is kept for the next.
+    Once a pass over W, unless all of W is one chunk, which is kept for the next, its ρ too; its
+    slice is None.
     """
 
+    Chunk = tuple[slice | None, Tensor, Tensor]
+
     def __init__(self, w: Tensor, rows: Tensor, terms: Terms) -> None:
-        self.w, self.p, self.p_base = w, terms.p, terms.p_base
-        self.dtype = wide(torch.promote_types(w.dtype, terms.p.dtype))
+        self.w, self.dtype = w, wide(torch.promote_types(w.dtype, terms.p.dtype))
+        self.p, self.p_base = as_dtype(terms.p, self.dtype), cast(terms.p_base, self.dtype)
         self.r = as_dtype(w.index_select(0, rows), self.dtype)
         self.step = rows_at_once(w, self.dtype)
-        self.whole = self._chunk(slice(None)) if w.shape[0] <= self.step else None
+        self.whole = self._chunk(None) if w.shape[0] <= self.step else None
+        self.rho: Tensor | None = None
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Chunk]:
         if self.whole is not None:
             yield self.whole
             return
         for start in range(0, self.w.shape[0], self.step):
             yield self._chunk(slice(start, start + self.step))
 
-    def _chunk(self, part: slice) -> tuple[slice, Tensor, Tensor]:
-        base = as_dtype(self.w[part], self.dtype)
-        if self.p_base is not None:
-            base = torch.addmm(base, as_dtype(self.p_base[part], self.dtype), self.r)
-        return part, base, as_dtype(self.p[part], self.dtype) @ self.r
+    def _chunk(self, part: slice | None) -> Chunk:
+        base, p, p_base = self.w, self.p, self.p_base
+        if part is not None:
+            base, p, p_base = base[part], p[part], p_base if p_base is None else p_base[part]
+        if base.dtype != self.dtype:
+            base = base.to(self.dtype)
+        if p_base is not None:
+            base = torch.addmm(base, p_base, self.r)
+        return part, base, p @ self.r
+
+    def change(self, base: Tensor, delta: Tensor, eps: Tensor) -> Tensor:
+        """ρ of a chunk, to be read alone; one ε serves all passes over W."""
+        if self.rho is not None:
+            return self.rho
+        rho = relative_change(base, delta, eps)
+        if self.whole is not None:
+            self.rho = rho
+        return rho
 
 
 def rows_at_once(w: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of W plain torch takes at a time in ``dtype``."""
-    return max(1, WORKSPACE_MIB * 2**20 // max(1, w.shape[1] * dtype.itemsize))
+    """How many rows of W plain torch takes at a time in ``dtype``.
+
+    A CPU takes what stays in its cache from one elementwise call to the next: its calls are cheap.
+    """
+    most = CACHE_MIB if w.device.type == "cpu" else WORKSPACE_MIB
+    return max(1, int(most * 2**20) // max(1, w.shape[1] * dtype.itemsize))
 
 
 def _measure(chunks: _Chunks, important: Tensor | None, norm: Norm) -> Found:
@@ -258,7 +280,7 @@ def _measure(chunks: _Chunks, important: Tensor | None, norm: Norm) -> Found:
     small, slope, offset = _coefficients(chunks, norm)
     scalars = torch.stack([as_dtype(small, slope.dtype), slope, offset])
     parts = chunks if w.numel() else ()
-    gains = (_gain(base, delta, scalars, norm) for _, base, delta in parts)
+    gains = (_gain(chunks, base, delta, scalars, norm) for _, base, delta in parts)
     return scalars, restrain_factor(gains, w.numel(), important, norm)
 
 
@@ -275,24 +297,35 @@ def _coefficients(chunks: _Chunks, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     peak = None
     if norm.needs_peak:
         parts = chunks if w.numel() else ()
-        peaks = [relative_change(base, delta, small).amax() for _, base, delta in parts]
+        peaks = [chunks.change(base, delta, small).amax() for _, base, delta in parts]
         peak = small.new_zeros(()) if not peaks else peaks[0]
         if len(peaks) > 1:
             peak = torch.stack(peaks).amax()
     return small, *coefficients(norm, peak, w)
 
 
-def _gain(base: Tensor, delta: Tensor, scalars: Tensor, norm: Norm) -> Tensor:
+def _gain(chunks: _Chunks, base: Tensor, delta: Tensor, scalars: Tensor, norm: Norm) -> Tensor:
     eps, slope, offset = scalars.unbind()
-    return gain(relative_change(base, delta, eps), slope, offset, norm)
+    return gain(chunks.change(base, delta, eps), slope, offset, norm)
 
 
-def _normed(
-    base: Tensor, delta: Tensor, m: Tensor, factor: Tensor | None, part: slice, norm: Norm
-) -> Tensor:
-    """W' of one chunk."""
-    out = combined(base, delta, m, base_share(m, norm))
-    return out if factor is None else out.mul_(factor[part, None])
+def _write_normed(
+    fused: Tensor,
+    chunk: _Chunks.Chunk,
+    m: Tensor,
+    factor: Tensor | None,
+    norm: Norm,
+    draw: torch.Generator | None = None,
+) -> None:
+    """Write W' of one chunk over its rows of ``fused``."""
+    part, base, delta = chunk
+    out = fused if part is None else fused[part]
+    exact = out.dtype == base.dtype and draw is None
+    normed = combined(base, delta, m, base_share(m, norm), out=out if exact else None)
+    if factor is not None:
+        normed.mul_((factor if part is None else factor[part])[:, None])
+    if not exact:
+        out.copy_(round_stochastically(normed, draw) if draw else normed)
 
 
 def _fused(
@@ -301,9 +334,9 @@ def _fused(
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
     (scalars, factor), draw = found, generator(chunks.w, seed)
     fused = torch.empty_like(chunks.w, dtype=dtype)
-    for part, base, delta in chunks:
-        out = _normed(base, delta, _gain(base, delta, scalars, norm), factor, part, norm)
-        fused[part] = round_stochastically(out, draw) if draw else out
+    for chunk in chunks:
+        m = _gain(chunks, *chunk[1:], scalars, norm)
+        _write_normed(fused, chunk, m, factor, norm, draw)
     return fused
 
 
@@ -313,15 +346,20 @@ def _backward(
     """``(∂x, ∂P)`` in plain torch, with one look at the gain for both; ∂P where x is given."""
     scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=g.dtype) if needs_x else None
-    dp = None if x is None else g.new_empty(chunks.p.shape, dtype=wide(g.dtype))
-    for part, base, delta in chunks:
-        m = _gain(base, delta, scalars, norm)
+    dps = []
+    for chunk in chunks:
+        part, base, delta = chunk
+        m = _gain(chunks, base, delta, scalars, norm)
         if fused is not None:
-            fused[part] = _normed(base, delta, m, factor, part, norm)
-        if dp is not None and x is not None:
-            dp[part] = as_dtype(g[:, part].t() @ x, base.dtype).div_(m) @ chunks.r.t()
-    if dp is not None and factor is not None:
-        dp.mul_(factor[:, None])
+            _write_normed(fused, chunk, m, factor, norm)
+        if x is not None:
+            gx = (g if part is None else g[:, part]).t() @ x
+            dps.append(as_dtype(gx, base.dtype).div_(m) @ chunks.r.t())
+    dp = None
+    if dps:
+        dp = as_dtype(dps[0] if len(dps) == 1 else torch.cat(dps), wide(g.dtype))
+        if factor is not None:
+            dp.mul_(factor[:, None])
     return None if fused is None else g @ fused, dp
 
 
