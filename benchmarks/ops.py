@@ -1,9 +1,9 @@
 """The ops a layer is made of, each with the bytes it must move; and each space's passes in a layer.
 
 s bytes an element, S for the bytes of the 32-byte sectors that scattered columns lie in
-(:func:`scattered`). Inputs count once and outputs once, forward, then backward. Operations are not
-written down here: torch counts them by the kernels' own formulas (``secura_kernels`` registers
-them).
+(:func:`secura_kernels.plan.sectors`). Inputs count once and outputs once, forward, then backward.
+Operations are not written down here: torch counts them by the kernels' own formulas
+(``secura_kernels`` registers them).
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from secura_kernels.ops.common import Terms
 from secura_kernels.ops.lowrank.op import lowrank, lowrank_backward
 from secura_kernels.ops.project.op import project, project_backward
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
+from secura_kernels.plan import sectors
 
 from .registry import SPACES, Ranks, frozen_linear, secura
-
-SECTOR_BYTES = 32
 
 
 class Size(NamedTuple):
@@ -67,12 +66,6 @@ class Tensors:
         self.q = self.p.to(dtype)
         self.y0 = linear(self.x, self.weight)
         self.gram, self.norms = layer.gram, layer.base_norms
-
-
-def scattered(height: int, width: int, m: int, itemsize: int) -> float:
-    """Bytes of the sectors that m random columns of a ``[height, width]`` tensor lie in."""
-    sectors = max(1.0, width * itemsize / SECTOR_BYTES)
-    return height * SECTOR_BYTES * sectors * (1 - (1 - 1 / sectors) ** m)
 
 
 class Op(NamedTuple):
@@ -156,8 +149,8 @@ def _activation(save: str) -> Op:
         forward,
         backward,
         lambda t, n, k, m, s: (
-            (2 * s + keep) * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            (2 * s + (1 if keep else s)) * t * n + scattered(t, n, m, s) + s * m * (t + n),
+            (2 * s + keep) * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
+            (2 * s + (1 if keep else s)) * t * n + sectors(t, n, m, s) + s * m * (t + n),
         ),
         "gemm_tflop_s",
     )
@@ -183,7 +176,7 @@ OPS = (
         "P = C U",
         lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
         lambda d, impl, p: project_backward(p, d.weight, d.cols, None, impl),
-        lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
+        lambda t, n, k, m, s: (sectors(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
     ),
     _channel("calibrated"),
     _channel("paper"),
@@ -192,8 +185,8 @@ OPS = (
         _added,
         _added_back,
         lambda t, n, k, m, s: (
-            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            3 * s * t * n + scattered(t, n, m, s) + s * m * (t + n) + 4 * n * m,
+            2 * s * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
+            3 * s * t * n + sectors(t, n, m, s) + s * m * (t + n) + 4 * n * m,
         ),
         "gemm_tflop_s",
     ),
@@ -212,13 +205,13 @@ OPS = (
 
 PASSES: dict[str, Callable[[int, int, int, int, int], float]] = {
     "none": lambda t, n, k, m, s: (
-        min(2 * s * n * k + s * t * k, 2 * s * t * n + scattered(t, n, m, s))
-        + min(2 * s * n * k, 2 * s * t * n + scattered(t, n, m, s))
+        min(2 * s * n * k + s * t * k, 2 * s * t * n + sectors(t, n, m, s))
+        + min(2 * s * n * k, 2 * s * t * n + sectors(t, n, m, s))
         + s * t * n
     ),
     "channel": lambda *size: PASSES["none"](*size),
     "activation": lambda t, n, k, m, s: (
-        2 * s * t * n + scattered(t, n, m, s) + s * t * (2 * n + 2 * k if k <= n else 3 * n)
+        2 * s * t * n + sectors(t, n, m, s) + s * t * (2 * n + 2 * k if k <= n else 3 * n)
     ),
     "weight": lambda t, n, k, m, s: 6 * s * n * k,
 }

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import plan
 from ..norm import unpack
-from .activation.op import activation, activation_backward, adds_h
+from .activation.op import activation, activation_backward
 from .channel.op import channel
 from .common import Terms
-from .lowrank.op import lowrank, lowrank_backward, rebuilds_weight
+from .lowrank.op import lowrank, lowrank_backward
 from .project.op import project, project_backward
 from .weight.op import rows_at_once, weight, weight_backward
 
@@ -57,7 +58,8 @@ def _lowrank_backward(
     to_x = thin = _product(t, n, m)
     if weight is not None:
         k = weight.shape[1]
-        rebuilt = rebuilds_weight(t, n, k, z_scale)
+        shape = plan.Shape(t, n, k, m, g.element_size())
+        rebuilt = z_scale is None and plan.rebuilds_weight(shape, plan.chip_of(g))
         to_x = _product(t, n, k) + (_product(n, k, m) if rebuilt else thin)
     return needs[0] * to_x + needs[1] * thin
 
@@ -79,7 +81,9 @@ def _activation_backward(
     to_x = 0
     if weight is not None:
         k = weight.shape[1]
-        to_x = _product(t, n, k) + (_product(t, m, k) if adds_h(n, k, unpack(norm)) else 0)
+        shape = plan.Shape(t, n, k, m, g.element_size())
+        added = plan.adds_h(shape, unpack(norm), plan.chip_of(g))
+        to_x = _product(t, n, k) + (_product(t, m, k) if added else 0)
     again = 0 if saved.dtype == torch.uint8 else _sides(terms)
     thin = again + needs[0] * _sides(terms) + needs[1]
     return needs[0] * to_x + thin * _product(t, n, m)

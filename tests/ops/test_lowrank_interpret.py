@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secura_kernels import NormOptions
-from secura_kernels.ops.lowrank import op as lowrank
+from secura_kernels import NormOptions, plan
 from secura_kernels.ops.lowrank import triton as kernels
 
 from .rule import SHAPES, case_of, check, check_example
@@ -28,8 +27,8 @@ def poisoned():
 
 
 def both_routes(monkeypatch, rebuild: bool):
-    monkeypatch.setattr(lowrank, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
-    monkeypatch.setattr(lowrank, "takes_weight", lambda t, n, k, m, z_scale: rebuild)
+    monkeypatch.setattr(plan, "rebuilds_weight", lambda shape, chip: rebuild)
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, chip: rebuild)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)

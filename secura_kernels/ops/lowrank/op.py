@@ -17,16 +17,8 @@ Saved for backward: z ``[T, m]`` (only where Q is trained), Q, share and the fro
 x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x. Where y0 is given
 rather than made here, there is no W, and ∂y0 is what the backward pass ends with.
 
-Bytes, s of them an element, beside the frozen layer's own two products:
-
-| step                   | moves            | note                                         |
-|------------------------|------------------|----------------------------------------------|
-| z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
-| out, in place of y0    | 2 s T N          | cuBLAS addmm_ without share and biases       |
-| out by W', z = x Rᵀ    | 2 s N K + s T K  | instead of both; :func:`takes_weight`        |
-| ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
-| ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
-| ∂Q                     | s T N            | cuBLAS, fp32 out                             |
+Forward and ∂x each go through W' or through y0 and ∂y0, whichever :mod:`secura_kernels.plan` finds
+to move less; out is then cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias.
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
@@ -41,29 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import plan
 from ...dispatch import absent, as_dtype, op, resolve, wide
 from ..common import Call, Gradients, Saved, Step, cast, gather, gradients_fake, product_wide
 from ..project.op import projection
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
 MAX_RANK = 512
-
-
-def rebuilds_weight(t: int, n: int, k: int, z_scale: Tensor | None) -> bool:
-    """Whether ∂x comes from W' (2 N K elements moved) rather than from ∂y0 (2 T N elements).
-
-    With a ``z_scale`` each token has a W' of its own, so ∂y0 it is.
-    """
-    return z_scale is None and 2 * n * k <= 2 * t * n
-
-
-def takes_weight(t: int, n: int, k: int, m: int, z_scale: Tensor | None) -> bool:
-    """Whether the kernels' forward goes through W' and x Rᵀ rather than through y0.
-
-    By elements moved: 2 N K + T K against 2 T N and a sector of 32 bytes for each of T m. That told
-    the quicker of the two in all five shapes that were timed on an H100.
-    """
-    return z_scale is None and 2 * n * k + t * k < 2 * t * n + 16 * t * m
 
 
 def _kernels() -> Any:
@@ -93,7 +69,9 @@ def lowrank(
         y0, inside = x, bias
     else:
         (t, k), (n, m) = x.shape, q.shape
-        if kernels is not None and takes_weight(t, n, k, m, z_scale):
+        shape = plan.Shape(t, n, k, m, x.element_size())
+        fuses = z_scale is None and plan.takes_weight(shape, chip=plan.chip_of(x))
+        if fuses and kernels is not None:
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
             return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r[:m].t()
@@ -163,7 +141,8 @@ def _input_gradient(
     if weight is None:
         return _output_gradient(g, rows, q, share, z_scale, impl)
     n, k = weight.shape
-    if not rebuilds_weight(g.shape[0], n, k, z_scale):
+    shape = plan.Shape(g.shape[0], n, k, q.shape[1], g.element_size())
+    if z_scale is not None or not plan.rebuilds_weight(shape, plan.chip_of(g)):
         return _output_gradient(g, rows, q, share, z_scale, impl) @ weight
     if resolve(impl, g) == "triton":
         kernels = _kernels()
@@ -234,6 +213,4 @@ __all__ = [
     "forward",
     "lowrank",
     "lowrank_backward",
-    "rebuilds_weight",
-    "takes_weight",
 ]

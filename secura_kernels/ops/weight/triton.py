@@ -10,7 +10,7 @@
 | P, P_base | [N, m] | cast once to the compute dtype, which the dots multiply in  |
 | R         | [m, K] | read through ``rows`` from W where K is W's unit stride     |
 | x, g      | [T, K] [T, N] | compute dtype                                        |
-| D         | [chunk, K]    | compute dtype, at most ``WORKSPACE_MIB``             |
+| D         | [chunk, K]    | compute dtype, at most ``plan.CHUNK_MIB``           |
 | ∂P, scalars, factor | [N, m] [3] [N] | fp32                                      |
 
 Accumulators, ρ and M are fp32. Nothing is saved but the three scalars (ε, slope, offset) and the
@@ -44,6 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import plan
 from ...gpu import LARGE_SHARED, machine_of
 from ...norm import Norm, effective_eps, restrained
 from ..common import Terms, product_wide
@@ -63,10 +64,6 @@ from ..jit import (
     span,
 )
 from ..launch import Kernel
-
-WORKSPACE_MIB = 16
-SMALL_MIB = 2
-_ROWS_OF_A_TILE = 128
 
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 
@@ -403,7 +400,7 @@ def grad_p(
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
     flags = {"SIGMOID_WEIGHT": norm.sigmoid_weight, "HAS_FACTOR": factor is not None}
-    step = chunk_rows(n, k, x.element_size())
+    step = plan.rows_of_chunk(n, k, x.element_size())
     workspace = x.new_empty(step, k)
     for start in range(0, n, step):
         part = slice(start, min(n, start + step))
@@ -419,18 +416,4 @@ def grad_p(
     return dp
 
 
-def chunk_rows(n: int, k: int, itemsize: int) -> int:
-    """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W.
-
-    A W of at most ``SMALL_MIB`` is one chunk: three launches less, where they are what takes time.
-    """
-    if n * k * itemsize <= SMALL_MIB * 2**20:
-        return max(1, n)
-    most = max(1, WORKSPACE_MIB * 2**20 // max(1, k * itemsize))
-    chunks = max(2, cdiv(n, most))
-    rows = max(1, cdiv(n, chunks))
-    whole_tiles = cdiv(rows, _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
-    return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
-
-
-__all__ = ["WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]
+__all__ = ["Tiles", "fused_weight", "grad_p", "measure"]

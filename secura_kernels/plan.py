@@ -1,0 +1,244 @@
+"""What a layer's steps cost by bytes and operations, and every choice that is made of it.
+
+A choice compares the ways to one result by the time that a chip's ceilings allow them: each step at
+its bytes over the chip's bytes a second or its operations over the chip's operations a second,
+whichever is longer. Ceilings are parameters: a choice is a function of a layer's shape and a chip.
+
+| choice                       | ways                               | made by                 |
+|------------------------------|------------------------------------|-------------------------|
+| forward of `none`, `channel` | through y0, or through W' and x Rᵀ | :func:`takes_weight`    |
+| their ∂x                     | ∂y0 W, or g W' with W' rebuilt     | :func:`rebuilds_weight` |
+| ∂x of `activation`           | ∂y0 W, or h R + g W                | :func:`adds_h`          |
+| its dΔ, of which ∂P is made  | blocks of tokens and columns       | :func:`change_blocks`   |
+| gᵀx of `weight`, the same    | blocks of W's rows                 | :func:`rows_of_chunk`   |
+| programs on a row of tiles   | how many                           | :func:`splits`          |
+
+Counted are tensors that go through memory, inputs once and outputs once, and of scattered columns
+the 32-byte sectors that they lie in. Not seen by a count: the gaps between launches, how many of a
+chip's multiprocessors a launch fills, what stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .norm import Norm
+
+SECTOR_BYTES = 32
+MOST_SPLITS = 8
+CHANGE_MIB = 64
+"""Workspace of dΔ, of which ∂P is made."""
+CHUNK_MIB, SMALL_MIB = 16, 2
+"""Workspace of gᵀx, and the size of a W that is one chunk."""
+_ROWS_OF_A_TILE = 128
+_ENOUGH_TOKENS = 16384
+_STEP = 64  # a block's edges, of which every tile is a divisor
+_TOKENS_OF_A_PROGRAM = 64
+
+
+class Chip(NamedTuple):
+    """The ceilings of a chip.
+
+    Attributes:
+        bytes_s: bytes a second of a large copy.
+        flop_s: operations a second of a large 16-bit matrix product.
+        processors: multiprocessors.
+    """
+
+    bytes_s: float
+    flop_s: float
+    processors: int = 132
+
+
+CHIPS = {"h100": Chip(3.0e12, 798e12), "h200": Chip(4.3e12, 790e12)}
+"""Ceilings as measured."""
+DEFAULT = CHIPS["h100"]
+"""Of a chip that is not among them: what choices depend on, their ratio, is much the same."""
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
+    name = torch.cuda.get_device_name(index).lower()
+    return next((chip for key, chip in CHIPS.items() if key in name), DEFAULT)
+
+
+def chip_of(tensor: Tensor) -> Chip:
+    """The ceilings of the GPU that ``tensor`` is on, :data:`DEFAULT` where they are not known."""
+    return _chip(tensor.get_device()) if tensor.is_cuda else DEFAULT
+
+
+class Shape(NamedTuple):
+    """T tokens, N outputs, K inputs, CUR rank m, bytes an element."""
+
+    t: int
+    n: int
+    k: int
+    m: int
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes through memory and operations of matrix products; a product and a sum are two."""
+
+    bytes: float = 0.0
+    flop: float = 0.0
+
+    def seconds(self, chip: Chip) -> float:
+        """The least that the chip's ceilings allow."""
+        return max(self.bytes / chip.bytes_s, self.flop / chip.flop_s)
+
+
+Steps = dict[str, Cost]
+"""The launches of one way, by what they make, in order."""
+
+
+def seconds(steps: Steps, chip: Chip) -> float:
+    """The least time of steps that run one after the other."""
+    return sum(step.seconds(chip) for step in steps.values())
+
+
+def sectors(height: int, width: int, m: int, itemsize: int) -> float:
+    """Bytes of the sectors that m random columns of a ``[height, width]`` tensor lie in."""
+    count = max(1.0, width * itemsize / SECTOR_BYTES)
+    return height * SECTOR_BYTES * count * (1 - (1 - 1 / count) ** m)
+
+
+def splits(programs: int, blocks: int, processors: int) -> int:
+    """In how many parts programs share their blocks of columns: two programs a multiprocessor.
+
+    One alone leaves it idle while it waits for memory. Each part has an h of its own to be added
+    up, hence not more than ``MOST_SPLITS``.
+    """
+    return max(1, min(blocks, MOST_SPLITS, 2 * processors // programs))
+
+
+def product(shape: Shape) -> Cost:
+    """``[T, K] · [K, N]``, or the same with any two exchanged: s (T K + N K + T N) bytes."""
+    t, n, k, _, s = shape
+    return Cost(s * (t * k + n * k + t * n), 2 * t * n * k)
+
+
+def fused_weight(shape: Shape) -> Steps:
+    """R, and W' of W, P and R: s (2 N K + m (N + 3 K)) bytes, 2 N K m operations."""
+    _, n, k, m, s = shape
+    return {
+        "R": Cost(2 * s * m * k),
+        "W'": Cost(s * (2 * n * k + m * (n + k)), 2 * n * k * m),
+    }
+
+
+def out_by_output(shape: Shape) -> Steps:
+    """``z`` gathered from y0, then y0 + z Qᵀ: sectors + s (2 T N + 2 T m + N m) bytes."""
+    t, n, _, m, s = shape
+    return {
+        "z": Cost(sectors(t, n, m, s) + s * t * m),
+        "y0 + z Qᵀ": Cost(s * (2 * t * n + t * m + n * m), 2 * t * n * m),
+    }
+
+
+def out_by_weight(shape: Shape) -> Steps:
+    """W' before the product, and ``z = x Rᵀ``: W' and s (T K + T m + m K) bytes."""
+    t, _, k, m, s = shape
+    return fused_weight(shape) | {"z": Cost(s * (t * k + t * m + m * k), 2 * t * k * m)}
+
+
+def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+    """``∂y0`` of g and Q: 2 s T N + s N m, h in its parts, three times the sectors of m columns.
+
+    A column is read from g, and an element written alone has its sector read and written.
+    """
+    t, n, _, m, s = shape
+    parts = splits(-(-max(1, t) // _TOKENS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
+    h = 4 * parts * t * m
+    return {
+        "∂y0": Cost(s * (2 * t * n + n * m) + h, 2 * t * n * m),
+        "its columns": Cost(3 * sectors(t, n, m, s) + h),
+    }
+
+
+@functools.lru_cache(4096)
+def rebuilds_weight(shape: Shape, chip: Chip = DEFAULT) -> bool:
+    """Whether ∂x of an additive layer comes from W' rebuilt rather than from ∂y0.
+
+    At m = 128 in 16 bits from T = 0.5 K on where K = N = 4096, 0.8 K where N = 14336. With a scale
+    for each token (dropout) each has a W' of its own: ∂y0 then, whatever the shape.
+    """
+    return seconds(fused_weight(shape), chip) <= seconds(output_gradient(shape, chip), chip)
+
+
+@functools.lru_cache(4096)
+def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool:
+    """Whether the kernels' forward of an additive layer goes through W' rather than through y0.
+
+    Args:
+        shape: the layer's.
+        kept: whether W' is kept for the backward pass, which then has no pass for ∂x.
+        chip: its ceilings.
+    """
+    ways = [seconds(way(shape), chip) for way in (out_by_weight, out_by_output)]
+    if kept:
+        ways[1] += min(
+            seconds(way, chip) for way in (fused_weight(shape), output_gradient(shape, chip))
+        )
+    return ways[0] < ways[1]
+
+
+def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+    """What ``∂y0 W`` of `activation` costs beyond ``g W``: ∂y0 written, its columns added."""
+    t, n, _, _, s = shape
+    return {"∂y0": Cost(s * t * n), "its columns": output_gradient(shape, chip)["its columns"]}
+
+
+def added_h(shape: Shape) -> Steps:
+    """What ``h R + g W`` costs beyond ``g W``: R, h R written and read, h in the compute dtype."""
+    t, _, k, m, s = shape
+    return {
+        "R": Cost(2 * s * m * k),
+        "h R": Cost(s * (t * m + m * k + 2 * t * k), 2 * t * k * m),
+        "h": Cost((4 + s) * t * m),
+    }
+
+
+@functools.lru_cache(4096)
+def adds_h(shape: Shape, norm: Norm, chip: Chip = DEFAULT) -> bool:
+    """Whether ∂x of `activation` is h R + g W rather than ∂y0 W.
+
+    Only where ∂base is g itself: gated, without the restraint's factor.
+    """
+    if norm.averaged or norm.restrained:
+        return False
+    return seconds(added_h(shape), chip) <= seconds(base_gradient(shape, chip), chip)
+
+
+def change_blocks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
+    """``(tokens, columns)``: the blocks of a [T, N] tensor that ``CHANGE_MIB`` holds, in order.
+
+    The first is the largest. ``whole_rows`` asks for all columns of fewer tokens.
+    """
+    size = CHANGE_MIB * 2**20 // itemsize
+    tokens = max(_STEP, size // n // _STEP * _STEP) if whole_rows else _ENOUGH_TOKENS
+    columns = n if whole_rows else max(_STEP, size // min(t, tokens) // _STEP * _STEP)
+    for start in range(0, t, tokens):
+        for first in range(0, n, columns):
+            yield slice(start, min(t, start + tokens)), slice(first, min(n, first + columns))
+
+
+def rows_of_chunk(n: int, k: int, itemsize: int) -> int:
+    """Rows of W in a chunk of gᵀx: within ``CHUNK_MIB``, whole tiles, at most half of W.
+
+    A W of at most ``SMALL_MIB`` is one chunk: three launches less, where they are what takes time.
+    """
+    if n * k * itemsize <= SMALL_MIB * 2**20:
+        return max(1, n)
+    most = max(1, CHUNK_MIB * 2**20 // max(1, k * itemsize))
+    chunks = max(2, -(-n // most))
+    rows = max(1, -(-n // chunks))
+    whole_tiles = -(-rows // _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
+    return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
