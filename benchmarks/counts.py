@@ -30,11 +30,12 @@ from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import TARGETS, record
 from secura_kernels.ops import launch
 from secura_kernels.ops.flops import FORMULAS
-from secura_kernels.plan import CHIPS, SECTOR_BYTES, Chip, Cost, sectors
+from secura_kernels.plan import CHIPS, Cost, sectors
 
-from .registry import SPACES, MissingError, Ranks, catalogue, frozen_linear
+from .registry import SPACES, Ranks, catalogue, frozen_linear
 from .schema import Result, Row, new_result
-from .shapes import LayerCase, layer_preset
+from .shapes import LAYER_PRESETS, LayerCase, layer_preset
+from .tables import counts_table
 
 RIVALS = ("frozen", "peft lora bf16", "strong lora", "peft dora bf16", "strong dora")
 
@@ -118,7 +119,9 @@ def _of_kernel(kernel: Any, arguments: tuple[Any, ...]) -> Launch:
 def _of_operator(func: Any, args: Any, kwargs: Any, out: Any) -> Launch | None:
     """The launch of an operator; None for one that only makes a view or an empty tensor."""
     name = func.overloadpacket.__name__
-    if "empty" in name or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
+    if "empty" in name or any(
+        r.alias_info and not r.alias_info.is_write for r in func._schema.returns
+    ):
         return None
     if name in ("_unsafe_view", "detach", "alias", "_local_scalar_dense"):
         return None
@@ -225,12 +228,67 @@ def _count(
     return launches, first
 
 
-def figures(launches: list[Launch], first: int, chip: Chip) -> dict[str, float]:
-    """What a row of results says of a layer."""
+def figures(launches: list[Launch], first: int) -> dict[str, float]:
+    """What a row of results says of a layer; ``us_CHIP`` is the least a chip's ceilings allow."""
     return {
         "launches_forward": first,
         "launches_backward": len(launches) - first,
         "moved_mib": sum(of.cost.bytes for of in launches) / 2**20,
         "gflop": sum(of.cost.flop for of in launches) / 1e9,
-        "us": sum(of.cost.seconds(chip) for of in launches) * 1e6,
+    } | {
+        f"us_{name}": sum(of.cost.seconds(chip) for of in launches) * 1e6
+        for name, chip in CHIPS.items()
     }
+
+
+def count_all(preset: str, before: Result | None, measured: Result | None) -> list[Row]:
+    """Every provider on every case of a layer preset.
+
+    Args:
+        preset: of :mod:`benchmarks.shapes`.
+        before: an earlier result, whose SECURA rows are taken in with its commit in their names.
+        measured: of :mod:`benchmarks.layer`: its ``both_graph_ms`` go to the rows of the same case,
+            of ``before`` where that is given.
+    """
+    counters = {f"secura {space}": ours(space) for space in SPACES}
+    counters |= {name: rival(name) for name in RIVALS}
+    found = [
+        Row(case.as_dict(), name, figures=figures(*count(case)))
+        for case in layer_preset(preset).cases
+        for name, count in counters.items()
+    ]
+    for row in before.rows if before else ():
+        if before and row.provider in counters and row.provider not in RIVALS:
+            found.append(Row(row.case, f"{row.provider}, {before.commit[:8]}", figures=row.figures))
+    for row in measured.rows if measured else ():
+        name = row.provider.removesuffix(" triton")
+        name += f", {before.commit[:8]}" if before and name not in RIVALS else ""
+        for mine in found:
+            if (mine.case, mine.provider) == (row.case, name) and "both_graph_ms" in row.figures:
+                mine.figures["measured_us"] = 1e3 * row.figures["both_graph_ms"]["median"]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--preset", default="block", choices=LAYER_PRESETS)
+    flags.add_argument("--out", type=Path, help="where the result goes")
+    flags.add_argument("--before", type=Path, help="an earlier result, to stand beside this one")
+    flags.add_argument("--measured", type=Path, help="of benchmarks.layer, to hold the count to")
+    flags.add_argument("--commit", help="the code's name, where git does not know it")
+    options = flags.parse_args(arguments)
+    before, measured = (path and Result.load(path) for path in (options.before, options.measured))
+    result = new_result(
+        "counts", options.preset, torch.device("cpu"), torch.bfloat16, {}, options.commit
+    )
+    result.settings = {name: chip._asdict() for name, chip in CHIPS.items()}
+    result.rows, result.complete = count_all(options.preset, before, measured), True
+    if options.out:
+        result.save(options.out)
+    print(counts_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

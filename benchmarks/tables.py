@@ -276,6 +276,43 @@ def anchor_table(result: Result) -> str:
     return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
 
 
+def counts_table(result: Result) -> str:
+    """Launches and bytes of ``benchmarks.counts``, and times over the frozen layers' by count."""
+    chips, parts = list(result.settings), []
+    for (model, t, _, _), providers in groups(result).items():
+        sums = {name: _counted(rows) for name, rows in providers.items()}
+        floor, shape = sums["frozen"], _shape(model, t, providers["frozen"])
+        heads = [shape, "launches", "MiB", *map(str.upper, chips), "measured, H100"]
+        lines = [_cells(heads), "|---" * len(heads) + "|"]
+        for name, of in sorted(sums.items(), key=lambda one: one[0].partition(",")[0]):
+            cells = [title(name.partition(",")[0], providers[name][0].case)]
+            cells[0] += name[len(name.partition(",")[0]) :]
+            cells += [f"{of['launches_forward']:.0f} + {of['launches_backward']:.0f}"]
+            cells += [f"{of['moved_mib']:.0f}"]
+            cells += [f"{of[f'us_{chip}'] / floor[f'us_{chip}']:.2f}" for chip in chips]
+            seen = "measured_us" in of and "measured_us" in floor
+            cells += [f"{of['measured_us'] / floor['measured_us']:.2f}" if seen else ""]
+            lines.append(_cells(cells).replace("|  |", "| |"))
+        parts.append("\n".join([*lines, ""]))
+    rates = "; ".join(
+        f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
+        for name, chip in result.settings.items()
+    )
+    caption = (
+        f"Forward and backward in {result.dtype}, counted without a GPU: launches, bytes they read "
+        f"and write, and the time that the ceilings ({rates}) allow them one by one, over that of "
+        "the frozen layers. *Measured* is a graph's replay over the frozen layers' in "
+        f"`layer-h100.json`. Commit {result.commit}; `{result.command}`."
+    )
+    return "\n".join([*parts, caption]) + "\n"
+
+
+def _counted(rows: list[Row]) -> dict[str, float]:
+    """One provider's figures summed over the layers of a block; those that every layer has."""
+    names = set.intersection(*(set(row.figures) for row in rows))
+    return {name: sum(row.figures[name] * row.case["count"] for row in rows) for name in names}
+
+
 def provenance(result: Result) -> str:
     """Where and how a result was made, in a sentence."""
     machine, versions = result.machine, result.versions
@@ -293,4 +330,5 @@ TABLES = {
     "model": model_table,
     "startup": startup_table,
     "anchor": anchor_table,
+    "counts": counts_table,
 }
