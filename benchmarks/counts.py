@@ -66,9 +66,10 @@ def _rows(given: dict[str, Any]) -> float:
     return given["M"] * k * source.element_size()
 
 
-_OF_W = {"r_ptr": _rows}
-_OF_C = {"w_ptr": _columns("w_ptr", "N", "K", "M")}
-MOVED: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
+Moved = dict[str, Callable[[dict[str, Any]], float]]
+_OF_W: Moved = {"r_ptr": _rows}
+_OF_C: Moved = {"w_ptr": _columns("w_ptr", "N", "K", "M")}
+MOVED: dict[str, Moved] = {
     "_gather_kernel": {"y_ptr": _columns("y_ptr", "T", "N", "M")},
     "_add_columns_kernel": {
         "base_ptr": _columns("base_ptr", "T", "N", "M"),
@@ -191,8 +192,9 @@ def ours(space: str) -> Callable[[LayerCase], tuple[list[Launch], int]]:
     """What counts a SECURA layer of bf16 in one norm space, of core A B."""
 
     def count(case: LayerCase) -> tuple[list[Launch], int]:
-        sizes = {"m": case.m, "t": case.T, "n": case.N, "k": case.K, "inner": 2 * case.m}
-        plain = Case(NormOptions(space), torch.bfloat16, biased=False, trains_bias=False, **sizes)
+        sizes = (case.m, case.T, case.N, case.K, 2 * case.m)
+        options = NormOptions(space)
+        plain = Case(options, torch.bfloat16, *sizes, biased=False, trains_bias=False)
         with record(TARGETS["sm_90"]):
             example = plain.draw("meta")
         leaves = [t.requires_grad_() for t in (example.x, example.a, example.b) if t is not None]

@@ -7,7 +7,8 @@ whichever is longer. Ceilings are parameters: a choice is a function of a layer'
 | choice                       | ways                               | made by                 |
 |------------------------------|------------------------------------|-------------------------|
 | forward of `none`, `channel` | through y0, or through W' and x Rᵀ | :func:`takes_weight`    |
-| their ∂x                     | ∂y0 W, or g W' with W' rebuilt     | :func:`rebuilds_weight` |
+| their ∂x                     | g W', h R + g W or ∂y0 W           | :func:`input_way`       |
+| a forward's W' for the other | rebuilt, or kept                   | :func:`keeps_weight`    |
 | ∂x of `activation`           | ∂y0 W, or h R + g W                | :func:`adds_h`          |
 | its dΔ, of which ∂P is made  | blocks of tokens and columns       | :func:`change_blocks`   |
 | gᵀx of `weight`, the same    | blocks of W's rows                 | :func:`rows_of_chunk`   |
@@ -21,6 +22,7 @@ chip's multiprocessors a launch fills, what stays in the L2 cache.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from torch import Tensor
 from .norm import Norm
 
 SECTOR_BYTES = 32
+KEEPS = ("auto", "always", "never")
 MOST_SPLITS = 8
 CHANGE_MIB = 64
 """Workspace of dΔ, of which ∂P is made."""
@@ -163,14 +166,46 @@ def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
     }
 
 
-@functools.lru_cache(4096)
-def rebuilds_weight(shape: Shape, chip: Chip = DEFAULT) -> bool:
-    """Whether ∂x of an additive layer comes from W' rebuilt rather than from ∂y0.
+def added_h(shape: Shape) -> Steps:
+    """What ``h R + g W`` costs beyond ``g W``, h at hand: R, h R written and read."""
+    t, _, k, m, s = shape
+    return {
+        "R": Cost(2 * s * m * k),
+        "h R": Cost(s * (t * m + m * k + 2 * t * k), 2 * t * k * m),
+    }
 
-    At m = 128 in 16 bits from T = 0.5 K on where K = N = 4096, 0.8 K where N = 14336. With a scale
-    for each token (dropout) each has a W' of its own: ∂y0 then, whatever the shape.
+
+def input_ways(
+    shape: Shape, per_token: bool = False, shared: bool = False, chip: Chip = DEFAULT
+) -> dict[str, Steps]:
+    """The ways to ∂x of an additive layer, with what each costs beyond a product with W.
+
+    Args:
+        shape: the layer's.
+        per_token: whether z has a scale for each token (dropout): each then has a W' of its own.
+        shared: whether the base has a share of its own, so that g itself is not ∂y0.
+        chip: its ceilings.
     """
-    return seconds(fused_weight(shape), chip) <= seconds(output_gradient(shape, chip), chip)
+    t, n, _, m, s = shape
+    ways = {}
+    if not per_token:
+        ways["weight"] = fused_weight(shape)
+    if not shared:
+        h = Cost(s * (t * n + n * m + t * m), 2 * t * n * m)
+        ways["h"] = {"h": h} | added_h(shape)
+    return ways | {"output": output_gradient(shape, chip)}
+
+
+@functools.lru_cache(4096)
+def input_way(
+    shape: Shape, per_token: bool = False, shared: bool = False, chip: Chip = DEFAULT
+) -> str:
+    """Which of :func:`input_ways` is the quickest: ``"weight"``, ``"h"`` or ``"output"``.
+
+    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 2464 tokens on, and h R + g W below.
+    """
+    ways = input_ways(shape, per_token, shared, chip)
+    return min(ways, key=lambda way: seconds(ways[way], chip))
 
 
 @functools.lru_cache(4096)
@@ -182,28 +217,51 @@ def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool
         kept: whether W' is kept for the backward pass, which then has no pass for ∂x.
         chip: its ceilings.
     """
-    ways = [seconds(way(shape), chip) for way in (out_by_weight, out_by_output)]
+    by_weight, by_output = (seconds(way(shape), chip) for way in (out_by_weight, out_by_output))
     if kept:
-        ways[1] += min(
-            seconds(way, chip) for way in (fused_weight(shape), output_gradient(shape, chip))
-        )
-    return ways[0] < ways[1]
+        by_output += min(seconds(way, chip) for way in input_ways(shape, chip=chip).values())
+    return by_weight < by_output
+
+
+def keeps_weight(watched: bool = False) -> bool:
+    """Whether a W' that a forward makes is kept for its backward pass, N K elements a layer.
+
+    ``SECURA_KEEP_WEIGHT`` says ``always`` or ``never``. ``auto``, which it is where nothing is set,
+    keeps it under checkpointing (:func:`checkpoints`): held there from the recomputation until
+    the backward pass has come through the checkpointed part.
+
+    Args:
+        watched: whether a compiler or a mode looks on: ``auto`` then keeps nothing, and a compiler
+            sees nothing kept.
+
+    Raises:
+        ValueError: for anything else that the variable says.
+    """
+    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
+    if said not in KEEPS:
+        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
+    if said != "auto":
+        return said == "always" and not (watched and torch.compiler.is_compiling())
+    return not watched and checkpoints()
+
+
+def checkpoints() -> bool:
+    """Whether ``torch.utils.checkpoint`` is at work: what is saved now is dropped or soon used.
+
+    Without re-entering, both of its passes run under its hooks, and both must save as many tensors
+    of the same shapes; re-entering, the second runs within a backward pass and the first saves
+    nothing.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
     """What ``∂y0 W`` of `activation` costs beyond ``g W``: ∂y0 written, its columns added."""
     t, n, _, _, s = shape
     return {"∂y0": Cost(s * t * n), "its columns": output_gradient(shape, chip)["its columns"]}
-
-
-def added_h(shape: Shape) -> Steps:
-    """What ``h R + g W`` costs beyond ``g W``: R, h R written and read, h in the compute dtype."""
-    t, _, k, m, s = shape
-    return {
-        "R": Cost(2 * s * m * k),
-        "h R": Cost(s * (t * m + m * k + 2 * t * k), 2 * t * k * m),
-        "h": Cost((4 + s) * t * m),
-    }
 
 
 @functools.lru_cache(4096)

@@ -43,12 +43,25 @@ def test_the_forward_takes_what_was_the_quicker_on_an_h100(t, n, k, taken):
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize(
-    ("n", "k", "least", "most"), [(4096, 4096, 0.45, 0.6), (14336, 4096, 0.7, 0.9)]
+    ("t", "n", "k", "way"),
+    [
+        (8192, 4096, 4096, "weight"),
+        (2048, 4096, 4096, "h"),
+        (8192, 4096, 14336, "output"),
+        (512, 14336, 4096, "h"),
+    ],
 )
-def test_rebuilding_pays_from_fewer_tokens_than_inputs(n, k, least, most, chip):
-    """Sectors and h count: by 2 T N against 2 N K alone it would be from T = K on."""
-    first = next(t for t in range(0, 2 * k, 64) if plan.rebuilds_weight(Shape(t, n, k, 128), chip))
-    assert least < first / k < most
+def test_the_input_gradient_takes_the_way_that_moves_the_fewest_bytes(t, n, k, way, chip):
+    """2 N K elements against 3 T K or so, or T N and the scattered columns."""
+    assert plan.input_way(Shape(t, n, k, 128), chip=chip) == way
+
+
+def test_ways_that_would_be_wrong_are_none():
+    """A token's own W' under dropout; g in the place of ∂y0 where the base has a share."""
+    for shape in (Shape(8192, 4096, 4096, 128), Shape(64, 14336, 4096, 16)):
+        assert plan.input_way(shape, per_token=True, shared=True) == "output"
+        assert "weight" not in plan.input_ways(shape, per_token=True)
+        assert "h" not in plan.input_ways(shape, shared=True)
 
 
 def test_a_chip_with_few_operations_a_byte_makes_no_second_weight():

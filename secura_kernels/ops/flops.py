@@ -52,15 +52,21 @@ def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor) -> int:
 
 
 def _lowrank_backward(
-    g: Tensor, weight: Tensor | None, q: Tensor, z_scale: Tensor | None, needs: list[bool]
+    g: Tensor,
+    weight: Tensor | None,
+    q: Tensor,
+    share: Tensor | None,
+    z_scale: Tensor | None,
+    needs: list[bool],
 ) -> int:
     t, (n, m) = g.shape[0], q.shape
     to_x = thin = _product(t, n, m)
     if weight is not None:
         k = weight.shape[1]
         shape = plan.Shape(t, n, k, m, g.element_size())
-        rebuilt = z_scale is None and plan.rebuilds_weight(shape, plan.chip_of(g))
-        to_x = _product(t, n, k) + (_product(n, k, m) if rebuilt else thin)
+        way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+        beside = {"weight": _product(n, k, m), "h": thin + _product(t, m, k), "output": thin}
+        to_x = _product(t, n, k) + beside[way]
     return needs[0] * to_x + needs[1] * thin
 
 

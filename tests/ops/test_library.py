@@ -325,11 +325,19 @@ def test_additive_spaces_keep_z_alone(norm):
     assert kept_bytes_per_token(NormOptions(norm)) == 2 * SIZES["m"]
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=name)
-def test_both_routes_of_the_input_gradient(options, rebuild, monkeypatch):
-    monkeypatch.setattr(plan, "rebuilds_weight", lambda shape, chip: rebuild)
-    example = draw(options, dtype=torch.float64)
+@pytest.mark.parametrize("way", ["weight", "h", "output"])
+def test_every_way_to_the_input_gradient(way, options, dropout, monkeypatch):
+    takes, asked = plan.input_way, []
+
+    def forced(shape, *flags):
+        ways = plan.input_ways(shape, *flags)
+        asked.append(way if way in ways else takes(shape, *flags))
+        return asked[-1]
+
+    monkeypatch.setattr(plan, "input_way", forced)
+    example = draw(options, dtype=torch.float64, dropout=dropout)
     for got, exact in zip(example.run("reference"), exactly(example), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 

@@ -4,6 +4,7 @@
 
     ∂Q = ḡᵀ z          ∂δb = Σ ḡ          ∂y0 = share · ḡ,  ∂y0[:, rows] += (ḡ Q) · z_scale
     ∂x = ∂y0 W = ḡ W',  W' = share · W + Q R (where there is no z_scale)
+       = h R + ḡ W,     h = (ḡ Q) · z_scale  (where there is no share)
 
 | tensor      | shape    | dtype                           |
 |-------------|----------|---------------------------------|
@@ -17,8 +18,9 @@ Saved for backward: z ``[T, m]`` (only where Q is trained), Q, share and the fro
 x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x. Where y0 is given
 rather than made here, there is no W, and ∂y0 is what the backward pass ends with.
 
-Forward and ∂x each go through W' or through y0 and ∂y0, whichever :mod:`secura_kernels.plan` finds
-to move less; out is then cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias.
+Forward and ∂x each take the way that :mod:`secura_kernels.plan` finds to move less; out is then
+cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias. A W' that the forward made
+may be kept for the backward pass (:func:`secura_kernels.plan.keeps_weight`).
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
@@ -58,11 +60,13 @@ def lowrank(
     share: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
+    keep: bool,
     impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [T, N], z [T, m])`` of flat inputs in one dtype; share and δb may be wider.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype; share and δb may be wider.
 
-    Without ``weight``, x is y0, bias included; it is not written.
+    Without ``weight``, x is y0, bias included; it is not written. W' ``[N, K]`` is empty unless
+    ``keep`` asks for it and the forward went through it.
     """
     kernels = _kernels() if resolve(impl, x) == "triton" else None
     if weight is None:
@@ -70,11 +74,12 @@ def lowrank(
     else:
         (t, k), (n, m) = x.shape, q.shape
         shape = plan.Shape(t, n, k, m, x.element_size())
-        fuses = z_scale is None and plan.takes_weight(shape, chip=plan.chip_of(x))
+        fuses = z_scale is None and plan.takes_weight(shape, keep, plan.chip_of(x))
         if fuses and kernels is not None:
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
-            return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r[:m].t()
+            out = F.linear(x, fused, _sum(bias, delta_bias, x.dtype))
+            return out, x @ r[:m].t(), fused if keep else absent(x)
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
     if kernels is not None:
@@ -82,21 +87,22 @@ def lowrank(
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
         kernels.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
-        return out, z
+        return out, z, absent(x)
     z = gather(y0, inside, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
     if share is not None:
         out.mul_(share)
     if inside is not None:
         bias = None if share is None else (1 - share) * inside
-    return _add_(out.addmm_(z, q.t()), bias, delta_bias), z
+    return _add_(out.addmm_(z, q.t()), bias, delta_bias), z, absent(x)
 
 
 @lowrank.register_fake
 def _lowrank_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, q: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], q.shape[0]), x.new_empty(x.shape[0], rows.shape[0])
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = x.shape[0]
+    return x.new_empty(t, q.shape[0]), x.new_empty(t, rows.shape[0]), absent(x)
 
 
 @op("lowrank_backward")
@@ -142,8 +148,12 @@ def _input_gradient(
         return _output_gradient(g, rows, q, share, z_scale, impl)
     n, k = weight.shape
     shape = plan.Shape(g.shape[0], n, k, q.shape[1], g.element_size())
-    if z_scale is not None or not plan.rebuilds_weight(shape, plan.chip_of(g)):
+    way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+    if way == "output":
         return _output_gradient(g, rows, q, share, z_scale, impl) @ weight
+    if way == "h":
+        h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
+        return (h @ weight.index_select(0, rows)).addmm_(g, weight)
     if resolve(impl, g) == "triton":
         kernels = _kernels()
         return g @ kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
@@ -197,14 +207,20 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
     q = as_dtype(q, dtype)
     frozen, trained = (weight, cast(layer.bias, dtype), layer.rows), (step.delta_bias, step.z_scale)
     run = lowrank if call.watched else lowrank.body
-    out, z = run(step.x, *frozen, q, share, *trained, call.impl)
-    return out, (z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
+    keep = plan.keeps_weight(call.watched)
+    out, z, fused = run(step.x, *frozen, q, share, *trained, keep, call.impl)
+    kept = fused if fused.numel() else None
+    return out, (kept, z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
 
 
 def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x or ∂y0, ∂Q, ∂δb)``."""
+    kept, *saved_by_op = saved
     run = lowrank_backward if call.watched else lowrank_backward.body
-    return Gradients(*run(g, *saved, needs, call.impl))
+    if kept is None or not needs[0]:
+        return Gradients(*run(g, *saved_by_op, needs, call.impl))
+    found = run(g, *saved_by_op, [False, *needs[1:]], call.impl)
+    return Gradients(g @ kept, *found[1:])
 
 
 __all__ = [
