@@ -126,7 +126,8 @@ def _of_operator(func: Any, args: Any, kwargs: Any, out: Any) -> Launch | None:
         return None
     if name in ("_unsafe_view", "detach", "alias", "_local_scalar_dense"):
         return None
-    inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(out))
+    read = {key: of for key, of in kwargs.items() if key != "out"}
+    inputs, outputs = list(_tensors((args, read))), list(_tensors(out))
     if not any(tensor.numel() for tensor in outputs):
         return None
     if name in ("index_select", "index", "embedding"):

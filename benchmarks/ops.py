@@ -1,4 +1,4 @@
-"""The ops a layer is made of, each with the bytes it must move; and each space's passes in a layer.
+"""The ops a layer is made of, each with the bytes it must move; what ceilings allow a layer.
 
 s bytes an element, S for the bytes of the 32-byte sectors that scattered columns lie in
 (:func:`secura_kernels.plan.sectors`). Inputs count once and outputs once, forward, then backward.
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import NormOptions
+from secura_kernels import NormOptions, plan
 from secura_kernels.inspection.layers import Case
-from secura_kernels.norm import pack
+from secura_kernels.norm import pack, unpack
 from secura_kernels.ops.activation.op import activation, activation_backward
 from secura_kernels.ops.channel.op import channel
 from secura_kernels.ops.common import Terms
@@ -203,27 +203,9 @@ OPS = (
 )
 """The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
 
-PASSES: dict[str, Callable[[int, int, int, int, int], float]] = {
-    "none": lambda t, n, k, m, s: (
-        min(2 * s * n * k + s * t * k, 2 * s * t * n + sectors(t, n, m, s))
-        + min(2 * s * n * k, 2 * s * t * n + sectors(t, n, m, s))
-        + s * t * n
-    ),
-    "channel": lambda *size: PASSES["none"](*size),
-    "activation": lambda t, n, k, m, s: (
-        2 * s * t * n + sectors(t, n, m, s) + s * t * (2 * n + 2 * k if k <= n else 3 * n)
-    ),
-    "weight": lambda t, n, k, m, s: 6 * s * n * k,
-}
-"""Bytes that a layer's passes move beside its products, as the ops choose them (their docstrings),
-forward and backward, from T, N, K, m and s: out and z, ∂x, ∂Q; ``weight`` W' twice, ρ's largest."""
-
 
 def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | None:
     """What a machine's ceilings allow a SECURA layer in bf16, over the frozen layer's time.
-
-    Two products (``weight``: three) at the speed of a product, its passes at that of a copy; thin
-    products are left out.
 
     Args:
         name: a provider's; None is returned for one that is not SECURA's.
@@ -233,9 +215,10 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
     space = next((space for space in SPACES if name.startswith(f"secura {space}")), None)
     if space is None:
         return None
-    product_s = 2 * size.t * size.n * size.k / ceilings["gemm_tflop_s"] / 1e12
-    passes_s = PASSES[space](*size, 2) / ceilings["copy_gb_s"] / 1e9
-    return ((3 if space == "weight" else 2) * product_s + passes_s) / (2 * product_s)
+    chip = plan.Chip(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
+    shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
+    both = plan.layer_steps(shape, norm, plan.keeps_weight(), chip)
+    return sum(plan.seconds(of, chip) for of in both) / plan.frozen_seconds(shape, chip)
 
 
 def every_op_once(device: str = "cuda", impl: str = "triton") -> None:

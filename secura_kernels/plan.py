@@ -39,6 +39,8 @@ CHANGE_MIB = 64
 """Workspace of dΔ, of which ∂P is made."""
 CHUNK_MIB, SMALL_MIB = 16, 2
 """Workspace of gᵀx, and the size of a W that is one chunk."""
+MOST_ROW_SPLITS, ROWS_OF_A_SPLIT = 64, 32
+"""Parts of W's rows that ∂U is summed in, at most, and the least rows of one."""
 _ROWS_OF_A_TILE = 128
 _ENOUGH_TOKENS = 16384
 _STEP = 64  # a block's edges, of which every tile is a divisor
@@ -300,3 +302,105 @@ def rows_of_chunk(n: int, k: int, itemsize: int) -> int:
     rows = max(1, -(-n // chunks))
     whole_tiles = -(-rows // _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
     return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
+
+
+def projection(shape: Shape, itemsize: int) -> Steps:
+    """``P = C U`` in elements of ``itemsize`` bytes: the sectors of C, 4 m² and N m elements."""
+    _, n, k, m, s = shape
+    return {"P": Cost(sectors(n, k, m, s) + 4 * m * m + itemsize * n * m, 2 * n * m * m)}
+
+
+def core_gradient(shape: Shape) -> Steps:
+    """``∂U = Cᵀ ∂P``: the sectors of C, ∂P in fp32, and its sums of parts of W's rows."""
+    _, n, k, m, s = shape
+    parts = 4 * min(MOST_ROW_SPLITS, -(-n // ROWS_OF_A_SPLIT)) * m * m
+    return {
+        "∂U": Cost(sectors(n, k, m, s) + 4 * n * m + parts, 2 * n * m * m),
+        "its parts": Cost(parts + 4 * m * m),
+    }
+
+
+def _additive(shape: Shape, scaled: bool, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
+    t, n, _, m, s = shape
+    forward = projection(shape, 4 if scaled else s)
+    if scaled:
+        forward["Q"] = Cost((4 + s) * n * m + 4 * m * m, 2 * n * m * m)
+    by_weight = takes_weight(shape, kept, chip)
+    forward["product"] = product(shape)
+    forward |= out_by_weight(shape) if by_weight else out_by_output(shape)
+    way = {} if by_weight and kept else input_ways(shape, chip=chip)[input_way(shape, chip=chip)]
+    backward = {"product": product(shape)} | way
+    backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
+    return forward, backward | core_gradient(shape)
+
+
+def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
+    t, n, _, m, s = shape
+    z, _ = out_by_output(shape).items()
+    normed = Cost(s * (2 * t * n + t * m + n * m), 2 * t * n * m)
+    forward = projection(shape, s) | {"product": product(shape)} | dict([z]) | {"norm": normed}
+    h = output_gradient(shape, chip)["∂y0"].bytes - s * (2 * t * n + n * m)
+    change = Cost(s * (3 * t * n + t * m + n * m) + h, 4 * t * n * m)
+    adds = adds_h(shape, norm, chip)
+    way = {"h": Cost(h + s * t * m)} | added_h(shape) if adds else base_gradient(shape, chip)
+    backward = {"dΔ and h": change, "product": product(shape)} | way
+    backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
+    return forward, backward | core_gradient(shape)
+
+
+def _weight(shape: Shape, norm: Norm, kept: bool) -> tuple[Steps, Steps]:
+    t, n, k, m, s = shape
+    r, fused = fused_weight(shape).items()
+    made, thin = dict([fused]), 2 * n * k * m
+    forward = projection(shape, 4) | {"P in 16 bits": Cost((4 + s) * n * m)}
+    if norm.needs_peak:
+        forward["largest ρ"] = Cost(s * (n * k + m * (n + k)), thin)
+    forward |= made | {"product": product(shape)}
+    chunks = -(-n // rows_of_chunk(n, k, s))
+    of_chunk = product(Shape(n // chunks, k, t, m, s))
+    backward = {} if kept else {"P in 16 bits": forward["P in 16 bits"]} | made
+    backward |= {"product": product(shape), "P's parts": forward["P in 16 bits"]} | dict([r])
+    backward |= {
+        "gᵀx": Cost(chunks * of_chunk.bytes, 2 * t * n * k),
+        "over M": Cost(s * (3 * n * k + m * (n + chunks * k)), thin),
+        "∂P": Cost(s * (n * k + chunks * m * k) + 4 * n * m, thin),
+    }
+    return forward, backward | core_gradient(shape)
+
+
+def layer_steps(
+    shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT
+) -> tuple[Steps, Steps]:
+    """What a layer's forward and its backward pass launch, by the choices above.
+
+    A U that is trained itself, nothing folded, dropped or restrained, no biases, y0 saved.
+
+    Args:
+        shape: the layer's; its ``itemsize`` is of 16 bits.
+        norm: of :func:`secura_kernels.norm.unpack`.
+        kept: whether W' is kept (:func:`keeps_weight`).
+        chip: its ceilings.
+    """
+    if norm.space == "activation":
+        return _activation(shape, norm, chip)
+    if norm.space == "weight":
+        return _weight(shape, norm, kept)
+    return _additive(shape, norm.space == "channel", kept, chip)
+
+
+def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) -> dict[str, str]:
+    """Which ways a layer takes, in words; arguments of :func:`layer_steps`."""
+    ways = {"weight": "g W'", "h": "h R + g W", "output": "∂y0 W"}
+    if norm.space == "weight":
+        return {"out": "x W'ᵀ", "∂x": ways["weight"], "W'": "kept" if kept else "rebuilt"}
+    if norm.space == "activation":
+        return {"out": "y0, normed", "∂x": ways["h" if adds_h(shape, norm, chip) else "output"]}
+    by_weight = takes_weight(shape, kept, chip)
+    way = "weight" if by_weight and kept else input_way(shape, chip=chip)
+    found = {"out": "x W'ᵀ" if by_weight else "y0 + z Qᵀ", "∂x": ways[way]}
+    return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
+
+
+def frozen_seconds(shape: Shape, chip: Chip = DEFAULT) -> float:
+    """The frozen layer's own two products."""
+    return 2 * product(shape).seconds(chip)

@@ -140,8 +140,8 @@ def test_the_ceilings_allow_what_the_bytes_and_products_come_to():
         for space in ("none", "channel", "activation", "weight")
     }
     assert ops.allowed_ratio("peft lora bf16", size, ceilings) is None
-    assert 1.1 < allowed["none"] == allowed["channel"] < allowed["activation"] < 1.2
-    assert 1.5 < allowed["weight"] < 1.7
+    assert 1.1 < allowed["none"] < allowed["channel"] < allowed["activation"] < 1.25
+    assert 1.5 < allowed["weight"] < 1.75
     faster = ops.allowed_ratio("secura none", size, ceilings | {"copy_gb_s": 4300.0})
     assert faster < allowed["none"]
 
