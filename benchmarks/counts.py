@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,10 +190,11 @@ def counting(chip: str = "sm_90") -> Iterator[list[Launch]]:
             launch.watchers.remove(counter.kernel)
 
 
-def ours(space: str) -> Callable[[LayerCase], tuple[list[Launch], int]]:
-    """What counts a SECURA layer of bf16 in one norm space, of core A B."""
+def ours(space: str, keep: str = "never") -> Callable[[LayerCase], tuple[list[Launch], int]]:
+    """What counts a SECURA layer of bf16 in one norm space, of core A B; ``keep`` for its W'."""
 
     def count(case: LayerCase) -> tuple[list[Launch], int]:
+        os.environ["SECURA_KEEP_WEIGHT"] = keep
         sizes = (case.m, case.T, case.N, case.K, 2 * case.m)
         options = NormOptions(space)
         plain = Case(options, torch.bfloat16, *sizes, biased=False, trains_bias=False)
@@ -254,6 +256,8 @@ def count_all(preset: str, before: Result | None, measured: Result | None) -> li
             of ``before`` where that is given.
     """
     counters = {f"secura {space}": ours(space) for space in SPACES}
+    keepers = [space for space in SPACES if space != "activation"]
+    counters |= {f"secura {space}, W' kept": ours(space, "always") for space in keepers}
     counters |= {name: rival(name) for name in RIVALS}
     found = [
         Row(case.as_dict(), name, figures=figures(*count(case)))
@@ -261,7 +265,7 @@ def count_all(preset: str, before: Result | None, measured: Result | None) -> li
         for name, count in counters.items()
     ]
     for row in before.rows if before else ():
-        if before and row.provider in counters and row.provider not in RIVALS:
+        if before and row.provider in {f"secura {space}" for space in SPACES}:
             found.append(Row(row.case, f"{row.provider}, {before.commit[:8]}", figures=row.figures))
     for row in measured.rows if measured else ():
         name = row.provider.removesuffix(" triton")

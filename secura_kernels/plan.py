@@ -169,18 +169,20 @@ def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
 
 
 def added_h(shape: Shape) -> Steps:
-    """What ``h R + g W`` costs beyond ``g W``, h at hand: R, h R written and read."""
+    """``h R + g W``, h at hand: R, h R written, and the product, which reads it as its addend."""
     t, _, k, m, s = shape
+    g_w = product(shape)
     return {
         "R": Cost(2 * s * m * k),
-        "h R": Cost(s * (t * m + m * k + 2 * t * k), 2 * t * k * m),
+        "h R": Cost(s * (t * m + m * k + t * k), 2 * t * k * m),
+        "product": Cost(g_w.bytes + s * t * k, g_w.flop),
     }
 
 
 def input_ways(
     shape: Shape, per_token: bool = False, shared: bool = False, chip: Chip = DEFAULT
 ) -> dict[str, Steps]:
-    """The ways to ∂x of an additive layer, with what each costs beyond a product with W.
+    """The ways to ∂x of an additive layer, products and all.
 
     Args:
         shape: the layer's.
@@ -189,13 +191,13 @@ def input_ways(
         chip: its ceilings.
     """
     t, n, _, m, s = shape
-    ways = {}
+    whole, ways = {"product": product(shape)}, {}
     if not per_token:
-        ways["weight"] = fused_weight(shape)
+        ways["weight"] = fused_weight(shape) | whole
     if not shared:
         h = Cost(s * (t * n + n * m + t * m), 2 * t * n * m)
         ways["h"] = {"h": h} | added_h(shape)
-    return ways | {"output": output_gradient(shape, chip)}
+    return ways | {"output": output_gradient(shape, chip) | whole}
 
 
 @functools.lru_cache(4096)
@@ -204,7 +206,7 @@ def input_way(
 ) -> str:
     """Which of :func:`input_ways` is the quickest: ``"weight"``, ``"h"`` or ``"output"``.
 
-    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 2464 tokens on, and h R + g W below.
+    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3972 tokens on, and h R + g W below.
     """
     ways = input_ways(shape, per_token, shared, chip)
     return min(ways, key=lambda way: seconds(ways[way], chip))
@@ -216,11 +218,12 @@ def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool
 
     Args:
         shape: the layer's.
-        kept: whether W' is kept for the backward pass, which then has no pass for ∂x.
+        kept: whether W' is kept for the backward pass, which then has but a product for ∂x.
         chip: its ceilings.
     """
     by_weight, by_output = (seconds(way(shape), chip) for way in (out_by_weight, out_by_output))
     if kept:
+        by_weight += product(shape).seconds(chip)
         by_output += min(seconds(way, chip) for way in input_ways(shape, chip=chip).values())
     return by_weight < by_output
 
@@ -261,9 +264,10 @@ def checkpoints() -> bool:
 
 
 def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
-    """What ``∂y0 W`` of `activation` costs beyond ``g W``: ∂y0 written, its columns added."""
+    """``∂y0 W`` of `activation`: ∂y0 written, its columns added, the product."""
     t, n, _, _, s = shape
-    return {"∂y0": Cost(s * t * n), "its columns": output_gradient(shape, chip)["its columns"]}
+    columns = output_gradient(shape, chip)["its columns"]
+    return {"∂y0": Cost(s * t * n), "its columns": columns, "product": product(shape)}
 
 
 @functools.lru_cache(4096)
@@ -328,8 +332,10 @@ def _additive(shape: Shape, scaled: bool, kept: bool, chip: Chip) -> tuple[Steps
     by_weight = takes_weight(shape, kept, chip)
     forward["product"] = product(shape)
     forward |= out_by_weight(shape) if by_weight else out_by_output(shape)
-    way = {} if by_weight and kept else input_ways(shape, chip=chip)[input_way(shape, chip=chip)]
-    backward = {"product": product(shape)} | way
+    if by_weight and kept:
+        backward = {"product": product(shape)}
+    else:
+        backward = input_ways(shape, chip=chip)[input_way(shape, chip=chip)]
     backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
     return forward, backward | core_gradient(shape)
 
@@ -343,7 +349,7 @@ def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
     change = Cost(s * (3 * t * n + t * m + n * m) + h, 4 * t * n * m)
     adds = adds_h(shape, norm, chip)
     way = {"h": Cost(h + s * t * m)} | added_h(shape) if adds else base_gradient(shape, chip)
-    backward = {"dΔ and h": change, "product": product(shape)} | way
+    backward = {"dΔ and h": change} | way
     backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
     return forward, backward | core_gradient(shape)
 

@@ -48,10 +48,10 @@ def test_operators_read_their_inputs_and_write_their_outputs():
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_the_plan_is_what_is_launched(space, keeps, monkeypatch):
     """Each pass's bytes and time as :func:`plan.layer_steps` has them, within 5%."""
-    monkeypatch.setenv("SECURA_KEEP_WEIGHT", keeps)
+    monkeypatch.delenv("SECURA_KEEP_WEIGHT", raising=False)  # and takes it back
     norm = unpack(pack(NormOptions(space)))
     for t, n, k in SHAPES:
-        launches, first = counts.ours(space)(case(t, n, k))
+        launches, first = counts.ours(space, keeps)(case(t, n, k))
         planned = plan.layer_steps(Shape(t, n, k, 128), norm, keeps == "always")
         for steps, made in zip(planned, (launches[:first], launches[first:]), strict=True):
             moved = sum(step.bytes for step in steps.values())
