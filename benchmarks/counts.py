@@ -57,11 +57,6 @@ def _columns(name: str, height: str, width: str, count: str) -> Callable[[dict[s
     return found
 
 
-def _again(name: str) -> Callable[[dict[str, Any]], float]:
-    """Bytes of the tensor ``name``, which is read and written."""
-    return lambda given: 2.0 * _size(given[name])
-
-
 def _rows(given: dict[str, Any]) -> float:
     source, k = given["r_ptr"], given["K"]
     return given["M"] * k * source.element_size()
@@ -80,7 +75,7 @@ MOVED: dict[str, Moved] = {
     "_project_bwd_kernel": _OF_C,
     "weight_stat_kernel": _OF_W,
     "weight_fwd_kernel": _OF_W,
-    "weight_bwd_kernel": _OF_W | {"d_ptr": _again("d_ptr")},
+    "weight_bwd_kernel": _OF_W,
     "activation_bwd_kernel": {
         "h_ptr": lambda given: (1.0 if given["first"] == 0 else 2.0) * _size(given["h_ptr"])
     },
@@ -102,6 +97,10 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 """By kernel the sizes of its product; twice their product are its operations."""
 
 
+TWICE = ("activation_bwd_kernel", "weight_bwd_kernel")
+"""Kernels of two such products."""
+
+
 def _size(tensor: Tensor) -> float:
     """Bytes of a tensor in memory: what is expanded counts once."""
     spread = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -115,6 +114,7 @@ def _of_kernel(kernel: Any, arguments: tuple[Any, ...]) -> Launch:
     tensors = {key: of for key, of in given.items() if isinstance(of, Tensor)}
     moved = sum(special[key](given) if key in special else _size(of) for key, of in tensors.items())
     flop = 2.0 * math.prod(given[size] for size in PRODUCTS[name]) if name in PRODUCTS else 0.0
+    flop *= 2 if name in TWICE else 1
     return Launch(name, Cost(moved, flop))
 
 

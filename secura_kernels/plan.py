@@ -37,14 +37,15 @@ KEEPS = ("auto", "always", "never")
 MOST_SPLITS = 8
 CHANGE_MIB = 64
 """Workspace of dΔ, of which ∂P is made."""
-CHUNK_MIB, SMALL_MIB = 16, 2
+CHUNK_MIB, SMALL_MIB = 32, 2
 """Workspace of gᵀx, and the size of a W that is one chunk."""
 MOST_ROW_SPLITS, ROWS_OF_A_SPLIT = 64, 32
 """Parts of W's rows that ∂U is summed in, at most, and the least rows of one."""
 _ROWS_OF_A_TILE = 128
 _ENOUGH_TOKENS = 16384
 _STEP = 64  # a block's edges, of which every tile is a divisor
-_TOKENS_OF_A_PROGRAM = 64
+ROWS_OF_A_PROGRAM = 64
+"""Tokens of a program that makes h, rows of W of one that makes ∂P."""
 
 
 class Chip(NamedTuple):
@@ -160,7 +161,7 @@ def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
     A column is read from g, and an element written alone has its sector read and written.
     """
     t, n, _, m, s = shape
-    parts = splits(-(-max(1, t) // _TOKENS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
+    parts = splits(-(-max(1, t) // ROWS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
     h = 4 * parts * t * m
     return {
         "∂y0": Cost(s * (2 * t * n + n * m) + h, 2 * t * n * m),
@@ -354,22 +355,23 @@ def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
     return forward, backward | core_gradient(shape)
 
 
-def _weight(shape: Shape, norm: Norm, kept: bool) -> tuple[Steps, Steps]:
+def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
     t, n, k, m, s = shape
     r, fused = fused_weight(shape).items()
     made, thin = dict([fused]), 2 * n * k * m
-    forward = projection(shape, 4) | {"P in 16 bits": Cost((4 + s) * n * m)}
+    forward = projection(shape, s)
     if norm.needs_peak:
         forward["largest ρ"] = Cost(s * (n * k + m * (n + k)), thin)
     forward |= made | {"product": product(shape)}
     chunks = -(-n // rows_of_chunk(n, k, s))
     of_chunk = product(Shape(n // chunks, k, t, m, s))
-    backward = {} if kept else {"P in 16 bits": forward["P in 16 bits"]} | made
-    backward |= {"product": product(shape), "P's parts": forward["P in 16 bits"]} | dict([r])
+    programs = -(-n // (chunks * ROWS_OF_A_PROGRAM))
+    parts = 4 * splits(programs, MOST_SPLITS, chip.processors) * n * m
+    backward = ({} if kept else made) | {"product": product(shape)} | dict([r])
     backward |= {
         "gᵀx": Cost(chunks * of_chunk.bytes, 2 * t * n * k),
-        "over M": Cost(s * (3 * n * k + m * (n + chunks * k)), thin),
-        "∂P": Cost(s * (n * k + chunks * m * k) + 4 * n * m, thin),
+        "∂P": Cost(s * (2 * n * k + m * (n + chunks * k)) + parts, 2 * thin),
+        "its sum": Cost(parts + 4 * n * m if parts > 4 * n * m else 0.0),
     }
     return forward, backward | core_gradient(shape)
 
@@ -390,7 +392,7 @@ def layer_steps(
     if norm.space == "activation":
         return _activation(shape, norm, chip)
     if norm.space == "weight":
-        return _weight(shape, norm, kept)
+        return _weight(shape, norm, kept, chip)
     return _additive(shape, norm.space == "channel", kept, chip)
 
 

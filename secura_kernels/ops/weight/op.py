@@ -5,12 +5,13 @@
 
     ∂x = ḡ W'        ∂P = ((f · ḡᵀ x) / M) Rᵀ        (M and the factors f are constants)
 
-| tensor    | shape    | dtype                          |
-|-----------|----------|--------------------------------|
-| x, y      | [..., K] [..., N] | compute dtype         |
-| W, W'     | [N, K]   | its own, compute dtype         |
-| P, P_base | [N, m]   | fp32; ∂P in fp32               |
-| rows      | [m]      | int64                          |
+| tensor    | shape             | dtype                              |
+|-----------|-------------------|------------------------------------|
+| x, y      | [..., K] [..., N] | compute dtype                      |
+| W, W'     | [N, K]            | its own, compute dtype             |
+| P, P_base | [N, m]            | compute dtype; fp32 both if folded |
+| ∂P        | [N, m]            | fp32                               |
+| rows      | [m]               | int64                              |
 
 Saved for backward: x and small tensors (ε, slope and offset of the gain, the factors); W' is
 rebuilt, or kept (:func:`secura_kernels.plan.keeps_weight`). ``paper`` and ``released`` take a first
@@ -345,7 +346,9 @@ def round_stochastically(x: Tensor, draw: torch.Generator) -> Tensor:
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
-    terms = Terms(*projections(call, step, step.u.dtype), step.delta_bias)
+    # ρ divides by the base, which may cancel: a P that is folded into it is not rounded.
+    dtype = x.dtype if step.u_base is None else step.u.dtype
+    terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
     run = weight if call.watched else weight.body
     keep = plan.keeps_weight(call.watched)
