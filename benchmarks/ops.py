@@ -218,7 +218,7 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
     chip = plan.Chip(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
     shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
     both = plan.layer_steps(shape, norm, plan.keeps_weight(), chip)
-    return sum(plan.seconds(of, chip) for of in both) / plan.frozen_seconds(shape, chip)
+    return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))
 
 
 def every_op_once(device: str = "cuda", impl: str = "triton") -> None:

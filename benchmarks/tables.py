@@ -10,6 +10,8 @@ from typing import Any
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
+BEFORE = ", before"
+"""Ends a provider's name where a result holds the figures of an earlier commit."""
 
 
 def baseline(providers: list[str], dtype: str) -> str | None:
@@ -278,33 +280,43 @@ def anchor_table(result: Result) -> str:
 
 def counts_table(result: Result) -> str:
     """Launches and bytes of ``benchmarks.counts``, and times over the frozen layers' by count."""
-    chips, parts = list(result.settings), []
+    chips, parts = result.settings["chips"], []
     for (model, t, _, _), providers in groups(result).items():
         sums = {name: _counted(rows) for name, rows in providers.items()}
         floor, shape = sums["frozen"], _shape(model, t, providers["frozen"])
-        heads = [shape, "launches", "MiB", *map(str.upper, chips), "measured, H100"]
+        heads = [shape, "launches", "MiB", *(f"{chip.upper()}, by count" for chip in chips)]
+        heads.append("H100, measured")
         lines = [_cells(heads), "|---" * len(heads) + "|"]
-        for name, of in sorted(sums.items(), key=lambda one: one[0].partition(",")[0]):
-            cells = [title(name.partition(",")[0], providers[name][0].case)]
-            cells[0] += name[len(name.partition(",")[0]) :]
-            cells += [f"{of['launches_forward']:.0f} + {of['launches_backward']:.0f}"]
-            cells += [f"{of['moved_mib']:.0f}"]
-            cells += [f"{of[f'us_{chip}'] / floor[f'us_{chip}']:.2f}" for chip in chips]
-            seen = "measured_us" in of and "measured_us" in floor
-            cells += [f"{of['measured_us'] / floor['measured_us']:.2f}" if seen else ""]
+        for name in sorted(one for one in sums if not one.endswith(BEFORE)):
+            now, was = sums[name], sums.get(name + BEFORE)
+            first, _, rest = name.partition(",")
+            cells = [title(first, providers[name][0].case) + f",{rest}" * bool(rest)]
+            for show in (_launches, "{0[moved_mib]:.0f}".format):
+                before = f"{show(was)} → " if was and show(was) != show(now) else ""
+                cells.append(before + show(now))
+            for figure in (*(f"us_{chip}" for chip in chips), "measured_us"):
+                ratios = [
+                    f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
+                ]
+                cells.append(" → ".join(dict.fromkeys(ratios)))
             lines.append(_cells(cells).replace("|  |", "| |"))
         parts.append("\n".join([*lines, ""]))
     rates = "; ".join(
         f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
-        for name, chip in result.settings.items()
+        for name, chip in chips.items()
     )
+    was = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
     caption = (
-        f"Forward and backward in {result.dtype}, counted without a GPU: launches, bytes they read "
-        f"and write, and the time that the ceilings ({rates}) allow them one by one, over that of "
-        "the frozen layers. *Measured* is a graph's replay over the frozen layers' in "
-        f"`layer-h100.json`. Commit {result.commit}; `{result.command}`."
+        f"Forward and backward in {result.dtype}. *By count*: the least time that the ceilings "
+        f"({rates}) allow the launches one by one, over that of the frozen layers. *Measured*: a "
+        f"graph's replay, over the frozen layers', of `layer-h100.json`. Commit {result.commit}"
+        f"{was}; `{result.command}`."
     )
     return "\n".join([*parts, caption]) + "\n"
+
+
+def _launches(of: dict[str, float]) -> str:
+    return f"{of['launches_forward']:.0f} + {of['launches_backward']:.0f}"
 
 
 def _counted(rows: list[Row]) -> dict[str, float]:

@@ -39,13 +39,11 @@ CHANGE_MIB = 64
 """Workspace of dΔ, of which ∂P is made."""
 CHUNK_MIB, SMALL_MIB = 32, 2
 """Workspace of gᵀx, and the size of a W that is one chunk."""
-MOST_ROW_SPLITS, ROWS_OF_A_SPLIT = 64, 32
-"""Parts of W's rows that ∂U is summed in, at most, and the least rows of one."""
+MOST_ROW_SPLITS, ROWS_OF_A_SPLIT = 64, 32  # of ∂U's sum over W's rows
 _ROWS_OF_A_TILE = 128
 _ENOUGH_TOKENS = 16384
 _STEP = 64  # a block's edges, of which every tile is a divisor
-ROWS_OF_A_PROGRAM = 64
-"""Tokens of a program that makes h, rows of W of one that makes ∂P."""
+ROWS_OF_A_PROGRAM = 64  # tokens of one that makes h, rows of W of one that makes ∂P
 
 
 class Chip(NamedTuple):
@@ -64,8 +62,7 @@ class Chip(NamedTuple):
 
 CHIPS = {"h100": Chip(3.0e12, 798e12), "h200": Chip(4.3e12, 790e12)}
 """Ceilings as measured."""
-DEFAULT = CHIPS["h100"]
-"""Of a chip that is not among them: what choices depend on, their ratio, is much the same."""
+DEFAULT = CHIPS["h100"]  # for others too: choices depend on the ratio, which is much the same
 
 
 @functools.cache
@@ -126,7 +123,7 @@ def splits(programs: int, blocks: int, processors: int) -> int:
 
 
 def product(shape: Shape) -> Cost:
-    """``[T, K] · [K, N]``, or the same with any two exchanged: s (T K + N K + T N) bytes."""
+    """``[T, K] · [K, N]``, or with any two exchanged: s (T K + N K + T N) bytes."""
     t, n, k, _, s = shape
     return Cost(s * (t * k + n * k + t * n), 2 * t * n * k)
 
@@ -254,9 +251,8 @@ def keeps_weight(watched: bool = False) -> bool:
 def checkpoints() -> bool:
     """Whether ``torch.utils.checkpoint`` is at work: what is saved now is dropped or soon used.
 
-    Without re-entering, both of its passes run under its hooks, and both must save as many tensors
-    of the same shapes; re-entering, the second runs within a backward pass and the first saves
-    nothing.
+    Not re-entering, both its passes run under its hooks and must save tensors of the same shapes;
+    re-entering, the second runs within a backward pass and the first saves nothing.
     """
     if torch._C._current_graph_task_id() != -1:
         return True
@@ -399,16 +395,10 @@ def layer_steps(
 def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) -> dict[str, str]:
     """Which ways a layer takes, in words; arguments of :func:`layer_steps`."""
     ways = {"weight": "g W'", "h": "h R + g W", "output": "∂y0 W"}
-    if norm.space == "weight":
-        return {"out": "x W'ᵀ", "∂x": ways["weight"], "W'": "kept" if kept else "rebuilt"}
     if norm.space == "activation":
         return {"out": "y0, normed", "∂x": ways["h" if adds_h(shape, norm, chip) else "output"]}
-    by_weight = takes_weight(shape, kept, chip)
-    way = "weight" if by_weight and kept else input_way(shape, chip=chip)
+    by_weight = norm.space == "weight" or takes_weight(shape, kept, chip)
+    always = norm.space == "weight" or (by_weight and kept)
+    way = "weight" if always else input_way(shape, chip=chip)
     found = {"out": "x W'ᵀ" if by_weight else "y0 + z Qᵀ", "∂x": ways[way]}
     return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
-
-
-def frozen_seconds(shape: Shape, chip: Chip = DEFAULT) -> float:
-    """The frozen layer's own two products."""
-    return 2 * product(shape).seconds(chip)

@@ -160,7 +160,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     passes = dict(
         zip(("forward", "backward"), plan.layer_steps(shape, norm, kept, chip), strict=True)
     )
-    frozen = plan.frozen_seconds(shape, chip)
+    frozen = 2 * plan.product(shape).seconds(chip)
     return {
         "norm": options.norm,
         "shape": shape._asdict(),
