@@ -291,9 +291,9 @@ def counts_table(result: Result) -> str:
             now, was = sums[name], sums.get(name + BEFORE)
             first, _, rest = name.partition(",")
             cells = [title(first, providers[name][0].case) + f",{rest}" * bool(rest)]
-            for show in (_launches, "{0[moved_mib]:.0f}".format):
-                before = f"{show(was)} → " if was and show(was) != show(now) else ""
-                cells.append(before + show(now))
+            for show in (_launches, _mib):
+                shown = [show(of) for of in (was, now) if of]
+                cells.append(" → ".join(dict.fromkeys(shown)))
             for figure in (*(f"us_{chip}" for chip in chips), "measured_us"):
                 ratios = [
                     f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
@@ -305,14 +305,18 @@ def counts_table(result: Result) -> str:
         f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
         for name, chip in chips.items()
     )
-    was = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
+    earlier = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
     caption = (
         f"Forward and backward in {result.dtype}. *By count*: the least time that the ceilings "
         f"({rates}) allow the launches one by one, over that of the frozen layers. *Measured*: a "
         f"graph's replay, over the frozen layers', of `layer-h100.json`. Commit {result.commit}"
-        f"{was}; `{result.command}`."
+        f"{earlier}; `{result.command}`."
     )
     return "\n".join([*parts, caption]) + "\n"
+
+
+def _mib(of: dict[str, float]) -> str:
+    return f"{of['moved_mib']:.0f}"
 
 
 def _launches(of: dict[str, float]) -> str:

@@ -53,11 +53,13 @@ class Chip(NamedTuple):
         bytes_s: bytes a second of a large copy.
         flop_s: operations a second of a large 16-bit matrix product.
         processors: multiprocessors.
+        launch_s: what a launch takes beyond what it moves: choices count it, times do not.
     """
 
     bytes_s: float
     flop_s: float
     processors: int = 132
+    launch_s: float = 2.5e-6  # LoRA's launches in a graph, at T = 512 (benchmarks/LOG.md)
 
 
 CHIPS = {"h100": Chip(3.0e12, 798e12), "h200": Chip(4.3e12, 790e12)}
@@ -107,6 +109,11 @@ def seconds(steps: Steps, chip: Chip) -> float:
     return sum(step.seconds(chip) for step in steps.values())
 
 
+def _price(steps: Steps, chip: Chip) -> float:
+    """What a choice compares: :func:`seconds`, and the launches."""
+    return seconds(steps, chip) + len(steps) * chip.launch_s
+
+
 def sectors(height: int, width: int, m: int, itemsize: int) -> float:
     """Bytes of the sectors that m random columns of a ``[height, width]`` tensor lie in."""
     count = max(1.0, width * itemsize / SECTOR_BYTES)
@@ -152,14 +159,25 @@ def out_by_weight(shape: Shape) -> Steps:
     return fused_weight(shape) | {"z": Cost(s * (t * k + t * m + m * k), 2 * t * k * m)}
 
 
+def parts_of_h(shape: Shape, chip: Chip) -> int:
+    """In how many parts h ``[T, m]`` is made."""
+    return splits(-(-max(1, shape.t) // ROWS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
+
+
+def summed_h(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+    """h of its parts, and in the compute dtype."""
+    t, _, _, m, s = shape
+    parts = parts_of_h(shape, chip)
+    return {"h": Cost((4 * (parts + 1) * (parts > 1) + 4 + s) * t * m)}
+
+
 def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
     """``∂y0`` of g and Q: 2 s T N + s N m, h in its parts, three times the sectors of m columns.
 
     A column is read from g, and an element written alone has its sector read and written.
     """
     t, n, _, m, s = shape
-    parts = splits(-(-max(1, t) // ROWS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
-    h = 4 * parts * t * m
+    h = 4 * parts_of_h(shape, chip) * t * m
     return {
         "∂y0": Cost(s * (2 * t * n + n * m) + h, 2 * t * n * m),
         "its columns": Cost(3 * sectors(t, n, m, s) + h),
@@ -207,7 +225,7 @@ def input_way(
     At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3972 tokens on, and h R + g W below.
     """
     ways = input_ways(shape, per_token, shared, chip)
-    return min(ways, key=lambda way: seconds(ways[way], chip))
+    return min(ways, key=lambda way: _price(ways[way], chip))
 
 
 @functools.lru_cache(4096)
@@ -219,10 +237,10 @@ def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool
         kept: whether W' is kept for the backward pass, which then has but a product for ∂x.
         chip: its ceilings.
     """
-    by_weight, by_output = (seconds(way(shape), chip) for way in (out_by_weight, out_by_output))
+    by_weight, by_output = (_price(way(shape), chip) for way in (out_by_weight, out_by_output))
     if kept:
-        by_weight += product(shape).seconds(chip)
-        by_output += min(seconds(way, chip) for way in input_ways(shape, chip=chip).values())
+        by_weight += _price({"product": product(shape)}, chip)
+        by_output += min(_price(way, chip) for way in input_ways(shape, chip=chip).values())
     return by_weight < by_output
 
 
@@ -275,7 +293,8 @@ def adds_h(shape: Shape, norm: Norm, chip: Chip = DEFAULT) -> bool:
     """
     if norm.averaged or norm.restrained:
         return False
-    return seconds(added_h(shape), chip) <= seconds(base_gradient(shape, chip), chip)
+    added = summed_h(shape, chip) | added_h(shape)
+    return _price(added, chip) <= _price(base_gradient(shape, chip), chip)
 
 
 def change_blocks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
@@ -303,102 +322,3 @@ def rows_of_chunk(n: int, k: int, itemsize: int) -> int:
     rows = max(1, -(-n // chunks))
     whole_tiles = -(-rows // _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
     return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
-
-
-def projection(shape: Shape, itemsize: int) -> Steps:
-    """``P = C U`` in elements of ``itemsize`` bytes: the sectors of C, 4 m² and N m elements."""
-    _, n, k, m, s = shape
-    return {"P": Cost(sectors(n, k, m, s) + 4 * m * m + itemsize * n * m, 2 * n * m * m)}
-
-
-def core_gradient(shape: Shape) -> Steps:
-    """``∂U = Cᵀ ∂P``: the sectors of C, ∂P in fp32, and its sums of parts of W's rows."""
-    _, n, k, m, s = shape
-    parts = 4 * min(MOST_ROW_SPLITS, -(-n // ROWS_OF_A_SPLIT)) * m * m
-    return {
-        "∂U": Cost(sectors(n, k, m, s) + 4 * n * m + parts, 2 * n * m * m),
-        "its parts": Cost(parts + 4 * m * m),
-    }
-
-
-def _additive(shape: Shape, scaled: bool, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
-    t, n, _, m, s = shape
-    forward = projection(shape, 4 if scaled else s)
-    if scaled:
-        forward["Q"] = Cost((4 + s) * n * m + 4 * m * m, 2 * n * m * m)
-    by_weight = takes_weight(shape, kept, chip)
-    forward["product"] = product(shape)
-    forward |= out_by_weight(shape) if by_weight else out_by_output(shape)
-    if by_weight and kept:
-        backward = {"product": product(shape)}
-    else:
-        backward = input_ways(shape, chip=chip)[input_way(shape, chip=chip)]
-    backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
-    return forward, backward | core_gradient(shape)
-
-
-def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
-    t, n, _, m, s = shape
-    z, _ = out_by_output(shape).items()
-    normed = Cost(s * (2 * t * n + t * m + n * m), 2 * t * n * m)
-    forward = projection(shape, s) | {"product": product(shape)} | dict([z]) | {"norm": normed}
-    h = output_gradient(shape, chip)["∂y0"].bytes - s * (2 * t * n + n * m)
-    change = Cost(s * (3 * t * n + t * m + n * m) + h, 4 * t * n * m)
-    adds = adds_h(shape, norm, chip)
-    way = {"h": Cost(h + s * t * m)} | added_h(shape) if adds else base_gradient(shape, chip)
-    backward = {"dΔ and h": change} | way
-    backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
-    return forward, backward | core_gradient(shape)
-
-
-def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
-    t, n, k, m, s = shape
-    r, fused = fused_weight(shape).items()
-    made, thin = dict([fused]), 2 * n * k * m
-    forward = projection(shape, s)
-    if norm.needs_peak:
-        forward["largest ρ"] = Cost(s * (n * k + m * (n + k)), thin)
-    forward |= made | {"product": product(shape)}
-    chunks = -(-n // rows_of_chunk(n, k, s))
-    of_chunk = product(Shape(n // chunks, k, t, m, s))
-    programs = -(-n // (chunks * ROWS_OF_A_PROGRAM))
-    parts = 4 * splits(programs, MOST_SPLITS, chip.processors) * n * m
-    backward = ({} if kept else made) | {"product": product(shape)} | dict([r])
-    backward |= {
-        "gᵀx": Cost(chunks * of_chunk.bytes, 2 * t * n * k),
-        "∂P": Cost(s * (2 * n * k + m * (n + chunks * k)) + parts, 2 * thin),
-        "its sum": Cost(parts + 4 * n * m if parts > 4 * n * m else 0.0),
-    }
-    return forward, backward | core_gradient(shape)
-
-
-def layer_steps(
-    shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT
-) -> tuple[Steps, Steps]:
-    """What a layer's forward and its backward pass launch, by the choices above.
-
-    A U that is trained itself, nothing folded, dropped or restrained, no biases, y0 saved.
-
-    Args:
-        shape: the layer's; its ``itemsize`` is of 16 bits.
-        norm: of :func:`secura_kernels.norm.unpack`.
-        kept: whether W' is kept (:func:`keeps_weight`).
-        chip: its ceilings.
-    """
-    if norm.space == "activation":
-        return _activation(shape, norm, chip)
-    if norm.space == "weight":
-        return _weight(shape, norm, kept, chip)
-    return _additive(shape, norm.space == "channel", kept, chip)
-
-
-def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) -> dict[str, str]:
-    """Which ways a layer takes, in words; arguments of :func:`layer_steps`."""
-    ways = {"weight": "g W'", "h": "h R + g W", "output": "∂y0 W"}
-    if norm.space == "activation":
-        return {"out": "y0, normed", "∂x": ways["h" if adds_h(shape, norm, chip) else "output"]}
-    by_weight = norm.space == "weight" or takes_weight(shape, kept, chip)
-    always = norm.space == "weight" or (by_weight and kept)
-    way = "weight" if always else input_way(shape, chip=chip)
-    found = {"out": "x W'ᵀ" if by_weight else "y0 + z Qᵀ", "∂x": ways[way]}
-    return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})

@@ -136,6 +136,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
         UserError: for a shape, chip or norm that is none.
     """
     from secura_kernels import NormOptions, plan
+    from secura_kernels.inspection.steps import choices, layer_steps
     from secura_kernels.norm import NORMS, pack, unpack
 
     sizes = re.fullmatch(r"(\d+)x(\d+)", options.layer)
@@ -157,15 +158,13 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     k, n = map(int, sizes.groups())
     shape = plan.Shape(options.tokens, n, k, options.r)
     norm, kept = unpack(pack(NormOptions(options.norm))), plan.keeps_weight()
-    passes = dict(
-        zip(("forward", "backward"), plan.layer_steps(shape, norm, kept, chip), strict=True)
-    )
+    passes = dict(zip(("forward", "backward"), layer_steps(shape, norm, kept, chip), strict=True))
     frozen = 2 * plan.product(shape).seconds(chip)
     return {
         "norm": options.norm,
         "shape": shape._asdict(),
         "chip": chip._asdict(),
-        "choices": plan.choices(shape, norm, kept, chip),
+        "choices": choices(shape, norm, kept, chip),
         **{
             name: {
                 step: {
