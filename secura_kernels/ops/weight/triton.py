@@ -10,7 +10,7 @@
 | P, P_base | [N, m] | cast once to the compute dtype, which the dots multiply in  |
 | R         | [m, K] | read through ``rows`` from W where K is W's unit stride     |
 | x, g      | [T, K] [T, N] | compute dtype                                        |
-| D         | [chunk, K]    | compute dtype, at most ``plan.CHUNK_MIB``           |
+| D = gᵀx   | [chunk, K]    | compute dtype, at most ``plan.CHUNK_MIB``           |
 | ∂P, scalars, factor | [N, m] [3] [N] | fp32                                      |
 
 Accumulators, ρ and M are fp32. Nothing is saved but the three scalars (ε, slope, offset) and the
@@ -23,13 +23,13 @@ Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K
   ``paper`` and ``released`` add a pass of w·N·K bytes and the same operations for the largest ρ,
   the restraint another. Every tile also reads its blocks of P and R from L2:
   w·(m/BLOCK_K + m/BLOCK_N) bytes an entry.
-- ∂P, row chunks : gᵀx 2·T·N·K operations by cuBLAS, the gain's 2·N·K·m and the
-  contraction's 2·N·K·m; bytes of g + x per chunk + 5w·N·K, of which 4w·N·K (D written, read and
-  rewritten by the division, read by the contraction) stay in L2 where a chunk fits there.
-- ∂P in one kernel would save those 4w·N·K bytes, move gᵀx's operations from cuBLAS into Triton and
-  need 4·splits·N·m bytes of partial sums to stay deterministic. At T = 8192 and 200 operations a
-  byte the bytes are a tenth of gᵀx's time if none of them stays in L2, so it pays only where
-  Triton's product comes closer than that to cuBLAS. Not written.
+- ∂P, row chunks: gᵀx 2·T·N·K operations by cuBLAS, the gain's 2·N·K·m and the contraction's
+  2·N·K·m; bytes of g + x per chunk + 3w·N·K (D written, then D and W read), of which D's stay in L2
+  where a chunk fits there, and 4·parts·N·m of sums over parts of D's columns, written and read. A
+  program has the ranks of ∂P that fit in registers, 128; for more, W and D are read again.
+- gᵀx in the same kernel would save D's 2w·N·K bytes and move its operations from cuBLAS into
+  Triton. At T = 8192 and 200 operations a byte D's bytes are a twentieth of gᵀx's time, so it pays
+  only where Triton's product comes closer than that to cuBLAS. Not written.
 
 Deterministic: tile maxima, sums and counts are written to their own places; one program of
 ``weight_scalars_kernel`` turns the maxima into slope and offset, torch adds the rest.
