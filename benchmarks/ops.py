@@ -1,9 +1,9 @@
-"""The ops a layer is made of, each with the bytes it must move; and each space's passes in a layer.
+"""The ops a layer is made of, each with the bytes it must move; what ceilings allow a layer.
 
 s bytes an element, S for the bytes of the 32-byte sectors that scattered columns lie in
-(:func:`scattered`). Inputs count once and outputs once, forward, then backward. Operations are not
-written down here: torch counts them by the kernels' own formulas (``secura_kernels`` registers
-them).
+(:func:`secura_kernels.plan.sectors`). Inputs count once and outputs once, forward, then backward.
+Operations are not written down here: torch counts them by the kernels' own formulas
+(``secura_kernels`` registers them).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import NormOptions
+from secura_kernels import NormOptions, plan
 from secura_kernels.inspection.layers import Case
-from secura_kernels.norm import pack
+from secura_kernels.inspection.steps import layer_steps
+from secura_kernels.norm import pack, unpack
 from secura_kernels.ops.activation.op import activation, activation_backward
 from secura_kernels.ops.channel.op import channel
 from secura_kernels.ops.common import Terms
 from secura_kernels.ops.lowrank.op import lowrank, lowrank_backward
 from secura_kernels.ops.project.op import project, project_backward
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
+from secura_kernels.plan import sectors
 
 from .registry import SPACES, Ranks, frozen_linear, secura
-
-SECTOR_BYTES = 32
 
 
 class Size(NamedTuple):
@@ -67,12 +67,6 @@ class Tensors:
         self.q = self.p.to(dtype)
         self.y0 = linear(self.x, self.weight)
         self.gram, self.norms = layer.gram, layer.base_norms
-
-
-def scattered(height: int, width: int, m: int, itemsize: int) -> float:
-    """Bytes of the sectors that m random columns of a ``[height, width]`` tensor lie in."""
-    sectors = max(1.0, width * itemsize / SECTOR_BYTES)
-    return height * SECTOR_BYTES * sectors * (1 - (1 - 1 / sectors) ** m)
 
 
 class Op(NamedTuple):
@@ -156,15 +150,15 @@ def _activation(save: str) -> Op:
         forward,
         backward,
         lambda t, n, k, m, s: (
-            (2 * s + keep) * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            (2 * s + (1 if keep else s)) * t * n + scattered(t, n, m, s) + s * m * (t + n),
+            (2 * s + keep) * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
+            (2 * s + (1 if keep else s)) * t * n + sectors(t, n, m, s) + s * m * (t + n),
         ),
         "gemm_tflop_s",
     )
 
 
 def _added(d: Tensors, impl: str) -> Any:
-    return lowrank(d.y0, None, None, d.rows, d.q, None, None, None, impl)
+    return lowrank(d.y0, None, None, d.rows, d.q, None, None, None, False, impl)
 
 
 def _added_back(d: Tensors, impl: str, found: Any) -> Any:
@@ -183,7 +177,7 @@ OPS = (
         "P = C U",
         lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
         lambda d, impl, p: project_backward(p, d.weight, d.cols, None, impl),
-        lambda t, n, k, m, s: (scattered(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
+        lambda t, n, k, m, s: (sectors(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
     ),
     _channel("calibrated"),
     _channel("paper"),
@@ -192,8 +186,8 @@ OPS = (
         _added,
         _added_back,
         lambda t, n, k, m, s: (
-            2 * s * t * n + scattered(t, n, m, s) + s * m * (2 * t + n),
-            3 * s * t * n + scattered(t, n, m, s) + s * m * (t + n) + 4 * n * m,
+            2 * s * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
+            3 * s * t * n + sectors(t, n, m, s) + s * m * (t + n) + 4 * n * m,
         ),
         "gemm_tflop_s",
     ),
@@ -210,27 +204,9 @@ OPS = (
 )
 """The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
 
-PASSES: dict[str, Callable[[int, int, int, int, int], float]] = {
-    "none": lambda t, n, k, m, s: (
-        min(2 * s * n * k + s * t * k, 2 * s * t * n + scattered(t, n, m, s))
-        + min(2 * s * n * k, 2 * s * t * n + scattered(t, n, m, s))
-        + s * t * n
-    ),
-    "channel": lambda *size: PASSES["none"](*size),
-    "activation": lambda t, n, k, m, s: (
-        2 * s * t * n + scattered(t, n, m, s) + s * t * (2 * n + 2 * k if k <= n else 3 * n)
-    ),
-    "weight": lambda t, n, k, m, s: 6 * s * n * k,
-}
-"""Bytes that a layer's passes move beside its products, as the ops choose them (their docstrings),
-forward and backward, from T, N, K, m and s: out and z, ∂x, ∂Q; ``weight`` W' twice, ρ's largest."""
-
 
 def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | None:
     """What a machine's ceilings allow a SECURA layer in bf16, over the frozen layer's time.
-
-    Two products (``weight``: three) at the speed of a product, its passes at that of a copy; thin
-    products are left out.
 
     Args:
         name: a provider's; None is returned for one that is not SECURA's.
@@ -240,9 +216,10 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
     space = next((space for space in SPACES if name.startswith(f"secura {space}")), None)
     if space is None:
         return None
-    product_s = 2 * size.t * size.n * size.k / ceilings["gemm_tflop_s"] / 1e12
-    passes_s = PASSES[space](*size, 2) / ceilings["copy_gb_s"] / 1e9
-    return ((3 if space == "weight" else 2) * product_s + passes_s) / (2 * product_s)
+    chip = plan.Chip(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
+    shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
+    both = layer_steps(shape, norm, plan.keeps_weight(), chip)
+    return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))
 
 
 def every_op_once(device: str = "cuda", impl: str = "triton") -> None:

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, and the plots, from the committed results alone.
+"""The tables of README.md and of docs, and the plots, from the committed results alone.
 
     python -m benchmarks.report            # rewrite the tables between the pages' markers, plots
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
@@ -27,7 +27,7 @@ from .tables import NOT_YET, TABLES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md")
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

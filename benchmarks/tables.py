@@ -9,6 +9,8 @@ from typing import Any
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
+BEFORE = ", before"
+"""Ends a provider's name where a result holds the figures of an earlier commit."""
 
 
 def baseline(providers: list[str], dtype: str) -> str | None:
@@ -289,6 +291,57 @@ def anchor_table(result: Result) -> str:
     return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
 
 
+def counts_table(result: Result) -> str:
+    """Launches and bytes of ``benchmarks.counts``, and times over the frozen layers' by count."""
+    chips, parts = result.settings["chips"], []
+    for (model, t, _, _), providers in groups(result).items():
+        sums = {name: _counted(rows) for name, rows in providers.items()}
+        floor, shape = sums["frozen"], _shape(model, t, providers["frozen"])
+        heads = [shape, "launches", "MiB", *(f"{chip.upper()}, by count" for chip in chips)]
+        heads.append("H100, measured")
+        lines = [_cells(heads), "|---" * len(heads) + "|"]
+        for name in sorted(one for one in sums if not one.endswith(BEFORE)):
+            now, was = sums[name], sums.get(name + BEFORE)
+            first, _, rest = name.partition(",")
+            cells = [title(first, providers[name][0].case) + f",{rest}" * bool(rest)]
+            for show in (_launches, _mib):
+                shown = [show(of) for of in (was, now) if of]
+                cells.append(" → ".join(dict.fromkeys(shown)))
+            for figure in (*(f"us_{chip}" for chip in chips), "measured_us"):
+                ratios = [
+                    f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
+                ]
+                cells.append(" → ".join(dict.fromkeys(ratios)))
+            lines.append(_cells(cells).replace("|  |", "| |"))
+        parts.append("\n".join([*lines, ""]))
+    rates = "; ".join(
+        f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
+        for name, chip in chips.items()
+    )
+    earlier = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
+    caption = (
+        f"Forward and backward in {result.dtype}. *By count*: the least time that the ceilings "
+        f"({rates}) allow the launches one by one, over that of the frozen layers. *Measured*: a "
+        f"graph's replay, over the frozen layers', of `layer-h100.json`. Commit {result.commit}"
+        f"{earlier}; `{result.command}`."
+    )
+    return "\n".join([*parts, caption]) + "\n"
+
+
+def _mib(of: dict[str, float]) -> str:
+    return f"{of['moved_mib']:.0f}"
+
+
+def _launches(of: dict[str, float]) -> str:
+    return f"{of['launches_forward']:.0f} + {of['launches_backward']:.0f}"
+
+
+def _counted(rows: list[Row]) -> dict[str, float]:
+    """One provider's figures summed over the layers of a block; those that every layer has."""
+    names = set.intersection(*(set(row.figures) for row in rows))
+    return {name: sum(row.figures[name] * row.case["count"] for row in rows) for name in names}
+
+
 def provenance(result: Result) -> str:
     """Where and how a result was made, in a sentence."""
     machine, versions = result.machine, result.versions
@@ -307,4 +360,5 @@ TABLES = {
     "startup": startup_table,
     "anchor": anchor_table,
     "memory": memory_table,
+    "counts": counts_table,
 }

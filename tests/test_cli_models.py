@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -245,3 +246,36 @@ def test_doctor_when_an_implementation_is_forced(capfd, monkeypatch):
         monkeypatch.setenv("SECURA_IMPL", "triton")
         assert main(["doctor"]) == 1
         assert "no implementation can run" in capfd.readouterr().out
+
+
+LAYER = "doctor --layer 4096x14336 --tokens 8192 --r 128 --norm channel --chip"
+
+
+def test_doctor_counts_what_a_layer_takes(capfd):
+    assert main([*LAYER.split(), "h100"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["shape"] | {"n": 14336, "k": 4096, "m": 128, "t": 8192} == found["shape"]
+    assert found["choices"] == {"out": "x W'ᵀ", "∂x": "g W'", "W'": "rebuilt"}
+    product = 2 * 8192 * 4096 * 14336 / 1e9
+    assert found["forward"]["product"]["gflop"] == pytest.approx(product, rel=1e-4)
+    steps = [step for part in ("forward", "backward") for step in found[part].values()]
+    frozen = 2 * found["forward"]["product"]["us"]
+    total = sum(step["us"] for step in steps)
+    assert found["over_frozen"] == pytest.approx(total / frozen, abs=1e-3)
+    assert main([*LAYER.split(), "3.0,798"]) == 0
+    assert json.loads(capfd.readouterr().out) == found
+    assert main([*LAYER.split(), "30,798"]) == 0
+    assert 1 < json.loads(capfd.readouterr().out)["over_frozen"] < found["over_frozen"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (f"{LAYER} h900", "choose one of h100, h200, or give TB/s,TFLOP/s"),
+        (f"{LAYER} h100 --norm wheight", "--norm wheight: choose one of none"),
+        (f"{LAYER} h100 --layer 4096", "e.g. 4096x14336"),
+        (f"{LAYER} h100 --tokens 0", "sizes of 1 or more"),
+    ],
+)
+def test_bad_layers_of_doctor(flags, part, capfd):
+    fails(flags.split(), capfd, part)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
+import re
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from secura.cli.errors import Parser, one_line
+from secura.cli.errors import Parser, UserError, one_line
 
 ANCHOR_LIMIT = 1e-4
 """Largest share of what a core adds that anchoring it may move, in fp32."""
@@ -45,14 +48,32 @@ def make_parser() -> Parser:
         help="instead: compile every kernel's default configuration, for sm_80, gfx942, … or all "
         "chips, and print registers, spills and shared memory; needs triton but no GPU",
     )
+    parser.add_argument(
+        "--layer",
+        metavar="INxOUT",
+        help="instead: count what a layer of these in_features and out_features takes in 16 bits, "
+        "as JSON: each step's MiB, GFLOP and least time, and what it adds to the frozen layer",
+    )
+    layer = parser.add_argument_group("with --layer")
+    layer.add_argument("--tokens", type=int, default=8192, help="default 8192")
+    layer.add_argument("--r", type=int, default=64, help="CUR rank, default 64")
+    layer.add_argument("--norm", default="weight", help="S-MagNorm's space, default weight")
+    layer.add_argument(
+        "--chip",
+        default="h100",
+        help="h100 (default), h200, or its copy rate in TB/s and matrix rate in TFLOP/s: 3.0,798",
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Prints the findings; 1 if an op fails its check."""
-    targets = make_parser().parse_args(argv).kernels
-    if targets is not None:
-        return print_kernels(targets)
+    options = make_parser().parse_args(argv)
+    if options.kernels is not None:
+        return print_kernels(options.kernels)
+    if options.layer is not None:
+        print(json.dumps(layer_plan(options), indent=1, ensure_ascii=False))
+        return 0
     import torch
 
     print(f"Python {platform.python_version()}, {platform.platform()}")
@@ -106,6 +127,57 @@ def print_kernels(targets: list[str]) -> int:
     for line in kernel_table(reports()):
         print(line, flush=True)
     return 1 if problems else 0
+
+
+def layer_plan(options: Namespace) -> dict[str, Any]:
+    """What ``--layer`` takes: the choices made for it, its steps, and its time over the frozen's.
+
+    Raises:
+        UserError: for a shape, chip or norm that is none.
+    """
+    from secura_kernels import NormOptions, plan
+    from secura_kernels.inspection.steps import choices, layer_steps
+    from secura_kernels.norm import NORMS, pack, unpack
+
+    sizes = re.fullmatch(r"(\d+)x(\d+)", options.layer)
+    if sizes is None or min(options.tokens, options.r, *map(int, sizes.groups())) < 1:
+        raise UserError(
+            f"--layer {options.layer} --tokens {options.tokens} --r {options.r}: give sizes of 1 "
+            "or more, the layer's as in_features and out_features, e.g. 4096x14336"
+        )
+    if options.norm not in NORMS:
+        raise UserError(f"--norm {options.norm}: choose one of {', '.join(NORMS)}")
+    rates = re.fullmatch(r"([\d.]+),([\d.]+)", options.chip)
+    if rates is None and options.chip not in plan.CHIPS:
+        known = ", ".join(plan.CHIPS)
+        raise UserError(f"--chip {options.chip}: choose one of {known}, or give TB/s,TFLOP/s")
+    chip = plan.CHIPS.get(options.chip)
+    if chip is None and rates is not None:
+        chip = plan.Chip(float(rates[1]) * 1e12, float(rates[2]) * 1e12)
+    assert chip is not None
+    k, n = map(int, sizes.groups())
+    shape = plan.Shape(options.tokens, n, k, options.r)
+    norm, kept = unpack(pack(NormOptions(options.norm))), plan.keeps_weight()
+    passes = dict(zip(("forward", "backward"), layer_steps(shape, norm, kept, chip), strict=True))
+    frozen = 2 * plan.product(shape).seconds(chip)
+    return {
+        "norm": options.norm,
+        "shape": shape._asdict(),
+        "chip": chip._asdict(),
+        "choices": choices(shape, norm, kept, chip),
+        **{
+            name: {
+                step: {
+                    "mib": round(cost.bytes / 2**20, 2),
+                    "gflop": round(cost.flop / 1e9, 2),
+                    "us": round(cost.seconds(chip) * 1e6, 2),
+                }
+                for step, cost in steps.items()
+            }
+            for name, steps in passes.items()
+        },
+        "over_frozen": round(sum(plan.seconds(of, chip) for of in passes.values()) / frozen, 3),
+    }
 
 
 def versions() -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import absent, wide
+from ..gpu import assumed
 from ..layer import Layer
 
 Saved = Sequence[Tensor | None]
@@ -130,7 +131,8 @@ def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     dtype = wide(a.dtype)
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda and a.numel() and torch.version.hip is None:
+    on_gpu = a.is_cuda or (a.is_meta and assumed() is not None)
+    if on_gpu and a.numel() and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=dtype, out=out)
     product = (a @ b).to(dtype)
     return product if out is None else out.copy_(product)

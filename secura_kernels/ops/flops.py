@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import plan
 from ..norm import unpack
-from .activation.op import activation, activation_backward, adds_h
+from .activation.op import activation, activation_backward
 from .channel.op import channel
 from .common import Terms
-from .lowrank.op import lowrank, lowrank_backward, rebuilds_weight
+from .lowrank.op import lowrank, lowrank_backward
 from .project.op import project, project_backward
 from .weight.op import rows_at_once, weight, weight_backward
 
@@ -51,14 +52,21 @@ def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor) -> int:
 
 
 def _lowrank_backward(
-    g: Tensor, weight: Tensor | None, q: Tensor, z_scale: Tensor | None, needs: list[bool]
+    g: Tensor,
+    weight: Tensor | None,
+    q: Tensor,
+    share: Tensor | None,
+    z_scale: Tensor | None,
+    needs: list[bool],
 ) -> int:
     t, (n, m) = g.shape[0], q.shape
     to_x = thin = _product(t, n, m)
     if weight is not None:
         k = weight.shape[1]
-        rebuilt = rebuilds_weight(t, n, k, z_scale)
-        to_x = _product(t, n, k) + (_product(n, k, m) if rebuilt else thin)
+        shape = plan.Shape(t, n, k, m, g.element_size())
+        way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+        beside = {"weight": _product(n, k, m), "h": thin + _product(t, m, k), "output": thin}
+        to_x = _product(t, n, k) + beside[way]
     return needs[0] * to_x + needs[1] * thin
 
 
@@ -79,7 +87,9 @@ def _activation_backward(
     to_x = 0
     if weight is not None:
         k = weight.shape[1]
-        to_x = _product(t, n, k) + (_product(t, m, k) if adds_h(n, k, unpack(norm)) else 0)
+        shape = plan.Shape(t, n, k, m, g.element_size())
+        added = plan.adds_h(shape, unpack(norm), plan.chip_of(g))
+        to_x = _product(t, n, k) + (_product(t, m, k) if added else 0)
     again = 0 if saved.dtype == torch.uint8 else _sides(terms)
     thin = again + needs[0] * _sides(terms) + needs[1]
     return needs[0] * to_x + thin * _product(t, n, m)

@@ -18,8 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-MOST_SPLITS = 8
-
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
@@ -138,15 +136,6 @@ def padded_rows(rows: Tensor) -> Tensor:
     return torch.cat((rows, rows[:1].expand(short))) if short else rows.contiguous()
 
 
-def splits(programs: int, blocks: int, processors: int) -> int:
-    """In how many parts programs share their blocks of columns: two programs a multiprocessor.
-
-    One alone leaves it idle while it waits for memory. Each part has an h of its own to be added
-    up, hence not more than ``MOST_SPLITS``.
-    """
-    return max(1, min(blocks, MOST_SPLITS, 2 * processors // programs))
-
-
 def aligned(*sizes: int) -> bool:
     """Whether rows of these many elements start at multiples of 16 bytes, whatever the dtype."""
     return not any(size % 16 for size in sizes)
@@ -167,6 +156,5 @@ __all__ = [
     "padded_rows",
     "relative_change",
     "span",
-    "splits",
     "unit_stride",
 ]

@@ -26,7 +26,7 @@ from secura_kernels.inspection.recorder import (
     inspect_launch,
     record,
 )
-from secura_kernels.ops.jit import splits
+from secura_kernels.plan import splits
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are interpreted, not compiled")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secura_kernels import NormOptions
+from secura_kernels import NormOptions, plan
 from secura_kernels.gpu import H100, assume
 from secura_kernels.norm import COMBINES, SAVES, pack, unpack
 from secura_kernels.ops.activation import triton as kernels
@@ -32,8 +32,8 @@ def poisoned():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 64 columns, and of 64 tokens."""
-    monkeypatch.setattr(kernels, "WORKSPACE_MIB", 2**-20)
-    monkeypatch.setattr(kernels, "_ENOUGH_TOKENS", 64)
+    monkeypatch.setattr(plan, "CHANGE_MIB", 2**-20)
+    monkeypatch.setattr(plan, "_ENOUGH_TOKENS", 64)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_h_goes_on_over_chunks(m, dtype, small_chunks):
     (1, 1, 4), (8192, 4096, 2), (8192, 14336, 2), (40000, 4097, 4), (300, 152064, 2),
 ])  # fmt: skip
 def test_chunks_cover_everything_once_and_fit_the_workspace(t, n, itemsize, whole_rows):
-    chunks = list(kernels._chunks(t, n, itemsize, whole_rows))
+    chunks = list(plan.change_blocks(t, n, itemsize, whole_rows))
     sizes = [(a.stop - a.start) * (b.stop - b.start) for a, b in chunks]
     assert sum(sizes) == t * n and len(set(map(str, chunks))) == len(chunks)
     assert all(a.stop <= t and b.stop <= n for a, b in chunks)
     smallest = 64 * n if whole_rows else 64 * min(t, 16384)
-    assert max(sizes) == sizes[0] <= max(smallest, kernels.WORKSPACE_MIB * 2**20 // itemsize)
+    assert max(sizes) == sizes[0] <= max(smallest, plan.CHANGE_MIB * 2**20 // itemsize)
     assert all(a.start % 64 == 0 and b.start % 64 == 0 for a, b in chunks)
 
 

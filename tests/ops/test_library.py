@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from secura_kernels import NormOptions, api, dispatch, effective_weight
+from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
 from secura_kernels.inspection.layers import Case, Example
-from secura_kernels.ops.activation import op as activation
-from secura_kernels.ops.lowrank import op as lowrank
 
 from .rule import exactly
 
@@ -327,11 +325,19 @@ def test_additive_spaces_keep_z_alone(norm):
     assert kept_bytes_per_token(NormOptions(norm)) == 2 * SIZES["m"]
 
 
-@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=name)
-def test_both_routes_of_the_input_gradient(options, rebuild, monkeypatch):
-    monkeypatch.setattr(lowrank, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
-    example = draw(options, dtype=torch.float64)
+@pytest.mark.parametrize("way", ["weight", "h", "output"])
+def test_every_way_to_the_input_gradient(way, options, dropout, monkeypatch):
+    takes, asked = plan.input_way, []
+
+    def forced(shape, *flags):
+        ways = plan.input_ways(shape, *flags)
+        asked.append(way if way in ways else takes(shape, *flags))
+        return asked[-1]
+
+    monkeypatch.setattr(plan, "input_way", forced)
+    example = draw(options, dtype=torch.float64, dropout=dropout)
     for got, exact in zip(example.run("reference"), exactly(example), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
@@ -339,17 +345,11 @@ def test_both_routes_of_the_input_gradient(options, rebuild, monkeypatch):
 @pytest.mark.parametrize("h_alone", [True, False])
 @pytest.mark.parametrize(("folded", "dropout"), list(product(("base", ""), (True, False))))
 def test_both_routes_of_the_input_gradient_of_activation(h_alone, folded, dropout, monkeypatch):
-    monkeypatch.setattr(activation, "adds_h", lambda n, k, norm: h_alone)
+    monkeypatch.setattr(plan, "adds_h", lambda shape, norm, chip: h_alone)
     options = NormOptions("activation", combine="gated")
     example = draw(options, dtype=torch.float64, folded=folded, dropout=dropout)
     for got, exact in zip(example.run("reference"), exactly(example), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
-
-
-def test_route_is_the_one_that_moves_fewer_bytes():
-    assert lowrank.rebuilds_weight(8192, 4096, 4096, None)
-    assert not lowrank.rebuilds_weight(512, 4096, 4096, None)
-    assert not lowrank.rebuilds_weight(8192, 4096, 4096, torch.ones(8192, 4))
 
 
 @pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")

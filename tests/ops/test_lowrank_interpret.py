@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secura_kernels import NormOptions
-from secura_kernels.ops.lowrank import op as lowrank
+from secura_kernels import NormOptions, plan
 from secura_kernels.ops.lowrank import triton as kernels
 
 from .rule import SHAPES, case_of, check, check_example
@@ -27,24 +26,25 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def both_routes(monkeypatch, rebuild: bool):
-    monkeypatch.setattr(lowrank, "rebuilds_weight", lambda t, n, k, z_scale: rebuild)
-    monkeypatch.setattr(lowrank, "takes_weight", lambda t, n, k, m, z_scale: rebuild)
+def forced(monkeypatch, way: str):
+    """The forward through W' or through y0, and ∂x the way that is named."""
+    monkeypatch.setattr(plan, "input_way", lambda shape, per_token, shared, chip: way)
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, chip: way == "weight")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
-@pytest.mark.parametrize("rebuild", [True, False], ids=["rebuilt", "gathered"])
-def test_linear(shape, dtype, rebuild, monkeypatch):
-    both_routes(monkeypatch, rebuild)
+@pytest.mark.parametrize("way", ["weight", "output"])
+def test_linear(shape, dtype, way, monkeypatch):
+    forced(monkeypatch, way)
     check(shape, AVERAGED, dtype, folded="base")
 
 
 @pytest.mark.parametrize("y0_given", [False, True])
-@pytest.mark.parametrize("rebuild", [True, False], ids=["rebuilt", "gathered"])
+@pytest.mark.parametrize("way", ["weight", "h", "output"])
 @pytest.mark.parametrize("m", [6, 90])
-def test_rows_named_twice(y0_given, rebuild, m, monkeypatch):
+def test_rows_named_twice(y0_given, way, m, monkeypatch):
     """Two adapters that chose the same rows of W: their columns of ∂y0 add up."""
-    both_routes(monkeypatch, rebuild)
+    forced(monkeypatch, way)
     example = case_of((20, 70, 48, m), NormOptions("none"), given=y0_given).draw()
     twice = torch.randint(m // 2, (m,), generator=torch.Generator().manual_seed(0))
     rows = example.layer.rows[twice]

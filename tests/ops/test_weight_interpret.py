@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secura_kernels import NormOptions, effective_weight, naive
+from secura_kernels import NormOptions, effective_weight, naive, plan
 from secura_kernels.norm import COMBINES, FORMS, coefficients, pack, unpack
 from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
@@ -150,7 +150,7 @@ def test_chunks_do_not_change_the_gradient(rows, monkeypatch):
     flags = {"folded": "base", "restrained": True}
     example = case_of((9, 66 if rows > 3 else 13, 37, 5), WEIGHT, **flags).draw()
     expected = example.run("triton")
-    monkeypatch.setattr(kernels, "chunk_rows", lambda n, k, itemsize: rows)
+    monkeypatch.setattr(plan, "rows_of_chunk", lambda n, k, itemsize: rows)
     got = example.run("triton")
     torch.testing.assert_close(got[2], expected[2])
 
@@ -176,10 +176,10 @@ def test_rows_that_w_does_not_have_read_as_its_first_or_last(outside):
 )  # fmt: skip
 def test_a_chunk_is_neither_whole_unless_small_nor_larger_than_the_workspace(shape, itemsize):
     n, k = shape
-    rows = kernels.chunk_rows(n, k, itemsize)
-    small = n * k * itemsize <= kernels.SMALL_MIB * 2**20
+    rows = plan.rows_of_chunk(n, k, itemsize)
+    small = n * k * itemsize <= plan.SMALL_MIB * 2**20
     assert rows >= 1 and (rows == n if small or n == 1 else rows < n)
-    assert rows == 1 or rows * k * itemsize <= kernels.WORKSPACE_MIB * 2**20 <= 32 * 2**20
+    assert rows == 1 or rows * k * itemsize <= plan.CHUNK_MIB * 2**20 <= 32 * 2**20
 
 
 @settings(

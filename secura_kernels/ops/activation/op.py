@@ -26,16 +26,9 @@ In 8-bit mode a y0 that is made here is written over by out, and one that is giv
 ρ and M are computed in fp32 or wider. ``paper`` and ``released`` look at the whole batch first
 (tokens then influence each other), as do ``restrain`` and a relative ε: one more read of y0 each.
 
-Bytes of the backward pass, in units of T·N elements, κ = K / N, beside the frozen layer's product:
-
-| ∂x                                  | moves  | 8bit, 16-bit dtypes | :func:`adds_h` takes      |
-|-------------------------------------|--------|---------------------|---------------------------|
-| ∂y0 W: g, y0 in, ∂y0 out            | 3      | 2½                  | κ > 1, averaged, restrain |
-| h R + g W: g, y0 in, h R out and in | 2 + 2κ | 1½ + 2κ             | κ ≤ 1 and gated           |
-
-h R comes first and g W is added to it, so that the matrix product reads its addend while it
-computes, and what is rounded once more is the small term. dΔ = g/M, for ∂P, stays in the L2 cache
-(:mod:`.triton`). With h R neither a ∂y0 nor a dΔ of [T, N] is ever allocated.
+∂x is ∂y0 W or h R + g W, as :func:`secura_kernels.plan.adds_h` counts. h R comes first and g W is
+added to it, so that the matrix product reads its addend while it computes, and what is rounded once
+more is the small term. With h R neither a ∂y0 nor a dΔ of [T, N] is ever allocated.
 """
 
 from __future__ import annotations
@@ -46,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import plan
 from ...dispatch import absent, as_dtype, op, resolve, wide
 from ...norm import (
     Norm,
@@ -76,16 +70,6 @@ from ..common import (
 from ..project.op import projections
 
 _LEVELS = 255
-
-
-def adds_h(n: int, k: int, norm: Norm) -> bool:
-    """Whether ∂x is h R + g W rather than ∂y0 W.
-
-    Only where ∂base is g itself: gated, without the restraint's factor. By elements the one moves
-    2 T K and the other T N, but ∂y0 also has m scattered columns to be added in: at K = N an H100
-    took 520 µs the one way and 560 the other, both with the product of 343.
-    """
-    return not norm.averaged and not norm.restrained and k <= n
 
 
 def _kernels(impl: str | None, tensor: Tensor, rows: Tensor) -> Any:
@@ -193,7 +177,7 @@ def activation_backward(
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how = unpack(norm)
-    h_alone = needs[0] and weight is not None and adds_h(g.shape[1], weight.shape[1], how)
+    h_alone = needs[0] and weight is not None and _adds_h(g, weight, rows, how)
     kernels = _kernels(impl, g, rows)
     run = _backward if kernels is None else kernels.backward
     first, dp, dbias = run(
@@ -209,6 +193,12 @@ def activation_backward(
         dx = first @ weight
     dtype = wide(g.dtype)
     return dx, absent(g, dtype) if dp is None else dp, absent(g, dtype) if dbias is None else dbias
+
+
+def _adds_h(g: Tensor, weight: Tensor, rows: Tensor, norm: Norm) -> bool:
+    n, k = weight.shape
+    shape = plan.Shape(g.shape[0], n, k, rows.shape[0], g.element_size())
+    return plan.adds_h(shape, norm, plan.chip_of(g))
 
 
 @activation_backward.register_fake
@@ -318,4 +308,4 @@ def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradient
     return Gradients(*run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl))
 
 
-__all__ = ["activation", "activation_backward", "adds_h", "backward", "forward"]
+__all__ = ["activation", "activation_backward", "backward", "forward"]

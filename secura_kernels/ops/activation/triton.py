@@ -29,7 +29,7 @@ of a unit each, and reading z's scattered columns up to 32 m / (N itemsize):
 | with 8bit, 16-bit dtypes                  | −½       | −½     | kept instead of y0               |
 
 dΔ is needed by ∂P alone (averaged, it is half of dbase), and ∂P sums over tokens: so a launch
-writes a slice of dΔ's columns into a workspace of ``WORKSPACE_MIB``, cuBLAS makes the slice's rows
+writes a slice of dΔ's columns into a workspace of ``CHANGE_MIB``, cuBLAS makes the slice's rows
 of ∂P of it, and the next slice takes its place. Slices of 16 MiB, for the L2 cache to keep, were
 measured and lost to what more launches cost: on an H100 at T=8192, N=4096 262 µs, 229 with 32 MiB,
 211 with 64 and with dΔ whole. The workspace bounds memory, not traffic.
@@ -50,7 +50,6 @@ equal bits on one kind of GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +57,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import plan
 from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine, machine_of
 from ...norm import Norm, coefficients, restrained
 from ..common import Measured, Terms, product_wide
@@ -74,18 +74,14 @@ from ..jit import (
     padded,
     relative_change,
     span,
-    splits,
     unit_stride,
 )
 from ..launch import Kernel
 from ..lowrank.triton import add_columns, gather
 
-WORKSPACE_MIB = 64
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
 _TILES_A_PROGRAM = 8
-_ENOUGH_TOKENS = 16384
-_STEP = 64  # a chunk's edges, of which every block is a divisor
 
 
 @triton.jit
@@ -430,19 +426,6 @@ def forward(
     return out, kept, scalars, factor
 
 
-def _chunks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
-    """``(tokens, columns)``: the blocks of a [T, N] tensor that ``WORKSPACE_MIB`` holds, in order.
-
-    The first is the largest. ``whole_rows`` asks for all columns of fewer tokens.
-    """
-    size = WORKSPACE_MIB * 2**20 // itemsize
-    tokens = max(_STEP, size // n // _STEP * _STEP) if whole_rows else _ENOUGH_TOKENS
-    columns = n if whole_rows else max(_STEP, size // min(t, tokens) // _STEP * _STEP)
-    for start in range(0, t, tokens):
-        for first in range(0, n, columns):
-            yield slice(start, min(t, start + tokens)), slice(first, min(n, first + columns))
-
-
 def backward(
     g: Tensor,
     saved: Tensor,
@@ -470,7 +453,7 @@ def backward(
     multiplies = needs[0] and not in_registers
     chunks = [(slice(0, t), slice(0, n))]
     if reads_change := needs[1] or multiplies:
-        chunks = list(_chunks(t, n, g.element_size(), multiplies))
+        chunks = list(plan.change_blocks(t, n, g.element_size(), multiplies))
     tokens, columns = (part.stop for part in chunks[0])
     is_aligned = aligned(n, g.stride(0), n if y0 is None else y0.stride(0))
     tile = backward_tile(machine, g.dtype, ops.m_rows, p_base is not None, y0 is None, is_aligned)
@@ -479,7 +462,7 @@ def backward(
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
     programs, blocks_n = cdiv(tokens, tile.block_t), cdiv(columns, tile.block_n)
-    split = splits(programs, blocks_n, machine.processors)
+    split = plan.splits(programs, blocks_n, machine.processors)
     parts = split if in_registers else 1
     h = g.new_empty(parts, t, ops.m, dtype=torch.float32) if needs[0] else None
     dp = g.new_empty(p.shape, dtype=torch.float32) if needs[1] else None
@@ -544,7 +527,6 @@ def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:
 
 __all__ = [
     "LARGEST_M_IN_REGISTERS",
-    "WORKSPACE_MIB",
     "Operands",
     "Tile",
     "backward",

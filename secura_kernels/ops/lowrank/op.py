@@ -4,6 +4,7 @@
 
     ∂Q = ḡᵀ z          ∂δb = Σ ḡ          ∂y0 = share · ḡ,  ∂y0[:, rows] += (ḡ Q) · z_scale
     ∂x = ∂y0 W = ḡ W',  W' = share · W + Q R (where there is no z_scale)
+       = h R + ḡ W,     h = (ḡ Q) · z_scale  (where there is no share)
 
 | tensor      | shape    | dtype                           |
 |-------------|----------|---------------------------------|
@@ -17,16 +18,9 @@ Saved for backward: z ``[T, m]`` (only where Q is trained), Q, share and the fro
 x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x. Where y0 is given
 rather than made here, there is no W, and ∂y0 is what the backward pass ends with.
 
-Bytes, s of them an element, beside the frozen layer's own two products:
-
-| step                   | moves            | note                                         |
-|------------------------|------------------|----------------------------------------------|
-| z                      | 32 T m + s T m   | a 32-byte sector of y0 an element at worst   |
-| out, in place of y0    | 2 s T N          | cuBLAS addmm_ without share and biases       |
-| out by W', z = x Rᵀ    | 2 s N K + s T K  | instead of both; :func:`takes_weight`        |
-| ∂x by W'               | 2 s N K          | :func:`rebuilds_weight` chooses              |
-| ∂x by ∂y0 (the gather) | 2 s T N          |                                              |
-| ∂Q                     | s T N            | cuBLAS, fp32 out                             |
+Forward and ∂x each take the way that :mod:`secura_kernels.plan` finds to move less; out is then
+cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias. A W' that the forward made
+may be kept for the backward pass (:func:`secura_kernels.plan.keeps_weight`).
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
@@ -41,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import plan
 from ...dispatch import absent, op, resolve, wide
 from ..common import (
     Call,
@@ -57,23 +52,6 @@ from ..project.op import projection
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
 MAX_RANK = 512
-
-
-def rebuilds_weight(t: int, n: int, k: int, z_scale: Tensor | None) -> bool:
-    """Whether ∂x comes from W' (2 N K elements moved) rather than from ∂y0 (2 T N elements).
-
-    With a ``z_scale`` each token has a W' of its own, so ∂y0 it is.
-    """
-    return z_scale is None and 2 * n * k <= 2 * t * n
-
-
-def takes_weight(t: int, n: int, k: int, m: int, z_scale: Tensor | None) -> bool:
-    """Whether the kernels' forward goes through W' and x Rᵀ rather than through y0.
-
-    By elements moved: 2 N K + T K against 2 T N and a sector of 32 bytes for each of T m. That told
-    the quicker of the two in all five shapes that were timed on an H100.
-    """
-    return z_scale is None and 2 * n * k + t * k < 2 * t * n + 16 * t * m
 
 
 def _kernels(impl: str | None, tensor: Tensor) -> Any:
@@ -95,21 +73,26 @@ def lowrank(
     share: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
+    keep: bool,
     impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out [T, N], z [T, m])`` of flat inputs in one dtype; share and δb may be wider.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype; share and δb may be wider.
 
-    Without ``weight``, x is y0, bias included; it is not written.
+    Without ``weight``, x is y0, bias included; it is not written. W' ``[N, K]`` is empty unless
+    ``keep`` asks for it and the forward went through it.
     """
     kernels = _kernels(impl, x)
     if weight is None:
         y0, inside = x, bias
     else:
         (t, k), (n, m) = x.shape, q.shape
-        if kernels is not None and takes_weight(t, n, k, m, z_scale):
+        shape = plan.Shape(t, n, k, m, x.element_size())
+        fuses = z_scale is None and plan.takes_weight(shape, keep, plan.chip_of(x))
+        if fuses and kernels is not None:
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
-            return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r[:m].t()
+            out = F.linear(x, fused, _sum(bias, delta_bias, x.dtype))
+            return out, x @ r[:m].t(), fused if keep else absent(x)
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
     if kernels is not None:
@@ -117,7 +100,7 @@ def lowrank(
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
         kernels.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
-        return out, z
+        return out, z, absent(x)
     z = gather(y0, inside, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
     if share is not None:
@@ -128,14 +111,15 @@ def lowrank(
     for added in (bias, delta_bias):
         if added is not None:
             out.add_(added)
-    return out, z
+    return out, z, absent(x)
 
 
 @lowrank.register_fake
 def _lowrank_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, q: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], q.shape[0]), x.new_empty(x.shape[0], rows.shape[0])
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = x.shape[0]
+    return x.new_empty(t, q.shape[0]), x.new_empty(t, rows.shape[0]), absent(x)
 
 
 @op("lowrank_backward")
@@ -180,8 +164,13 @@ def _input_gradient(
     if weight is None:
         return _output_gradient(g, rows, q, share, z_scale, impl)
     n, k = weight.shape
-    if not rebuilds_weight(g.shape[0], n, k, z_scale):
+    shape = plan.Shape(g.shape[0], n, k, q.shape[1], g.element_size())
+    way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+    if way == "output":
         return _output_gradient(g, rows, q, share, z_scale, impl) @ weight
+    if way == "h":
+        h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
+        return (h @ weight.index_select(0, rows)).addmm_(g, weight)
     if kernels := _kernels(impl, g):
         return g @ kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
     fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
@@ -227,17 +216,22 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
     if q.dtype != dtype:
         q = q.to(dtype)
     run = lowrank if call.watched else lowrank.body
-    out, z = run(x, weight, bias, rows, q, share, step.delta_bias, z_scale, call.impl)
-    return out, (z if step.keeps else None, weight, rows, q, share, z_scale)
+    keep = plan.keeps_weight(call.watched)
+    out, z, fused = run(x, weight, bias, rows, q, share, step.delta_bias, z_scale, keep, call.impl)
+    kept = fused if fused.numel() else None
+    return out, (kept, z if step.keeps else None, weight, rows, q, share, z_scale)
 
 
 def backward(
     call: Call, g: Tensor, saved: Saved, needs: list[bool], row_scale: Tensor | None = None
 ) -> Gradients:
     """``(∂x or ∂y0, ∂Q, ∂δb)``, with what ∂Q's rows are yet to be multiplied by."""
+    kept, *saved_by_op = saved
+    through_kept = kept is not None and needs[0]
     run = lowrank_backward if call.watched else lowrank_backward.body
-    dx, dq, dbias = run(g, *saved, needs, call.impl)
-    return Gradients(dx, dq, dbias, row_scale)
+    own = [False, *needs[1:]] if through_kept else needs
+    dx, dq, dbias = run(g, *saved_by_op, own, call.impl)
+    return Gradients(g @ kept if through_kept else dx, dq, dbias, row_scale)
 
 
 __all__ = [
@@ -246,6 +240,4 @@ __all__ = [
     "forward",
     "lowrank",
     "lowrank_backward",
-    "rebuilds_weight",
-    "takes_weight",
 ]

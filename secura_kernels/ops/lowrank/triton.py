@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import plan
 from ...gpu import machine_of
 from ..jit import (
     aligned,
@@ -39,7 +40,6 @@ from ..jit import (
     padded,
     padded_rows,
     span,
-    splits,
     unit_stride,
 )
 from ..launch import Kernel
@@ -325,7 +325,7 @@ def output_gradient(
     if dy.numel() == 0:
         return dy
     programs, blocks_n = cdiv(t, blocks.t), cdiv(n, blocks.n)
-    parts = splits(programs, blocks_n, machine_of(g).processors)
+    parts = plan.splits(programs, blocks_n, machine_of(g).processors)
     h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
     tensors = (g, q_padded, _vector(share), z_scale, dy, h)
     sizes = (t, n, q_padded.shape[1], cdiv(blocks_n, parts) * blocks.n, g.stride(0), n)

@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import plan
 from ...gpu import machine_of
 from ..jit import aligned, block_of, cast, cdiv, dot, dot_precision, span
 from ..launch import Kernel
 
-MOST_SPLITS = 64
+MOST_SPLITS = plan.MOST_ROW_SPLITS
 
 
 class Blocks(NamedTuple):
@@ -39,7 +40,7 @@ class Blocks(NamedTuple):
     num_warps: int
 
 
-FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(32, 32, 4)
+FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(plan.ROWS_OF_A_SPLIT, 32, 4)
 
 
 @triton.jit

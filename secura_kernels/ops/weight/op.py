@@ -5,18 +5,20 @@
 
     ∂x = ḡ W'        ∂P = ((f · ḡᵀ x) / M) Rᵀ        (M and the factors f are constants)
 
-| tensor    | shape    | dtype                          |
-|-----------|----------|--------------------------------|
-| x, y      | [..., K] [..., N] | compute dtype         |
-| W, W'     | [N, K]   | its own, compute dtype         |
-| P, P_base | [N, m]   | fp32; ∂P in fp32               |
-| rows      | [m]      | int64                          |
+| tensor    | shape             | dtype                              |
+|-----------|-------------------|------------------------------------|
+| x, y      | [..., K] [..., N] | compute dtype                      |
+| W, W'     | [N, K]            | its own, compute dtype             |
+| P, P_base | [N, m]            | compute dtype; fp32 both if folded |
+| ∂P        | [N, m]            | fp32                               |
+| rows      | [m]               | int64                              |
 
 Saved for backward: x and small tensors (ε, slope and offset of the gain, the factors); W' is
-rebuilt. ``paper`` and ``released`` take a first pass for the largest ρ. Neither ∂W nor ΔW is ever
-whole in memory: Triton forms W' in one pass over W and ∂P in chunks of W's rows (:mod:`.triton`
-counts the bytes), plain torch runs everything elementwise over chunks of rows of at most
-``WORKSPACE_MIB``, on a CPU of what its cache holds (``CACHE_MIB``).
+rebuilt, or kept (:func:`secura_kernels.plan.keeps_weight`). ``paper`` and ``released`` take a first
+pass for the largest ρ. Neither ∂W nor ΔW is ever whole in memory: Triton forms W' in one pass over
+W and ∂P in chunks of W's rows (:mod:`.triton` counts the bytes), plain torch runs everything
+elementwise over chunks of rows of at most ``WORKSPACE_MIB``, on a CPU of what its cache holds
+(``CACHE_MIB``).
 
 :func:`normed_weight` and :func:`merged_weight` are what a merge writes, of this space and of the
 additive ones. One pass over W: products in fp32, one rounding to W's dtype at the end. bf16 keeps
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import plan
 from ...dispatch import absent, as_dtype, op, supported, wide
 from ...norm import (
     Norm,
@@ -68,9 +71,10 @@ def weight(
     terms: list[Tensor | None],
     important: Tensor | None,
     norm: str,
+    keep: bool,
     impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [T, N], [ε, slope, offset], f [N])``; f is empty without ``important``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(out [T, N], W' [N, K], [ε, slope, offset], f [N])``; f is empty without ``important``.
 
     Args:
         x: ``[T, K]`` in the compute dtype.
@@ -80,6 +84,7 @@ def weight(
         terms: :class:`~secura_kernels.ops.common.Terms` without z_scale, for there is no z.
         important: ``[N]`` bool of the restraint, or None.
         norm: of :func:`secura_kernels.norm.pack`.
+        keep: whether W' is wanted; else it is empty.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how, named = unpack(norm), Terms._make(terms)
@@ -95,16 +100,17 @@ def weight(
     out = F.linear(x, fused, bias)
     if named.delta_bias is not None:
         out.add_(named.delta_bias)
-    return out, *measured(x, scalars, factor)
+    return out, fused if keep else absent(x), *measured(x, scalars, factor)
 
 
 @weight.register_fake
-def _weight_fake(x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, important, _, _ = rest
+def _weight_fake(x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, important, _, keep, _ = rest
     n = w.shape[0]
     scalars = x.new_empty(3, dtype=wide(w.dtype))
     return (
         x.new_empty(x.shape[0], n),
+        torch.empty_like(w, dtype=x.dtype) if keep else absent(x),
         scalars,
         x.new_empty(0 if important is None else n, dtype=torch.float32),
     )
@@ -379,20 +385,24 @@ def round_stochastically(x: Tensor, draw: torch.Generator) -> Tensor:
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
-    terms = Terms(*projections(call, step, step.u.dtype), step.delta_bias)
+    # ρ divides by the base, which may cancel: a P that is folded into it is not rounded.
+    dtype = x.dtype if step.u_base is None else step.u.dtype
+    terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
     run = weight if call.watched else weight.body
-    out, *found = run(x, *frozen, terms, call.important, call.norm, call.impl)
-    return out, (x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
+    keep = plan.keeps_weight(call.watched)
+    out, fused, *found = run(x, *frozen, terms, call.important, call.norm, keep, call.impl)
+    kept = fused if keep else None
+    return out, (kept, x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
 def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
     """``(∂x, ∂P, ∂δb)``."""
-    x, w, rows, p, p_base, *found = saved
+    kept, x, w, rows, p, p_base, *found = saved
     run = weight_backward if call.watched else weight_backward.body
-    return Gradients(
-        *run(g, x, w, rows, [p, p_base, None, None], found, call.norm, needs, call.impl)
-    )
+    wanted = needs if kept is None else [False, *needs[1:]]
+    dx, *rest = run(g, x, w, rows, [p, p_base, None, None], found, call.norm, wanted, call.impl)
+    return Gradients(g @ kept if kept is not None and needs[0] else dx, *rest)
 
 
 __all__ = [

@@ -10,7 +10,7 @@
 | P, P_base | [N, m] | cast once to the compute dtype, which the dots multiply in  |
 | R         | [m, K] | read through ``rows`` from W where K is W's unit stride     |
 | x, g      | [T, K] [T, N] | compute dtype                                        |
-| D         | [chunk, K]    | compute dtype, at most ``WORKSPACE_MIB``             |
+| D = gᵀx   | [chunk, K]    | compute dtype, at most ``plan.CHUNK_MIB``           |
 | ∂P, scalars, factor | [N, m] [3] [N] | fp32                                      |
 
 Accumulators, ρ and M are fp32. Nothing is saved but the three scalars (ε, slope, offset) and the
@@ -23,13 +23,13 @@ Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K
   ``paper`` and ``released`` add a pass of w·N·K bytes and the same operations for the largest ρ,
   the restraint another. Every tile also reads its blocks of P and R from L2:
   w·(m/BLOCK_K + m/BLOCK_N) bytes an entry.
-- ∂P, row chunks : gᵀx 2·T·N·K operations by cuBLAS, the gain's 2·N·K·m and the
-  contraction's 2·N·K·m; bytes of g + x per chunk + 5w·N·K, of which 4w·N·K (D written, read and
-  rewritten by the division, read by the contraction) stay in L2 where a chunk fits there.
-- ∂P in one kernel would save those 4w·N·K bytes, move gᵀx's operations from cuBLAS into Triton and
-  need 4·splits·N·m bytes of partial sums to stay deterministic. At T = 8192 and 200 operations a
-  byte the bytes are a tenth of gᵀx's time if none of them stays in L2, so it pays only where
-  Triton's product comes closer than that to cuBLAS. Not written.
+- ∂P, row chunks: gᵀx 2·T·N·K operations by cuBLAS, the gain's 2·N·K·m and the contraction's
+  2·N·K·m; bytes of g + x per chunk + 3w·N·K (D written, then D and W read), of which D's stay in L2
+  where a chunk fits there, and 4·parts·N·m of sums over parts of D's columns, written and read. A
+  program has the ranks of ∂P that fit in registers, 128; for more, W and D are read again.
+- gᵀx in the same kernel would save D's 2w·N·K bytes and move its operations from cuBLAS into
+  Triton. At T = 8192 and 200 operations a byte D's bytes are a twentieth of gᵀx's time, so it pays
+  only where Triton's product comes closer than that to cuBLAS. Not written.
 
 Deterministic: tile maxima, sums and counts are written to their own places; one program of
 ``weight_scalars_kernel`` turns the maxima into slope and offset, torch adds the rest.
@@ -44,9 +44,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import plan
 from ...gpu import LARGE_SHARED, machine_of
 from ...norm import Norm, effective_eps, restrained
-from ..common import Terms, product_wide
+from ..common import Terms
 from ..jit import (
     aligned,
     block_of,
@@ -63,10 +64,6 @@ from ..jit import (
     span,
 )
 from ..launch import Kernel
-
-WORKSPACE_MIB = 16
-SMALL_MIB = 2
-_ROWS_OF_A_TILE = 128
 
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 
@@ -226,28 +223,43 @@ def _round_stochastically(x, seed, offset):
 @Kernel
 @triton.jit
 def weight_bwd_kernel(
-    d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr,
-    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, dp_ptr,
+    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, columns, ranks, stride_part,
     SIGMOID_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr,
     GATHER: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """``D ← D · f / M`` in place, D ``[N, K]`` contiguous: one chunk of gᵀx."""
-    offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
-    base, delta = _base_and_delta(
-        w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
-        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
-        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
-    )  # fmt: skip
+    """``(D · f / M) Rᵀ`` over ``columns`` of D ``[N, K]``: the part of ∂P of the first index.
+
+    ``ranks`` of R's M rows are not padding. Products of D and R run in D's dtype.
+    """
+    part = tl.program_id(0)
+    offs_n, offs_j = span(tl.program_id(1), BLOCK_N), span(tl.program_id(2), BLOCK_J)
+    mask_n, mask_j = offs_n < N, offs_j < ranks
     eps, slope, offset = load_scalars(scalars_ptr)
-    inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
-    mask_n = offs_n < N
+    acc = tl.zeros((BLOCK_N, BLOCK_J), tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        offs_k = part.to(tl.int64) * columns + start + tl.arange(0, BLOCK_K)
+        base, delta = _base_and_delta(
+            w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
+            N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+            HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+        )  # fmt: skip
+        inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
+        mask_k = offs_k < K
+        mask = mask_n[:, None] & mask_k[None, :]
+        d = tl.load(d_ptr + offs_n[:, None] * K + offs_k[None, :], mask, other=0.0)
+        d = cast(tl.where(mask, d.to(tl.float32) * inverse, 0.0), d_ptr.dtype.element_ty)
+        r = tl.load(
+            r_ptr + offs_j[:, None] * stride_rm + offs_k[None, :] * stride_rk,
+            mask_j[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        acc = dot(d, tl.trans(r), acc, PRECISION)
     if HAS_FACTOR:
-        inverse *= tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
-    offs_d = offs_n[:, None] * K + offs_k[None, :]
-    mask = mask_n[:, None] & (offs_k < K)[None, :]
-    d = tl.load(d_ptr + offs_d, mask, other=0.0).to(tl.float32)
-    tl.store(d_ptr + offs_d, cast(d * inverse, d_ptr.dtype.element_ty), mask)
+        acc *= tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
+    place = part.to(tl.int64) * stride_part + offs_n[:, None] * ranks + offs_j[None, :]
+    tl.store(dp_ptr + place, acc, mask_n[:, None] & mask_j[None, :])
 
 
 def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]:
@@ -262,6 +274,17 @@ def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]
     if dtype == torch.float32 or small:
         block_k = 64
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
+
+
+def _product_blocks(dtype: torch.dtype, is_aligned: bool, ranks: int) -> dict[str, int]:
+    """A program's rows, the columns it takes at a time, and its columns of ∂P."""
+    if dtype == torch.float32 or not is_aligned:
+        block_n, block_k, most = 32, 32, 64
+    else:
+        block_n, block_k, most = 64, 64, 128
+    block_j = block_of(ranks, 16, most)
+    cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_J": block_j}
+    return cut | {"num_warps": 8, "num_stages": 2}
 
 
 class Tiles:
@@ -396,14 +419,19 @@ def grad_p(
 
     ``found`` is ``([ε, slope, offset], f [N] or None)`` of :func:`measure`.
     """
-    (n, k), (scalars, factor) = weight.shape, found
-    dp = torch.empty(terms.p.shape, dtype=torch.float32, device=g.device)
+    (n, k), (scalars, factor), ranks = weight.shape, found, rows.numel()
     if weight.numel() == 0:
-        return dp.zero_()
+        return torch.zeros(terms.p.shape, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
     flags = {"SIGMOID_WEIGHT": norm.sigmoid_weight, "HAS_FACTOR": factor is not None}
-    step = chunk_rows(n, k, x.element_size())
+    step = plan.rows_of_chunk(n, k, x.element_size())
+    blocks = _product_blocks(x.dtype, aligned(k), ranks)
+    programs = cdiv(step, blocks["BLOCK_N"]) * cdiv(ranks, blocks["BLOCK_J"])
+    blocks_k = cdiv(k, blocks["BLOCK_K"])
+    parts = plan.splits(programs, blocks_k, machine_of(g).processors)
+    columns = cdiv(blocks_k, parts) * blocks["BLOCK_K"]
+    dp = torch.empty(parts, n, ranks, dtype=torch.float32, device=g.device)
     workspace = x.new_empty(step, k)
     for start in range(0, n, step):
         part = slice(start, min(n, start + step))
@@ -412,25 +440,14 @@ def grad_p(
         base_part = None if p_base is None else p_base[:, part]
         tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
         of_rows = None if factor is None else factor[part]
-        weight_bwd_kernel[tiles.grid](
-            d, *tiles.tensors, scalars, of_rows, *tiles.sizes, **flags, **tiles.options
+        grid = (parts, cdiv(len(d), blocks["BLOCK_N"]), cdiv(ranks, blocks["BLOCK_J"]))
+        sizes = (*tiles.sizes, columns, ranks, n * ranks)
+        weight_bwd_kernel[grid](
+            *(d, *tiles.tensors, scalars, of_rows, dp[:, part], *sizes),
+            **flags,
+            **tiles.options | blocks,
         )
-        product_wide(d, r[: p.shape[1]].t(), out=dp[part])
-    return dp
+    return dp[0] if parts == 1 else dp.sum(0)
 
 
-def chunk_rows(n: int, k: int, itemsize: int) -> int:
-    """Rows of W in a chunk: within ``WORKSPACE_MIB``, whole tiles, at most half of W.
-
-    A W of at most ``SMALL_MIB`` is one chunk: three launches less, where they are what takes time.
-    """
-    if n * k * itemsize <= SMALL_MIB * 2**20:
-        return max(1, n)
-    most = max(1, WORKSPACE_MIB * 2**20 // max(1, k * itemsize))
-    chunks = max(2, cdiv(n, most))
-    rows = max(1, cdiv(n, chunks))
-    whole_tiles = cdiv(rows, _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
-    return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
-
-
-__all__ = ["WORKSPACE_MIB", "Tiles", "chunk_rows", "fused_weight", "grad_p", "measure"]
+__all__ = ["Tiles", "fused_weight", "grad_p", "measure"]

@@ -1,0 +1,146 @@
+"""Launches, bytes and operations of layers, counted on tensors without data: no GPU is needed.
+
+    python -m benchmarks.counts --out benchmarks/results/counts.json
+
+Every kernel of ours and every operator of torch's, ours and our rivals' alike, is one launch
+(:mod:`.launches`). Its time is its bytes or its operations at the chip's ceilings, whichever is
+longer; a layer's is the sum. Not seen: gaps between launches and the time a launch
+takes to begin and end, multiprocessors that idle because a launch has few programs or many
+registers, what stays in the L2 cache, reductions inside cuBLAS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from secura_kernels import NormOptions
+from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.recorder import TARGETS, record
+from secura_kernels.plan import CHIPS
+
+from .launches import Launch, counting
+from .registry import SPACES, Ranks, catalogue, frozen_linear
+from .schema import Result, Row, new_result
+from .shapes import LAYER_PRESETS, LayerCase, layer_preset
+from .tables import BEFORE, counts_table
+
+RIVALS = ("frozen", "peft lora bf16", "strong lora", "peft dora bf16", "strong dora")
+
+
+def ours(space: str, keep: str = "never") -> Callable[[LayerCase], tuple[list[Launch], int]]:
+    """What counts a SECURA layer of bf16 in one norm space, of core A B; ``keep`` for its W'."""
+
+    def count(case: LayerCase) -> tuple[list[Launch], int]:
+        sizes = (case.m, case.T, case.N, case.K, 2 * case.m)
+        options = NormOptions(space)
+        plain = Case(options, torch.bfloat16, *sizes, biased=False, trains_bias=False)
+        with record(TARGETS["sm_90"]):
+            example = plain.draw("meta")
+        leaves = [t.requires_grad_() for t in (example.x, example.a, example.b) if t is not None]
+        with patch.dict(os.environ, SECURA_KEEP_WEIGHT=keep):
+            return _count(lambda: example.output("triton"), leaves, example.grad)
+
+    return count
+
+
+def rival(name: str) -> Callable[[LayerCase], tuple[list[Launch], int]]:
+    """What counts a provider's layer of bf16."""
+    (provider,) = (one for one in catalogue(torch.bfloat16) if one.name == name)
+
+    def count(case: LayerCase) -> tuple[list[Launch], int]:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+        layer = provider.build(frozen_linear(empty(case.N, case.K)), Ranks(case.m, case.r))
+        x = empty(case.T, case.K).requires_grad_()
+        leaves = [x, *(one for one in layer.parameters() if one.requires_grad)]
+        return _count(lambda: layer(x), leaves, empty(case.T, case.N))
+
+    return count
+
+
+def _count(
+    forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor
+) -> tuple[list[Launch], int]:
+    """The launches of a layer, and how many of them are the forward's."""
+    with counting() as launches:
+        out = forward()
+        first = len(launches)
+        torch.autograd.grad(out, leaves, grad)
+    return launches, first
+
+
+def figures(launches: list[Launch], first: int) -> dict[str, float]:
+    """What a row of results says of a layer; ``us_CHIP`` is the least a chip's ceilings allow."""
+    return {
+        "launches_forward": first,
+        "launches_backward": len(launches) - first,
+        "moved_mib": sum(of.cost.bytes for of in launches) / 2**20,
+        "gflop": sum(of.cost.flop for of in launches) / 1e9,
+    } | {
+        f"us_{name}": sum(of.cost.seconds(chip) for of in launches) * 1e6
+        for name, chip in CHIPS.items()
+    }
+
+
+def count_all(preset: str, before: Result | None, measured: Result | None) -> list[Row]:
+    """Every provider on every case of a layer preset.
+
+    Args:
+        preset: of :mod:`benchmarks.shapes`.
+        before: an earlier result, whose SECURA rows are taken in.
+        measured: of :mod:`benchmarks.layer`: its ``both_graph_ms`` go to the rows of the same case,
+            of ``before`` where that is given.
+    """
+    counters = {f"secura {space}": ours(space) for space in SPACES}
+    keepers = [space for space in SPACES if space != "activation"]
+    counters |= {f"secura {space}, W' kept": ours(space, "always") for space in keepers}
+    counters |= {name: rival(name) for name in RIVALS}
+    found = [
+        Row(case.as_dict(), name, figures=figures(*count(case)))
+        for case in layer_preset(preset).cases
+        for name, count in counters.items()
+    ]
+    for row in before.rows if before else ():
+        if before and row.provider in {f"secura {space}" for space in SPACES}:
+            found.append(Row(row.case, row.provider + BEFORE, figures=row.figures))
+    for row in measured.rows if measured else ():
+        name = row.provider.removesuffix(" triton")
+        name += BEFORE if before and name not in RIVALS else ""
+        for mine in found:
+            if (mine.case, mine.provider) == (row.case, name) and "both_graph_ms" in row.figures:
+                mine.figures["measured_us"] = 1e3 * row.figures["both_graph_ms"]["median"]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--preset", default="block", choices=LAYER_PRESETS)
+    flags.add_argument("--out", type=Path, help="where the result goes")
+    flags.add_argument("--before", type=Path, help="an earlier result, to stand beside this one")
+    flags.add_argument("--measured", type=Path, help="of benchmarks.layer, to hold the count to")
+    flags.add_argument("--commit", help="the code's name, where git does not know it")
+    options = flags.parse_args(arguments)
+    before, measured = (path and Result.load(path) for path in (options.before, options.measured))
+    result = new_result(
+        "counts", options.preset, torch.device("cpu"), torch.bfloat16, {}, options.commit
+    )
+    chips = {name: chip._asdict() for name, chip in CHIPS.items()}
+    result.settings = {"chips": chips, "before": before.commit if before else None}
+    result.rows, result.complete = count_all(options.preset, before, measured), True
+    if options.out:
+        result.save(options.out)
+    print(counts_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

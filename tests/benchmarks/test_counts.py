@@ -1,0 +1,60 @@
+"""Launches and bytes counted on tensors without data, against what is known and what is planned."""
+
+import pytest
+import torch
+
+from benchmarks import counts, launches
+from benchmarks.shapes import LayerCase
+from secura_kernels import NormOptions, plan
+from secura_kernels.dispatch import interpreting
+from secura_kernels.inspection.steps import layer_steps
+from secura_kernels.norm import pack, unpack
+from secura_kernels.plan import DEFAULT, Shape
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are interpreted, not recorded")
+
+SHAPES = ((8192, 4096, 4096), (2048, 14336, 4096), (512, 4096, 14336))
+
+
+def case(t: int, n: int, k: int) -> LayerCase:
+    return LayerCase("one", "q", 1, t, n, k, 128, 16)
+
+
+def test_a_frozen_layer_is_two_products():
+    t, n, k = 512, 1024, 4096
+    found, first = counts.rival("frozen")(case(t, n, k))
+    assert [one.name for one in found] == ["mm", "mm"] and first == 1
+    assert {one.cost for one in found} == {plan.product(Shape(t, n, k, 0))}
+
+
+def test_operators_read_their_inputs_and_write_their_outputs():
+    wide, rows = torch.empty(64, 32, device="meta"), torch.empty(5, device="meta").long()
+    with launches.counting() as found:
+        wide.t().reshape(64, 32)
+        wide[:, :1].expand(64, 32) + wide
+        wide.index_select(0, rows)
+        torch.mm(wide.t(), wide, out=torch.empty(32, 32, device="meta"))
+        torch.empty_like(wide).view(-1)
+    moved = {one.name: one.cost.bytes for one in found}
+    square = 64 * 32 * 4
+    assert moved == {
+        "clone": 2 * square,
+        "add": 64 * 4 + 2 * square,
+        "index_select": 5 * 8 + 2 * 5 * 32 * 4,
+        "mm": 2 * square + 32 * 32 * 4,
+    }
+
+
+@pytest.mark.parametrize("keeps", ["never", "always"])
+@pytest.mark.parametrize("space", counts.SPACES)
+def test_the_plan_is_what_is_launched(space, keeps):
+    """Each pass's bytes and time as :func:`layer_steps` has them, within 5%."""
+    norm = unpack(pack(NormOptions(space)))
+    for t, n, k in SHAPES:
+        found, first = counts.ours(space, keeps)(case(t, n, k))
+        planned = layer_steps(Shape(t, n, k, 128), norm, keeps == "always")
+        for steps, made in zip(planned, (found[:first], found[first:]), strict=True):
+            moved = sum(step.bytes for step in steps.values())
+            assert moved == pytest.approx(sum(one.cost.bytes for one in made), rel=0.05)
+            time = sum(one.cost.seconds(DEFAULT) for one in made)
+            assert plan.seconds(steps, DEFAULT) == pytest.approx(time, rel=0.05)
