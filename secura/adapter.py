@@ -98,6 +98,7 @@ class CABR(AdapterState):
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
+        self._rounding_seed: int | None = None
         for name in ("columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self._derive(base, weight)
@@ -129,14 +130,14 @@ class CABR(AdapterState):
         self._refresh(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         weight = bases.weight(base, values=False) if self.columns is None else None
-        if not self.config.norm_options.replaces_product:
+        if not self.config.replaces_product:
             y0 = base(x) if y0 is None else y0
             return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_moves_inputs(base):
                 raise ValueError(
-                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
-                    "be skipped: use norm='channel'"
+                    f"{self.name}: norm='weight' and stochastic_rounding replace the layer's "
+                    f"product, so {skipped} would be skipped: use norm='channel' without rounding"
                 )
             x = x.to(dense.device)
         weight = bases.weight(base) if dense is None else dense.detach()
@@ -160,6 +161,7 @@ class CABR(AdapterState):
             self._restrain(),
             config.norm_save,
             own["columns"],
+            self._rounding_seed,
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
@@ -303,6 +305,8 @@ class CABR(AdapterState):
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, dense = self.config, bases.dense_weight(base)
         self._stale = False
+        if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
+            self._rounding_seed = config.seed + int(self.rows.sum() + self.cols.sum())
         if config.norm != "channel" and not config.restrain and dense is not None:
             return
         weight = bases.weight(base) if weight is None else weight

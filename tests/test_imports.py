@@ -17,10 +17,10 @@ GROUND = ("dispatch", "gpu", "norm", "layer", "cur")
 
 SPACES = {
     "project": (),
-    "lowrank": ("project",),
+    "weight": ("project",),
+    "lowrank": ("project", "weight"),
     "channel": ("project", "lowrank"),
     "activation": ("project", "lowrank"),
-    "weight": ("project",),
 }
 """By folder of ``secura_kernels/ops``: the other folders it may import."""
 

@@ -42,8 +42,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import absent, as_dtype, op, resolve, wide
-from ..common import Call, Gradients, Saved, Step, cast, gather, gradients_fake, product_wide
+from ..common import (
+    Call,
+    Gradients,
+    Saved,
+    Step,
+    cast,
+    gather,
+    gradients_fake,
+    product_wide,
+    rounding_seed,
+)
 from ..project.op import projection
+from ..weight.op import merged_weight
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
 MAX_RANK = 512
@@ -82,12 +93,18 @@ def lowrank(
     share: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
+    seed: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [T, N], z [T, m])`` of flat inputs in one dtype; share and δb may be wider.
 
-    Without ``weight``, x is y0, bias included; it is not written.
+    Without ``weight``, x is y0, bias included; it is not written. With ``seed``, W' is the one that
+    a merge writes, of Q in fp32 and W in any dtype, rounded stochastically.
     """
+    if seed is not None and weight is not None:
+        fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
+        r = as_dtype(weight.index_select(0, rows), x.dtype)
+        return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r.t()
     kernels = _kernels() if resolve(impl, x) == "triton" else None
     if weight is None:
         y0, inside = x, bias
@@ -208,17 +225,31 @@ def _add_(out: Tensor, *biases: Tensor | None) -> Tensor:
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
-    return add(call, step, projection(call, step.u, step.x.dtype), None)
+    dtype = step.x.dtype
+    wanted = dtype if rounding_seed(call.layer, dtype) is None else step.u.dtype
+    return add(call, step, projection(call, step.u, wanted), None)
 
 
 def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of an additive layer."""
     layer, dtype = call.layer, step.x.dtype
+    seed = rounding_seed(layer, dtype)
     weight = None if call.given else cast(layer.weight, dtype)
-    q = as_dtype(q, dtype)
-    frozen, trained = (weight, cast(layer.bias, dtype), layer.rows), (step.delta_bias, step.z_scale)
+    wide_q, q = q, as_dtype(q, dtype)
+    taken = (weight, q) if seed is None else (layer.weight, wide_q)
     run = lowrank if call.watched else lowrank.body
-    out, z = run(step.x, *frozen, q, share, *trained, call.impl)
+    out, z = run(
+        step.x,
+        taken[0],
+        cast(layer.bias, dtype),
+        layer.rows,
+        taken[1],
+        share,
+        step.delta_bias,
+        step.z_scale,
+        seed,
+        call.impl,
+    )
     return out, (z if step.keeps else None, weight, layer.rows, q, share, step.z_scale)
 
 

@@ -46,7 +46,19 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
-from ..common import Call, Gradients, Measured, Saved, Step, Terms, cast, gradients_fake, measured
+from ..common import (
+    Call,
+    Gradients,
+    Measured,
+    Saved,
+    Step,
+    Terms,
+    cast,
+    gradients_fake,
+    measured,
+    round_stochastically,
+    rounding_seed,
+)
 from ..project.op import projections
 
 WORKSPACE_MIB = 8
@@ -67,6 +79,7 @@ def weight(
     terms: list[Tensor | None],
     important: Tensor | None,
     norm: str,
+    seed: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [T, N], [ε, slope, offset], f [N])``; f is empty without ``important``.
@@ -79,18 +92,20 @@ def weight(
         terms: :class:`~secura_kernels.ops.common.Terms` without z_scale, for there is no z.
         important: ``[N]`` bool of the restraint, or None.
         norm: of :func:`secura_kernels.norm.pack`.
+        seed: W' is then the one that a merge writes, rounded stochastically; None to nearest.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how, named = unpack(norm), Terms._make(terms)
     if supported(impl, x, w) == "triton":
         kernels = _kernels()
-        tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, x.dtype)
+        multiplied = x.dtype if seed is None else torch.float32
+        tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, multiplied)
         scalars, factor = kernels.measure(tiles, important, how)
-        fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype)
+        fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype, seed)
     else:
         chunks = _Chunks(w, rows, named)
         scalars, factor = _measure(chunks, important, how)
-        fused = _fused(chunks, (scalars, factor), how, x.dtype)
+        fused = _fused(chunks, (scalars, factor), how, x.dtype, seed)
     out = F.linear(x, fused, bias)
     if named.delta_bias is not None:
         out.add_(named.delta_bias)
@@ -99,7 +114,7 @@ def weight(
 
 @weight.register_fake
 def _weight_fake(x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, important, _, _ = rest
+    *_, important, _, _, _ = rest
     n = w.shape[0]
     scalars = x.new_empty(3, dtype=wide(w.dtype))
     return (
@@ -205,9 +220,8 @@ def merged_weight(
     compute = torch.promote_types(wide(w.dtype), q.dtype)
     base = w.to(compute) if share is None else w.to(compute) * share[:, None]
     out = torch.addmm(base, q.to(compute), w.index_select(0, rows).to(compute))
-    draw = generator(w, seed)
     fused = torch.empty_like(w, dtype=dtype)
-    return fused.copy_(round_stochastically(out, draw) if draw else out)
+    return fused.copy_(out if seed is None else round_stochastically(out, seed))
 
 
 @merged_weight.register_fake
@@ -299,11 +313,11 @@ def _fused(
     chunks: _Chunks, found: Found, norm: Norm, dtype: torch.dtype, seed: int | None = None
 ) -> Tensor:
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
-    (scalars, factor), draw = found, generator(chunks.w, seed)
+    scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=dtype)
     for part, base, delta in chunks:
         out = _normed(base, delta, _gain(base, delta, scalars, norm), factor, part, norm)
-        fused[part] = round_stochastically(out, draw) if draw else out
+        fused[part] = out if seed is None else round_stochastically(out, seed, part.start or 0)
     return fused
 
 
@@ -325,26 +339,14 @@ def _backward(
     return None if fused is None else g @ fused, dp
 
 
-def generator(like: Tensor, seed: int | None) -> torch.Generator | None:
-    """A generator on ``like``'s device, or None to round to nearest."""
-    return None if seed is None else torch.Generator(like.device).manual_seed(seed)
-
-
-def round_stochastically(x: Tensor, draw: torch.Generator) -> Tensor:
-    """fp32 ``x`` to a bf16 neighbour, up with the probability of the part cut off."""
-    bits = x.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=draw)
-    rounded = ((bits + noise) >> 16 << 16).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x.float()).to(torch.bfloat16)
-
-
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
     terms = Terms(*projections(call, step, step.u.dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
     run = weight if call.watched else weight.body
-    out, *found = run(x, *frozen, terms, call.important, call.norm, call.impl)
+    seed = rounding_seed(layer, x.dtype)
+    out, *found = run(x, *frozen, terms, call.important, call.norm, seed, call.impl)
     return out, (x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
@@ -360,10 +362,8 @@ def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradient
 __all__ = [
     "backward",
     "forward",
-    "generator",
     "merged_weight",
     "normed_weight",
-    "round_stochastically",
     "weight",
     "weight_backward",
 ]
