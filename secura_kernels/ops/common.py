@@ -127,6 +127,13 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
+def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
+    if bias is None or delta is None:
+        return cast(delta if bias is None else bias, dtype)
+    return (bias.to(wide(dtype)) + delta).to(dtype)
+
+
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded.
 
@@ -211,4 +218,5 @@ __all__ = [
     "product_wide",
     "round_stochastically",
     "rounding_seed",
+    "summed_bias",
 ]

@@ -52,6 +52,7 @@ from ..common import (
     gradients_fake,
     product_wide,
     rounding_seed,
+    summed_bias,
 )
 from ..project.op import projection
 from ..weight.op import merged_weight
@@ -104,7 +105,7 @@ def lowrank(
     if seed is not None and weight is not None:
         fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
         r = as_dtype(weight.index_select(0, rows), x.dtype)
-        return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r.t()
+        return F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype)), x @ r.t()
     kernels = _kernels() if resolve(impl, x) == "triton" else None
     if weight is None:
         y0, inside = x, bias
@@ -113,7 +114,7 @@ def lowrank(
         if kernels is not None and takes_weight(t, n, k, m, z_scale):
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
-            return F.linear(x, fused, _sum(bias, delta_bias, x.dtype)), x @ r[:m].t()
+            return F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype)), x @ r[:m].t()
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
     if kernels is not None:
@@ -207,13 +208,6 @@ def _output_gradient(
     if share is not None:
         dy0.mul_(share)
     return dy0.index_add_(1, rows, h)
-
-
-def _sum(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
-    if bias is None or delta is None:
-        return cast(delta if bias is None else bias, dtype)
-    return (bias.to(wide(dtype)) + delta).to(dtype)
 
 
 def _add_(out: Tensor, *biases: Tensor | None) -> Tensor:

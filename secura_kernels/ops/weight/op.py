@@ -58,6 +58,7 @@ from ..common import (
     measured,
     round_stochastically,
     rounding_seed,
+    summed_bias,
 )
 from ..project.op import projections
 
@@ -106,9 +107,7 @@ def weight(
         chunks = _Chunks(w, rows, named)
         scalars, factor = _measure(chunks, important, how)
         fused = _fused(chunks, (scalars, factor), how, x.dtype, seed)
-    out = F.linear(x, fused, bias)
-    if named.delta_bias is not None:
-        out.add_(named.delta_bias)
+    out = F.linear(x, fused, summed_bias(bias, named.delta_bias, x.dtype))
     return out, *measured(x, scalars, factor)
 
 
