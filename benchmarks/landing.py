@@ -71,9 +71,9 @@ def providers() -> list[Provider]:
     """Whose layers are asked: every space, plain and rounded, then PEFT's."""
     found = []
     for space in SPACES:
-        found.append(secura(space, "reference", space))
+        found.append(secura(space, "reference", f"secura {space}"))
         if space != "activation":
-            name = f"{space}, rounded stochastically"
+            name = f"secura {space} stochastic"
             found.append(secura(space, "reference", name, stochastic_rounding=True))
     peft = [one for one in catalogue(torch.bfloat16, dropout=False) if one.name.startswith("peft")]
     return found + peft
