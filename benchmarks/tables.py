@@ -311,7 +311,7 @@ def landing_model_table(result: Result) -> str:
             runs.setdefault(row.provider, {})[row.case["seed"]] = row
     heads = ["", "learned, nats a token", "less than in fp32", "its adapter run in fp32"]
     heads += ["less than in fp32", "‖ΔW‖ / ‖W‖"]
-    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    lines = [_cells(heads).replace("|  ", "| "), "|---" * len(heads) + "|"]
     for name, own in runs.items():
         exact = runs.get(f"{name.partition(', ')[0]}, fp32", {})
         cells = [title(name, {"m": 64, "r": 8})]
@@ -320,7 +320,7 @@ def landing_model_table(result: Result) -> str:
             pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
             cells.append(_interval(pairs) if any(pairs) else "")
         cells.append(f"{fmean(row.figures['change'] for row in own.values()):.4f}")
-        lines.append(_cells(cells))
+        lines.append(_cells(cells).replace("|  ", "| "))
     case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
     caption = (
         f"SmolLM2-135M, GSM8K, all linear layers, {case['steps']} steps of {case['batch']} × "

@@ -306,7 +306,9 @@ class CABR(AdapterState):
         config, dense = self.config, bases.dense_weight(base)
         self._stale = False
         if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
-            self._rounding_seed = config.seed + int(self.rows.sum() + self.cols.sum())
+            own = torch.cat((self.rows, self.cols))
+            places = torch.arange(1, len(own) + 1, device=own.device)
+            self._rounding_seed = config.seed + int((own * places).sum())
         if config.norm != "channel" and not config.restrain and dense is not None:
             return
         weight = bases.weight(base) if weight is None else weight

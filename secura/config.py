@@ -167,7 +167,7 @@ class AdapterConfig:
     @property
     def replaces_product(self) -> bool:
         """Whether a layer multiplies by another weight than the base's, which has to be at hand."""
-        return self.norm == "weight" or self.stochastic_rounding
+        return self.norm_options.replaces_product or self.stochastic_rounding
 
     def fixed_settings(self, folded: bool) -> str:
         """What the settings say of the result, beside tensors' shapes: saved with a checksum.

@@ -58,7 +58,7 @@ class Layer(NamedTuple):
     @property
     def replaces_product(self) -> bool:
         """Whether the layer multiplies by another weight than W, so that W itself is needed."""
-        return self.options.norm == "weight" or self.rounding_seed is not None
+        return self.options.replaces_product or self.rounding_seed is not None
 
 
 def update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:

@@ -59,6 +59,11 @@ class NormOptions(NamedTuple):
     eps: float = 1e-10
     eps_relative: bool = False
 
+    @property
+    def replaces_product(self) -> bool:
+        """Whether the layer multiplies by another weight than W, so that W itself is needed."""
+        return self.norm == "weight"
+
 
 class Restrain(NamedTuple):
     """The released code's suppression of the most important output channels.

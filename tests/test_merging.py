@@ -63,7 +63,7 @@ def test_stochastic_rounding_is_the_same_merged_saved_and_loaded(norm, tmp_path)
     seeds = {
         layer.secura_adapter["default"]._rounding_seed for layer in tiny.layers(model).values()
     }
-    assert len(seeds) > 4
+    assert len(seeds) == len(tiny.layers(model))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama(dtype=torch.bfloat16), tmp_path)
     assert torch.equal(tiny.logits(loaded), expected)

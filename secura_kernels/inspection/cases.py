@@ -131,10 +131,13 @@ def _cases() -> Iterator[Recorded]:
     yield replace(weight, full=True, transposed=True)
     for norm in (channel, weight):
         yield replace(norm, full=True, merge=True)
-    for rounded in (none, channel, weight):
-        full = replace(rounded, stochastic=True, full=True)
-        yield from (replace(rounded, stochastic=True), full, replace(full, transposed=True))
-        yield replace(full, t=8191, n=4099, k=4091, m=100)
+    rounded = replace(channel, full=True, stochastic=True)
+    yield from (
+        replace(none, stochastic=True),
+        rounded,
+        replace(weight, full=True, stochastic=True),
+    )
+    yield replace(rounded, t=8191, n=4099, k=4091, m=100, transposed=True, targets=SOME)
     yield replace(activation, options=NormOptions("activation", "paper"))
     yield replace(activation, options=NormOptions("activation", eps_relative=True), full=True)
     for save in ("recompute", "8bit"):

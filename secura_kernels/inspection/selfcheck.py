@@ -97,7 +97,7 @@ def chosen(tensor: Tensor) -> tuple[str, str]:
 
 OPS = (
     *(("secura_linear", norm) for norm in NORMS),
-    *(("secura_add", norm) for norm in NORMS if norm != "weight"),
+    *(("secura_add", norm) for norm in NORMS if not NormOptions(norm).replaces_product),
     *(("effective_weight", norm) for norm in NORMS if norm != "activation"),
 )
 """Every op and the space it is checked in."""
