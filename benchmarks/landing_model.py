@@ -37,7 +37,7 @@ PLANS = {
 }
 ADAPTERS: dict[str, tuple[Callable[..., Any], float, dict[str, Any]]] = {
     "peft lora": (LoraConfig, 5e-4, {"r": 8, "lora_alpha": 8}),
-    "secura none": (SecuraConfig, 1e-4, {"r": 64, "norm": "none"}),
+    "secura none": (SecuraConfig, 1e-5, {"r": 64, "norm": "none"}),
 }
 """By name: its config, the rate, its settings; on all linear layers."""
 ARITHMETICS = ("fp32", "bf16", "bf16 stochastic")
