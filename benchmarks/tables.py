@@ -309,12 +309,13 @@ def landing_model_table(result: Result) -> str:
     for row in result.rows:
         if row.status == "ok":
             runs.setdefault(row.provider, {})[row.case["seed"]] = row
-    heads = ["", "learned, nats a token", "less than in fp32", "its adapter run in fp32"]
-    heads += ["less than in fp32", "‖ΔW‖ / ‖W‖"]
+    heads = ["", "rate", "learned, nats a token", "less than in fp32"]
+    heads += ["its adapter run in fp32", "less than in fp32", "‖ΔW‖ / ‖W‖"]
     lines = [_cells(heads).replace("|  ", "| "), "|---" * len(heads) + "|"]
     for name, own in runs.items():
         exact = runs.get(f"{name.partition(', ')[0]}, fp32", {})
-        cells = [title(name, {"m": 64, "r": 8})]
+        first = next(iter(own.values())).case
+        cells = [title(name, {"m": 64, "r": 8}), f"{first['rate']:g}"]
         for end in ("after", "after_fp32"):
             cells.append(f"{fmean(_learned(row, end) for row in own.values()):.4f}")
             pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
@@ -324,8 +325,8 @@ def landing_model_table(result: Result) -> str:
     case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
     caption = (
         f"SmolLM2-135M, GSM8K, all linear layers, {case['steps']} steps of {case['batch']} × "
-        f"{case['length']} tokens, AdamW at {case['rate']:g} without schedule, {seeds} seeds, "
-        f"paired, with the 95% interval; loss of {case['held_out']} × {case['length']} held-out "
+        f"{case['length']} tokens, AdamW without schedule, {seeds} seeds, paired, "
+        f"with the 95% interval; loss of {case['held_out']} × {case['length']} held-out "
         f"tokens, before it less after it. {provenance(result)}."
     )
     return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"

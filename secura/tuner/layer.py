@@ -199,8 +199,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         adapters = self._named(self.active_adapters)
         if len(adapters) > 1 and not all(map(_adds_up, adapters)):
             raise ValueError(
-                f"adapters {self.active_adapters} are active together, but only norm='none' "
-                "without stochastic_rounding adds up: activate one with set_adapter()"
+                f"adapters {self.active_adapters} are active together, but only norm='none' adds "
+                "up, without stochastic_rounding: activate one with set_adapter()"
             )
         return adapters
 

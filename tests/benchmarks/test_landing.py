@@ -60,5 +60,5 @@ def test_learning_is_measured_paired_and_resumed(tmp_path, monkeypatch):
     ):
         row.figures |= {"before": 1.0, "after": 1.0 - learned}
     table = tables.landing_model_table(result)
-    assert "| PEFT LoRA, fp32, r=8 | 0.4000 | |" in table
-    assert "| PEFT LoRA, bf16, r=8 | 0.2000 | 0.2000 [" in table
+    assert "| PEFT LoRA, fp32, r=8 | 0.0005 | 0.4000 | |" in table
+    assert "| PEFT LoRA, bf16, r=8 | 0.0005 | 0.2000 | 0.2000 [" in table
