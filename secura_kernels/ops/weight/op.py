@@ -12,6 +12,9 @@
 | P, P_base | [N, m]   | fp32; ∂P in fp32               |
 | rows      | [m]      | int64                          |
 
+With a seed W' is rounded stochastically in the forward pass, as a merge rounds it; ∂x takes W'
+rounded to nearest.
+
 Saved for backward: x and small tensors (ε, slope and offset of the gain, the factors); W' is
 rebuilt. ``paper`` and ``released`` take a first pass for the largest ρ. Neither ∂W nor ΔW is ever
 whole in memory: Triton forms W' in one pass over W and ∂P in chunks of W's rows (:mod:`.triton`
