@@ -28,7 +28,7 @@ from .tables import landing_table
 CHANGES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """|ΔW| / |W|."""
 SIZES = {
-    "quick": {"T": 1024, "N": 1024, "K": 1024, "m": 64, "r": 16},
+    "quick": {"T": 512, "N": 512, "K": 512, "m": 64, "r": 16},
     "tiny": {"T": 64, "N": 64, "K": 64, "m": 8, "r": 4},
 }
 DRAWS = 5

@@ -32,7 +32,7 @@ from .tables import landing_model_table
 
 SEEDS = 3
 PLANS = {
-    "quick": {"steps": 16, "batch": 4, "length": 32, "held_out": 32},
+    "quick": {"steps": 12, "batch": 4, "length": 32, "held_out": 24},
     "tiny": {"steps": 2, "batch": 2, "length": 8, "held_out": 8},
 }
 ADAPTERS: dict[str, tuple[Callable[..., Any], float, dict[str, Any]]] = {
