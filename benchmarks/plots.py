@@ -13,7 +13,8 @@ from typing import Any
 from .schema import Result
 from .tables import groups, headline_t, summed
 
-KINDS = ("speed", "memory")
+KINDS = {"layer": ("speed", "memory"), "landing": ("share",)}
+"""Of the benchmarks whose plots stand below their tables."""
 COLOURS = {
     "frozen": "#444444",
     "secura none": "#89C2D9",
@@ -29,9 +30,9 @@ COLOURS = {
 DASHES = {"reference": "--", "compiled": ":", "dropout": "-."}
 
 
-def layer_plots(path: Path) -> list[Path]:
-    """Where the plots of the layer result at ``path`` stand, its suffix left out."""
-    return [path.with_name(f"{path.name}-{kind}.svg") for kind in KINDS]
+def plots_of(benchmark: str, path: Path) -> list[Path]:
+    """Where the plots of the result at ``path`` stand, its suffix left out."""
+    return [path.with_name(f"{path.name}-{kind}.svg") for kind in KINDS[benchmark]]
 
 
 def draw_all(results: Path) -> list[Path]:
@@ -47,6 +48,7 @@ def draw_all(results: Path) -> list[Path]:
         pictures = {
             "layer": {"speed": speed, "memory": memory},
             "model": {"steps": steps},
+            "landing": {"share": share},
         }
         for path in sorted(results.glob("*.json")):
             for kind, draw in pictures.get(path.name.partition("-")[0], {}).items():
@@ -166,6 +168,31 @@ def memory(result: Result) -> Any:
     places = axes.barh(names, [bars[name] for name in names], color=[_colour(n) for n in names])
     axes.bar_label(places, fmt="%.1f", padding=3, fontsize=7)
     axes.margins(x=0.1)
+    return figure
+
+
+def share(result: Result) -> Any:
+    """The share of a small change's effect that the output shows, by the change's size."""
+    figure, (axes,) = _figure("Of ΔW's effect there arrives in the output", result)
+    curves: dict[str, dict[float, float]] = {}
+    for row in result.rows:
+        if row.status == "ok":
+            curves.setdefault(row.provider, {})[row.case["change"]] = row.figures["share"]
+    for name, curve in curves.items():
+        axes.plot(
+            list(curve),
+            list(curve.values()),
+            "-" if "stochastic" in name else "--",
+            color=_colour(name),
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("‖ΔW‖ / ‖W‖")
+    axes.set_ylim(0, 1.15)
+    _legend(axes)
     return figure
 
 

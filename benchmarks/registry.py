@@ -126,13 +126,13 @@ def for_models(dtype: torch.dtype) -> list[Provider]:
     return ours + [entry for entry in others if entry.family in ("lora", "dora", "released")]
 
 
-def secura(space: str, impl: str, name: str | None = None) -> Provider:
-    """SECURA in one norm space; ``impl`` may be ``auto``."""
+def secura(space: str, impl: str, name: str | None = None, **settings: Any) -> Provider:
+    """SECURA in one norm space, with these settings; ``impl`` may be ``auto``."""
 
     def make(base: nn.Linear, ranks: Ranks) -> nn.Module:
         if impl == "triton" and (reason := why_not_triton(base.weight)):
             raise MissingError(reason)
-        return SECURALinear.from_linear(base, r=ranks.m, norm=space)
+        return SECURALinear.from_linear(base, r=ranks.m, norm=space, **settings)
 
     return Provider(name or f"secura {space} {impl}", f"secura {space}", make, impl)
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and of docs, and the plots, from the committed results alone.
+"""The pages' tables, and the plots, from the committed results alone.
 
     python -m benchmarks.report            # rewrite the tables between the pages' markers, plots
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .plots import draw_all, layer_plots
+from .plots import draw_all, plots_of
 from .retention.record import read_all
 from .retention.report import main_table
 from .retention.summary import Front
@@ -80,8 +80,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return demo_table(json.loads(path.read_text(encoding="utf-8")))
     result = Result.load(path)
     found = TABLES[result.benchmark](result)
-    if result.benchmark == "layer":
-        images = [image for image in layer_plots(RESULTS / name) if image.exists()]
+    if result.benchmark in ("layer", "landing"):
+        images = [image for image in plots_of(result.benchmark, RESULTS / name) if image.exists()]
         found += "".join(f"![{of.stem}](../{of.relative_to(ROOT).as_posix()})\n" for of in images)
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import fmean
 from typing import Any
 
+from .retention.summary import estimate
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
@@ -342,6 +344,70 @@ def _counted(rows: list[Row]) -> dict[str, float]:
     return {name: sum(row.figures[name] * row.case["count"] for row in rows) for name in names}
 
 
+def landing_table(result: Result) -> str:
+    """The share of a small change's effect that outputs show, of ``benchmarks.landing``."""
+    changes = dict.fromkeys(row.case["change"] for row in result.rows if row.figures)
+    sizes = [f"{change:g}" for change in changes]
+    heads = ["of ΔW's effect there arrives, at ‖ΔW‖ / ‖W‖ =", *sizes, "error of the output"]
+    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(row.provider for row in result.rows):
+        own = [row.figures for row in result.rows if row.provider == name and row.figures]
+        shares = [f"{one['share']:.2f}{_spread(one['spread'])}" for one in own]
+        error = f"{max(one['error'] for one in own):.1e}" if own else ""
+        lines.append(_cells([title(name, result.rows[0].case), *shares, error]))
+    case = result.rows[0].case
+    shape = f"T={case['T']}, {case['K']}→{case['N']}, random weights"
+    caption = (
+        f"{shape}, {result.settings['draws']} draws, ± where their standard deviation is over "
+        "0.005; a gated space's own effect is about ΔW/2. *Error of the output*: against fp64, "
+        f"relative, the largest of the columns. A CPU's arithmetic. {provenance(result)}."
+    )
+    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
+
+
+def _spread(value: float) -> str:
+    return f" ± {value:.2f}" if value > 0.005 else ""
+
+
+def landing_model_table(result: Result) -> str:
+    """What was learned at a small rate in each arithmetic, of ``benchmarks.landing_model``."""
+    runs: dict[str, dict[int, Row]] = {}
+    for row in result.rows:
+        if row.status == "ok":
+            runs.setdefault(row.provider, {})[row.case["seed"]] = row
+    heads = ["", "rate", "learned, nats a token", "less than in fp32"]
+    heads += ["its adapter run in fp32", "less than in fp32", "‖ΔW‖ / ‖W‖"]
+    lines = [_cells(heads).replace("|  ", "| "), "|---" * len(heads) + "|"]
+    for name, own in runs.items():
+        exact = runs.get(f"{name.partition(', ')[0]}, fp32", {})
+        first = next(iter(own.values())).case
+        cells = [title(name, {"m": 64, "r": 8}), f"{first['rate']:g}"]
+        for end in ("after", "after_fp32"):
+            cells.append(f"{fmean(_learned(row, end) for row in own.values()):.4f}")
+            pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
+            cells.append(_interval(pairs) if any(pairs) else "")
+        cells.append(f"{fmean(row.figures['change'] for row in own.values()):.4f}")
+        lines.append(_cells(cells).replace("|  ", "| "))
+    case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
+    caption = (
+        f"SmolLM2-135M, GSM8K, all linear layers, {case['steps']} steps of {case['batch']} × "
+        f"{case['length']} tokens, AdamW without schedule, {seeds} seeds, paired, "
+        f"with the 95% interval; loss of {case['held_out']} × {case['length']} held-out "
+        f"tokens, before it less after it. {provenance(result)}."
+    )
+    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
+
+
+def _learned(row: Row, end: str) -> float:
+    before = row.figures["before" if end == "after" else "before_fp32"]
+    return before - row.figures[end]
+
+
+def _interval(values: list[float]) -> str:
+    found = estimate(values)
+    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
 def provenance(result: Result) -> str:
     """Where and how a result was made, in a sentence."""
     machine, versions = result.machine, result.versions
@@ -361,4 +427,6 @@ TABLES = {
     "anchor": anchor_table,
     "memory": memory_table,
     "counts": counts_table,
+    "landing": landing_table,
+    "landing_model": landing_model_table,
 }

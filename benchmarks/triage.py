@@ -32,7 +32,7 @@ from . import graphs, measure, oracle
 from .children import Child, exit_when_asked
 from .layer import PHASES, Problem, Runner
 from .ops import OPS, Op, Size, Tensors, allowed_ratio
-from .registry import Provider, Ranks, catalogue, choose, excuse, frozen_linear
+from .registry import Provider, Ranks, catalogue, choose, excuse, frozen_linear, secura
 from .schema import SPENT, Recorder, Row, new_result
 from .shapes import LayerCase
 
@@ -46,8 +46,11 @@ PROVIDERS = (
     "secura channel triton",
     "secura activation triton",
     "secura weight triton",
+    "secura none stochastic",
     "peft dora bf16",
 )
+ROUNDED = secura("none", "triton", "secura none stochastic", stochastic_rounding=True)
+"""W' rounded stochastically: the one of ``PROVIDERS`` that the catalogue has not."""
 SIZES = {"q+o": Size(8192, 4096, 4096, 128), "gate+up": Size(8192, 14336, 4096, 128)}
 LANDING = (1e-3, 3e-4)
 """‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""
@@ -85,7 +88,7 @@ class Asker:
 
     def provider(self, name: str) -> Provider:
         """The one of that name."""
-        return choose(catalogue(self.dtype, dropout=False), name)[0]
+        return choose([*catalogue(self.dtype, dropout=False), ROUNDED], name)[0]
 
     def us(self, call: Callable[[], Any], *, eager: bool = False) -> float | None:
         """Microseconds of a call by itself, as a CUDA graph where it can be one."""

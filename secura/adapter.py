@@ -102,6 +102,7 @@ class CABR(AdapterState):
         self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
+        self._rounding_seed: int | None = None
         for name in ("columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self.waits = later and not sent
@@ -173,14 +174,14 @@ class CABR(AdapterState):
         if self.columns is None and bases.is_elsewhere(base):
             self._keep_columns(base)
         weight = bases.weight(base, values=False) if self.columns is None else None
-        if not self.config.norm_options.replaces_product:
+        if not self.config.replaces_product:
             y0 = base(x) if y0 is None else y0
             return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):
                 raise ValueError(
-                    f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
-                    "be skipped: use norm='channel'"
+                    f"{self.name}: norm='weight' and stochastic_rounding replace the layer's "
+                    f"product, so {skipped} would be skipped: use norm='channel' without rounding"
                 )
             x = x.to(dense.device)
         weight = bases.weight(base, values=False)
@@ -204,6 +205,7 @@ class CABR(AdapterState):
             None if own["important"] is None else self._restrain(),
             config.norm_save,
             own["columns"],
+            self._rounding_seed,
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
@@ -360,6 +362,10 @@ class CABR(AdapterState):
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, dense = self.config, bases.dense_weight(base)
         self._stale, self.columns = False, None
+        if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
+            own = torch.cat((self.rows, self.cols))
+            places = torch.arange(1, len(own) + 1, device=own.device)
+            self._rounding_seed = config.seed + int((own * places).sum())
         if config.norm != "channel" and not config.restrain and dense is not None:
             return
         weight = bases.weight(base, values=False)

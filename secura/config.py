@@ -50,6 +50,11 @@ class AdapterConfig:
         train_bias: whether a bias ``[N]`` is trained too. Where the base layer has none, a merge
             gives it one, which transformers leaves out when it loads the merged checkpoint: serve
             such an adapter unmerged.
+        stochastic_rounding: whether W' is rounded to bf16 stochastically, in the forward pass and
+            in the merge alike (from ``seed`` and the layer's rows and columns), so that changes
+            under a thousandth of the weight are not lost; not with ``norm="activation"``, nor with
+            dropout. It costs a pass over W in every forward, as ``norm="weight"`` does
+            (docs/norms.md), and does nothing where fp32 is computed in.
         dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.
         restrain: the released code's suppression of the most important output channels.
         restrain_percent: share of small gains above which it acts.
@@ -87,6 +92,7 @@ class AdapterConfig:
     norm_save: str = "recompute"
     fold_every: int = 0
     train_bias: bool = False
+    stochastic_rounding: bool = False
     dropout: float = 0.0
     restrain: bool = False
     restrain_percent: float = 0.9
@@ -133,6 +139,12 @@ class AdapterConfig:
                 "dropout acts on z = x Rᵀ, which norm='weight' never forms: set dropout=0 or "
                 "choose norm='channel', 'activation' or 'none'"
             )
+        if self.stochastic_rounding and (self.dropout or self.norm == "activation"):
+            raise ValueError(
+                "stochastic_rounding is of one W' for all tokens, which norm='activation' and "
+                "dropout do not have: set dropout=0 and choose norm='channel', 'weight' or 'none', "
+                "or leave it off"
+            )
         if isinstance(self.fold_every, bool) or not isinstance(self.fold_every, int):
             raise ValueError(f"fold_every={self.fold_every!r} must be an integer")
         if self.fold_every < 0:
@@ -151,6 +163,11 @@ class AdapterConfig:
             float(self.norm_eps),
             self.norm_eps_relative,
         )
+
+    @property
+    def replaces_product(self) -> bool:
+        """Whether a layer multiplies by another weight than the base's, which has to be at hand."""
+        return self.norm_options.replaces_product or self.stochastic_rounding
 
     def fixed_settings(self, folded: bool) -> str:
         """What the settings say of the result, beside tensors' shapes: saved with a checksum.

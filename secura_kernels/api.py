@@ -46,7 +46,7 @@ from .norm import SAVES, pack
 from .ops import flops
 from .ops.activation import op as activation
 from .ops.channel import op as channel
-from .ops.common import Call, Step, cast
+from .ops.common import Call, Step, cast, rounding_seed
 from .ops.lowrank import op as lowrank
 from .ops.project import op as project
 from .ops.weight import op as weight
@@ -131,8 +131,9 @@ def secura_add(
         TypeError, ValueError, RuntimeError: as :func:`secura_linear`; ValueError also for
             ``weight``, which multiplies by another weight and cannot use y0.
     """
-    if layer.options.replaces_product:
-        raise ValueError("the space 'weight' multiplies by W' itself: call secura_linear")
+    if layer.replaces_product:
+        what = "stochastic rounding" if layer.options.norm != "weight" else "the space 'weight'"
+        raise ValueError(f"{what} multiplies by W' itself: call secura_linear")
     if layer.weight is None and layer.columns is None:
         raise ValueError("the layer has neither weight nor columns, of which P is made")
     n = y0.shape[-1]
@@ -145,8 +146,6 @@ def effective_weight(
     b: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """Compute the plain weight ``W' [N, K]`` that makes the same layer: what a merge writes.
@@ -154,18 +153,16 @@ def effective_weight(
     Args:
         layer: the frozen layer and how it is adapted.
         a, b, impl: as for :func:`secura_linear`.
-        dtype: of the result, rounded to once; W's own by default.
-        stochastic_rounding: round each entry up with the probability of the part that is cut off;
-            bf16 alone. Entries that bf16 holds exactly never change.
-        seed: of the rounding. One seed gives one result on one kind of device; give each layer its
-            own.
+        dtype: of the result, rounded to once; W's own by default. To bf16 from the layer's
+            ``rounding_seed`` if it has one: up with the probability of the part that is cut off,
+            each entry as in the forward pass. Entries that bf16 holds exactly never change.
 
     Returns:
         ``[N, K]`` in W's layout. No gradient; W is not written.
 
     Raises:
-        ValueError: for ``norm="activation"``, stochastic rounding to another dtype than bf16, a
-            layer without weight, shapes that do not fit, or an unknown form or ``impl``.
+        ValueError: for ``norm="activation"``, stochastic rounding to fp16, a layer without weight,
+            shapes that do not fit, or an unknown form or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take the weight.
     """
     options, w, rows = layer.options, layer.weight, layer.rows
@@ -174,23 +171,19 @@ def effective_weight(
     if w is None:
         raise ValueError("the layer has no weight to make another of")
     dtype = dtype or w.dtype
-    if stochastic_rounding and dtype != torch.bfloat16:
-        raise ValueError(f"stochastic rounding is for torch.bfloat16, not {dtype}: leave it off")
+    seed = rounding_seed(layer, dtype)
     _check(w.shape[0], (), layer, a, b, None, None)
-    draw = seed if stochastic_rounding else None
     call = _call(layer, False, True, impl)
     with torch.no_grad(), without_autocast(w.device.type):
         p, p_base = _projections(call, a, b)
         if options.norm == "weight":
             return weight.normed_weight(
-                w, rows, p, p_base, call.important, call.norm, dtype, draw, impl
+                w, rows, p, p_base, call.important, call.norm, dtype, seed, impl
             )
         q, share = p, None
         if options.norm == "channel":
-            gram, norms = channel.row_norms(w, rows, p_base)
-            fresh = call._replace(layer=layer._replace(gram=gram, base_norms=norms))
-            q, share, _ = channel.product(fresh, p, p_base, p.dtype)
-        return weight.merged_weight(w, rows, q, share, dtype, draw, impl)
+            q, share, _ = channel.product(call, p, p_base, p.dtype)
+        return weight.merged_weight(w, rows, q, share, dtype, seed, impl)
 
 
 @torch.no_grad()
@@ -251,7 +244,7 @@ def _run(
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
     if x.dtype != dtype:
         x = x.to(dtype)
-    if not watched and layer.options.norm == "weight" and layer.weight is not None:
+    if not watched and layer.replaces_product and layer.weight is not None:
         impl = supported(impl, x, layer.weight)
     elif not watched:
         impl = resolve(impl, x)
@@ -290,7 +283,11 @@ def _check(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
-    norm = layer.options.norm
+    norm, draws = layer.options.norm, layer.rounding_seed is not None
+    if draws and norm == "activation":
+        raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")
+    if draws and z_scale is not None:
+        raise ValueError("W' has no z to scale: leave out z_scale, or rounding_seed")
     if norm == "channel":
         gram, norms = layer.gram, layer.base_norms
         if gram is None or norms is None:

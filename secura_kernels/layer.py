@@ -35,6 +35,9 @@ class Layer(NamedTuple):
         save: ``activation`` alone: ``"recompute"`` keeps the base's output for the backward pass,
             ``"8bit"`` one byte of 1/M an element.
         columns: ``C [N, m]`` where it is to be read there and not from ``weight``, or None.
+        rounding_seed: of the stochastic rounding of W' to bf16, in the forward pass and in the
+            merge alike; None rounds to nearest. It acts where bf16 is computed in or merged to,
+            and needs ``weight``; not in ``activation``, which has no W'.
     """
 
     weight: Tensor | None
@@ -50,6 +53,12 @@ class Layer(NamedTuple):
     restrain: Restrain | None = None
     save: str = "recompute"
     columns: Tensor | None = None
+    rounding_seed: int | None = None
+
+    @property
+    def replaces_product(self) -> bool:
+        """Whether the layer multiplies by another weight than W, so that W itself is needed."""
+        return self.options.replaces_product or self.rounding_seed is not None
 
 
 def update(a: Tensor, b: Tensor | None, scaling: float) -> Tensor:

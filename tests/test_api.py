@@ -276,8 +276,15 @@ def test_what_a_space_cannot_do_is_refused():
         secura_add(example.grad, bare, a)
     with pytest.raises(ValueError, match="not linear in x"):
         effective_weight(layer._replace(options=NormOptions("activation")), a)
-    with pytest.raises(ValueError, match=r"is for torch\.bfloat16"):
-        effective_weight(layer, a, stochastic_rounding=True)
+    drawn = layer._replace(rounding_seed=0, options=NormOptions("none"))
+    with pytest.raises(ValueError, match=r"is to torch\.bfloat16"):
+        effective_weight(drawn, a, dtype=torch.float16)
+    with pytest.raises(ValueError, match="no W' to round"):
+        secura_linear(x, drawn._replace(options=NormOptions("activation")), a)
+    with pytest.raises(ValueError, match="no z to scale"):
+        secura_linear(x, drawn, a, z_scale=torch.ones(7, 4))
+    with pytest.raises(ValueError, match="stochastic rounding multiplies by W' itself"):
+        secura_add(example.grad, drawn, a)
     with pytest.raises(ValueError, match="unknown norm 'rows'"):
         secura_linear(x, layer._replace(options=NormOptions("rows")), a)
 

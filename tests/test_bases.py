@@ -16,6 +16,8 @@ from secura import SECURALinear, bases
 
 N, K = 12, 16
 
+ROUNDED = {"stochastic_rounding": True}
+
 
 class Named(nn.Linear):
     """A subclass that computes what nn.Linear does."""
@@ -133,8 +135,9 @@ def test_a_plain_product_is_taken_over(make, norm, monkeypatch):
     assert torch.equal(layer(x), out)
 
 
-def test_a_hook_that_only_moves_inputs_is_no_obstacle():
-    plain, model = tiny.adapted(norm="weight"), tiny.adapted(norm="weight")
+@pytest.mark.parametrize("settings", [{"norm": "weight"}, {"norm": "none", **ROUNDED}], ids=str)
+def test_a_hook_that_only_moves_inputs_is_no_obstacle(settings):
+    plain, model = tiny.adapted(**settings), tiny.adapted(**settings)
     for layer in tiny.layers(model).values():
         add_hook_to_module(layer.base_layer, AlignDevicesHook("cpu"))
     assert torch.equal(tiny.logits(model), tiny.logits(plain))

@@ -201,6 +201,21 @@ def test_fold_of_a_model_counts_its_layers():
         fold(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("norm", ["none", "weight", "channel"])
+@pytest.mark.parametrize("draws", [True, False])
+def test_small_changes_reach_the_output_where_they_are_rounded_stochastically(norm, draws):
+    """Of a ΔW of a thousandth of the weight all arrives in bf16, where else half is rounded off."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(256, 256, bias=False).bfloat16(), torch.randn(256, 256).bfloat16()
+    layer = SECURALinear(base, AdapterConfig(r=16, norm=norm, stochastic_rounding=draws))
+    learn(layer)
+    layer.B.data.mul_(1e-3 * base.weight.float().norm() / layer.delta_weight().norm())
+    effect = oracle(layer, x.double()) - x.double() @ base.weight.double().t()
+    shown = (layer(x) - base(x)).double()
+    share = (shown * effect).sum() / effect.square().sum()
+    assert (0.85 < share < 1.15) if draws else (share < 0.7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["none", "weight", "channel"])
 def test_merge_is_exact_and_unmerge_bit_for_bit(norm, dtype):
@@ -354,6 +369,8 @@ def test_leading_dimensions_empty_ones_included(norm, shape):
         ({"norm_eps": float("nan")}, "norm_eps=nan must be"),
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
         ({"dropout": 0.1, "norm": "weight"}, "never forms"),
+        ({"dropout": 0.1, "norm": "none", "stochastic_rounding": True}, "one W' for all tokens"),
+        ({"norm": "activation", "stochastic_rounding": True}, "one W' for all tokens"),
         ({"fold_every": -1}, "must be 0 or more"),
         ({"fold_every": 1.5}, "must be an integer"),
         ({"restrain": True, "norm": "none"}, "restrain needs a gain"),

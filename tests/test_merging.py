@@ -54,6 +54,30 @@ def test_merge_into_bf16_is_the_rounded_exact_weight(norm):
     torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("norm", EXACT)
+def test_stochastic_rounding_is_the_same_merged_saved_and_loaded(norm, tmp_path):
+    """One W': a merged model and one that was loaded give the bits of the one that was trained."""
+    settings = {"norm": norm, "train_bias": True, "stochastic_rounding": True}
+    model = folded(tiny.adapted(tiny.llama(dtype=torch.bfloat16), **settings))
+    expected = tiny.logits(model)
+    seeds = {
+        layer.secura_adapter["default"]._rounding_seed for layer in tiny.layers(model).values()
+    }
+    assert len(seeds) == len(tiny.layers(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.llama(dtype=torch.bfloat16), tmp_path)
+    assert torch.equal(tiny.logits(loaded), expected)
+    model.merge_adapter()
+    assert torch.equal(tiny.logits(model), expected)
+    model.unmerge_adapter()
+    for layer in tiny.layers(model).values():
+        layer.secura_adapter["default"]._rounding_seed = None
+    assert not torch.equal(tiny.logits(model), expected)
+    exact, plain = (tiny.logits(folded(tiny.adapted(**settings | {"stochastic_rounding": draws})))
+                    for draws in (True, False))  # fmt: skip
+    assert torch.equal(exact, plain)  # in fp32 nothing is rounded
+
+
 def test_merge_without_a_base_bias_makes_one():
     model = tiny.adapted(tiny.llama(bias=False), norm="channel", train_bias=True)
     adapted = tiny.logits(model)

@@ -68,9 +68,13 @@ def test_dropout_of_one_of_two_active_adapters():
     assert torch.equal(tiny.logits(model), tiny.logits(model))
 
 
-@pytest.mark.parametrize("norm", ["channel", "weight", "activation"])
-def test_two_active_adapters_with_a_norm_are_an_error(norm):
-    model = two_adapters(norm)
+@pytest.mark.parametrize(
+    ("norm", "second"),
+    [("channel", {}), ("weight", {}), ("activation", {}), ("none", {"stochastic_rounding": True})],
+    ids=str,
+)
+def test_two_active_adapters_that_do_not_add_up_are_an_error(norm, second):
+    model = two_adapters(norm, **second)
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="only norm='none' adds up"):
         tiny.logits(model)

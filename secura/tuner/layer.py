@@ -200,10 +200,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             ValueError: for several of which one has a norm.
         """
         adapters = self._named(self.active_adapters)
-        if len(adapters) > 1 and any(adapter.config.norm != "none" for adapter in adapters):
+        if len(adapters) > 1 and not all(map(_adds_up, adapters)):
             raise ValueError(
                 f"adapters {self.active_adapters} are active together, but only norm='none' adds "
-                "up: activate one with set_adapter()"
+                "up, without stochastic_rounding: activate one with set_adapter()"
             )
         return adapters
 
@@ -345,8 +345,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
-            if any(adapter.config.norm != "none" for adapter in adapters):
-                raise ValueError(f"adapters {names} have a norm and do not add up: merge one alone")
+            if not all(map(_adds_up, adapters)):
+                raise ValueError(
+                    f"adapters {names} have a norm or stochastic_rounding and do not add up: merge "
+                    "one alone"
+                )
             dense = bases.weight(base)
             deltas = (adapter.delta_of(base) for adapter in adapters)
             wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
@@ -379,6 +382,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
 class SecuraLinear(SecuraLayer):
     """:class:`SecuraLayer`, by a name that PEFT's ``all-linear`` takes for a linear layer's."""
+
+
+def _adds_up(adapter: CABR) -> bool:
+    """Whether the adapter can act on a layer together with others."""
+    return adapter.config.norm == "none" and not adapter.config.stochastic_rounding
 
 
 def _sum_biases(adapters: list[CABR]) -> Tensor | None:

@@ -37,7 +37,8 @@ class Recorded:
         given: whether y0 is given rather than x.
         save: ``activation``'s ``save``.
         transposed: whether W's rows are strided.
-        merge: ``"nearest"`` or ``"stochastic"``: the merge of the layer instead of the layer.
+        merge: the merge of the layer instead of the layer.
+        stochastic: whether W' is rounded stochastically.
         targets: names of the chips it is compiled for.
     """
 
@@ -51,7 +52,8 @@ class Recorded:
     given: bool = False
     save: str = "recompute"
     transposed: bool = False
-    merge: str | None = None
+    merge: bool = False
+    stochastic: bool = False
     targets: tuple[str, ...] = EVERY
 
     @property
@@ -70,9 +72,9 @@ class Recorded:
             for size in "tnkm"
             if getattr(self, size) != getattr(default, size)
         ]
-        flags = [flag for flag in ("full", "given", "transposed") if getattr(self, flag)]
+        names = ("full", "given", "transposed", "merge", "stochastic")
+        flags = [flag for flag in names if getattr(self, flag)]
         flags += ["8bit"] * (self.save == "8bit")
-        flags += [f"merge {self.merge}"] if self.merge else []
         dtype = str(self.dtype).removeprefix("torch.")
         return " ".join([*options, dtype, *sizes, *flags])
 
@@ -87,23 +89,23 @@ class Recorded:
             self.n,
             self.k,
             folded="base" if full else "",
-            dropout=full,
+            dropout=full and not self.stochastic,
             restrained=full,
             biased=full,
             trains_bias=full,
             given=self.given,
             save=self.save,
             transposed=self.transposed,
+            rounding_seed=0 if self.stochastic else None,
         ).draw("meta")
         layer, a = example.layer, example.a
         assert layer.weight is not None
         for dtype in (torch.float32, self.dtype):
             project(layer.weight, layer.cols, a, dtype, "triton")
-        if self.merge is None:
+        if self.merge:
+            effective_weight(layer, a, impl="triton")
+        else:
             example.run("triton")
-            return
-        draws = self.merge == "stochastic"
-        effective_weight(layer, a, stochastic_rounding=draws, impl="triton")
 
 
 def _cases() -> Iterator[Recorded]:
@@ -128,8 +130,14 @@ def _cases() -> Iterator[Recorded]:
     yield replace(weight, dtype=fp16, full=True)
     yield replace(weight, full=True, transposed=True)
     for norm in (channel, weight):
-        for merge in ("nearest", "stochastic"):
-            yield replace(norm, full=True, merge=merge)
+        yield replace(norm, full=True, merge=True)
+    rounded = replace(channel, full=True, stochastic=True)
+    yield from (
+        replace(none, stochastic=True),
+        rounded,
+        replace(weight, full=True, stochastic=True),
+    )
+    yield replace(rounded, t=8191, n=4099, k=4091, m=100, transposed=True, targets=SOME)
     yield replace(activation, options=NormOptions("activation", "paper"))
     yield replace(activation, options=NormOptions("activation", eps_relative=True), full=True)
     for save in ("recompute", "8bit"):

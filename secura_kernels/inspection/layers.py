@@ -88,6 +88,7 @@ class Case:
         save: ``activation``'s.
         transposed: whether W's rows are strided.
         scaling: s.
+        rounding_seed: of the stochastic rounding of W', or None.
     """
 
     options: NormOptions
@@ -106,6 +107,7 @@ class Case:
     save: str = "recompute"
     transposed: bool = False
     scaling: float = 1.0
+    rounding_seed: int | None = None
 
     def draw(self, device: str | torch.device = "cpu", seed: int = 0) -> Example:
         """Random tensors, outputs of order 1 and changes of half of that; on ``meta`` no numbers.
@@ -150,6 +152,7 @@ class Case:
             restrain=restrain if self.restrained and norm != "none" else None,
             save=self.save,
             columns=columns,
+            rounding_seed=self.rounding_seed,
         )
         if norm == "channel":
             layer = with_norms(layer)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import absent, wide
+from ..dispatch import absent, as_dtype, wide
 from ..gpu import assumed
 from ..layer import Layer
 
@@ -54,6 +54,22 @@ class Step(NamedTuple):
     delta_bias: Tensor | None
     z_scale: Tensor | None
     keeps: bool
+
+
+def rounding_seed(layer: Layer, dtype: torch.dtype) -> int | None:
+    """The seed from which the layer's W' is rounded to ``dtype``, or None to nearest.
+
+    Raises:
+        ValueError: for fp16, to which nothing is rounded stochastically.
+    """
+    if layer.rounding_seed is None or dtype in (torch.float32, torch.float64):
+        return None
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"stochastic rounding is to torch.bfloat16, not {dtype}: compute in bf16, or leave "
+            "rounding_seed (stochastic_rounding of a config) out"
+        )
+    return layer.rounding_seed
 
 
 class Gradients(NamedTuple):
@@ -123,6 +139,13 @@ def frozen(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
     return weight, bias
 
 
+def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
+    if bias is None or delta is None:
+        return cast(delta if bias is None else bias, dtype)
+    return (bias.to(wide(dtype)) + delta).to(dtype)
+
+
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in fp32 or wider: on CUDA the fp32 sums of a 16-bit product are never rounded.
 
@@ -136,6 +159,39 @@ def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a, b, out_dtype=dtype, out=out)
     product = (a @ b).to(dtype)
     return product if out is None else out.copy_(product)
+
+
+def noise_key(seed: int) -> int:
+    """The 31 bits by which a seed tells its noise from another's."""
+    return seed * 0x9E3779B97F4A7C15 >> 16 & 0x7FFFFFFF
+
+
+def noise(first: int, shape: torch.Size, key: int, device: torch.device) -> Tensor:
+    """16 random bits an entry of ``[n, K]``, int32: a hash of its place and the key, no state.
+
+    The place is ``row · K + column``, rows counted from ``first``. The same numbers as the kernels'
+    (:func:`secura_kernels.ops.jit.noise`), for any part of a weight. The hash is "lowbias32"
+    (C. Wellons, public domain): every bit of the place turns half of the bits.
+    """
+    n, k = shape
+    rows = (torch.arange(first, first + n, device=device) * k).to(torch.int32)  # modulo 2³²
+    bits = rows[:, None] + torch.arange(k, dtype=torch.int32, device=device)
+    bits.bitwise_xor_(key)
+    bits.bitwise_xor_(bits >> 16 & 0xFFFF).mul_(0x7FEB352D)
+    bits.bitwise_xor_(bits >> 15 & 0x1FFFF).mul_(0x846CA68B - 2**32)
+    return bits >> 16 & 0xFFFF
+
+
+def round_stochastically(x: Tensor, seed: int, first: int = 0) -> Tensor:
+    """``x [n, K]`` to a bf16 neighbour, up with the probability of the part that is cut off.
+
+    Values that bf16 holds exactly stay, as do inf and NaN. ``first`` is the row of the whole weight
+    that x begins with.
+    """
+    x = as_dtype(x, torch.float32)
+    bits = x.view(torch.int32) + noise(first, x.shape, noise_key(seed), x.device)
+    rounded = (bits >> 16 << 16).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def gather(y0: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None = None) -> Tensor:
@@ -171,5 +227,10 @@ __all__ = [
     "gather",
     "gradients_fake",
     "measured",
+    "noise",
+    "noise_key",
     "product_wide",
+    "round_stochastically",
+    "rounding_seed",
+    "summed_bias",
 ]

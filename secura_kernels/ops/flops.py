@@ -46,9 +46,12 @@ def _project_backward(dp: Tensor, cols: Tensor) -> int:
     return _product(*dp.shape, cols.shape[0])
 
 
-def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor) -> int:
-    t = x.shape[0]
-    return (0 if weight is None else _product(t, *weight.shape)) + _product(t, *q.shape)
+def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor, seed: int | None) -> int:
+    t, thin = x.shape[0], _product(x.shape[0], *q.shape)
+    if weight is None:
+        return thin
+    rebuilt = 0 if seed is None else _product(*weight.shape, q.shape[1])
+    return _product(t, *weight.shape) + thin + rebuilt
 
 
 def _lowrank_backward(

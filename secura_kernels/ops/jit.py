@@ -93,6 +93,27 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def noise(place, key):
+    """16 random bits of an entry's place and the key: :func:`secura_kernels.ops.common.noise`."""
+    bits = place.to(tl.uint32) ^ key.to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits >> 16
+
+
+@triton.jit
+def round_stochastically(x, place, key):
+    """fp32 to a bf16 neighbour, up with the probability of the part that is cut off.
+
+    Values that bf16 holds exactly stay, as do inf and NaN.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + noise(place, key)) >> 16) << 16
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
 def span(block, BLOCK: tl.constexpr):
     """The indices of one block, int64: products with a stride may pass 2³¹."""
     return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -152,9 +173,11 @@ __all__ = [
     "dot_precision",
     "inverse_gain",
     "load_scalars",
+    "noise",
     "padded",
     "padded_rows",
     "relative_change",
+    "round_stochastically",
     "span",
     "unit_stride",
 ]

@@ -70,11 +70,10 @@ def all_calls():
             draw(options, **flags).run("reference")
         for options in (OPTIONS[0], OPTIONS[1], OPTIONS[3]):
             example = draw(options, dtype=torch.bfloat16)
-            for stochastic in (True, False):
-                effective_weight(
-                    example.layer, example.a, example.b, stochastic_rounding=stochastic,
-                    impl="reference",
-                )  # fmt: skip
+            for seed in (1, None):
+                layer = example.layer._replace(rounding_seed=seed)
+                effective_weight(layer, example.a, example.b, impl="reference")
+                example._replace(layer=layer).run("reference")
     return recorder.calls
 
 

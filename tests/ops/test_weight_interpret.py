@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from secura_kernels import NormOptions, effective_weight, naive, plan
 from secura_kernels.norm import COMBINES, FORMS, coefficients, pack, unpack
+from secura_kernels.ops.common import noise, noise_key, round_stochastically
+from secura_kernels.ops.weight import op as plain
 from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
 
@@ -16,6 +20,13 @@ from .rule import SHAPES, case_of, check, check_example
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHT = NormOptions("weight")
+ROUNDED = [
+    NormOptions("none"),
+    NormOptions("channel"),
+    NormOptions("channel", "paper", "averaged"),
+    WEIGHT,
+    NormOptions("weight", "calibrated", "averaged"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -226,11 +237,11 @@ def test_merge_in_another_dtype():
 @pytest.mark.parametrize("norm", ["none", "channel", "weight"])
 def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour(norm, impl):
     example = case_of((1, 24, 20, 4), NormOptions(norm), torch.bfloat16).draw()
-    arguments = (example.layer, example.a * 1e-2)
-    wide = effective_weight(*arguments, dtype=torch.float32, impl=impl)
+    layer, a = example.layer, example.a * 1e-2
+    wide = effective_weight(layer, a, dtype=torch.float32, impl=impl)
     draws = torch.stack(
         [
-            effective_weight(*arguments, stochastic_rounding=True, seed=seed, impl=impl).float()
+            effective_weight(layer._replace(rounding_seed=seed), a, impl=impl).float()
             for seed in range(32)
         ]
     )
@@ -240,9 +251,56 @@ def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour(norm, impl):
     share_up, probability = (draws != below).float().mean(0), (wide - below) / step
     assert (share_up - probability).abs().max() < 0.5
     assert (share_up - probability).mean().abs() < 0.03
-    assert torch.equal(
-        effective_weight(*arguments, stochastic_rounding=True, seed=0, impl=impl).float(), draws[0]
-    )
+    again = effective_weight(layer._replace(rounding_seed=0), a, impl=impl)
+    assert torch.equal(again.float(), draws[0])
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("folded", ["", "base"], ids=["fresh", "folded"])
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
+def test_a_layer_rounded_stochastically_multiplies_by_what_its_merge_writes(options, folded, impl):
+    case = case_of((9, 70, 37, 5), options, torch.bfloat16, folded=folded, trains_bias=False)
+    example = replace(case, rounding_seed=3).draw()
+    merged = effective_weight(example.layer, example.a, impl=impl)
+    expected = torch.nn.functional.linear(example.x, merged, example.layer.bias)
+    assert torch.equal(example.output(impl), expected)
+    assert not torch.equal(merged, effective_weight(case.draw().layer, example.a, impl=impl))
+
+
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
+def test_gradients_beside_stochastic_rounding(options):
+    for shape in ((9, 70, 37, 5), (70, 80, 48, 33)):
+        check(shape, options, torch.bfloat16, folded="base", rounding_seed=3)
+
+
+def test_stochastic_rounding_is_the_same_in_plain_torch(monkeypatch):
+    """Bit for bit, on sums that fp32 holds exactly; also where plain torch goes by parts of W."""
+    source = torch.Generator().manual_seed(0)
+    weight = torch.randint(128, 256, (70, 131), generator=source).bfloat16()
+    weight[:4] = 1
+    p = torch.randint(-255, 256, (70, 4), generator=source) / 65536
+    expected = merged(weight, p, "triton")
+    assert torch.equal(merged(weight, p, "reference"), expected)
+    assert (expected != weight).any() and (expected == weight).any()
+    exact = weight.float() + p @ weight[:4].float()
+    parts = [round_stochastically(exact[a:b], 0, a) for a, b in ((0, 7), (7, 8), (8, 70))]
+    assert torch.equal(torch.cat(parts), expected)
+    norm = pack(NormOptions("weight"))
+    arguments = (weight, torch.arange(4), p, None, None, norm, torch.bfloat16, 0, "reference")
+    whole = normed_weight(*arguments)
+    monkeypatch.setattr(plain, "rows_at_once", lambda w, dtype: 5)
+    assert torch.equal(normed_weight(*arguments), whole)
+
+
+def test_noise_is_uniform_and_its_places_and_seeds_are_independent():
+    cpu, shape = torch.device("cpu"), torch.Size((512, 512))
+    one, two, three = (noise(0, shape, noise_key(i), cpu).double() / 65536 - 0.5 for i in range(3))
+    assert abs(one.mean()) < 4 / 512 / 12**0.5 and abs(one.var() * 12 - 1) < 0.02
+    pairs = [(one[1:], one[:-1]), (one[:, 1:], one[:, :-1]), (one[:, 16:], one[:, :-16])]
+    for a, b in [*pairs, (one, two), (two, three)]:
+        assert abs((a * b).mean()) * 12 < 4 / 512
+    far = noise(2**20, torch.Size((2, 4096)), 0, cpu)  # places count modulo 2³²
+    assert torch.equal(far, noise(0, torch.Size((2, 4096)), 0, cpu))
 
 
 def merged(weight, p, impl, seed=0, rows=4):

@@ -27,7 +27,7 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
-from ..common import Call, Gradients, Saved, Step
+from ..common import Call, Gradients, Saved, Step, rounding_seed
 from ..lowrank import op as lowrank
 from ..project.op import projections
 
@@ -152,7 +152,9 @@ def product(
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
-    q, share, inverse = product(call, *projections(call, step, step.u.dtype), step.x.dtype)
+    wide_u, dtype = step.u.dtype, step.x.dtype
+    wanted = dtype if rounding_seed(call.layer, dtype) is None else wide_u
+    q, share, inverse = product(call, *projections(call, step, wide_u), wanted)
     out, saved = lowrank.add(call, step, q, share)
     return out, (*saved, inverse)
 

@@ -24,7 +24,9 @@ may be kept for the backward pass (:func:`secura_kernels.plan.keeps_weight`).
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
-(benchmarks/results/triage-h100.json), so the forward takes whichever moves less.
+(benchmarks/results/triage-h100.json), so the forward takes whichever moves less. With a seed it
+goes through W' rounded stochastically, of which 1.00 reaches the output, whatever that moves; the
+backward pass takes W' before it is rounded, by either way: the mean of what the draws give.
 """
 
 from __future__ import annotations
@@ -36,19 +38,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, op, resolve, wide
+from ...dispatch import absent, as_dtype, op, resolve, wide
 from ..common import (
     Call,
     Gradients,
     Saved,
     Step,
-    cast,
     frozen,
     gather,
     gradients_fake,
     product_wide,
+    rounding_seed,
+    summed_bias,
 )
 from ..project.op import projection
+from ..weight.op import merged_weight
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
 MAX_RANK = 512
@@ -74,13 +78,20 @@ def lowrank(
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
     keep: bool,
+    seed: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype; share and δb may be wider.
 
     Without ``weight``, x is y0, bias included; it is not written. W' ``[N, K]`` is empty unless
-    ``keep`` asks for it and the forward went through it.
+    ``keep`` asks for it and the forward went through it. With ``seed``, W' is the one that a merge
+    writes, of Q in fp32 and W in any dtype, rounded stochastically; it is not kept.
     """
+    if seed is not None and weight is not None:
+        fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
+        r = as_dtype(weight.index_select(0, rows), x.dtype)
+        out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
+        return out, x @ r.t(), absent(x)
     kernels = _kernels(impl, x)
     if weight is None:
         y0, inside = x, bias
@@ -91,7 +102,7 @@ def lowrank(
         if fuses and kernels is not None:
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
-            out = F.linear(x, fused, _sum(bias, delta_bias, x.dtype))
+            out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
             return out, x @ r[:m].t(), fused if keep else absent(x)
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
@@ -197,27 +208,36 @@ def _output_gradient(
     return dy0.index_add_(1, rows, h)
 
 
-def _sum(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
-    if bias is None or delta is None:
-        return cast(delta if bias is None else bias, dtype)
-    return (bias.to(wide(dtype)) + delta).to(dtype)
-
-
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
-    return add(call, step, projection(call, step.u, step.x.dtype), None)
+    dtype = step.x.dtype
+    wanted = dtype if rounding_seed(call.layer, dtype) is None else step.u.dtype
+    return add(call, step, projection(call, step.u, wanted), None)
 
 
 def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of an additive layer."""
     x, rows, z_scale, dtype = step.x, call.layer.rows, step.z_scale, step.x.dtype
     weight, bias = frozen(call, dtype)
+    seed, wide_q = rounding_seed(call.layer, dtype), q
     if q.dtype != dtype:
         q = q.to(dtype)
+    taken = (weight, q) if seed is None else (call.layer.weight, wide_q)
+    keep = seed is None and plan.keeps_weight(call.watched)
     run = lowrank if call.watched else lowrank.body
-    keep = plan.keeps_weight(call.watched)
-    out, z, fused = run(x, weight, bias, rows, q, share, step.delta_bias, z_scale, keep, call.impl)
+    out, z, fused = run(
+        x,
+        taken[0],
+        bias,
+        rows,
+        taken[1],
+        share,
+        step.delta_bias,
+        z_scale,
+        keep,
+        seed,
+        call.impl,
+    )
     kept = fused if fused.numel() else None
     return out, (kept, z if step.keeps else None, weight, rows, q, share, z_scale)
 

@@ -13,6 +13,9 @@
 | ∂P        | [N, m]            | fp32                               |
 | rows      | [m]               | int64                              |
 
+With a seed W' is rounded stochastically in the forward pass, as a merge rounds it; ∂x takes W'
+rounded to nearest.
+
 Saved for backward: x and small tensors (ε, slope and offset of the gain, the factors); W' is
 rebuilt, or kept (:func:`secura_kernels.plan.keeps_weight`). ``paper`` and ``released`` take a first
 pass for the largest ρ. Neither ∂W nor ΔW is ever whole in memory: Triton forms W' in one pass over
@@ -49,7 +52,20 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
-from ..common import Call, Gradients, Measured, Saved, Step, Terms, cast, gradients_fake, measured
+from ..common import (
+    Call,
+    Gradients,
+    Measured,
+    Saved,
+    Step,
+    Terms,
+    cast,
+    gradients_fake,
+    measured,
+    round_stochastically,
+    rounding_seed,
+    summed_bias,
+)
 from ..project.op import projections
 
 WORKSPACE_MIB = 8
@@ -72,6 +88,7 @@ def weight(
     important: Tensor | None,
     norm: str,
     keep: bool,
+    seed: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(out [T, N], W' [N, K], [ε, slope, offset], f [N])``; f is empty without ``important``.
@@ -85,27 +102,27 @@ def weight(
         important: ``[N]`` bool of the restraint, or None.
         norm: of :func:`secura_kernels.norm.pack`.
         keep: whether W' is wanted; else it is empty.
+        seed: W' is then the one that a merge writes, rounded stochastically; None to nearest.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how, named = unpack(norm), Terms._make(terms)
     if impl != "reference" and supported(impl, x, w) == "triton":
         kernels = _kernels()
-        tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, x.dtype)
+        multiplied = x.dtype if seed is None else torch.float32
+        tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, multiplied)
         scalars, factor = kernels.measure(tiles, important, how)
-        fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype)
+        fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype, seed)
     else:
         chunks = _Chunks(w, rows, named)
         scalars, factor = _measure(chunks, important, how)
-        fused = _fused(chunks, (scalars, factor), how, x.dtype)
-    out = F.linear(x, fused, bias)
-    if named.delta_bias is not None:
-        out.add_(named.delta_bias)
+        fused = _fused(chunks, (scalars, factor), how, x.dtype, seed)
+    out = F.linear(x, fused, summed_bias(bias, named.delta_bias, x.dtype))
     return out, fused if keep else absent(x), *measured(x, scalars, factor)
 
 
 @weight.register_fake
 def _weight_fake(x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, important, _, keep, _ = rest
+    *_, important, _, keep, _, _ = rest
     n = w.shape[0]
     scalars = x.new_empty(3, dtype=wide(w.dtype))
     return (
@@ -212,9 +229,8 @@ def merged_weight(
     compute = torch.promote_types(wide(w.dtype), q.dtype)
     base = w.to(compute) if share is None else w.to(compute) * share[:, None]
     out = torch.addmm(base, q.to(compute), w.index_select(0, rows).to(compute))
-    draw = generator(w, seed)
     fused = torch.empty_like(w, dtype=dtype)
-    return fused.copy_(round_stochastically(out, draw) if draw else out)
+    return fused.copy_(out if seed is None else round_stochastically(out, seed))
 
 
 @merged_weight.register_fake
@@ -321,28 +337,29 @@ def _write_normed(
     m: Tensor,
     factor: Tensor | None,
     norm: Norm,
-    draw: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> None:
     """Write W' of one chunk over its rows of ``fused``."""
     part, base, delta = chunk
     out = fused if part is None else fused[part]
-    exact = out.dtype == base.dtype and draw is None
+    exact = out.dtype == base.dtype and seed is None
     normed = combined(base, delta, m, base_share(m, norm), out=out if exact else None)
     if factor is not None:
         normed.mul_((factor if part is None else factor[part])[:, None])
     if not exact:
-        out.copy_(round_stochastically(normed, draw) if draw else normed)
+        first = 0 if part is None else part.start or 0
+        out.copy_(normed if seed is None else round_stochastically(normed, seed, first))
 
 
 def _fused(
     chunks: _Chunks, found: Found, norm: Norm, dtype: torch.dtype, seed: int | None = None
 ) -> Tensor:
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
-    (scalars, factor), draw = found, generator(chunks.w, seed)
+    scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=dtype)
     for chunk in chunks:
         m = _gain(chunks, *chunk[1:], scalars, norm)
-        _write_normed(fused, chunk, m, factor, norm, draw)
+        _write_normed(fused, chunk, m, factor, norm, seed)
     return fused
 
 
@@ -369,19 +386,6 @@ def _backward(
     return None if fused is None else g @ fused, dp
 
 
-def generator(like: Tensor, seed: int | None) -> torch.Generator | None:
-    """A generator on ``like``'s device, or None to round to nearest."""
-    return None if seed is None else torch.Generator(like.device).manual_seed(seed)
-
-
-def round_stochastically(x: Tensor, draw: torch.Generator) -> Tensor:
-    """fp32 ``x`` to a bf16 neighbour, up with the probability of the part cut off."""
-    bits = x.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=draw)
-    rounded = ((bits + noise) >> 16 << 16).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x.float()).to(torch.bfloat16)
-
-
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
@@ -389,9 +393,10 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     dtype = x.dtype if step.u_base is None else step.u.dtype
     terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
+    seed = rounding_seed(layer, x.dtype)
+    keep = seed is None and plan.keeps_weight(call.watched)
     run = weight if call.watched else weight.body
-    keep = plan.keeps_weight(call.watched)
-    out, fused, *found = run(x, *frozen, terms, call.important, call.norm, keep, call.impl)
+    out, fused, *found = run(x, *frozen, terms, call.important, call.norm, keep, seed, call.impl)
     kept = fused if keep else None
     return out, (kept, x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
@@ -408,10 +413,8 @@ def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradient
 __all__ = [
     "backward",
     "forward",
-    "generator",
     "merged_weight",
     "normed_weight",
-    "round_stochastically",
     "weight",
     "weight_backward",
 ]

@@ -47,7 +47,7 @@ from torch import Tensor
 from ... import plan
 from ...gpu import LARGE_SHARED, machine_of
 from ...norm import Norm, effective_eps, restrained
-from ..common import Terms
+from ..common import Terms, noise_key
 from ..jit import (
     aligned,
     block_of,
@@ -61,6 +61,7 @@ from ..jit import (
     padded,
     padded_rows,
     relative_change,
+    round_stochastically,
     span,
 )
 from ..launch import Kernel
@@ -166,10 +167,10 @@ def weight_scalars_kernel(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["key"])
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
-    seed, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
+    key, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
     SIGMOID_WEIGHT: tl.constexpr, NORMED: tl.constexpr, AVERAGED: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr, GATHER: tl.constexpr,
     STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,7 +197,7 @@ def weight_fwd_kernel(
             base = base * factor
         out = base + delta
     if STOCHASTIC:
-        out = _round_stochastically(out, seed, offs_n[:, None] * K + offs_k[None, :])
+        out = round_stochastically(out, offs_n[:, None] * K + offs_k[None, :], key)
     else:
         out = cast(out, out_ptr.dtype.element_ty)
     tl.store(
@@ -204,20 +205,6 @@ def weight_fwd_kernel(
         out,
         mask_n[:, None] & (offs_k < K)[None, :],
     )
-
-
-@triton.jit
-def _round_stochastically(x, seed, offset):
-    """fp32 to a bf16 neighbour, up with the probability of the part cut off.
-
-    The draw depends on the seed and the entry's place alone, not on the tiles; values that bf16
-    holds exactly stay, as do inf and NaN.
-    """
-    bits = x.to(tl.uint32, bitcast=True)
-    noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) >> 16
-    rounded = ((bits + noise) >> 16) << 16
-    finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @Kernel
@@ -388,7 +375,10 @@ def fused_weight(
     dtype: torch.dtype,
     seed: int | None = None,
 ) -> Tensor:
-    """W' ``[N, K]`` in ``dtype`` and W's layout; ``factor · base + Δ`` where ``norm`` is None."""
+    """W' ``[N, K]`` in ``dtype`` and W's layout; ``factor · base + Δ`` where ``norm`` is None.
+
+    Rounded stochastically from ``seed``, or to nearest.
+    """
     out = torch.empty_like(tiles.weight, dtype=dtype)
     if out.numel() == 0:
         return out
@@ -400,8 +390,9 @@ def fused_weight(
         "STOCHASTIC": seed is not None,
     }
     sizes = (*tiles.sizes, *out.stride())
+    key = 0 if seed is None else noise_key(seed)
     weight_fwd_kernel[tiles.grid](
-        *tiles.tensors, scalars, factor, out, seed or 0, *sizes, **flags, **tiles.options
+        *tiles.tensors, scalars, factor, out, key, *sizes, **flags, **tiles.options
     )
     return out
 
