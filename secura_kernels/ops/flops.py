@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._ops import ops
 from ..norm import unpack
 from .activation.op import activation, activation_backward, adds_h
 from .channel.op import channel
@@ -127,7 +128,7 @@ def _by_name(op: Callable[..., Any], formula: Callable[..., int]) -> Callable[..
 def register() -> None:
     """Tell torch's counter, once all ops are defined."""
     for name, (op, formula) in FORMULAS.items():
-        operator = getattr(torch.ops.secura, name)
+        operator = getattr(ops, name)
         register_flop_formula(operator, get_raw=True)(_by_name(op, formula))
 
 
