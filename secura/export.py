@@ -22,6 +22,9 @@ from .folders import complete_folder
 
 _PREFIX = "base_model.model."
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a LoRA can be written in."""
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` can be."""
 
@@ -56,7 +59,7 @@ def export_lora(
     Raises:
         TypeError: ``model`` is no ``PeftModel``.
         ValueError: for an adapter that is no LoRA (see :func:`check_exportable`), is not there,
-            holds NaN or inf, or does not fit ``dtype``.
+            holds NaN or inf, or does not fit ``dtype``; for a ``dtype`` not in ``DTYPES``.
         RuntimeError: while an adapter is merged.
         FileExistsError: ``folder`` is no empty folder.
     """
@@ -66,6 +69,8 @@ def export_lora(
             f"{type(model).__name__} is no PeftModel: load the adapter with "
             "PeftModel.from_pretrained(base, folder)"
         )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"a LoRA in {dtype} is none: choose one of {DTYPES}")
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
     config = model.peft_config[adapter_name]
@@ -191,4 +196,4 @@ def _ends_like(name: str, targets: set[str]) -> bool:
     return any(name[dot.end() :] in targets for dot in re.finditer(r"\.", name))
 
 
-__all__ = ["VLLM_RANKS", "check_exportable", "export_lora", "vllm_rank"]
+__all__ = ["DTYPES", "VLLM_RANKS", "check_exportable", "export_lora", "vllm_rank"]

@@ -179,6 +179,8 @@ def test_a_lora_in_a_narrower_dtype_is_rounded_once(tmp_path):
         ValueError, match=r"layers\.0\.self_attn\.q_proj: it does not fit .*float16"
     ):
         export_lora(model, tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"a LoRA in torch\.int8 is none: choose one of"):
+        export_lora(model, tmp_path / "half", dtype=torch.int8)
     assert not (tmp_path / "half").exists()
 
 

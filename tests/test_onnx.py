@@ -10,10 +10,8 @@ from secura import AdapterConfig, SECURALinear
 
 SETTINGS = [
     {"norm": "none", "core": "u"},
-    {"norm": "channel"},
     {"norm": "channel", "norm_form": "paper", "norm_combine": "averaged", "restrain": True},
     {"norm": "weight"},
-    {"norm": "weight", "norm_form": "calibrated", "norm_eps_relative": True},
     {"norm": "activation", "train_bias": True},
     {"norm": "activation", "norm_form": "paper", "norm_combine": "averaged", "restrain": True},
 ]

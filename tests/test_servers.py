@@ -20,7 +20,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def exported(tmp_path_factory):
     """A Llama adapted in every linear, in two ranks, and the folder of its LoRA."""
     base = tiny.llama(bias=False, hidden=64)
-    settings = {"target_modules": TARGETS, "rank_pattern": {"v_proj": 6}, "scaling": 0.5}
+    settings = {"target_modules": TARGETS, "rank_pattern": {"v_proj": 6}, "scaling": 2.0}
     model = tiny.adapted(base, norm="channel", **settings)
     folder = tmp_path_factory.mktemp("served") / "lora"
     with pytest.warns(UserWarning, match="to this one rank"):
@@ -77,6 +77,7 @@ def served(model, lora=None) -> tuple[list[int], torch.Tensor]:
     settings.model.path = str(model)
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 64, 1, False, -1
     settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if lora is not None:
         adapter = llama_cpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = str(lora), 1.0
@@ -116,7 +117,7 @@ def test_llama_cpp_runs_an_exported_lora(exported, tmp_path):
 @pytest.mark.parametrize("norm", ["none", "channel", "weight"])
 def test_llama_cpp_runs_a_merged_checkpoint(norm, tmp_path):
     model = tiny.adapted(
-        tiny.llama(bias=False, hidden=64), norm=norm, target_modules=TARGETS, scaling=0.5
+        tiny.llama(bias=False, hidden=64), norm=norm, target_modules=TARGETS, scaling=2.0
     )
     merged = copy.deepcopy(model).merge_and_unload()
     assert_same_text(model, *served(gguf_files.write_model(merged, tmp_path / "merged.gguf")))

@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
 def export(args: Any, output: Path, adapter: str) -> None:
     """Exports with parsed flags, with the tokenizer where the adapter brings its own."""
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
+    import torch
+
     from secura.export import check_exportable, export_lora
 
     check_exportable(config)
@@ -54,7 +56,7 @@ def export(args: Any, output: Path, adapter: str) -> None:
     refuse_undeclared(model, adapter)
     config.base_model_name_or_path, config.revision = base, revision
     tokenizer = tokenizer_for(model, adapter, base, loading)
-    dtype = None if args.dtype == "auto" else getattr(require("torch", "train"), args.dtype)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted:
         export_lora(model, output, dtype=dtype)
     if has_tokenizer(adapter):
