@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from secura_kernels import (
     Layer,
     Restrain,
-    check_fits,
     effective_weight,
     important_channels,
     init_a,
@@ -21,6 +20,7 @@ from secura_kernels import (
     select,
 )
 from secura_kernels.api import additive_product
+from secura_kernels.cur import check_fits
 from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 

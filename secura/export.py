@@ -7,6 +7,7 @@ whose A is R = W[rows], whose B is Q, and whose scaling is 1. Folded cores are p
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,27 @@ from .folders import complete_folder
 
 _PREFIX = "base_model.model."
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a LoRA can be written in."""
 
-def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -> Path:
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` can be."""
+
+
+def export_lora(
+    model: Any,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write a SECURA adapter as a PEFT LoRA adapter that computes the same without this package.
 
-    ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, fp32 (or wider, as the adapter), rank and alpha
-    m: one rank for all layers, which many servers want, so layers with fewer rows than others are
-    filled up with zeros. Modules saved in full (``modules_to_save``) and trained tokens are carried
-    over; vLLM takes neither. A base quantised to few bits is dequantised for R, and the LoRA then
-    belongs to that base.
+    ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, rank and alpha m: one rank for all layers, for
+    llama.cpp, TGI and LoRAX know one. So layers with fewer rows than others are filled up with
+    zeros, with a warning. Modules saved in full (``modules_to_save``) and trained tokens are
+    carried over; vLLM takes neither. A base quantised to few bits is dequantised for R, and the
+    LoRA then belongs to that base.
 
     Example:
         >>> export_lora(PeftModel.from_pretrained(base, "adapter"), "lora")
@@ -38,14 +51,15 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
         model: a ``PeftModel`` with a SECURA adapter, which is not merged.
         folder: a new or empty folder; it is complete afterwards, or not there.
         adapter_name: which adapter.
+        dtype: of lora_A and lora_B; None is fp32 (or wider, as the adapter).
 
     Returns:
         The folder, with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
         TypeError: ``model`` is no ``PeftModel``.
-        ValueError: for an adapter that is no LoRA (see :func:`check_exportable`), is not there, or
-            holds NaN or inf.
+        ValueError: for an adapter that is no LoRA (see :func:`check_exportable`), is not there,
+            holds NaN or inf, or does not fit ``dtype``; for a ``dtype`` not in ``DTYPES``.
         RuntimeError: while an adapter is merged.
         FileExistsError: ``folder`` is no empty folder.
     """
@@ -55,6 +69,8 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
             f"{type(model).__name__} is no PeftModel: load the adapter with "
             "PeftModel.from_pretrained(base, folder)"
         )
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"a LoRA in {dtype} is none: choose one of {DTYPES}")
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
     config = model.peft_config[adapter_name]
@@ -72,10 +88,11 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
     adapters: dict[str, Any] = {
         name: layer.secura_adapter[adapter_name] for name, layer in layers.items()
     }
-    rank = max(adapter.rows.numel() for adapter in adapters.values())
+    ranks = [adapter.rows.numel() for adapter in adapters.values()]
+    rank = max(ranks)
     tensors = {}
     for name, layer in layers.items():
-        a, b = _factors(name, layer.base_layer, adapters[name])
+        a, b = _factors(name, layer.base_layer, adapters[name], dtype)
         lacking = rank - a.shape[0]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
@@ -87,7 +104,18 @@ def export_lora(model: Any, folder: str | Path, adapter_name: str = "default") -
     with complete_folder(Path(folder)) as made:
         save_file(tensors, made / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         lora.save_pretrained(str(made))
+    if fewer := sum(r < rank for r in ranks):
+        warnings.warn(
+            f"{fewer} of {len(ranks)} layers have fewer rows than {rank}: filled up with zeros to "
+            "this one rank, for llama.cpp, TGI and LoRAX know one; the LoRA computes the same",
+            stacklevel=2,
+        )
     return Path(folder)
+
+
+def vllm_rank(r: int) -> int | None:
+    """The smallest ``--max-lora-rank`` with which vLLM takes a LoRA of rank r, or None."""
+    return next((known for known in VLLM_RANKS if known >= r), None)
 
 
 def check_exportable(config: Any) -> None:
@@ -115,8 +143,10 @@ def check_exportable(config: Any) -> None:
 
 
 @torch.no_grad()
-def _factors(name: str, base: Any, adapter: Any) -> tuple[Tensor, Tensor]:
-    """``(R [m, K], Q [N, m])`` of one layer, contiguous, on the CPU."""
+def _factors(
+    name: str, base: Any, adapter: Any, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """``(R [m, K], Q [N, m])`` of one layer in ``dtype``, contiguous, on the CPU."""
     try:
         b, _ = adapter.product(base)
         a = bases.weight(base).index_select(0, adapter.rows).to(b.dtype)
@@ -127,7 +157,10 @@ def _factors(name: str, base: Any, adapter: Any) -> tuple[Tensor, Tensor]:
             f"{name}: the adapter holds NaN or inf, so nothing was exported: training diverged, or "
             "its file is damaged"
         )
-    return a.contiguous().cpu(), b.contiguous().cpu()
+    a, b = (part.to(dtype or b.dtype).contiguous().cpu() for part in (a, b))
+    if not all(bool(torch.isfinite(part).all()) for part in (a, b)):
+        raise ValueError(f"{name}: it does not fit {dtype}: export it in torch.float32")
+    return a, b
 
 
 def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -163,4 +196,4 @@ def _ends_like(name: str, targets: set[str]) -> bool:
     return any(name[dot.end() :] in targets for dot in re.finditer(r"\.", name))
 
 
-__all__ = ["check_exportable", "export_lora"]
+__all__ = ["DTYPES", "VLLM_RANKS", "check_exportable", "export_lora", "vllm_rank"]

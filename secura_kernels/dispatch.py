@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._ops import add_op_namespace_prefix
 from .gpu import assumed
 
 IMPLS = ("auto", "triton", "reference")
@@ -28,6 +29,11 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def interpreting() -> bool:
     """Whether Triton runs its kernels in the interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is tracing: it knows torch's operators, and none of ours."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 @functools.cache
@@ -42,6 +48,8 @@ def why_not_triton(tensor: Tensor) -> str | None:
     """Why no kernel can take ``tensor``, or None where one can."""
     if reason := triton_missing():
         return reason
+    if exporting_to_onnx():
+        return "ONNX has no operator for a kernel"
     if not tensor.is_cuda and not interpreting():
         recording = tensor.is_meta and assumed() is not None
         if not recording:
@@ -90,7 +98,7 @@ def supported(impl: str | None, first: Tensor, second: Tensor) -> str:
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """``torch.library.custom_op("secura::<name>")`` with autocast off and its device current.
+    """``torch.library.custom_op`` of that name with autocast off and its device current.
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
     the tensors are real and no compiler looks on. The first argument must be a tensor. An op has no
@@ -108,7 +116,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
             with torch.no_grad(), alone(tensor):
                 return body(tensor, *args)
 
-        operator = torch.library.custom_op(f"secura::{name}", run, mutates_args=())
+        operator = torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=())
 
         @functools.wraps(body)
         def call(tensor: Tensor, *args: Any) -> Any:
@@ -125,9 +133,12 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_watched(*args: Any) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one."""
+    """Whether a compiler, a dispatch mode or a tensor subclass must see the operator as one.
+
+    An export to ONNX must see what is inside.
+    """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return True
+        return not exporting_to_onnx()
     for arg in args:
         if type(arg) in _PLAIN:
             continue

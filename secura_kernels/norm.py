@@ -199,7 +199,7 @@ def relative_change(base: Tensor, delta: Tensor, eps: Tensor | float) -> Tensor:
 
 def largest(rho: Tensor) -> Tensor:
     """The largest ρ, 0-dim; 0 where there is none."""
-    return rho.amax() if rho.numel() else rho.new_zeros(())
+    return rho.max() if rho.numel() else rho.new_zeros(())
 
 
 def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from secura import export_lora, fold
 from secura.cli import main
+from secura.export import vllm_rank
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -69,7 +70,8 @@ def test_the_exported_lora_computes_the_same(settings, reference, tmp_path):
 
 def test_layers_of_two_ranks_are_filled_up_to_one(tmp_path):
     model = tiny.adapted(norm="channel", rank_pattern={r"layers\.1.*q_proj": 6, "v_proj": 3})
-    config = check(model, tiny.llama(), tmp_path / "lora")
+    with pytest.warns(UserWarning, match=r"^3 of 4 layers have fewer rows than 6: filled up with"):
+        config = check(model, tiny.llama(), tmp_path / "lora")
     assert config["r"] == config["lora_alpha"] == 6
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     state = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -163,6 +165,33 @@ def test_a_bf16_base_gives_an_fp32_lora(tmp_path):
     torch.testing.assert_close(tiny.logits(lora), tiny.logits(model), rtol=0, atol=0.05)
 
 
+def test_a_lora_in_a_narrower_dtype_is_rounded_once(tmp_path):
+    model = tiny.adapted(norm="channel")
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    export_lora(model, wide)
+    export_lora(model, narrow, dtype=torch.bfloat16)
+    state = load_file(narrow / "adapter_model.safetensors")
+    for name, tensor in load_file(wide / "adapter_model.safetensors").items():
+        assert torch.equal(state[name], tensor.bfloat16()), name
+    with torch.no_grad():
+        tiny.parts(model)[0].B.mul_(1e6)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj: it does not fit .*float16"
+    ):
+        export_lora(model, tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"a LoRA in torch\.int8 is none: choose one of"):
+        export_lora(model, tmp_path / "half", dtype=torch.int8)
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("r", "needed"), [(1, 1), (2, 8), (16, 16), (17, 32), (64, 64), (257, 320), (512, 512)]
+)
+def test_the_rank_that_vllm_is_started_with(r, needed):
+    assert vllm_rank(r) == needed
+    assert vllm_rank(513) is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -234,9 +263,10 @@ def trained(base, data, tmp_path_factory):
     return output
 
 
-def test_the_command_line_writes_a_lora_that_needs_no_secura(trained, base, tmp_path):
+def test_the_command_line_writes_a_lora_that_needs_no_secura(trained, base, tmp_path, capfd):
     lora, answer = tmp_path / "lora", tmp_path / "logits.pt"
     assert main(["export_lora", "--adapter", str(trained), "--output_dir", str(lora)]) == 0
+    assert "vLLM takes it with --max-lora-rank 8\n" in capfd.readouterr().out
     assert {path.name for path in lora.iterdir()} == FILES | TOKENIZER
     assert config_of(lora)["base_model_name_or_path"] == str(base)
     subprocess.run([sys.executable, "-c", PLAIN, base, lora, answer], check=True, cwd=tmp_path)
@@ -259,6 +289,8 @@ def test_exporting_onto_a_named_base(trained, base, tmp_path, capfd):
     fails(argv, capfd, "layers.1.mlp.up_proj", "--no_check_base")
     assert main([*map(str, argv), "--no_check_base"]) == 0
     assert config_of(tmp_path / "lora")["base_model_name_or_path"] == str(tmp_path / "other")
+    state = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
 def test_the_command_line_refuses_before_it_loads_the_base(

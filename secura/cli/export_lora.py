@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+from secura._extras import require
 from secura.cli.adapters import (
     base_of,
     has_tokenizer,
@@ -23,8 +25,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="secura export_lora", description=__doc__)
     add_adapter_flags(
         parser,
-        dtype="dtype the base is loaded in, whose rows become lora_A; auto is the base's own. The "
-        "LoRA is written in float32",
+        dtype="dtype the base is loaded in and the LoRA written in; auto is the base's own, and "
+        "float32 for the LoRA",
     )
     add_loading_flags(parser)
     return parser
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> int:
 def export(args: Any, output: Path, adapter: str) -> None:
     """Exports with parsed flags, with the tokenizer where the adapter brings its own."""
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
+    import torch
+
     from secura.export import check_exportable, export_lora
 
     check_exportable(config)
@@ -52,7 +56,9 @@ def export(args: Any, output: Path, adapter: str) -> None:
     refuse_undeclared(model, adapter)
     config.base_model_name_or_path, config.revision = base, revision
     tokenizer = tokenizer_for(model, adapter, base, loading)
-    export_lora(model, output)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted:
+        export_lora(model, output, dtype=dtype)
     if has_tokenizer(adapter):
         tokenizer.save_pretrained(output)
     if config.id2label:
@@ -60,4 +66,21 @@ def export(args: Any, output: Path, adapter: str) -> None:
             f"secura: note: a LoRA has no place for the labels' names {config.id2label}: give them "
             "as id2label where its base is loaded"
         )
-    print(f"secura: exported {adapter} as a LoRA adapter into {output}")
+    for note in noted:
+        print(f"secura: note: {note.message}")
+    print(
+        f"secura: exported {adapter} as a LoRA adapter into {output}; {_for_vllm(output, config)}"
+    )
+
+
+def _for_vllm(output: Path, config: Any) -> str:
+    """What vLLM must be told to take the exported adapter, or why it does not."""
+    from secura.export import VLLM_RANKS, vllm_rank
+
+    if config.modules_to_save or config.trainable_token_indices:
+        return "vLLM takes no modules_to_save or trained tokens"
+    r = require("peft", "train").PeftConfig.from_pretrained(str(output)).r
+    needed = vllm_rank(r)
+    if needed is None:
+        return f"its rank is {r}, and vLLM takes no more than {VLLM_RANKS[-1]}"
+    return f"vLLM takes it with --max-lora-rank {needed}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
+from .._ops import ops
 from ..norm import unpack
 from .activation.op import activation, activation_backward
 from .channel.op import channel
@@ -140,7 +141,7 @@ def _by_name(op: Callable[..., Any], formula: Callable[..., int]) -> Callable[..
 def register() -> None:
     """Tell torch's counter, once all ops are defined."""
     for name, (op, formula) in FORMULAS.items():
-        operator = getattr(torch.ops.secura, name)
+        operator = getattr(ops, name)
         register_flop_formula(operator, get_raw=True)(_by_name(op, formula))
 
 

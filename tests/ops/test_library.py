@@ -234,6 +234,18 @@ def test_exports_whole(options):
     torch.testing.assert_close(program.module()(x[:4]), layer(x[:4]))
 
 
+@every_option
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_to_onnx_sees_plain_torch(options, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    layer = Layer(options)
+    x = layer.example.x
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    assert "torch.ops.secura." not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x[:4]), layer(x[:4]))
+
+
 def through(options, wrap):
     """Gradients of a layer whose forward and backward run inside ``wrap``."""
     example = draw(options)

@@ -319,10 +319,10 @@ def _coefficients(chunks: _Chunks, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     peak = None
     if norm.needs_peak:
         parts = chunks if w.numel() else ()
-        peaks = [chunks.change(base, delta, small).amax() for _, base, delta in parts]
+        peaks = [chunks.change(base, delta, small).max() for _, base, delta in parts]
         peak = small.new_zeros(()) if not peaks else peaks[0]
         if len(peaks) > 1:
-            peak = torch.stack(peaks).amax()
+            peak = torch.stack(peaks).max()
     return small, *coefficients(norm, peak, w)
 
 
