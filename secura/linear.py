@@ -14,29 +14,42 @@ from .state import MERGED, refuse_merged
 
 
 class MergedState:
-    """What a merge put in the place of: enough to undo it bit for bit."""
+    """What a merge put in the place of: enough to undo it bit for bit.
+
+    Attributes:
+        base: the layer that holds the merge: the base itself, or where that is quantised a plain
+            ``nn.Linear``.
+        quantised: the quantised layer that ``base`` stands for, or None.
+        weight, bias: what a dense base held before.
+    """
 
     def __init__(self, base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
-        self.weight, self.bias = base.weight.data, base.bias
-        bases.set_weight(base, weight)
+        self.quantised = base if bases.dense_weight(base) is None else None
+        self.base = base if self.quantised is None else bases.plain_linear(base, weight)
+        self.weight, self.bias = self.base.weight.data, self.base.bias
+        if self.quantised is None:
+            bases.set_weight(base, weight)
         if delta_bias is not None:
             old = 0 if self.bias is None else self.bias.data
             bias = (old + delta_bias).to(self.weight.dtype)
-            base.bias = nn.Parameter(bias, requires_grad=False)
+            self.base.bias = nn.Parameter(bias, requires_grad=False)
 
-    def undo(self, base: Any) -> None:
-        """Restore the weight and the bias that were there, in the base's present dtype."""
+    def undo(self, base: Any) -> Any:
+        """The layer as it was before, the weight and the bias of a dense one in its dtype now."""
+        if self.quantised is not None:
+            return self.quantised.to(base.weight.device)
         here = {"device": base.weight.device, "dtype": base.weight.dtype}
         base.weight.data, base.bias = self.weight.to(**here), self.bias
         if base.bias is not None:
             base.bias.data = base.bias.data.to(**here)
+        return base
 
 
-def weight_before(merged: MergedState | None, base: nn.Module) -> Tensor | None:
+def weight_before(merged: MergedState | None, base: Any) -> Tensor | None:
     """The base weight ``[N, K]`` without what was merged into it, or None where it is not here."""
-    if merged is None:
-        return bases.weight_here(base)
-    return merged.weight.t() if bases.is_conv1d(base) else merged.weight
+    if merged is None or merged.quantised is not None:
+        return bases.weight_here(base if merged is None else merged.quantised)
+    return bases.oriented(base, merged.weight)
 
 
 class SECURALinear(CABR):
@@ -136,13 +149,16 @@ class SECURALinear(CABR):
 
         Raises:
             RuntimeError: when merged already.
-            ValueError: for ``norm="activation"`` unless ``allow_inexact``, a quantised base, or a
-                weight that would hold NaN or inf; the base is left as it was.
+            ValueError: for ``norm="activation"`` unless ``allow_inexact``, a quantised base unless
+                ``merge_dequantized``, or a weight that would hold NaN or inf; the base is left as
+                it was.
         """
         self._check_unmerged()
+        check_mergeable(self.base, [self])
         weight = self.effective_weight(allow_inexact=allow_inexact)
         check_finite(weight)
         self._merged = MergedState(self.base, weight, None if self.bias is None else self.bias.data)
+        self.base = self._merged.base
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit.
@@ -152,12 +168,22 @@ class SECURALinear(CABR):
         """
         if self._merged is None:
             raise RuntimeError("nothing to undo: the adapter is not merged")
-        self._merged.undo(self.base)
-        self._merged = None
+        self.base, self._merged = self._merged.undo(self.base), None
 
     def _check_unmerged(self) -> None:
         if self.merged:
             raise RuntimeError("the adapter is merged already: unmerge() first")
+
+
+def check_mergeable(base: Any, adapters: list[CABR]) -> None:
+    """Raise ``ValueError`` where ``base`` is quantised and an adapter may not dequantise it."""
+    if bases.dense_weight(base) is not None:
+        return
+    if not all(adapter.config.merge_dequantized for adapter in adapters):
+        raise ValueError(
+            "a quantised weight takes no merge: load the model in full precision, or set "
+            "merge_dequantized=True in the config, which puts a plain layer in its place"
+        )
 
 
 def check_finite(weight: Tensor) -> None:
