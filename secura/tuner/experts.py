@@ -42,6 +42,13 @@ class ParamWrapper(SecuraLayer):
         """The parameter as experts' weights."""
         return bases.Stack(self.get_base_layer(), self.parameter_name)
 
+    @property
+    def _weight_key(self) -> str:
+        inner, depth = self.base_layer, 1
+        while isinstance(inner, ParamWrapper):
+            inner, depth = inner.base_layer, depth + 1
+        return "base_layer." * depth + str(self.parameter_name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes with the adapted weights.
 

@@ -70,6 +70,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = first.in_features, first.out_features
 
     @property
+    def _weight_key(self) -> str:
+        """The base weight's name in this layer's state."""
+        return "base_layer.weight"
+
+    @property
     def adapted(self) -> Any:
         """What the adapters change, as :mod:`secura.bases` reads and writes it."""
         return self.base_layer
@@ -198,7 +203,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         ``whole`` says that every tensor of an adapter has to be there, if one is.
         """
         refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
-        base = None if f"{prefix}base_layer.weight" in state_dict else self.adapted
+        base = None if prefix + self._weight_key in state_dict else self.adapted
         for name, adapter in self.secura_adapter.items():
             own = f"{prefix}secura_adapter.{name}."
             cast(CABR, adapter).check_loadable(state_dict, own, base, whole=whole)
