@@ -127,7 +127,8 @@ def _one(
     """The adapter of one expert ``[N, K]`` alone."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    # not by assignment, which PEFT's low_cpu_mem_usage sends to the meta device
+    linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     try:
         return CABR(config, linear, r=r, dtype=dtype)
     except ValueError as error:
