@@ -175,7 +175,7 @@ class CABR(AdapterState):
             self._keep_columns(base)
         weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.replaces_product:
-            y0 = base(x) if y0 is None else y0
+            y0 = bases.product(base, x, self.name) if y0 is None else y0
             return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):
@@ -310,9 +310,9 @@ class CABR(AdapterState):
     def extra_repr(self) -> str:
         """The adapter in one line."""
         config = self.config
-        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[1]}"
+        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[-1]}"
         inner += "" if self.left is None else ", anchored"
-        parts = [f"r={self.rows.numel()}", inner, f"norm={config.norm!r}"]
+        parts = [f"r={self.rows.shape[-1]}", inner, f"norm={config.norm!r}"]
         if config.norm != "none":
             parts.append(f"form={config.norm_form or 'default'}")
         return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])

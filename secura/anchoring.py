@@ -161,6 +161,11 @@ def anchored_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
                 continue
             if layer.merged:
                 raise RuntimeError("an adapter is merged into the base weight: unmerge it first")
+            if adapter.rows.dim() > 1:
+                raise ValueError(
+                    f"{names[layer]}: experts cannot be anchored, for an anchor is measured at a "
+                    "layer's own output: leave target_parameters out, or train without an anchor"
+                )
             found[names[adapter]] = (adapter, layer)
     if not found:
         raise ValueError(

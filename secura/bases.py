@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .sharding import gathered, is_partitioned, on_rank_0_alone, reshard
 
 _GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.")
 """Modules whose hooks gather a weight for a forward."""
+
+
+class Stack:
+    """A parameter of a module as weights ``[E, N, K]`` of E experts; ``[N, K]`` is one.
+
+    Attributes:
+        owner: the module.
+        name: the parameter's in it.
+        bias: None; the module adds its own.
+        transposed: whether the module stores ``[E, K, N]``, as it says itself (``is_transposed``).
+
+    Raises:
+        ValueError: for a parameter that is not 2-D or 3-D, has no expert, or is not of floats.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name, self.bias = owner, name, None
+        self.transposed = False
+        stored = owner._parameters.get(name)
+        if stored is None or dense_weight(self) is None:
+            raise ValueError(
+                f"{name} is no parameter of floating numbers in {type(owner).__name__}: quantised "
+                "or parametrised experts are not adapted; load the model in full precision"
+            )
+        if stored.dim() not in (2, 3) or not stored.numel():
+            raise ValueError(
+                f"{name} is {list(stored.shape)}: target_parameters takes weights [N, K] and "
+                "experts' weights [E, N, K], none of them empty"
+            )
+        self.transposed = stored.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as it is stored."""
+        stored = self.owner._parameters[self.name]
+        assert stored is not None
+        return stored
+
+
+def oriented(base: Any, stored: Tensor) -> Tensor:
+    """A view ``[N, K]``, or ``[E, N, K]`` of experts, of a tensor stored as ``base`` stores it."""
+    if isinstance(base, Stack) and stored.dim() == 2:
+        return stored[None]
+    return stored.mT if is_transposed(base) else stored
+
+
+def is_transposed(base: Any) -> bool:
+    """Whether ``base`` stores its weight input features first."""
+    return is_conv1d(base) or getattr(base, "transposed", False)
 
 
 def is_conv1d(base: nn.Module) -> bool:
@@ -21,22 +72,26 @@ def is_conv1d(base: nn.Module) -> bool:
 
 def check_linear(base: nn.Module) -> None:
     """Raise ``TypeError`` unless ``base`` is a linear layer SECURA can adapt."""
-    if isinstance(base, nn.Linear) or is_conv1d(base) or _quantization(base) is not None:
+    if isinstance(base, nn.Linear) or is_conv1d(base) or _dequantizer(base) is not None:
         return
     raise TypeError(
         f"{type(base).__name__} is no linear layer: SECURA adapts torch.nn.Linear, transformers' "
-        "Conv1D and the quantised linear layers PEFT knows; name such layers in target_modules"
+        "Conv1D and quantised linear layers that can be dequantised; name such layers in "
+        "target_modules"
     )
 
 
-def dense_weight(base: nn.Module) -> Tensor | None:
-    """The weight as a view ``[N, K]`` where it is stored as floating numbers, else None."""
+def dense_weight(base: Any) -> Tensor | None:
+    """The weight as a view ``[N, K]`` where it is stored as floating numbers, else None.
+
+    Experts' is ``[E, N, K]``, here and below.
+    """
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    if weight.dtype.itemsize < 2 or _quantization(base) is not None:
+    if weight.dtype.itemsize < 2 or _dequantizer(base) is not None:
         return None
-    return weight.t() if is_conv1d(base) else weight
+    return oriented(base, weight)
 
 
 def product_weight(base: nn.Module) -> Tensor | None:
@@ -60,7 +115,7 @@ def product_weight(base: nn.Module) -> Tensor | None:
     return weight(base, values=False)
 
 
-def weight(base: nn.Module, *, values: bool = True) -> Tensor:
+def weight(base: Any, *, values: bool = True) -> Tensor:
     """The weight ``[N, K]``, detached; dequantised where it must be, gathered where it is sharded.
 
     Every process has to call this where it is a DTensor or ZeRO-3's.
@@ -70,29 +125,21 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
         values: whether its numbers are read; without, a weight on the meta device will do.
 
     Raises:
-        ValueError: where it cannot be had: on the meta device, offloaded, or sharded by FSDP1.
+        ValueError: where it cannot be had: on the meta device, offloaded, sharded by FSDP1, or in a
+            form that cannot be dequantised.
     """
     dense = dense_weight(base)
+    if dense is None or "quantization_status" in base.__dict__:
+        _check_decompressed(base)
     if dense is None:
-        backend = _quantization(base)
-        if backend is None:
-            raise TypeError(
-                f"{type(base).__name__} has no floating weight and no known quantisation"
-            )
-        state = getattr(base.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            # bitsandbytes' layout for inference on a CPU: dequantising it gives another weight.
-            # Its state_dict() puts the ordinary one back.
-            base.state_dict()
-        return backend.get_base_weight(base).detach()
+        return _dequantized(base)
     detached = dense.detach()
-    if type(detached) is Tensor and not detached.is_meta and detached.dim() == 2:
+    if type(detached) is Tensor and not detached.is_meta and detached.dim() > 1:
         return detached
     check_at_hand(base)
     if values and detached.is_meta:
         raise ValueError("the base weight is on the meta device: load the weights first")
-    whole = gathered(base.weight).detach()
-    return whole.t() if is_conv1d(base) else whole
+    return oriented(base, gathered(base.weight).detach())
 
 
 def shape(base: nn.Module) -> tuple[int, int]:
@@ -117,23 +164,23 @@ def is_elsewhere(base: nn.Module) -> bool:
     return hasattr(stored, "full_tensor") or hasattr(stored, "ds_numel")
 
 
-def weight_here(base: nn.Module) -> Tensor | None:
+def weight_here(base: Any) -> Tensor | None:
     """The weight ``[N, K]``, detached, where it is dense and whole on this process, else None."""
     dense = dense_weight(base)
     if dense is None or on_rank_0_alone():
         return None
     detached = dense.detach()
-    here = type(detached) is Tensor and not detached.is_meta and detached.dim() == 2
+    here = type(detached) is Tensor and not detached.is_meta and detached.dim() > 1
     return detached if here else None
 
 
-def check_at_hand(base: nn.Module) -> None:
+def check_at_hand(base: Any) -> None:
     """Raise ``ValueError`` where the weight of ``base`` is kept elsewhere between its forwards."""
     stored = getattr(base, "weight", None)
     if not isinstance(stored, Tensor):
         return
     offloaded = stored.is_meta and "_hf_hook" in base.__dict__
-    parted = stored.is_floating_point() and stored.dim() != 2 and not is_partitioned(stored)
+    parted = stored.is_floating_point() and stored.dim() < 2 and not is_partitioned(stored)
     if offloaded or parted:
         kept = "offloaded" if offloaded else "a part of FSDP1's"
         raise ValueError(
@@ -208,17 +255,29 @@ def _hooks(base: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def make_writable(base: nn.Module) -> None:
+def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
+    """The output ``[..., N]`` that ``base``, the layer ``name``, itself makes of ``x [..., K]``.
+
+    Raises:
+        ValueError: where the gradient of ``x`` would be lost in it.
+    """
+    y0 = base(x)
+    if x.requires_grad and not y0.requires_grad and torch.is_grad_enabled():
+        kind = type(getattr(base, "weight", base)).__name__
+        raise ValueError(
+            f"{name}: the base layer ({kind}, which rounds its inputs) passes no gradient on to "
+            "its input, so the layers below it would not be trained: use norm='weight', which "
+            "multiplies by the dequantised weight, or quantise the weights alone"
+        )
+    return y0
+
+
+def make_writable(base: Any) -> None:
     """Have FSDP2 put its shards in the place of what it gathered for a forward, to be written.
 
     Raises:
-        ValueError: for a weight that a merge cannot write, or where what it wrote would be lost.
+        ValueError: where what a merge wrote into the weight would be lost.
     """
-    if dense_weight(base) is None:
-        raise ValueError(
-            f"{type(base).__name__} holds a quantised weight: load the model in full precision to "
-            "merge an adapter into it"
-        )
     managed = getattr(base, "_is_fsdp_managed_module", False)
     if managed and not hasattr(base.weight, "full_tensor"):
         reshard(base)
@@ -232,20 +291,81 @@ def make_writable(base: nn.Module) -> None:
         )
 
 
+def plain_linear(base: nn.Module, value: Tensor, delta_bias: Tensor | None) -> nn.Linear:
+    """A frozen ``nn.Linear`` with the weight ``value [N, K]`` and the bias of ``base`` plus δb."""
+    parts = [part for part in (bias(base), delta_bias) if part is not None]
+    n, k = value.shape
+    made = nn.Linear(k, n, bias=bool(parts), device="meta", dtype=value.dtype)
+    made.weight = nn.Parameter(value, requires_grad=False)
+    if parts:
+        made.bias = nn.Parameter(sum(parts).to(value.dtype, copy=True), requires_grad=False)
+    return made.train(base.training)
+
+
 def _conv1d() -> Any:
     module = sys.modules.get("transformers.pytorch_utils")
     return None if module is None else module.Conv1D
 
 
-def _quantization(base: nn.Module):
-    if "peft" not in sys.modules or type(base) is nn.Linear:
+def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
+    """What makes the weight ``[N, K]`` of a quantised base; None for any other."""
+    stored: Any = getattr(base, "weight", None)
+    if isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize:
+        return stored.dequantize  # torchao's tensors, on a plain nn.Linear
+    if type(base) in (nn.Linear, Stack):
+        return None
+    if "weight_scale_inv" in base._parameters:
+        return None if stored.itemsize > 1 else lambda: _scaled(base, stored)
+    if "peft" not in sys.modules:
         return None
     from peft.utils import resolve_quantization_backend
 
-    return resolve_quantization_backend(base)
+    backend = resolve_quantization_backend(base)
+    return None if backend is None else lambda: backend.get_base_weight(base)
+
+
+def _dequantized(base: Any) -> Tensor:
+    """The weight ``[N, K]`` of a quantised base, detached."""
+    make, kind = _dequantizer(base), type(getattr(base, "weight", base)).__name__
+    if make is None:
+        raise ValueError(
+            f"{type(base).__name__} ({kind}) has no floating weight and no known quantisation, so "
+            "its rows and columns cannot be read: load it in full precision"
+        )
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        # bitsandbytes' layout for inference on a CPU: dequantising it gives another weight.
+        # Its state_dict() puts the ordinary one back.
+        base.state_dict()
+    try:
+        return make().detach()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(base).__name__} ({kind}) cannot be dequantised ({error}), so its rows and "
+            "columns cannot be read: load it in full precision, or quantised otherwise"
+        ) from error
+
+
+def _scaled(base: Any, weight: Tensor) -> Tensor:
+    """The weight ``[N, K]``, fp32, of transformers' ``FP8Linear``: a scale a block, or one."""
+    scale = base.weight_scale_inv.float()
+    for dim, size in enumerate(base.block_size or ()):
+        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    return weight.float() * scale
+
+
+def _check_decompressed(base: Any) -> None:
+    """Raise ``ValueError`` where compressed-tensors holds another weight than it multiplies by."""
+    status = getattr(base.__dict__.get("quantization_status"), "value", "decompressed")
+    if status != "decompressed":
+        raise ValueError(
+            f"the weight is not dense yet (compressed-tensors, {status}): load the model with "
+            "CompressedTensorsConfig(dequantize=True), or run it once before it is adapted"
+        )
 
 
 __all__ = [
+    "Stack",
     "bias",
     "check_at_hand",
     "check_linear",
@@ -253,8 +373,12 @@ __all__ = [
     "dense_weight",
     "is_conv1d",
     "is_elsewhere",
+    "is_transposed",
     "make_writable",
     "only_places",
+    "oriented",
+    "plain_linear",
+    "product",
     "product_weight",
     "shape",
     "weight",

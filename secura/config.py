@@ -68,6 +68,8 @@ class AdapterConfig:
             ``PeftModel.from_pretrained(model, folder, check_base=False)``, or give it a config from
             ``SecuraConfig.from_pretrained(folder, check_base=False)``.
         allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW.
+        merge_dequantized: let a merge put a plain ``nn.Linear`` with the dequantised, merged weight
+            in the place of a quantised base, in the model's dtype; unmerging puts it back.
         anchor_damping: λ, what :func:`secura.anchor` adds to its statistics, as a share of their
             mean.
         anchored: whether the adapter has an anchor; :func:`secura.anchor` sets it.
@@ -102,6 +104,7 @@ class AdapterConfig:
     init_weights: bool = True
     check_base: bool = True
     allow_inexact_merge: bool = False
+    merge_dequantized: bool = False
     anchor_damping: float = 1e-2
     anchored: bool = False
 

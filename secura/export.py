@@ -132,6 +132,8 @@ def check_exportable(config: Any) -> None:
         reason = "norm_combine='averaged' scales the base weight too"
     elif config.restrain:
         reason = "restrain scales the base weight too"
+    elif getattr(config, "target_parameters", None):
+        reason = "target_parameters adapts experts, for whose LoRA servers have no common layout"
     elif config.train_bias:
         reason = "train_bias=True adds a bias, for which LoRA has no place"
     if reason is not None:

@@ -26,10 +26,13 @@ _CHUNK_ROWS = 1024
 def fingerprint(weight: Tensor) -> Tensor:
     """A sketch of ``weight [N, K]``: ``S₁ᵀ W S₂ [8, 8]`` in fp32, with fixed random signs S.
 
+    Experts ``[E, N, K]`` count as ``[E · N, K]``.
+
     Its squared norm estimates ``64 ‖W‖²``, and that of a difference of two sketches 64 times the
     squared distance of their weights, so it can tell another weight from the same one in another
     dtype. One pass over W.
     """
+    weight = weight.flatten(0, -2)
     n, k = weight.shape
     right = _signs(k, 1, weight.device)
     left = _signs(n, 2, weight.device)

@@ -17,42 +17,57 @@ class MergedState:
     """What a merge put in the place of: enough to undo it bit for bit.
 
     Args:
-        base: the linear layer; ``weight [N, K]`` and its bias plus ``delta_bias [N]`` are put in
-            it, each process its part where they are sharded.
+        base: the linear layer, or experts.
+        weight: ``[N, K]``, to be put in the base, each process its part where it is sharded; in the
+            place of a quantised base comes a plain layer.
+        delta_bias: ``[N]``, to be added to the bias, or None.
 
-    Raises:
-        ValueError: for a base whose weight cannot be written; it is left as it was.
+    Attributes:
+        other: of a quantised and a plain layer the one that is not in use; None for a dense base.
+        held: the numbers that a dense base does not have now, by name.
     """
 
     def __init__(self, base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
-        bases.make_writable(base)
-        stored = weight.t() if bases.is_conv1d(base) else weight
-        dtype, bias = base.weight.dtype, bases.bias(base)
-        values = {"weight": stored.to(dtype).contiguous()}
+        self.other: nn.Module | None = None
+        self.held: dict[str, Tensor] = {}
         self.added_bias: nn.Parameter | None = None
+        if bases.dense_weight(base) is None:
+            self.other = bases.plain_linear(base, weight, delta_bias)
+            return
+        stored = weight.mT if bases.is_transposed(base) else weight
+        dtype, bias = base.weight.dtype, bases.bias(base)
+        values = {"weight": stored.to(dtype).reshape(base.weight.shape).contiguous()}
         if bias is not None and delta_bias is not None:
             values["bias"] = (bias + delta_bias).to(dtype)
         elif delta_bias is not None:
             self.added_bias = nn.Parameter(delta_bias.to(dtype), requires_grad=False)
         self.held = {n: sharding.part_of(v, getattr(base, n)) for n, v in values.items()}
-        self.exchange(base)
 
-    def exchange(self, base: Any) -> None:
-        """Exchange what the base has and what is held here, in the base's present dtype."""
+    def exchange(self, base: Any) -> Any:
+        """Exchange what the base has and what is held here; returns the layer to use from now on.
+
+        Numbers come back in the base's present dtype and device.
+
+        Raises:
+            ValueError: for a base whose weight cannot be written; it is left as it was.
+        """
+        if self.other is not None:
+            put, self.other = self.other.to(base.weight.device), base
+            return put
         bases.make_writable(base)
         for name, value in self.held.items():
             self.held[name] = sharding.exchange(getattr(base, name), value)
         if self.added_bias is not None:
             base.bias = self.added_bias if base.bias is None else None
+        return base
 
 
-def weight_before(merged: MergedState | None, base: nn.Module) -> Tensor | None:
+def weight_before(merged: MergedState | None, base: Any) -> Tensor | None:
     """The base weight ``[N, K]`` without what was merged into it, or None where it is not here."""
+    if merged is not None and merged.other is not None:
+        return bases.weight_here(merged.other)
     here = bases.weight_here(base)
-    if merged is None or here is None:
-        return here
-    before = merged.held["weight"]
-    return before.t() if bases.is_conv1d(base) else before
+    return here if merged is None or here is None else bases.oriented(base, merged.held["weight"])
 
 
 class SECURALinear(CABR):
@@ -156,15 +171,17 @@ class SECURALinear(CABR):
 
         Raises:
             RuntimeError: when merged already.
-            ValueError: for ``norm="activation"`` unless ``allow_inexact``, a quantised base, or a
-                weight that would hold NaN or inf; the base is left as it was.
+            ValueError: for ``norm="activation"`` unless ``allow_inexact``, a quantised base unless
+                ``merge_dequantized``, or a weight that would hold NaN or inf; the base is left as
+                it was.
         """
         self._check_unmerged()
-        bases.make_writable(self.base)
+        check_mergeable(self.base, [self])
         weight = self.effective_weight(allow_inexact=allow_inexact)
         check_finite(weight)
         bias = None if self.bias is None else sharding.gathered(self.bias).detach()
-        self._merged = MergedState(self.base, weight, bias)
+        merged = MergedState(self.base, weight, bias)
+        self.base, self._merged = merged.exchange(self.base), merged
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit.
@@ -174,12 +191,23 @@ class SECURALinear(CABR):
         """
         if self._merged is None:
             raise RuntimeError("nothing to undo: the adapter is not merged")
-        self._merged.exchange(self.base)
-        self._merged = None
+        self.base, self._merged = self._merged.exchange(self.base), None
 
     def _check_unmerged(self) -> None:
         if self.merged:
             raise RuntimeError("the adapter is merged already: unmerge() first")
+
+
+def check_mergeable(base: Any, adapters: list[CABR]) -> None:
+    """Raise ``ValueError`` where a merge into ``base`` would be lost, or may not dequantise it."""
+    if bases.dense_weight(base) is not None:
+        bases.make_writable(base)
+        return
+    if not all(adapter.config.merge_dequantized for adapter in adapters):
+        raise ValueError(
+            "a quantised weight takes no merge: load the model in full precision, or set "
+            "merge_dequantized=True in the config, which puts a plain layer in its place"
+        )
 
 
 def check_finite(weight: Tensor) -> None:

@@ -243,7 +243,7 @@ class AdapterState(nn.Module):
         )
         core, rows, cols = (state[name].to(here) for name in ("core", "rows", "cols"))
         u = update(*factors(a, b, u, left, right), self.config.scaling) + core
-        change = sketch(weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows))
+        change = self._sketch_of_change(weight, u, rows, cols)
         alike = torch.cosine_similarity(gap.flatten().double(), change.flatten().double(), dim=0)
         if alike > _ALIKE:
             raise ValueError(
@@ -252,6 +252,10 @@ class AdapterState(nn.Module):
                 "use it all the same with check_base=False in the config (--no_check_base on the "
                 "command line)"
             )
+
+    def _sketch_of_change(self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """The fingerprint ``[8, 8]`` of ``W[:, cols] u W[rows]``."""
+        return sketch(weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows))
 
     def _tensors(self) -> dict[str, Tensor]:
         own = {name: getattr(self, name) for name in self.STATE}

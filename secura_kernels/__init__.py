@@ -1,6 +1,6 @@
 """SECURA's adapted layer as functions: tensors in, tensors out; torch and triton alone."""
 
-from . import layers
+from . import layers as layers
 from .api import effective_weight, secura_add, secura_linear
 from .cur import important_channels, init_a, select
 from .layer import Layer
@@ -14,7 +14,6 @@ __all__ = [
     "effective_weight",
     "important_channels",
     "init_a",
-    "layers",
     "row_norms",
     "secura_add",
     "secura_linear",

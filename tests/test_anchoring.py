@@ -320,24 +320,21 @@ class Packed(nn.Linear):
     def forward(self, x):
         return x @ (self.weight * self.scale).t()
 
-
-class Backend:
-    @staticmethod
-    def get_base_weight(base):
-        return base.weight * base.scale
+    def dequantize(self):
+        return self.weight * self.scale
 
 
 def test_a_quantised_base_is_anchored(monkeypatch):
     """Its statistics are those of the weight that it stands for."""
-    kind = lambda base: Backend if isinstance(base, Packed) else None  # noqa: E731
-    monkeypatch.setattr(bases, "_quantization", kind)
+    kind = lambda base: base.dequantize if isinstance(base, Packed) else None  # noqa: E731
+    monkeypatch.setattr(bases, "_dequantizer", kind)
     models = []
     for quantised in (True, False):
         model = tiny.llama(bias=False)
         for block in model.model.layers:
             packed = Packed(block.self_attn.q_proj)
             dense = nn.Linear(24, 24, bias=False)
-            dense.weight = nn.Parameter(Backend.get_base_weight(packed), requires_grad=False)
+            dense.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
             block.self_attn.q_proj = packed if quantised else dense
         models.append(tiny.adapted(model, core="u", norm="none", target_modules=["q_proj"]))
     for model in models:

@@ -154,16 +154,16 @@ class Quantised(nn.Module):
         weight = (torch.randn(N, K) * 100).round().to(torch.int16)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), None
 
-    def get_base_weight(self, base):
-        return base.weight / 100
+    def dequantize(self):
+        return self.weight / 100
 
     def forward(self, x):
-        return x @ self.get_base_weight(self).t()
+        return x @ self.dequantize().t()
 
 
 def test_a_quantised_base_may_have_hooks_with_the_space_weight(monkeypatch):
     base = Quantised()
-    monkeypatch.setattr(bases, "_quantization", lambda one: base if one is base else None)
+    monkeypatch.setattr(bases, "_dequantizer", lambda one: base.dequantize if one is base else None)
     layer = SECURALinear.from_linear(base, r=3, norm="weight", norm_combine="gated")
     base.register_forward_hook(lambda *_: None)
     x = torch.randn(5, K)
@@ -173,7 +173,7 @@ def test_a_quantised_base_may_have_hooks_with_the_space_weight(monkeypatch):
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_a_loaded_adapter_may_be_asked_in_inference_mode_and_then_trained(norm, monkeypatch):
     base = Quantised()
-    monkeypatch.setattr(bases, "_quantization", lambda one: base if one is base else None)
+    monkeypatch.setattr(bases, "_dequantizer", lambda one: base.dequantize if one is base else None)
     layer = SECURALinear.from_linear(base, r=3, norm=norm)
     layer.load_state_dict(layer.state_dict())
     x = torch.randn(5, K)

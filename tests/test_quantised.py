@@ -1,116 +1,283 @@
-"""SECURA on a quantised base: the gather route, training, and no merge."""
+"""SECURA on quantised bases: training, merging by dequantising, and what is refused."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from torch import nn
+from transformers import BitsAndBytesConfig, CompressedTensorsConfig, LlamaForCausalLM
+from transformers.integrations import finegrained_fp8
 
-from secura import adapter, bases, export_lora
+from secura import SECURALinear, adapter, bases, export_lora
 from secura.cli.generate import settle
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra quant")
+HIDDEN = 64
+
+
+def dense():
+    return tiny.llama(hidden=HIDDEN, bias=False)
+
+
+def projections(module, name=""):
+    return isinstance(module, nn.Linear) and "lm_head" not in name
+
+
+def bitsandbytes(folder, dtype=torch.float32, **bits):
+    return LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**bits), device_map="cpu", dtype=dtype
+    ).eval()
+
+
+def torchao(folder, config, **settings):
+    quantization = importlib.import_module("torchao.quantization")
+    model = dense()
+    quantization.quantize_(model, getattr(quantization, config)(**settings), projections)
+    return model
+
+
+def int4(folder):
+    granularity = importlib.import_module("torchao.quantization").PerGroup(32)
+    return torchao(folder, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=granularity)
+
+
+def replaced(make):
+    """A Llama whose projections are ``make(linear)``."""
+    model = dense()
+    for name, module in list(model.named_modules()):
+        if projections(module, name):
+            model.set_submodule(name, make(module))
+    return model
+
+
+def hqq(folder):
+    quantize = importlib.import_module("hqq.core.quantize")
+    settings = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    return replaced(
+        lambda linear: quantize.HQQLinear(
+            linear, settings, compute_dtype=torch.float32, device="cpu"
+        )
+    )
+
+
+def fp8(folder):
+    def make(linear):
+        layer = finegrained_fp8.FP8Linear(
+            linear.in_features, linear.out_features, block_size=(48, 32)
+        )
+        scale = torch.rand_like(layer.weight_scale_inv) / 16 + 1 / 16
+        layer.weight_scale_inv.data = scale
+        layer.weight.data = (linear.weight.data / scale.mean()).to(torch.float8_e4m3fn)
+        return layer.requires_grad_(False)
+
+    return replaced(make)
+
 
 KINDS = {
-    "4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32},
-    "8bit": {"load_in_8bit": True},
+    "bitsandbytes 4 bit": lambda folder: bitsandbytes(
+        folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32
+    ),
+    "bitsandbytes 8 bit": lambda folder: bitsandbytes(folder, load_in_8bit=True),
+    "torchao int8": lambda folder: torchao(folder, "Int8WeightOnlyConfig"),
+    "torchao fp8": lambda folder: torchao(folder, "Float8WeightOnlyConfig"),
+    "torchao int4": int4,
+    "hqq 4 bit": hqq,
+    "finegrained fp8": fp8,
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
-    tiny.llama(hidden=64, bias=False).save_pretrained(path)
+    dense().save_pretrained(path)
     return path
 
 
 @pytest.fixture(params=KINDS)
-def load(request, folder):
-    """Loads the quantised model anew; skips where this machine cannot run it."""
+def load(request, folder, monkeypatch):
+    """Loads the quantised model anew; skips where its package is not installed."""
+    package = request.param.partition(" ")[0]
+    if package == "finegrained":  # whose product needs a kernel for GPUs
+        monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_product)
+    else:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    return lambda: KINDS[request.param](folder)
 
-    def load():
-        return LlamaForCausalLM.from_pretrained(
-            folder, quantization_config=BitsAndBytesConfig(**KINDS[request.param]),
-            device_map="cpu", dtype=torch.float32,
-        ).eval()  # fmt: skip
 
-    try:
-        tiny.logits(load())
-    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        pytest.skip(f"bitsandbytes does not run {request.param} here: {error}")
-    return load
+def fp8_product(x, weight, scale, block_size, bias, *_):
+    scale = torch.kron(scale, torch.ones(block_size))[: weight.shape[0], : weight.shape[1]]
+    return nn.functional.linear(x, weight.float() * scale, bias)
 
 
 def dense_twin(model):
     """A plain Llama with the weights that the quantised one stands for."""
-    plain = tiny.llama(hidden=64, bias=False)
+    plain = dense()
     for name, module in plain.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+        if projections(module, name):
             module.weight.data = bases.weight(model.get_submodule(name)).float().clone()
     return plain
 
 
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_equals_the_adapter_on_the_dequantised_weight(load, norm):
+    """Outputs and gradients, before and after a fold."""
     quantised = load()
     twin = dense_twin(quantised)
     noise = (tiny.logits(load()) - tiny.logits(twin)).abs().max()
+    assert noise < 1e-5
     model, exact = tiny.adapted(quantised, norm=norm), tiny.adapted(twin, norm=norm)
     change = (tiny.logits(exact) - tiny.logits(load())).abs().max()
     for _ in range(2):
         error = (tiny.logits(model) - tiny.logits(exact)).abs().max()
         assert error <= 2 * noise + 1e-4 < change
+        grads, expected = (tiny.gradients(one.train()) for one in (model, exact))
+        assert grads.keys() == expected.keys()
+        for name, value in grads.items():
+            gap = (value - expected[name]).norm() / expected[name].norm()
+            assert gap <= 1e-5
         for one in (model, exact):
-            for layer in tiny.layers(one).values():
+            for layer in tiny.layers(one.eval()).values():
                 layer.fold()
             tiny.perturb(one, 1)
 
 
-@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
-def test_the_gather_route_never_dequantises_in_forward(load, norm, monkeypatch):
-    model = tiny.adapted(load(), norm=norm)
+def test_the_gather_route_never_dequantises_in_forward(load, monkeypatch):
+    model = tiny.adapted(load(), norm="channel")
 
-    def fail(base):
+    def fail(*_):
         raise AssertionError("dequantised")
 
     monkeypatch.setattr(bases, "weight", fail)
-    monkeypatch.setattr(adapter, "lowrank_linear", fail)
+    monkeypatch.setattr(adapter, "secura_linear", fail)
     model.train()
     assert len(tiny.gradients(model)) == 2 * len(tiny.layers(model))
 
 
-@pytest.mark.parametrize("norm", tiny.NORMS)
-def test_trains(load, norm):
-    model = tiny.adapted(load(), norm=norm).train()
-    twin = tiny.adapted(dense_twin(load()), norm=norm).train()
-    grads, expected = tiny.gradients(model), tiny.gradients(twin)
-    assert grads.keys() == expected.keys()
-    for name, value in grads.items():
-        assert (value - expected[name]).norm() <= 0.25 * expected[name].norm()
-
-
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_merge_is_refused(load, merge):
-    model = tiny.adapted(load(), norm="none")
-    before = tiny.logits(model)
-    with pytest.raises(ValueError, match=r"q_proj: a quantised weight.*full precision"):
-        getattr(model, merge)()
-    assert torch.equal(tiny.logits(model), before)
-
-
-def test_answering_with_the_space_weight_goes_on_unmerged(load):
+def test_a_merge_that_nobody_asked_to_dequantise_is_refused(load):
     model = tiny.adapted(load(), norm="weight")
     before = tiny.logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"q_proj: a quantised weight.*merge_dequantized=True"):
+            merge()
     assert settle(model) is model
     assert torch.equal(tiny.logits(model), before)
+    layer = next(iter(tiny.layers(model).values()))
+    with pytest.raises(ValueError, match=r"^a quantised weight.*merge_dequantized=True"):
+        SECURALinear(layer.base_layer, tiny.config(r=3)).merge()
 
 
-@pytest.mark.parametrize("norm", ["none", "channel"])
-def test_an_exported_lora_computes_the_same_on_the_quantised_base(load, norm, tmp_path):
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_a_merge_dequantises_where_it_is_asked_to(load, norm):
+    """It writes what a merge on the dequantised weight writes, in a plain layer, and back."""
+    quantised = load()
+    twin = tiny.adapted(dense_twin(quantised), norm=norm)
+    model = tiny.adapted(quantised, norm=norm)
+    model.peft_config["default"].merge_dequantized = True
+    for one in (model, twin):
+        tiny.perturb(one, 2)
+    before = {name: layer.base_layer for name, layer in tiny.layers(model).items()}
+    unmerged = tiny.logits(model)
+    model.merge_adapter()
+    twin.merge_adapter()
+    for name, layer in tiny.layers(model).items():
+        merged = layer.base_layer
+        assert type(merged) is nn.Linear
+        assert torch.equal(merged.weight, tiny.layers(twin)[name].base_layer.weight)
+    after = tiny.logits(model)
+    model.unmerge_adapter()
+    assert {name: layer.base_layer for name, layer in tiny.layers(model).items()} == before
+    assert torch.equal(tiny.logits(model), unmerged)
+    assert torch.equal(tiny.logits(model.merge_and_unload()), after)
+
+
+def test_a_merged_model_is_loaded_again_as_it_was(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = bitsandbytes(folder, torch.bfloat16, load_in_4bit=True)
+    model = tiny.adapted(model, norm="channel", merge_dequantized=True).merge_and_unload()
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert type(again.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert type(again.model.layers[1].self_attn.k_proj) is not nn.Linear
+    assert torch.equal(tiny.logits(again.eval()), tiny.logits(model))
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_a_base_that_loses_the_gradient_of_its_input_is_refused(norm):
+    """torchao's dynamic int8 rounds its input with ops that have no derivative."""
+    pytest.importorskip("torchao")
+    model = torchao(None, "Int8DynamicActivationInt8WeightConfig")
+    twin = dense_twin(model)
+    everywhere = {"norm": norm, "target_modules": "all-linear"}
+    model, twin = (tiny.adapted(one, **everywhere).train() for one in (model, twin))
+    if norm != "weight":
+        with pytest.raises(ValueError, match=r"proj: the base layer \(Int8Tensor.*no gradient"):
+            tiny.gradients(model)
+        return
+    grads, expected = tiny.gradients(model), tiny.gradients(twin)
+    for name, value in grads.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The folder of a Llama that compressed-tensors has packed into 8 bits."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    model, path = dense(), tmp_path_factory.mktemp("compressed")
+    weights = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
+    scheme = QuantizationScheme(targets=["re:.*proj"], weights=weights)
+    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
+    for name, module in model.named_modules():
+        if projections(module, name):
+            module.weight_scale.data = module.weight.abs().amax(1, keepdim=True) / 127
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(path)
+    compressor.update_config(path)
+    return path
+
+
+@pytest.mark.parametrize("norm", tiny.NORMS)
+@pytest.mark.parametrize("how", ["dequantize", "run once"])
+def test_compressed_tensors_train_once_they_are_dense(compressed, norm, how):
+    settings = CompressedTensorsConfig(dequantize=True) if how == "dequantize" else None
+    model = LlamaForCausalLM.from_pretrained(compressed, quantization_config=settings).eval()
+    if how == "run once":
+        with pytest.raises(ValueError, match=r"q_proj: the weight is not dense yet.*dequantize"):
+            tiny.adapted(model, norm=norm)
+        tiny.logits(model)
+    assert (dense().model.layers[0].mlp.up_proj.weight
+            - model.model.layers[0].mlp.up_proj.weight).abs().max() > 1e-5  # fmt: skip
+    twin = tiny.adapted(dense_twin(model), norm=norm).train()
+    model = tiny.adapted(model, norm=norm).train()
+    if how == "run once" and norm == "weight":
+        with pytest.raises(ValueError, match=r"q_proj: norm='weight'.*its own forward"):
+            tiny.gradients(model)
+        return
+    grads, expected = tiny.gradients(model), tiny.gradients(twin)
+    for name, value in grads.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    if norm == "activation":
+        return
+    before = tiny.logits(model.eval())
+    model.merge_adapter()
+    torch.testing.assert_close(tiny.logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_lora_computes_the_same_on_the_quantised_base(load, tmp_path):
     noise = (tiny.logits(load()) - tiny.logits(dense_twin(load()))).abs().max()
-    model = tiny.adapted(load(), norm=norm)
+    model = tiny.adapted(load(), norm="channel")
     adapted = tiny.logits(model)
     export_lora(model, tmp_path / "lora")
     lora = PeftModel.from_pretrained(load(), tmp_path / "lora")

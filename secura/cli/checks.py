@@ -135,7 +135,8 @@ def left_out(model: Any, config: Any) -> str | None:
     return (
         f"{len(found)} stacked weights of experts, such as {next(iter(found))}, are no linear "
         f"layers: all-linear leaves them as they are ({share / total:.0%} of the parameters); to "
-        "train such a module in full, name it in --modules_to_save"
+        "train such a module in full, name it in --modules_to_save; to adapt them, use "
+        "SecuraConfig(target_parameters=...) in Python"
     )
 
 

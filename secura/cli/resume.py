@@ -33,6 +33,7 @@ _NOT_LEARNT = {
     "check_base",
     "format_version",
     "inference_mode",
+    "merge_dequantized",
     "peft_type",
     "peft_version",
     "revision",

@@ -45,6 +45,9 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         exclude_modules: names or a regular expression of layers to leave alone.
         layers_to_transform: indices of the decoder layers to adapt.
         layers_pattern: name of the list those indices count in.
+        target_parameters: names of parameters to adapt, by suffix: fused experts' weights
+            ``[E, N, K]``, such as ``["experts.gate_up_proj", "experts.down_proj"]``, each expert
+            with rows and columns of its own. ``target_modules=None`` then adapts these alone.
         modules_to_save: modules trained in full and saved with the adapter.
         trainable_token_indices: tokens whose embeddings are trained, as rows alone, and saved with
             the adapter; or a dict of such lists by the embedding's name.
@@ -65,6 +68,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -101,6 +105,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         PeftConfig.__post_init__(self)
         AdapterConfig.__post_init__(self)
         self.peft_type = peft_type()
+        if self.target_parameters and self.target_modules is None:
+            self.target_modules = []
         for name, rank in self.rank_pattern.items():
             check_rank(f"rank_pattern[{name!r}]", rank)
         for name in ("target_modules", "exclude_modules"):

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from secura import bases, sharding
 from secura.adapter import CABR, choose_loaded
-from secura.linear import MergedState, check_finite, check_not_training, weight_before
+from secura.linear import (
+    MergedState,
+    check_finite,
+    check_mergeable,
+    check_not_training,
+    weight_before,
+)
 from secura.state import MERGED, refuse_merged
 from secura_kernels import Layer, NormOptions, secura_add
 
@@ -39,6 +45,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ()
     is_secura_layer = True
     secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
+    adapter_class: type[CABR] = CABR
+    parameter_name: str | None = None
+    model_dtype: torch.dtype | None = None
+    """Of the plain layer that a merge puts in the place of a quantised one; None: its own."""
 
     def __init__(
         self,
@@ -61,6 +71,19 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = first.in_features, first.out_features
         self.register_load_state_dict_post_hook(choose_loaded)
 
+    @property
+    def _weight_key(self) -> str:
+        """The base weight's name in this layer's state."""
+        return "base_layer.weight"
+
+    @property
+    def adapted(self) -> Any:
+        """What the adapters change, as :mod:`secura.bases` reads and writes it."""
+        return self.base_layer
+
+    def _put_base(self, base: Any) -> None:
+        self.base_layer = base
+
     def update_layer(
         self, adapter_name: str, config: SecuraConfig, r: int, *, name: str = "layer"
     ) -> None:
@@ -80,10 +103,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(
                 "an adapter is merged into the base weight: unmerge it to add another"
             )
-        base = self.get_base_layer()
+        base = self.adapted
         dense = bases.dense_weight(base)
         dtype = torch.float32 if dense is None else dense.dtype
-        adapter = CABR(config, base, r=r, dtype=dtype).train(self.training)
+        adapter = self.adapter_class(config, base, r=r, dtype=dtype).train(self.training)
         adapter.name = name
         if config.anchored and config.checksum is not None:  # of a file, whose tensors come next
             adapter.expect_anchor()
@@ -134,8 +157,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         for name in self.secura_adapter if not self.merged else ():
             adapter = cast(CABR, self.secura_adapter[name])
             waits = adapter._assigned and not adapter._awaits_file
-            if waits and bases.weight_here(self.base_layer) is not None:
-                adapter.check_assigned(self.base_layer)
+            if waits and bases.weight_here(self.adapted) is not None:
+                adapter.check_assigned(self.adapted)
         return self
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -182,15 +205,15 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         ``whole`` says that every tensor of an adapter has to be there, if one is.
         """
         refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
-        self.base_loaded = f"{prefix}base_layer.weight" in state_dict
-        base = None if self.base_loaded else self.base_layer
+        self.base_loaded = prefix + self._weight_key in state_dict
+        base = None if self.base_loaded else self.adapted
         for name, adapter in self.secura_adapter.items():
             own = f"{prefix}secura_adapter.{name}."
             cast(CABR, adapter).check_loadable(state_dict, own, base, whole=whole)
 
     def renew_saved(self, state_dict: Any, prefix: str, adapter: str) -> None:
         """Make an adapter's saved state that of one on the base weight as it is now."""
-        weight = weight_before(self._merged, self.base_layer)
+        weight = weight_before(self._merged, self.adapted)
         self._named([adapter])[0].renew(state_dict, prefix, weight)
 
     def active_cabr(self) -> list[CABR]:
@@ -249,7 +272,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             columns=torch.cat(parts, dim=1) if kept else None,
         )
         return secura_add(
-            base(x),
+            bases.product(base, x, adapters[0].name),
             layer,
             torch.block_diag(*(adapter.whole_core(base) for adapter in adapters)),
             delta_bias=_sum_biases(adapters),
@@ -268,10 +291,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             adapter.fold_core()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D)."""
+        """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D).
+
+        Of experts ``[E, N, K]``, or as they are stored.
+        """
         with self._before_merging():
-            delta = self._named([adapter])[0].delta_of(self.base_layer)
-        return delta.t() if bases.is_conv1d(self.base_layer) else delta
+            delta = self._named([adapter])[0].delta_of(self.adapted)
+        return delta.mT if bases.is_transposed(self.adapted) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether :meth:`get_delta_weight` is all of the adapter: ``norm="none"`` without a bias.
@@ -294,7 +320,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: for ``norm="activation"`` without ``allow_inexact_merge``, several adapters
-                with a norm, a quantised base, or a weight that would hold NaN or inf.
+                with a norm, a quantised base without ``merge_dequantized``, or a weight that would
+                hold NaN or inf.
         """
         del safe_merge
         names = [
@@ -307,8 +334,9 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             weight, bias = self._sum_weight(names)
         check_finite(weight)
         if self._merged is not None:
-            self._merged.exchange(self.base_layer)
-        self._merged = MergedState(self.base_layer, weight, bias)
+            self._put_base(self._merged.exchange(self.adapted))
+        self._merged = MergedState(self.adapted, weight, bias)
+        self._put_base(self._merged.exchange(self.adapted))
         self.merged_adapters = names
 
     def weight_to_merge(self, adapter_names: list[str] | None = None) -> Tensor | None:
@@ -332,16 +360,16 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self._merged is None:
             yield
             return
-        self._merged.exchange(self.base_layer)
+        self._put_base(self._merged.exchange(self.adapted))
         try:
             yield
         finally:
-            self._merged.exchange(self.base_layer)
+            self._put_base(self._merged.exchange(self.adapted))
 
     def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
-        adapters, base = self._named(names), self.base_layer
-        bases.make_writable(base)
+        adapters, base = self._named(names), self.adapted
+        check_mergeable(base, adapters)
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
@@ -354,6 +382,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             deltas = (adapter.delta_of(base) for adapter in adapters)
             wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
             weight = sum(deltas, start=wide).to(dense.dtype)
+        if bases.dense_weight(base) is None:
+            weight = weight.to(self.model_dtype or weight.dtype)
         bias = _sum_biases(adapters)
         return weight, None if bias is None else bias.detach()
 
@@ -365,14 +395,15 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """
         if self._merged is None:
             raise RuntimeError("nothing to undo: no adapter is merged")
-        self._merged.exchange(self.base_layer)
+        self._put_base(self._merged.exchange(self.adapted))
         self._merged, self.merged_adapters = None, []
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         (adapter,) = self._named([adapter_name])
-        device = self.get_base_layer().weight.device if device is None else device
+        if device is None:
+            device = next(self.get_base_layer().parameters()).device
         if device.type != "meta" and not any(value.is_meta for value in adapter.parameters()):
             adapter.to(device)
 

@@ -17,6 +17,7 @@ from secura.adapter import CABR
 
 from . import saved
 from .config import SecuraConfig, without_wrappers
+from .experts import ParamWrapper
 from .layer import BASE, SecuraLayer, SecuraLinear
 
 
@@ -59,7 +60,7 @@ class SecuraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            for name, layer in _secura_layers(model):
+            for name, layer in reversed(_secura_layers(model)):  # wrappers from within
                 if layer in before:
                     layer.secura_adapter = nn.ModuleDict(before[layer])
                 else:
@@ -147,18 +148,23 @@ class SecuraModel(BaseTuner):
     ) -> None:
         pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         rank = peft_config.rank_pattern.get(pattern, peft_config.r)
+        named: str | None = optional_kwargs.get("parameter_name")
+        adapted = target if isinstance(target, SecuraLayer) else None
         try:
-            base = target.get_base_layer() if isinstance(target, SecuraLayer) else target
-            bases.check_linear(base)
-            bases.check_at_hand(base)
+            base: Any = target if adapted is None else adapted.get_base_layer()
+            if named is None:
+                bases.check_linear(base)
+            bases.check_at_hand(base if named is None else bases.Stack(base, named))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         try:
-            if isinstance(target, SecuraLayer):
-                target.update_layer(adapter_name, peft_config, rank, name=current_key)
+            if adapted is not None and adapted.parameter_name == named:
+                adapted.update_layer(adapter_name, peft_config, rank, name=current_key)
                 return
-            layer = SecuraLinear(target, adapter_name, peft_config, rank, name=current_key)
+            kind = SecuraLinear if named is None else ParamWrapper
+            layer = kind(target, adapter_name, peft_config, rank, name=current_key)
             layer.train(target.training)
+            layer.model_dtype = getattr(self.model, "dtype", None)
         except ValueError as error:
             raise ValueError(
                 f"{current_key}: {error}; for this layer alone set rank_pattern, or leave it out "
@@ -169,7 +175,10 @@ class SecuraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, TrainableTokensWrapper):  # its weight is computed, not to be assigned
+        # these have no weight, or one that is computed and not to be assigned
+        if isinstance(child, TrainableTokensWrapper | ParamWrapper) or isinstance(
+            new_module, ParamWrapper
+        ):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -185,8 +194,9 @@ class SecuraModel(BaseTuner):
                 merging = layer.weight_to_merge(adapter_names) is not None
             except (RuntimeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-            others = owners.get(layer.base_layer.weight, [])
-            shared = [other for other in others if other != f"{name}.base_layer"]
+            weight = getattr(layer.adapted, "weight", None)
+            others = [] if weight is None else owners[weight]
+            shared = [other for other in others if not other.startswith(f"{name}.base_layer")]
             if merging and shared:
                 raise ValueError(
                     f"{name}: its weight is also that of {shared[0]}, which the merge would change "
@@ -199,7 +209,10 @@ class SecuraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
+        model = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
+        if merge:
+            _keep_dense(model)
+        return model
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -224,6 +237,15 @@ class SecuraModel(BaseTuner):
             raise RuntimeError("nothing to undo: no adapter is merged")
         for part in merged:
             part.unmerge()
+
+
+def _keep_dense(model: Any) -> None:
+    """Tell transformers which layers of a quantised model are dense when it is loaded again."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(config, name):
+            linears = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear))
+            setattr(config, name, [n for n, m in linears if bases.dense_weight(m) is not None])
 
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:

@@ -51,17 +51,18 @@ def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tens
     return gram, squares.clamp_min(0).sqrt()
 
 
-def _delta_norms(p: Tensor, gram: Tensor) -> Tensor:
-    """``‖ΔW_i‖ [N]``: squares are of P over the sum of its row's absolute values.
+def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
+    """``‖ΔW_i‖ [..., N]`` of ``P [..., N, m]`` and ``gram [..., m, m]``.
 
-    Of P as it is they overflow where ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
+    Squares are of P over the sum of its row's absolute values. Of P as it is they overflow where
+    ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
     """
     if p.numel() == 0:
-        return p.new_zeros(p.shape[0])
-    scale = p.abs().sum(1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
+        return p.new_zeros(p.shape[:-1])
+    scale = p.abs().sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny)
     p = p / scale
-    squares = (p @ gram).mul_(p).sum(1, keepdim=True)
-    return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(1)
+    squares = (p @ gram).mul_(p).sum(-1, keepdim=True)
+    return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(-1)
 
 
 def _kernels() -> Any:
@@ -101,7 +102,7 @@ def channel(
     if kernels is not None:
         norms = kernels.delta_norms(p, gram)
     else:
-        norms = _delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
+        norms = delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
     epsilon: Tensor | float
     slope: Tensor | float
     offset: Tensor | float

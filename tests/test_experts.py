@@ -1,0 +1,249 @@
+"""Fused experts (``target_parameters``): each by its own equation, and in whole models."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.func import functional_call
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import secura
+from secura import SecuraConfig, anchor, export_lora
+from secura.bases import Stack
+from secura_kernels import Layer, NormOptions, naive
+from secura_kernels.experts import expert_weights
+from secura_kernels.norm import COMBINES, FORMS
+
+NORMS = ("none", "channel", "weight")
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+SIZES = {
+    "vocab_size": tiny.VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=3, **SIZES))
+
+
+def qwen():
+    own = {"num_experts": 4, "moe_intermediate_size": 12}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**own, **SIZES))
+
+
+def gpt_oss():
+    """Whose experts are stored ``[E, K, N]``."""
+    return GptOssForCausalLM(GptOssConfig(num_local_experts=3, **SIZES))
+
+
+MODELS = (mixtral, qwen, gpt_oss)
+
+
+def made(model):
+    torch.manual_seed(0)
+    return model().eval()
+
+
+def adapted(model, **settings):
+    config = SecuraConfig(**({"r": 4, "target_parameters": TARGETS} | settings))
+    model = get_peft_model(made(model), config)
+    tiny.perturb(model)
+    return model.eval()
+
+
+def oracle(layer, weight):
+    """W' ``[E, N, K]`` by each expert's own equation, differentiable in the adapter's tensors."""
+    part, options = layer.secura_adapter["default"], layer.secura_adapter["default"].config
+    _, n, k = weight.shape
+    a, b = part.factors()
+    core = part.core if part.folded else [None] * len(weight)
+    of_base = options.norm_reference == "folded"
+    return torch.stack([
+        naive.effective_weight(
+            Layer(weight[e], None, part.rows[e] % n, part.cols[e] % k, options.norm_options,
+                  part.scaling, core[e], of_base),
+            a[e], None if b is None else b[e],
+        )
+        for e in range(len(weight))
+    ])  # fmt: skip
+
+
+def by_equation(model, ids):
+    """Logits and loss of the base model with every stack's W' in place of its parameter."""
+    weights = {}
+    for name, layer in tiny.layers(model).items():
+        stack = layer.adapted
+        fused = oracle(layer, stack.weight.mT if stack.transposed else stack.weight)
+        key = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        weights[f"{key}.{layer.parameter_name}"] = fused.mT if stack.transposed else fused
+    base = copy.deepcopy(model).unload()
+    return functional_call(base, weights, (), {"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize("norm", [("none", None, None), *product(("channel", "weight"), FORMS,
+                                                                COMBINES)], ids=str)  # fmt: skip
+def test_each_expert_is_a_layer_of_its_own(norm):
+    """W' and ∂U in fp64, of strided weights, with a core of the base and without, ε relative."""
+    count, n, k, m = 3, 7, 9, 4
+    torch.manual_seed(0)
+    weight = torch.randn(count, k, n, dtype=torch.float64).mT
+    rows = torch.stack([torch.randperm(n)[:m] for _ in range(count)])
+    cols = torch.stack([torch.randperm(k)[:m] for _ in range(count)])
+    u, core = (torch.randn(count, m, m, dtype=torch.float64) for _ in range(2))
+    u.requires_grad_()
+    for u_base, relative in ((None, False), (core, True)):
+        options = NormOptions(*norm, 6.0, 1e-3, relative)
+        got = expert_weights(weight, rows, cols, u, options, u_base=u_base)
+        expected = torch.stack([
+            naive.effective_weight(
+                Layer(weight[e], None, rows[e], cols[e], options,
+                      core=None if u_base is None else u_base[e], core_is_base=True), u[e],
+            )
+            for e in range(count)
+        ])  # fmt: skip
+        torch.testing.assert_close(got, expected)
+        g = torch.randn_like(got)
+        grads = (torch.autograd.grad(one, u, g)[0] for one in (got, expected))
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_trains_saves_loads_merges(model, norm, tmp_path):
+    """Outputs and gradients by the equation, before and after steps and a fold; then a merge."""
+    core = "u" if norm == "channel" else "ab"
+    reference = "folded" if norm == "weight" else "pretrained"
+    one = adapted(model, norm=norm, core=core, norm_reference=reference).train()
+    ids = tiny.tokens()
+    assert len(tiny.layers(one)) == 4
+    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for step in range(3):
+        grads = tiny.gradients(one, ids)
+        assert len(grads) == (4 if core == "u" else 8)
+        expected = by_equation(one, ids)
+        trained = {n: p for n, p in one.named_parameters() if p.requires_grad}
+        wanted = torch.autograd.grad(expected.loss, list(trained.values()))
+        for name, value in zip(trained, wanted, strict=True):
+            torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(tiny.logits(one, ids), expected.logits, rtol=1e-4, atol=1e-5)
+        losses.append(expected.loss.item())
+        optimizer.step()
+        if step == 1:
+            secura.fold(one)
+            tiny.perturb(one, 1)
+    assert losses[1] < losses[0]
+    one.eval()
+    before, weights = tiny.logits(one), tiny.base_weights(one)
+    assert not torch.allclose(before, tiny.logits(made(model)))
+    one.save_pretrained(tmp_path)
+    again = secura.from_pretrained(made(model), tmp_path, low_cpu_mem_usage=norm == "channel")
+    assert torch.equal(tiny.logits(again), before)
+    other = get_peft_model(model().eval(), again.peft_config["default"])
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(tiny.logits(other), before)
+    one.merge_adapter()
+    torch.testing.assert_close(tiny.logits(one), before, rtol=1e-5, atol=1e-6)
+    one.unmerge_adapter()
+    tiny.assert_same(tiny.base_weights(one), weights)
+    plain = one.merge_and_unload()
+    assert type(plain) is type(made(model)) and not tiny.layers(plain)
+    torch.testing.assert_close(tiny.logits(plain), before, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_come_and_go():
+    one = adapted(mixtral, norm="none")
+    before, base = tiny.logits(one), tiny.logits(made(mixtral))
+    with one.disable_adapter():
+        assert torch.equal(tiny.logits(one), base)
+    one.add_adapter("other", SecuraConfig(r=3, norm="channel", target_parameters=TARGETS))
+    assert len(tiny.layers(one)) == 4
+    one.set_adapter("other")
+    torch.testing.assert_close(tiny.logits(one), base)
+    one.set_adapter("default")
+    assert torch.equal(tiny.logits(one), before)
+    one.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="experts take one"):
+        tiny.logits(one)
+    assert torch.equal(tiny.logits(one.unload()), base)
+
+
+def test_a_damaged_file_and_another_base_are_noticed(tmp_path):
+    one = adapted(qwen, norm="none")
+    for part in tiny.parts(one):
+        part.B.data /= 200
+    one.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r"experts.*another base weight"):
+        secura.from_pretrained(qwen(), tmp_path)
+    with pytest.raises(ValueError, match="merged into this model"):
+        secura.from_pretrained(one.merge_and_unload(), tmp_path)
+
+
+def test_a_weight_of_a_layer_is_one_expert():
+    """target_parameters takes [N, K] too, and computes what target_modules does."""
+    settings = {"r": 4, "norm": "weight", "core": "u"}
+    parameter = adapted(mixtral, target_parameters=["q_proj.weight"], **settings)
+    layer = get_peft_model(made(mixtral), SecuraConfig(target_modules=["q_proj"], **settings))
+    tiny.perturb(layer)
+    torch.testing.assert_close(tiny.logits(parameter), tiny.logits(layer.eval()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"norm": "activation"}, r"norm='activation' acts on a layer's output"),
+        ({"norm": "none", "dropout": 0.1}, "dropout acts on a layer's output"),
+        ({"norm": "none", "train_bias": True}, "train_bias=True acts on a layer's output"),
+        ({"norm": "channel", "restrain": True}, "restrain=True acts on a layer's output"),
+        ({"norm": "none", "r": 40}, r"expert 0: r=40 must lie between 1 and"),
+    ],
+)
+def test_what_experts_do_not_take_is_refused_and_nothing_changed(settings, reason):
+    model = made(qwen)
+    names = [name for name, _ in model.named_modules()]
+    config = SecuraConfig(**({"r": 4, "target_parameters": TARGETS} | settings))
+    with pytest.raises(
+        ValueError, match=rf"^model\.layers\.0\.mlp\.experts\.gate_up_proj: {reason}"
+    ):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.zeros(0, 4, 4), r"weight is \[0, 4, 4\].*none of them empty"),
+        (torch.zeros(4), r"weight is \[4\].*\[E, N, K\]"),
+        (torch.zeros(2, 2, 4, 4), r"weight is \[2, 2, 4, 4\]"),
+        (torch.zeros(2, 4, 4, dtype=torch.int8), "no parameter of floating numbers"),
+    ],
+)
+def test_a_parameter_that_is_no_stack_of_weights_is_refused(value, reason):
+    owner = nn.Module()
+    owner.weight = nn.Parameter(value, requires_grad=False)
+    with pytest.raises(ValueError, match=reason):
+        Stack(owner, "weight")
+
+
+def test_experts_are_neither_exported_nor_anchored(tmp_path):
+    one = adapted(mixtral, norm="none", core="u")
+    with pytest.raises(ValueError, match="target_parameters adapts experts"):
+        export_lora(one, tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"experts.*cannot be anchored"):
+        anchor(one, [torch.randint(3, tiny.VOCAB, (9,))])
