@@ -22,7 +22,7 @@ from secura_kernels.api import additive_product
 from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
-from . import bases
+from . import bases, parallel
 from .config import AdapterConfig
 from .integrity import fingerprint
 from .state import AdapterState, factors
@@ -61,6 +61,8 @@ class CABR(AdapterState):
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
+    here: Tensor | None
+    wants_whole = False
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class CABR(AdapterState):
     ) -> None:
         super().__init__()
         bases.check_linear(base)
-        weight = bases.weight(base)
+        weight = bases.whole_weight(base)
         m = config.r if r is None else r
         inner = config.inner_r or 2 * m
         generator = torch.Generator().manual_seed(config.seed)
@@ -98,8 +100,10 @@ class CABR(AdapterState):
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
-        for name in ("columns", "gram", "base_norms", "important"):
+        for name in ("columns", "gram", "base_norms", "important", "here"):
             self.register_buffer(name, None, persistent=False)
+        if bases.is_split(base):
+            parallel.share_start(self, base)
         self._derive(base, weight)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
@@ -124,6 +128,8 @@ class CABR(AdapterState):
 
         ``y0 [..., N]`` is what it made of ``x [..., K]`` already, if it did.
         """
+        if bases.is_split(base):
+            return parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
         self._refresh(base)
@@ -301,12 +307,15 @@ class CABR(AdapterState):
     @torch.no_grad()
     def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
-        config, dense = self.config, bases.dense_weight(base)
+        config, split = self.config, bases.is_split(base)
         self._stale = False
-        if config.norm != "channel" and not config.restrain and dense is not None:
+        if split:
+            parallel.check(self, split=False)
+        needs_columns = split or bases.dense_weight(base) is None
+        if config.norm != "channel" and not config.restrain and not needs_columns:
             return
-        weight = bases.weight(base) if weight is None else weight
-        if dense is None:
+        weight = bases.whole_weight(base) if weight is None else weight
+        if needs_columns:
             self.columns = weight.index_select(1, self.cols)
         if config.restrain:
             self.important = important_channels(weight, self.rows.numel())
@@ -315,6 +324,8 @@ class CABR(AdapterState):
             if self.folded and config.norm_reference == "folded":
                 p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
+        if split:
+            parallel.keep_rows(self, base)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():

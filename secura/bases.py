@@ -89,6 +89,30 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
     return detached
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, of which every process has a part."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+def is_split(base: nn.Module) -> bool:
+    """Whether tensor parallelism split the weight of ``base``, which works on its part as it is."""
+    if not ("forward" in base.__dict__ or base._forward_pre_hooks):
+        return False  # transformers puts a forward, torch hooks, where a plan splits the weight
+    if not is_dtensor(dense_weight(base)):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(base, FSDPModule)
+
+
+def whole_weight(base: nn.Module) -> Tensor:
+    """:func:`weight`, gathered where tensor parallelism split it, which every process must ask."""
+    if not is_split(base):
+        return weight(base)
+    split: Any = dense_weight(base)
+    return split.detach().full_tensor()
+
+
 def weight_here(base: nn.Module) -> Tensor | None:
     """The weight ``[N, K]``, detached, where it is dense and whole on this process, else None."""
     dense = dense_weight(base)
@@ -207,10 +231,13 @@ __all__ = [
     "check_linear",
     "dense_weight",
     "is_conv1d",
+    "is_dtensor",
+    "is_split",
     "only_moves_inputs",
     "product_weight",
     "set_weight",
     "weight",
     "weight_here",
+    "whole_weight",
     "why_not_product",
 ]

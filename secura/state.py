@@ -83,7 +83,7 @@ class AdapterState(nn.Module):
                 "another); PeftModel.from_pretrained says which"
             )
         self._check_assigned_sum()
-        weight, state = bases.weight(base), self._tensors()
+        weight, state = bases.whole_weight(base), self._tensors()
         state.pop("checksum")
         own = fingerprint(weight) if self.config.check_base else None
         check_state(self.name, state, (self.out_features, self.in_features), own)

@@ -150,7 +150,8 @@ class SecuraModel(BaseTuner):
         try:
             base = target.get_base_layer() if isinstance(target, SecuraLayer) else target
             bases.check_linear(base)
-            bases.check_at_hand(base)
+            if not bases.is_split(base):
+                bases.check_at_hand(base)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         try:

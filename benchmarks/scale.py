@@ -1,0 +1,245 @@
+"""What an adapter adds to a training step on many GPUs, counted: sent, held, passed over.
+
+    python -m benchmarks.scale             # the table of docs/scale.md
+
+Nothing here was timed, and no GPU was used. Sent are the collectives of :func:`added`, which
+``tests/test_tensor_parallel.py`` holds against what two processes send; bytes through memory are
+those of ``benchmarks.registry``. With s bytes a number, m SECURA's rank, r LoRA's, T tokens:
+
+| set-up | SECURA (m, inner rank 2 m)                        | LoRA (PEFT's)                         |
+|--------|---------------------------------------------------|---------------------------------------|
+| DDP    | all-reduce of 4 m² s a layer                      | of r (N + K) s                        |
+| FSDP2  | 2 all-gathers, 1 reduce-scatter of the same       | the same                              |
+| TP, N  | 2 all-reduces of T m s, one of 4 m² bytes         | one of T r s                          |
+| TP, K  | nothing                                           | one of T r s                          |
+
+FSDP2's all-gathers ride with those of the frozen block; its reduce-scatter is the adapter's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from .registry import work
+from .shapes import MODELS, LayerCase, ModelShape
+
+NODE = 8
+"""GPUs that NVLink joins; others are reached over the network."""
+TOKENS, M, R, ITEMSIZE = 8192, 128, 16, 2
+GPU_BYTES = 75 * 2**30
+"""Of an 80 GB GPU, what weights may take."""
+METHODS = ("lora", "secura channel")
+SETUPS = ("DDP", "FSDP2", "TP 8")
+_SHARE = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
+_CORE_ITEMSIZE = 4
+
+
+class Linear(NamedTuple):
+    """An adapted layer ``K → N``, and whether tensor parallelism splits its N or its K."""
+
+    n: int
+    k: int
+    splits: str
+
+
+class Collective(NamedTuple):
+    """One kind of collective of a step.
+
+    Attributes:
+        kind: ``"all-reduce"``, ``"all-gather"`` or ``"reduce-scatter"``.
+        bytes: of the whole tensor, which is reduced, gathered or scattered.
+        calls: how often; 0 where it rides with one that the frozen model has as well.
+        times: how often those bytes are sent.
+    """
+
+    kind: str
+    bytes: int
+    calls: int
+    times: int = 1
+
+
+def block(shape: ModelShape) -> list[Linear]:
+    """The linear layers of one decoder block."""
+    return [
+        Linear(projection.n, projection.k, "K" if name in ("o", "down") else "N")
+        for projection in shape.projections()
+        for name in projection.name.split("+")
+    ]
+
+
+def trained(method: str, layer: Linear, m: int, r: int) -> int:
+    """Trained numbers of one layer: A and B of SECURA's core, or LoRA's."""
+    return r * (layer.n + layer.k) if method == "lora" else 4 * m * m
+
+
+def added(
+    setup: str, method: str, layers: Iterable[Linear], m: int, r: int, t: int, itemsize: int
+) -> Iterator[Collective]:
+    """What a step of one decoder block sends beyond the frozen model's, forward and backward.
+
+    Args:
+        setup: ``"DDP"``, ``"FSDP2"`` or ``"TP"``.
+        method: of ``METHODS``.
+        layers: the block's.
+        m, r: SECURA's rank and LoRA's.
+        t: tokens of the step.
+        itemsize: bytes a number, of adapters and activations.
+    """
+    layers = list(layers)
+    held = itemsize * sum(trained(method, layer, m, r) for layer in layers)
+    if setup == "DDP":
+        yield Collective("all-reduce", held, 1)
+    elif setup == "FSDP2":
+        yield Collective("all-gather", held, 0, times=2)
+        yield Collective("reduce-scatter", held, 1)
+    elif method == "lora":
+        yield Collective("all-reduce", itemsize * t * r, len(layers), times=len(layers))
+    else:
+        count = sum(layer.splits == "N" for layer in layers)
+        yield Collective("all-reduce", itemsize * t * m, 2 * count, times=2 * count)
+        yield Collective("all-reduce", _CORE_ITEMSIZE * m * m, count, times=count)
+
+
+def sent(collective: Collective, gpus: int) -> tuple[float, float]:
+    """Bytes that a GPU sends over NVLink and over the network, by rings.
+
+    Of a ring's links in a node, one leaves it.
+    """
+    share = _SHARE[collective.kind] * (gpus - 1) / gpus * collective.times * collective.bytes
+    network = share / min(gpus, NODE) if gpus > NODE else 0.0
+    return share - network, network
+
+
+class Cost(NamedTuple):
+    """What an adapter adds on each GPU, a step: bytes, but for ``calls``."""
+
+    nvlink: float
+    network: float
+    calls: int
+    state: float
+    kept: float
+    passed: float
+
+
+def cost(shape: ModelShape, setup: str, gpus: int, method: str) -> Cost | None:
+    """The costs of ``method`` on every linear layer, or None where the weights do not fit.
+
+    ``TP 8`` splits every layer over a node, and shards over the nodes by FSDP2.
+    """
+    tensor = NODE if setup == "TP 8" else 1
+    replicas = gpus // tensor
+    layers = block(shape)
+    weights = ITEMSIZE * shape.layers * sum(layer.n * layer.k for layer in layers)
+    if weights / (1 if setup == "DDP" else gpus) > GPU_BYTES:
+        return None
+    numbers = (M, R, TOKENS, ITEMSIZE)
+    moves = []
+    if tensor > 1:
+        moves += [(one, tensor, 1) for one in added("TP", method, layers, *numbers)]
+    if replicas > 1:
+        over = "DDP" if setup == "DDP" else "FSDP2"
+        here = [_part(layer, tensor) for layer in layers] if method == "lora" else layers
+        moves += [(one, replicas, tensor) for one in added(over, method, here, *numbers)]
+    nvlink = network = 0.0
+    calls = 0
+    for one, group, apart in moves:
+        near, far = sent(one, group) if apart == 1 else (0.0, sum(sent(one, group)))
+        nvlink, network, calls = nvlink + near, network + far, calls + one.calls
+    if setup == "DDP":  # buckets of 25 MiB go over all blocks
+        whole = shape.layers * moves[0][0].bytes
+        calls = -(-whole // (25 * 2**20))
+    else:
+        calls *= shape.layers
+    shards = 1 if setup == "DDP" else replicas
+    state = sum(_state(layer, method, tensor, shards) for layer in layers)
+    kept = _kept(layers, method, tensor)
+    passed = sum(_passed(layer, method, tensor) for layer in layers)
+    depth = shape.layers
+    return Cost(nvlink * depth, network * depth, calls, state * depth, kept * depth, passed * depth)
+
+
+def _part(layer: Linear, tensor: int) -> Linear:
+    """The layer with what one of ``tensor`` GPUs has of its split dimension."""
+    n, k = layer.n // tensor, layer.k // tensor
+    return layer._replace(n=n) if layer.splits == "N" else layer._replace(k=k)
+
+
+def _state(layer: Linear, method: str, tensor: int, shards: int) -> float:
+    """Parameters, gradients and Adam's two moments, sharded; buffers, which are not.
+
+    SECURA's: U_acc and R Rᵀ in fp32, ‖W_i‖, and under tensor parallelism C.
+    """
+    own = _part(layer, tensor)
+    numbers = trained(method, own if method == "lora" else layer, M, R)
+    buffers = 0
+    if method != "lora":
+        buffers = 8 * M * M + 4 * own.n + (ITEMSIZE * M * own.n if tensor > 1 else 0)
+    return 4 * ITEMSIZE * numbers / shards + buffers
+
+
+def _kept(layers: list[Linear], method: str, tensor: int) -> float:
+    """What autograd keeps of a block beyond the frozen model's: z and Q, or x and A x.
+
+    LoRA's x is one tensor for the layers that share it: q, k and v, gate and up.
+    """
+    if method == "lora":
+        inputs = {(layer.k, layer.splits): _part(layer, tensor).k for layer in layers}
+        attention = 1 if (layers[0].k, "N") in inputs else 0  # gate and up have another x than q
+        columns = sum(inputs.values()) + attention * layers[0].k
+        return ITEMSIZE * TOKENS * (columns + R * len(layers))
+    return sum(
+        ITEMSIZE * M * (TOKENS + _part(layer, tensor).n) + 4 * _part(layer, tensor).n
+        for layer in layers
+    )
+
+
+def _passed(layer: Linear, method: str, tensor: int) -> float:
+    """The least bytes through memory beyond the frozen layer's; copies of y0 where N is split.
+
+    There [y0, z] is made, its gradient is padded, and ∂y0 is taken out: read and written each.
+    """
+    own = _part(layer, tensor)
+    case = LayerCase("", "", 1, TOKENS, own.n, own.k, M, R)
+    least = work(method, case, ITEMSIZE)["both"].bytes - work("frozen", case, ITEMSIZE)["both"].bytes
+    copies = 6 if method != "lora" and tensor > 1 and layer.splits == "N" else 0
+    return least + copies * ITEMSIZE * TOKENS * own.n
+
+
+def table() -> str:
+    """The table of docs/scale.md: LoRA / SECURA in each cell."""
+    heads = [
+        "model, GPUs, set-up", "NVLink, MB", "network, MB", "collectives", "state, MiB",
+        "kept for backward, MiB", "through memory, GB",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    units = (1e6, 1e6, 1, 2**20, 2**20, 1e9)
+    for name in ("llama3-8b", "llama3-70b", "llama3-405b"):
+        for gpus in (8, 64, 512):
+            for setup in SETUPS:
+                label = f"{name}, {gpus}, {setup}"
+                if setup == "TP 8" and gpus > NODE:
+                    label += f" × FSDP2 {gpus // NODE}"
+                pair = [cost(MODELS[name], setup, gpus, method) for method in METHODS]
+                if None in pair:
+                    lines.append(f"| {label} | the weights do not fit | | | | | |")
+                    continue
+                cells = [
+                    " / ".join(f"{value / unit:,.{0 if unit == 1 or value / unit >= 9.95 else 1}f}" for value in both)
+                    for both, unit in zip(zip(*pair, strict=True), units, strict=True)
+                ]
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _CAPTION]) + "\n"
+
+
+_CAPTION = (
+    f"Counted, not measured: LoRA r={R} / SECURA `channel` m={M} on every linear layer of the "
+    f"decoder, beyond the frozen model, each GPU and step; bf16, {TOKENS} tokens a GPU (under TP a "
+    "node), AdamW, no checkpointing. *Sent* by rings, of whose links in a node of 8 one leaves it. "
+    "*Collectives* are those that the frozen model has not; FSDP2's all-gathers ride with its. "
+    "*Through memory* is the least: every operand once, thin ones not counted."
+)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,268 @@
+"""Tensor parallel, two processes: outputs, gradients, training and files are those of one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import two_processes
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from secura import AdapterConfig, SECURALinear, fold
+
+PLANS = ("transformers", "torch")
+SPACES = ("none", "channel", "activation")
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def split_model(plan, folder):
+    """The tiny Llama, its linear layers split over the two processes."""
+    if plan == "transformers":
+        if dist.get_rank() == 0 and not (folder / "base").exists():
+            tiny.llama().save_pretrained(folder / "base")
+        dist.barrier()
+        config = DistributedConfig(tp_plan="auto", tp_size=2)
+        return LlamaForCausalLM.from_pretrained(folder / "base", distributed_config=config).eval()
+    model = tiny.llama()
+    styles = {
+        name: ColwiseParallel() if name.endswith(COLWISE) else RowwiseParallel()
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    parallelize_module(model.model, init_device_mesh("cpu", (2,)), styles)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def error(got, expected):
+    """The largest relative distance of two dictionaries of tensors, which must have one set of
+    names."""
+    assert got.keys() == expected.keys() != set()
+    gaps = [(whole(got[name]) - value).norm() / value.norm() for name, value in expected.items()]
+    return max(map(float, gaps))
+
+
+def trained(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model, folds):
+    """Three steps, and a fold after the second."""
+    optimizer = torch.optim.SGD(trained_parameters(model), lr=0.3, momentum=0.9)
+    for step in range(3):
+        ids = tiny.tokens(seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if folds and step == 1:
+            fold(model)
+
+
+def trained_parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def compare(model, one, folder, folds):
+    """Errors of ``model`` against ``one``, before, while and after both are trained and saved."""
+    found = {"outputs": error({"": tiny.logits(model)}, {"": tiny.logits(one)})}
+    found["gradients"] = error(tiny.gradients(model), tiny.gradients(one))
+    for each in (model, one):
+        each.zero_grad()
+        train(each.train(), folds)
+        each.eval()
+    found["training"] = error(trained(model), trained(one))
+    found["trained outputs"] = error({"": tiny.logits(model)}, {"": tiny.logits(one)})
+    model.save_pretrained(folder / "split")
+    one.save_pretrained(folder / "one")
+    files = [load_file(folder / of / "adapter_model.safetensors") for of in ("split", "one")]
+    for file in files:
+        for name in [name for name in file if name.endswith("checksum")]:
+            del file[name]  # of values that differ in their last bits
+    indices = [name for name in files[0] if name.endswith(("rows", "cols"))]
+    assert all(torch.equal(files[0].pop(name), files[1].pop(name)) for name in indices)
+    drop = [name for name in files[1] if not files[1][name].any()]
+    assert not any(files[0].pop(name).any() or files[1].pop(name).any() for name in drop)
+    found["file"] = error(*files)
+    loaded = PeftModel.from_pretrained(tiny.llama(), folder / "split")
+    found["loaded by one"] = error({"": tiny.logits(loaded)}, {"": tiny.logits(one)})
+    return found
+
+
+def adapter(plan, settings, folder):
+    folder = folder / f"{dist.get_rank()}-{plan}-{'-'.join(map(str, settings.values()))}"
+    settings = {"target_modules": TARGETS} | settings
+    if plan == "transformers":  # whose head hands on the whole of what it splits
+        settings["target_modules"] = [*settings["target_modules"], "lm_head"]
+    model = tiny.adapted(split_model(plan, folder.parent), **settings)
+    one = tiny.adapted(**settings)
+    found = compare(model, one, folder, folds=True)
+    loaded = PeftModel.from_pretrained(split_model(plan, folder.parent), folder / "one")
+    found["loaded by two"] = error({"": tiny.logits(loaded)}, {"": tiny.logits(one)})
+    mine = torch.cat([value.flatten() for value in trained(model).values()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    found["between the two"] = float((both[0] - both[1]).abs().max())
+    return found
+
+
+def lora(plan, folder):
+    models = []
+    for base in (split_model(plan, folder), tiny.llama()):
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS))
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, value in sorted(trained(model).items()):
+                new = torch.randn(value.shape, generator=draw) * 0.3
+                if isinstance(value, DTensor):
+                    new = distribute_tensor(new, value.device_mesh, value.placements)
+                model.get_parameter(name).copy_(new)
+        models.append(model)
+    return compare(*models, folder / f"lora-{plan}-{dist.get_rank()}", folds=False)
+
+
+class MLP(nn.Module):
+    """Two adapted layers, up and down."""
+
+    def __init__(self, hidden=8, inner=12, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        config = AdapterConfig(**({"r": 3, "norm": "channel", "train_bias": True} | settings))
+        self.up = SECURALinear(nn.Linear(hidden, inner), config)
+        self.down = SECURALinear(nn.Linear(inner, hidden), config)
+        for layer in (self.up, self.down):
+            for value in (layer.trained, layer.bias):
+                nn.init.normal_(value)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def layers(settings, up, down, folder, tokens_split=False, training=False):
+    """Errors of an MLP's output and gradients against one process's."""
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    models = [MLP(**settings).train(training) for _ in range(2)]
+    plan = {"up.base": ColwiseParallel(**up), "down.base": RowwiseParallel(**down)}
+    parallelize_module(models[0], mesh, plan)
+    torch.manual_seed(1)
+    x, w = torch.randn(2, 2, 6, 8)
+    results = []
+    for model, split in zip(models, (tokens_split, False), strict=True):
+        torch.manual_seed(7 + (rank if model is models[0] else 0))
+        part = slice(3 * rank, 3 * rank + 3) if split else slice(None)
+        own = x[:, part].clone().requires_grad_()
+        out = model(own)
+        (whole(out) * w[:, part]).sum().backward()
+        pieces = {"out": out.detach(), "x": own.grad}
+        if split:
+            pieces = {
+                name: DTensor.from_local(value, mesh, [Shard(1)]).full_tensor()
+                for name, value in pieces.items()
+            }
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results.append(pieces | gradients)
+    return {"all": error(*results)}
+
+
+def uneven(folder):
+    """A layer of 7 outputs, whose last process has fewer, gathered as a DTensor."""
+    models = [MLP(inner=7).up for _ in range(2)]
+    plan = {"base": ColwiseParallel(use_local_output=False)}
+    parallelize_module(models[0], init_device_mesh("cpu", (2,)), plan)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    outs = [model(x) for model in models]
+    for out in outs:
+        whole(out).square().sum().backward()
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+                 for model in models]  # fmt: skip
+    assert isinstance(outs[0], DTensor) and outs[0].placements == (Shard(-1),)
+    return {"out": error({"": outs[0]}, {"": outs[1]}), "gradients": error(*gradients)}
+
+
+def several(folder):
+    model = tiny.adapted(split_model("torch", folder), norm="none")
+    model.add_adapter("other", tiny.config(norm="none"))
+    model.base_model.set_adapter(["default", "other"])
+    tiny.logits(model)
+
+
+def merged(folder):
+    tiny.adapted(split_model("torch", folder), norm="none").merge_adapter()
+
+
+SEQUENCE = ({"input_layouts": Shard(1)}, {"output_layouts": Shard(1)})
+REFUSED = {
+    "weight": {"norm": "weight"},
+    "channel, paper": {"norm": "channel", "norm_form": "paper"},
+    "activation, relative ε": {"norm": "activation", "norm_eps_relative": True},
+    "channel, restrain": {"norm": "channel", "restrain": True},
+}
+
+
+def cases():
+    """What both processes run."""
+    adapters = {
+        f"{plan} {space}": partial(adapter, plan, {"norm": space})
+        for plan in PLANS
+        for space in SPACES
+    }
+    others = {
+        f"{reference} {core}": partial(
+            adapter, "torch", {"norm": "channel", "norm_reference": reference, "core": core}
+        )
+        for reference, core in (("folded", "u"), ("pretrained", "ab"))
+    }
+    of_layers = {
+        f"layers {norm} {name}": partial(layers, {"norm": norm} | settings, *styles, **how)
+        for norm in SPACES
+        for name, settings, styles, how in (
+            ("plain", {}, ({}, {}), {}),
+            ("tokens split", {}, SEQUENCE, {"tokens_split": True}),
+            ("dropout", {"dropout": 0.4}, ({}, {}), {"training": True}),
+        )
+    }
+    refusals = {
+        f"refused {name}": partial(layers, {"r": 3} | settings, {}, {})
+        for name, settings in REFUSED.items()
+    }
+    refusals["refused paper, tokens"] = partial(
+        layers, {"norm": "activation", "norm_form": "paper"}, {"output_layouts": Shard(-1)}, {}
+    )
+    return {
+        **adapters,
+        **others,
+        **of_layers,
+        **refusals,
+        **{f"lora {plan}": partial(lora, plan) for plan in PLANS},
+        "uneven": uneven,
+        "several": several,
+        "merged": merged,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return two_processes.run("test_tensor_parallel:cases", tmp_path_factory.mktemp("two"))
+
+
+def test_all(found):
+    for name, value in found.items():
+        print(name, value)
+    raise SystemExit
