@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, and the plots, from the committed results alone.
+"""The tables of README.md, docs/results.md and docs/scale.md, and the plots, from committed files.
 
     python -m benchmarks.report            # rewrite the tables between the pages' markers, plots
     python -m benchmarks.report --check    # exit 1 where the tables differ from the results
@@ -6,7 +6,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
 ``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
 ``retention-<stage>-<place>``, a stage of the retention experiment there, or the same and
-``-brief``, less of it.
+``-brief``, less of it; ``scale`` is what :mod:`benchmarks.scale` counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import scale
 from .plots import draw_all, layer_plots
 from .retention.record import read_all
 from .retention.report import main_table
@@ -27,7 +28,7 @@ from .tables import NOT_YET, TABLES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "scale.md")
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -71,6 +72,8 @@ def retention_table(results: Path, name: str) -> str:
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The table of one result file, its plots below; says so where there is none yet."""
+    if name == "scale":
+        return scale.table()
     if name.startswith("retention-"):
         return retention_table(results, name)
     path = results / f"{name}.json"

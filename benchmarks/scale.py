@@ -3,15 +3,15 @@
     python -m benchmarks.scale             # the table of docs/scale.md
 
 Nothing here was timed, and no GPU was used. Sent are the collectives of :func:`added`, which
-``tests/test_tensor_parallel.py`` holds against what two processes send; bytes through memory are
-those of ``benchmarks.registry``. With s bytes a number, m SECURA's rank, r LoRA's, T tokens:
+``tests/test_tensor_parallel.py`` holds against what two processes send. With s bytes a number, m
+SECURA's rank, r LoRA's and T tokens:
 
-| set-up | SECURA (m, inner rank 2 m)                        | LoRA (PEFT's)                         |
-|--------|---------------------------------------------------|---------------------------------------|
-| DDP    | all-reduce of 4 m² s a layer                      | of r (N + K) s                        |
-| FSDP2  | 2 all-gathers, 1 reduce-scatter of the same       | the same                              |
-| TP, N  | 2 all-reduces of T m s, one of 4 m² bytes         | one of T r s                          |
-| TP, K  | nothing                                           | one of T r s                          |
+| set-up | SECURA (m, inner rank 2 m)                  | LoRA (PEFT's)     |
+|--------|---------------------------------------------|-------------------|
+| DDP    | all-reduce of 4 m² s a layer                | of r (N + K) s    |
+| FSDP2  | 2 all-gathers, 1 reduce-scatter of the same | the same          |
+| TP, N  | 2 all-reduces of T m s, one of 4 m² bytes   | one of T r s      |
+| TP, K  | nothing                                     | one of T r s      |
 
 FSDP2's all-gathers ride with those of the frozen block; its reduce-scatter is the adapter's own.
 """
@@ -21,8 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .registry import work
-from .shapes import MODELS, LayerCase, ModelShape
+from .shapes import MODELS, ModelShape
 
 NODE = 8
 """GPUs that NVLink joins; others are reached over the network."""
@@ -31,6 +30,8 @@ GPU_BYTES = 75 * 2**30
 """Of an 80 GB GPU, what weights may take."""
 METHODS = ("lora", "secura channel")
 SETUPS = ("DDP", "FSDP2", "TP 8")
+LAUNCHES = {"lora": 10, "secura channel": 12}
+"""Of a layer's step beyond the frozen layer's: products, passes and kernels; no casts."""
 _SHARE = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 _CORE_ITEMSIZE = 4
 
@@ -112,11 +113,12 @@ def sent(collective: Collective, gpus: int) -> tuple[float, float]:
 
 
 class Cost(NamedTuple):
-    """What an adapter adds on each GPU, a step: bytes, but for ``calls``."""
+    """What an adapter adds on a GPU in a step: bytes, but for ``calls`` and ``launches``."""
 
     nvlink: float
     network: float
     calls: int
+    launches: int
     state: float
     kept: float
     passed: float
@@ -153,10 +155,11 @@ def cost(shape: ModelShape, setup: str, gpus: int, method: str) -> Cost | None:
         calls *= shape.layers
     shards = 1 if setup == "DDP" else replicas
     state = sum(_state(layer, method, tensor, shards) for layer in layers)
-    kept = _kept(layers, method, tensor)
+    saved = kept(layers, method, tensor)
     passed = sum(_passed(layer, method, tensor) for layer in layers)
-    depth = shape.layers
-    return Cost(nvlink * depth, network * depth, calls, state * depth, kept * depth, passed * depth)
+    depth, launches = shape.layers, LAUNCHES[method] * len(layers)
+    each = (launches, state, saved, passed)
+    return Cost(nvlink * depth, network * depth, calls, *(depth * value for value in each))
 
 
 def _part(layer: Linear, tensor: int) -> Linear:
@@ -178,7 +181,7 @@ def _state(layer: Linear, method: str, tensor: int, shards: int) -> float:
     return 4 * ITEMSIZE * numbers / shards + buffers
 
 
-def _kept(layers: list[Linear], method: str, tensor: int) -> float:
+def kept(layers: list[Linear], method: str, tensor: int) -> float:
     """What autograd keeps of a block beyond the frozen model's: z and Q, or x and A x.
 
     LoRA's x is one tensor for the layers that share it: q, k and v, gate and up.
@@ -195,25 +198,32 @@ def _kept(layers: list[Linear], method: str, tensor: int) -> float:
 
 
 def _passed(layer: Linear, method: str, tensor: int) -> float:
-    """The least bytes through memory beyond the frozen layer's; copies of y0 where N is split.
+    """Bytes through memory beyond the frozen layer's, as it runs; thin tensors but z left out.
 
-    There [y0, z] is made, its gradient is padded, and ∂y0 is taken out: read and written each.
+    PEFT's LoRA in elements: x for A, B's product, times s, plus y0; then g times s, g twice for ∂B
+    and ∂(A x), x, and A's ∂x, which is added to W's. SECURA by the table of
+    ``secura_kernels/ops/lowrank/op.py``, each way the cheaper one; y0 it is under tensor
+    parallelism. Where N is split, [y0, z] is made, its gradient is padded, and ∂y0 is taken out.
     """
-    own = _part(layer, tensor)
-    case = LayerCase("", "", 1, TOKENS, own.n, own.k, M, R)
-    least = work(method, case, ITEMSIZE)["both"].bytes - work("frozen", case, ITEMSIZE)["both"].bytes
-    copies = 6 if method != "lora" and tensor > 1 and layer.splits == "N" else 0
-    return least + copies * ITEMSIZE * TOKENS * own.n
+    (n, k, _), t = _part(layer, tensor), TOKENS
+    if method == "lora":
+        return ITEMSIZE * t * (10 * n + 6 * k)
+    by_output, by_weight = 2 * t * n + 32 // ITEMSIZE * t * M, 2 * n * k + t * k
+    forward, backward = min(by_output, by_weight), min(2 * t * n, 2 * n * k)
+    if tensor > 1:
+        copies = 6 * t * n if layer.splits == "N" else 0
+        forward, backward = by_output, 2 * t * n + copies
+    return ITEMSIZE * (forward + backward + t * n)
 
 
 def table() -> str:
     """The table of docs/scale.md: LoRA / SECURA in each cell."""
     heads = [
-        "model, GPUs, set-up", "NVLink, MB", "network, MB", "collectives", "state, MiB",
+        "model, GPUs, set-up", "NVLink, MB", "network, MB", "collectives", "launches", "state, MiB",
         "kept for backward, MiB", "through memory, GB",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    units = (1e6, 1e6, 1, 2**20, 2**20, 1e9)
+    units = (1e6, 1e6, 1, 1, 2**20, 2**20, 1e9)
     for name in ("llama3-8b", "llama3-70b", "llama3-405b"):
         for gpus in (8, 64, 512):
             for setup in SETUPS:
@@ -222,14 +232,18 @@ def table() -> str:
                     label += f" × FSDP2 {gpus // NODE}"
                 pair = [cost(MODELS[name], setup, gpus, method) for method in METHODS]
                 if None in pair:
-                    lines.append(f"| {label} | the weights do not fit | | | | | |")
+                    lines.append(f"| {label} | the weights do not fit | | | | | | |")
                     continue
                 cells = [
-                    " / ".join(f"{value / unit:,.{0 if unit == 1 or value / unit >= 9.95 else 1}f}" for value in both)
+                    " / ".join(f"{value / unit:,.{_digits(value / unit, unit)}f}" for value in both)
                     for both, unit in zip(zip(*pair, strict=True), units, strict=True)
                 ]
                 lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _CAPTION]) + "\n"
+
+
+def _digits(value: float, unit: float) -> int:
+    return 0 if unit == 1 or value >= 9.95 or value == 0 else 1
 
 
 _CAPTION = (
@@ -237,7 +251,7 @@ _CAPTION = (
     f"decoder, beyond the frozen model, each GPU and step; bf16, {TOKENS} tokens a GPU (under TP a "
     "node), AdamW, no checkpointing. *Sent* by rings, of whose links in a node of 8 one leaves it. "
     "*Collectives* are those that the frozen model has not; FSDP2's all-gathers ride with its. "
-    "*Through memory* is the least: every operand once, thin ones not counted."
+    "*Launches* are those of the layers alone. *Through memory*: as PEFT and our kernels run."
 )
 
 

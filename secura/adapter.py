@@ -62,6 +62,7 @@ class CABR(AdapterState):
     base_norms: Tensor
     important: Tensor | None
     here: Tensor | None
+    r_here: Tensor | None
     wants_whole = False
 
     def __init__(
@@ -100,7 +101,7 @@ class CABR(AdapterState):
         self.register_buffer("fingerprint", fingerprint(weight))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
-        for name in ("columns", "gram", "base_norms", "important", "here"):
+        for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
             self.register_buffer(name, None, persistent=False)
         if bases.is_split(base):
             parallel.share_start(self, base)
@@ -309,8 +310,6 @@ class CABR(AdapterState):
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
         self._stale = False
-        if split:
-            parallel.check(self, split=False)
         needs_columns = split or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
@@ -325,7 +324,7 @@ class CABR(AdapterState):
                 p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
         if split:
-            parallel.keep_rows(self, base)
+            parallel.keep_rows(self, base, weight)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,21 +14,26 @@ import two_processes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
+from benchmarks import scale
 from secura import AdapterConfig, SECURALinear, fold
 
 PLANS = ("transformers", "torch")
-SPACES = ("none", "channel", "activation")
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+COLUMNS = ["q_proj", "v_proj", "gate_proj"]
 COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
@@ -53,8 +60,7 @@ def whole(tensor):
 
 
 def error(got, expected):
-    """The largest relative distance of two dictionaries of tensors, which must have one set of
-    names."""
+    """The largest relative distance of tensors from those of the same names."""
     assert got.keys() == expected.keys() != set()
     gaps = [(whole(got[name]) - value).norm() / value.norm() for name, value in expected.items()]
     return max(map(float, gaps))
@@ -123,10 +129,10 @@ def adapter(plan, settings, folder):
     return found
 
 
-def lora(plan, folder):
+def lora(plan, targets, folder):
     models = []
     for base in (split_model(plan, folder), tiny.llama()):
-        model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS))
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, value in sorted(trained(model).items()):
@@ -135,7 +141,7 @@ def lora(plan, folder):
                     new = distribute_tensor(new, value.device_mesh, value.placements)
                 model.get_parameter(name).copy_(new)
         models.append(model)
-    return compare(*models, folder / f"lora-{plan}-{dist.get_rank()}", folds=False)
+    return compare(*models, folder / f"lora-{targets}-{dist.get_rank()}", folds=False)
 
 
 class MLP(nn.Module):
@@ -192,7 +198,7 @@ def uneven(folder):
         whole(out).square().sum().backward()
     gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad}
                  for model in models]  # fmt: skip
-    assert isinstance(outs[0], DTensor) and outs[0].placements == (Shard(-1),)
+    assert isinstance(outs[0], DTensor) and outs[0].placements == (Shard(1),)
     return {"out": error({"": outs[0]}, {"": outs[1]}), "gradients": error(*gradients)}
 
 
@@ -207,12 +213,90 @@ def merged(folder):
     tiny.adapted(split_model("torch", folder), norm="none").merge_adapter()
 
 
+KINDS = {
+    "allreduce_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives, and the bytes of the whole tensors they reduce, gather or scatter."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # until what it does with its parts comes by
+        space, name = func._schema.name.split("::")
+        if "c10d" in space and name in KINDS:
+            tensors = [one for one in args if isinstance(one, torch.Tensor)]
+            tensors += [one for many in args if isinstance(many, list) for one in many]
+            nbytes = max(one.nbytes for one in tensors)
+            self.found[f"{KINDS[name]} calls"] += 1
+            self.found[f"{KINDS[name]} bytes"] += nbytes
+        return func(*args, **kwargs or {})
+
+
+def targets_of(setup, method):
+    """Every kind of layer, but for LoRA under tensor parallelism: PEFT's raises on rows."""
+    return COLUMNS if (setup, method) == ("TP", "lora") else TARGETS
+
+
+LAYERS = {
+    "q_proj": scale.Linear(24, 24, "N"),
+    "v_proj": scale.Linear(12, 24, "N"),
+    "o_proj": scale.Linear(24, 24, "K"),
+    "gate_proj": scale.Linear(48, 24, "N"),
+    "down_proj": scale.Linear(24, 48, "K"),
+}
+
+
+def sent(setup, method, folder):
+    """What a step of the adapted model sends, less what one of the frozen model does."""
+    counts = []
+    targets = targets_of(setup, method)
+    for adapts in (True, False):
+        if not adapts and setup == "DDP":
+            continue  # it has nothing to train
+        model = split_model("transformers", folder) if setup == "TP" else tiny.llama()
+        model.enable_input_require_grads()
+        if adapts and method == "lora":
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+        elif adapts:
+            model = tiny.adapted(model, norm="channel", target_modules=targets)
+        if not adapts:
+            model.requires_grad_(False)
+        count = Sent()
+        if setup == "FSDP2":
+            mesh = init_device_mesh("cpu", (2,))
+            blocks = [one for name, one in model.named_modules() if name.endswith(("rs.0", "rs.1"))]
+            assert len(blocks) == 2
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        elif setup == "DDP":
+            model = DistributedDataParallel(model)
+            model.register_comm_hook(None, default_hooks.allreduce_hook)  # Python's, to be seen
+        for step in range(2):  # what is formed at the first use is no step's
+            ids = tiny.tokens()
+            count.found.clear()
+            with count if step else nullcontext():
+                model(input_ids=ids, labels=ids).loss.backward()
+        counts.append(count.found)
+    counts[0].subtract(counts[1] if len(counts) > 1 else {})
+    return {name: n for name, n in counts[0].items() if n}
+
+
 SEQUENCE = ({"input_layouts": Shard(1)}, {"output_layouts": Shard(1)})
 REFUSED = {
-    "weight": {"norm": "weight"},
-    "channel, paper": {"norm": "channel", "norm_form": "paper"},
-    "activation, relative ε": {"norm": "activation", "norm_eps_relative": True},
-    "channel, restrain": {"norm": "channel", "restrain": True},
+    "channel, form": ("norm_form='paper'", {"norm": "channel", "norm_form": "paper"}),
+    "activation, ε": ("norm_eps_relative", {"norm": "activation", "norm_eps_relative": True}),
+    "weight, ε": ("norm_eps_relative", {"norm": "weight", "norm_eps_relative": True}),
+    "channel, restrain": ("restrain", {"norm": "channel", "restrain": True}),
 }
 
 
@@ -221,36 +305,46 @@ def cases():
     adapters = {
         f"{plan} {space}": partial(adapter, plan, {"norm": space})
         for plan in PLANS
-        for space in SPACES
+        for space in tiny.NORMS
     }
-    others = {
-        f"{reference} {core}": partial(
-            adapter, "torch", {"norm": "channel", "norm_reference": reference, "core": core}
+    folded = {
+        f"{space} {reference} {core}": partial(
+            adapter, "torch", {"norm": space, "norm_reference": reference, "core": core}
         )
-        for reference, core in (("folded", "u"), ("pretrained", "ab"))
+        for space, reference, core in (
+            ("channel", "pretrained", "u"),
+            ("weight", "pretrained", "ab"),
+        )
     }
     of_layers = {
         f"layers {norm} {name}": partial(layers, {"norm": norm} | settings, *styles, **how)
-        for norm in SPACES
+        for norm in tiny.NORMS
         for name, settings, styles, how in (
             ("plain", {}, ({}, {}), {}),
             ("tokens split", {}, SEQUENCE, {"tokens_split": True}),
             ("dropout", {"dropout": 0.4}, ({}, {}), {"training": True}),
         )
+        if (norm, name) != ("weight", "dropout")  # which has no z to drop
     }
     refusals = {
-        f"refused {name}": partial(layers, {"r": 3} | settings, {}, {})
-        for name, settings in REFUSED.items()
+        f"refused {name}": partial(layers, settings, {}, {})
+        for name, (_, settings) in REFUSED.items()
     }
-    refusals["refused paper, tokens"] = partial(
-        layers, {"norm": "activation", "norm_form": "paper"}, {"output_layouts": Shard(-1)}, {}
-    )
+    moved = {
+        f"{setup} {method}": partial(sent, setup, method)
+        for setup in ("DDP", "FSDP2", "TP")
+        for method in scale.METHODS
+    }
     return {
         **adapters,
-        **others,
+        **moved,
+        **folded,
         **of_layers,
         **refusals,
-        **{f"lora {plan}": partial(lora, plan) for plan in PLANS},
+        "lora transformers N": partial(lora, "transformers", COLUMNS),
+        "lora transformers K": partial(lora, "transformers", ["o_proj"]),
+        "lora torch N": partial(lora, "torch", COLUMNS),
+        "lora torch K": partial(lora, "torch", ["o_proj"]),
         "uneven": uneven,
         "several": several,
         "merged": merged,
@@ -262,7 +356,60 @@ def found(tmp_path_factory):
     return two_processes.run("test_tensor_parallel:cases", tmp_path_factory.mktemp("two"))
 
 
-def test_all(found):
-    for name, value in found.items():
-        print(name, value)
-    raise SystemExit
+def errors(found, start):
+    """``{case: {quantity: error}}`` of the cases whose name starts so."""
+    chosen = {name: value for name, value in found.items() if name.startswith(start)}
+    assert chosen and not [value for value in chosen.values() if isinstance(value, str)], chosen
+    return chosen
+
+
+@pytest.mark.parametrize("space", tiny.NORMS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_model_and_its_file_are_those_of_one_process(plan, space, found):
+    (of,) = errors(found, f"{plan} {space}").values()
+    assert of.pop("between the two") == 0
+    assert len(of) == 7 and max(of.values()) < 1e-5, of
+
+
+@pytest.mark.parametrize("space", tiny.NORMS)
+def test_layers_with_biases_dropout_and_split_tokens(space, found):
+    of = errors(found, f"layers {space}")
+    assert len(of) == 2 + (space != "weight")
+    assert max(one["all"] for one in of.values()) < 1e-5, of
+
+
+def test_references_cores_and_uneven_parts(found):
+    for start in ("channel pretrained u", "weight pretrained ab", "uneven"):
+        (of,) = errors(found, start).values()
+        assert max(of.values()) < 1e-5, of
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_looks_at_a_whole_layer_is_refused(name, found):
+    setting, _ = REFUSED[name]
+    assert found[f"refused {name}"].startswith(f"ValueError: layer: {setting} looks at all")
+
+
+def test_several_adapters_and_a_merge_are_refused(found):
+    assert "active together, which a tensor parallel base does not take" in found["several"]
+    assert "merge on one process with `secura merge`" in found["merged"]
+
+
+def test_lora_trains_what_transformers_split_over_its_outputs_and_nothing_else(found):
+    (of,) = errors(found, "lora transformers N").values()
+    assert max(of.values()) < 1e-5, of
+    for name in ("transformers K", "torch N", "torch K"):
+        assert found[f"lora {name}"].startswith("RuntimeError"), found[f"lora {name}"]
+
+
+@pytest.mark.parametrize("method", scale.METHODS)
+@pytest.mark.parametrize("setup", ["DDP", "FSDP2", "TP"])
+def test_what_scale_counts_is_what_two_processes_send(setup, method, found):
+    expected = Counter()
+    layers = [LAYERS[name] for name in targets_of(setup, method)]
+    blocks = 2 * layers if setup == "DDP" else layers
+    for one in scale.added(setup, method, blocks, m=4, r=4, t=21, itemsize=4):
+        count = 1 if setup == "DDP" else 2
+        expected[f"{one.kind} calls"] += one.calls * count
+        expected[f"{one.kind} bytes"] += one.bytes * one.times * count
+    assert found[f"{setup} {method}"] == {name: n for name, n in expected.items() if n}
