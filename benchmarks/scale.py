@@ -148,18 +148,20 @@ def cost(shape: ModelShape, setup: str, gpus: int, method: str) -> Cost | None:
     for one, group, apart in moves:
         near, far = sent(one, group) if apart == 1 else (0.0, sum(sent(one, group)))
         nvlink, network, calls = nvlink + near, network + far, calls + one.calls
-    if setup == "DDP":  # buckets of 25 MiB go over all blocks
-        whole = shape.layers * moves[0][0].bytes
-        calls = -(-whole // (25 * 2**20))
-    else:
-        calls *= shape.layers
+    calls *= shape.layers
+    if setup == "DDP":  # in buckets, over all blocks
+        calls = -(-shape.layers * moves[0][0].bytes // (25 * 2**20))
     shards = 1 if setup == "DDP" else replicas
-    state = sum(_state(layer, method, tensor, shards) for layer in layers)
-    saved = kept(layers, method, tensor)
-    passed = sum(_passed(layer, method, tensor) for layer in layers)
-    depth, launches = shape.layers, LAUNCHES[method] * len(layers)
-    each = (launches, state, saved, passed)
-    return Cost(nvlink * depth, network * depth, calls, *(depth * value for value in each))
+    depth = shape.layers
+    return Cost(
+        nvlink=nvlink * depth,
+        network=network * depth,
+        calls=calls,
+        launches=depth * LAUNCHES[method] * len(layers),
+        state=depth * sum(_state(layer, method, tensor, shards) for layer in layers),
+        kept=depth * kept(layers, method, tensor),
+        passed=depth * sum(_passed(layer, method, tensor) for layer in layers),
+    )
 
 
 def _part(layer: Linear, tensor: int) -> Linear:
@@ -234,16 +236,10 @@ def table() -> str:
                 if None in pair:
                     lines.append(f"| {label} | the weights do not fit | | | | | | |")
                     continue
-                cells = [
-                    " / ".join(f"{value / unit:,.{_digits(value / unit, unit)}f}" for value in both)
-                    for both, unit in zip(zip(*pair, strict=True), units, strict=True)
-                ]
+                both = zip(*pair, units, strict=True)
+                cells = [f"{a / unit:,.0f} / {b / unit:,.0f}" for a, b, unit in both]
                 lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _CAPTION]) + "\n"
-
-
-def _digits(value: float, unit: float) -> int:
-    return 0 if unit == 1 or value >= 9.95 or value == 0 else 1
 
 
 _CAPTION = (

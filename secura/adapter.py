@@ -190,6 +190,7 @@ class CABR(AdapterState):
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
+        bases.check_whole(base)
         self._refresh(base)
         layer = self._layer(base, bases.weight(base, values=False))
         return additive_product(layer, *self.factors())
@@ -247,6 +248,7 @@ class CABR(AdapterState):
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
+        bases.check_whole(base)
         weight = bases.weight(base)
         u = self.update() + self.core
         p = project(weight, self.cols, u, u.dtype, None)
@@ -263,6 +265,7 @@ class CABR(AdapterState):
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
         """
+        bases.check_whole(base)
         if self.config.norm == "activation":
             if not (allow_inexact or self.config.allow_inexact_merge):
                 raise ValueError(
@@ -309,6 +312,8 @@ class CABR(AdapterState):
     def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
+        if split:
+            parallel.check(self, base)
         self._stale = False
         needs_columns = split or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:

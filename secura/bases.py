@@ -105,6 +105,15 @@ def is_split(base: nn.Module) -> bool:
     return not isinstance(base, FSDPModule)
 
 
+def check_whole(base: nn.Module) -> None:
+    """Raise ``ValueError`` where tensor parallelism split the weight of ``base``."""
+    if is_split(base):
+        raise ValueError(
+            "tensor parallelism split the base weight over processes: save the adapter, and merge, "
+            "export or anchor it on one process"
+        )
+
+
 def whole_weight(base: nn.Module) -> Tensor:
     """:func:`weight`, gathered where tensor parallelism split it, which every process must ask."""
     if not is_split(base):
@@ -229,6 +238,7 @@ __all__ = [
     "bias",
     "check_at_hand",
     "check_linear",
+    "check_whole",
     "dense_weight",
     "is_conv1d",
     "is_dtensor",

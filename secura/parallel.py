@@ -81,7 +81,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         adapter.wants_whole = whole
         adapter._derive(base, None)
     if some_tokens and adapter.config.norm == "activation":
-        check(adapter)
+        check(adapter, base, some_tokens=True)
     mask = adapter.dropout_mask(y0)
     if mask is not None and not some_tokens:
         torch.distributed.broadcast(mask, group=group, group_src=0)
@@ -145,8 +145,6 @@ def keep_rows(adapter: CABR, base: nn.Module, weight: Tensor) -> None:
     """
     own = None if adapter.wants_whole else _rows_here(bases.dense_weight(base))
     adapter.here = adapter.r_here = None
-    if own is not None or adapter.config.norm == "weight":
-        check(adapter)
     if own is None:
         return
     columns, norms, m = adapter.columns, adapter.base_norms, adapter.rows.numel()
@@ -166,8 +164,14 @@ def share_start(adapter: CABR, base: nn.Module) -> None:
         torch.distributed.broadcast(parameter.data, group=_group(base), group_src=0)
 
 
-def check(adapter: CABR) -> None:
-    """Raise ``ValueError`` for settings that have to see what other processes have of a layer."""
+def check(adapter: CABR, base: nn.Module, *, some_tokens: bool = False) -> None:
+    """Raise ``ValueError`` for settings that have to see what other processes have of a layer.
+
+    ``some_tokens`` says that they have other tokens of it.
+    """
+    whole = adapter.wants_whole or _rows_here(bases.dense_weight(base)) is None
+    if whole and not some_tokens and adapter.config.norm != "weight":
+        return
     config = adapter.config
     form, _ = resolve_norm(config.norm, config.norm_form)
     over_all = {

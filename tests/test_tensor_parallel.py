@@ -24,12 +24,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from benchmarks import scale
-from secura import AdapterConfig, SECURALinear, fold
+from secura import AdapterConfig, SECURALinear, anchor, export_lora, fold
 
 PLANS = ("transformers", "torch")
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -63,16 +62,24 @@ def error(got, expected):
     """The largest relative distance of tensors from those of the same names."""
     assert got.keys() == expected.keys() != set()
     gaps = [(whole(got[name]) - value).norm() / value.norm() for name, value in expected.items()]
-    return max(map(float, gaps))
+    return max(float(gap.detach()) for gap in gaps)
+
+
+def outputs(model, one):
+    return error({"": tiny.logits(model)}, {"": tiny.logits(one)})
 
 
 def trained(model):
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model):
+    return {name: p.grad for name, p in trained(model).items()}
 
 
 def train(model, folds):
     """Three steps, and a fold after the second."""
-    optimizer = torch.optim.SGD(trained_parameters(model), lr=0.3, momentum=0.9)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.3, momentum=0.9)
     for step in range(3):
         ids = tiny.tokens(seed=step)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -82,20 +89,16 @@ def train(model, folds):
             fold(model)
 
 
-def trained_parameters(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def compare(model, one, folder, folds):
     """Errors of ``model`` against ``one``, before, while and after both are trained and saved."""
-    found = {"outputs": error({"": tiny.logits(model)}, {"": tiny.logits(one)})}
+    found = {"outputs": outputs(model, one)}
     found["gradients"] = error(tiny.gradients(model), tiny.gradients(one))
     for each in (model, one):
         each.zero_grad()
         train(each.train(), folds)
         each.eval()
     found["training"] = error(trained(model), trained(one))
-    found["trained outputs"] = error({"": tiny.logits(model)}, {"": tiny.logits(one)})
+    found["trained outputs"] = outputs(model, one)
     model.save_pretrained(folder / "split")
     one.save_pretrained(folder / "one")
     files = [load_file(folder / of / "adapter_model.safetensors") for of in ("split", "one")]
@@ -108,7 +111,7 @@ def compare(model, one, folder, folds):
     assert not any(files[0].pop(name).any() or files[1].pop(name).any() for name in drop)
     found["file"] = error(*files)
     loaded = PeftModel.from_pretrained(tiny.llama(), folder / "split")
-    found["loaded by one"] = error({"": tiny.logits(loaded)}, {"": tiny.logits(one)})
+    found["loaded by one"] = outputs(loaded, one)
     return found
 
 
@@ -120,8 +123,9 @@ def adapter(plan, settings, folder):
     model = tiny.adapted(split_model(plan, folder.parent), **settings)
     one = tiny.adapted(**settings)
     found = compare(model, one, folder, folds=True)
-    loaded = PeftModel.from_pretrained(split_model(plan, folder.parent), folder / "one")
-    found["loaded by two"] = error({"": tiny.logits(loaded)}, {"": tiny.logits(one)})
+    if plan == "transformers":
+        loaded = PeftModel.from_pretrained(split_model(plan, folder.parent), folder / "one")
+        found["loaded by two"] = outputs(loaded, one)
     mine = torch.cat([value.flatten() for value in trained(model).values()])
     both = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
@@ -182,8 +186,7 @@ def layers(settings, up, down, folder, tokens_split=False, training=False):
                 name: DTensor.from_local(value, mesh, [Shard(1)]).full_tensor()
                 for name, value in pieces.items()
             }
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        results.append(pieces | gradients)
+        results.append(pieces | gradients(model))
     return {"all": error(*results)}
 
 
@@ -196,10 +199,11 @@ def uneven(folder):
     outs = [model(x) for model in models]
     for out in outs:
         whole(out).square().sum().backward()
-    gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-                 for model in models]  # fmt: skip
     assert isinstance(outs[0], DTensor) and outs[0].placements == (Shard(1),)
-    return {"out": error({"": outs[0]}, {"": outs[1]}), "gradients": error(*gradients)}
+    return {
+        "out": error({"": outs[0]}, {"": outs[1]}),
+        "gradients": error(*map(gradients, models)),
+    }
 
 
 def several(folder):
@@ -209,36 +213,8 @@ def several(folder):
     tiny.logits(model)
 
 
-def merged(folder):
-    tiny.adapted(split_model("torch", folder), norm="none").merge_adapter()
-
-
-KINDS = {
-    "allreduce_": "all-reduce",
-    "all_reduce": "all-reduce",
-    "_allgather_base_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-}
-
-
-class Sent(TorchDispatchMode):
-    """Counts collectives, and the bytes of the whole tensors they reduce, gather or scatter."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # until what it does with its parts comes by
-        space, name = func._schema.name.split("::")
-        if "c10d" in space and name in KINDS:
-            tensors = [one for one in args if isinstance(one, torch.Tensor)]
-            tensors += [one for many in args if isinstance(many, list) for one in many]
-            nbytes = max(one.nbytes for one in tensors)
-            self.found[f"{KINDS[name]} calls"] += 1
-            self.found[f"{KINDS[name]} bytes"] += nbytes
-        return func(*args, **kwargs or {})
+def on_one_process(what, folder):
+    what(tiny.adapted(split_model("torch", folder), norm="none", core="u"))
 
 
 def targets_of(setup, method):
@@ -264,13 +240,13 @@ def sent(setup, method, folder):
             continue  # it has nothing to train
         model = split_model("transformers", folder) if setup == "TP" else tiny.llama()
         model.enable_input_require_grads()
-        if adapts and method == "lora":
-            model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
-        elif adapts:
-            model = tiny.adapted(model, norm="channel", target_modules=targets)
         if not adapts:
             model.requires_grad_(False)
-        count = Sent()
+        elif method == "lora":
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+        else:
+            model = tiny.adapted(model, norm="channel", target_modules=targets)
+        count = two_processes.Sent()
         if setup == "FSDP2":
             mesh = init_device_mesh("cpu", (2,))
             blocks = [one for name, one in model.named_modules() if name.endswith(("rs.0", "rs.1"))]
@@ -300,6 +276,13 @@ REFUSED = {
 }
 
 
+WHOLE = {
+    "merge": lambda model: model.merge_adapter(),
+    "export": lambda model: export_lora(model, "never-written"),
+    "anchor": lambda model: anchor(model, [torch.arange(3, 9)]),
+}
+
+
 def cases():
     """What both processes run."""
     adapters = {
@@ -308,13 +291,10 @@ def cases():
         for space in tiny.NORMS
     }
     folded = {
-        f"{space} {reference} {core}": partial(
-            adapter, "torch", {"norm": space, "norm_reference": reference, "core": core}
+        f"folded {space}": partial(
+            adapter, "torch", {"norm": space, "norm_reference": "folded", "core": core}
         )
-        for space, reference, core in (
-            ("channel", "pretrained", "u"),
-            ("weight", "pretrained", "ab"),
-        )
+        for space, core in (("channel", "u"), ("weight", "ab"), ("activation", "ab"))
     }
     of_layers = {
         f"layers {norm} {name}": partial(layers, {"norm": norm} | settings, *styles, **how)
@@ -341,13 +321,14 @@ def cases():
         **folded,
         **of_layers,
         **refusals,
-        "lora transformers N": partial(lora, "transformers", COLUMNS),
-        "lora transformers K": partial(lora, "transformers", ["o_proj"]),
-        "lora torch N": partial(lora, "torch", COLUMNS),
-        "lora torch K": partial(lora, "torch", ["o_proj"]),
+        **{
+            f"lora {plan} {split}": partial(lora, plan, targets)
+            for plan in PLANS
+            for split, targets in (("N", COLUMNS), ("K", ["o_proj"]))
+        },
         "uneven": uneven,
         "several": several,
-        "merged": merged,
+        **{f"whole {name}": partial(on_one_process, what) for name, what in WHOLE.items()},
     }
 
 
@@ -368,7 +349,7 @@ def errors(found, start):
 def test_a_model_and_its_file_are_those_of_one_process(plan, space, found):
     (of,) = errors(found, f"{plan} {space}").values()
     assert of.pop("between the two") == 0
-    assert len(of) == 7 and max(of.values()) < 1e-5, of
+    assert len(of) == 6 + (plan == "transformers") and max(of.values()) < 1e-5, of
 
 
 @pytest.mark.parametrize("space", tiny.NORMS)
@@ -378,10 +359,10 @@ def test_layers_with_biases_dropout_and_split_tokens(space, found):
     assert max(one["all"] for one in of.values()) < 1e-5, of
 
 
-def test_references_cores_and_uneven_parts(found):
-    for start in ("channel pretrained u", "weight pretrained ab", "uneven"):
-        (of,) = errors(found, start).values()
-        assert max(of.values()) < 1e-5, of
+def test_folded_bases_and_uneven_parts(found):
+    of = errors(found, "folded") | errors(found, "uneven")
+    assert len(of) == 4
+    assert max(max(one.values()) for one in of.values()) < 1e-5, of
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -390,9 +371,10 @@ def test_what_looks_at_a_whole_layer_is_refused(name, found):
     assert found[f"refused {name}"].startswith(f"ValueError: layer: {setting} looks at all")
 
 
-def test_several_adapters_and_a_merge_are_refused(found):
+def test_several_adapters_are_refused_and_what_needs_a_layer_whole(found):
     assert "active together, which a tensor parallel base does not take" in found["several"]
-    assert "merge on one process with `secura merge`" in found["merged"]
+    for name in WHOLE:
+        assert "export or anchor it on one process" in found[f"whole {name}"], name
 
 
 def test_lora_trains_what_transformers_split_over_its_outputs_and_nothing_else(found):

@@ -1,9 +1,10 @@
-"""Two gloo processes that run named cases and hand back what each found, as JSON."""
+"""Two gloo processes that run named cases, and a count of what such processes send."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Cases = dict[str, Callable[[Path], Any]]
 
@@ -52,3 +55,31 @@ def _process(cases: str, folder: str, rank: int) -> None:
             found[name] = f"{type(error).__name__}: {error}"
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found), "utf-8")
     dist.destroy_process_group()
+
+
+KINDS = {
+    "allreduce_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+}
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives, and the bytes of the whole tensors they reduce, gather or scatter."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # until what it does with its parts comes by
+        space, name = func._schema.name.split("::")
+        if "c10d" in space and name in KINDS:
+            tensors = [one for one in args if isinstance(one, torch.Tensor)]
+            tensors += [one for many in args if isinstance(many, list) for one in many]
+            nbytes = max(one.nbytes for one in tensors)
+            self.found[f"{KINDS[name]} calls"] += 1
+            self.found[f"{KINDS[name]} bytes"] += nbytes
+        return func(*args, **kwargs or {})
