@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from secura_kernels import (
     Layer,
     Restrain,
+    check_fits,
     effective_weight,
     important_channels,
     init_a,
@@ -24,7 +26,8 @@ from secura_kernels.ops.project.op import project
 
 from . import bases, parallel
 from .config import AdapterConfig
-from .integrity import fingerprint
+from .integrity import SKETCH, fingerprint
+from .sharding import from_rank_0, gathered, on_rank_0_alone, put
 from .state import AdapterState, factors
 
 
@@ -32,7 +35,8 @@ class CABR(AdapterState):
     """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (docs/design.md).
 
     The module holds no weight of the base: methods take the base layer. C and R are gathered from
-    it, and z = x Rᵀ from its output.
+    it, and z = x Rᵀ from its output. On a base whose weight is on the meta device, rows, columns
+    and A are chosen when ``load_state_dict`` brings it, else at the first forward.
 
     Args:
         config: the adapter's settings.
@@ -75,37 +79,77 @@ class CABR(AdapterState):
     ) -> None:
         super().__init__()
         bases.check_linear(base)
-        weight = bases.whole_weight(base)
+        bases.check_at_hand(base)
         m = config.r if r is None else r
         inner = config.inner_r or 2 * m
-        generator = torch.Generator().manual_seed(config.seed)
-        rows, cols = select(weight, m, config.selection, generator)
         self.config = config
         self.scaling = float(config.scaling)
-        self.out_features, self.in_features = weight.shape
-        start = torch.zeros if config.init_weights else torch.randn
-        here = {"device": weight.device, "dtype": dtype}
+        self.out_features, self.in_features = bases.shape(base)
+        check_fits(m, self.out_features, self.in_features)
+        sent, later = on_rank_0_alone(), bases.comes_later(base)
+        stored = next(chain(base.parameters(), base.buffers()))
+        here: Any = {"device": "cpu" if sent and later else stored.device}
         self.A = self.B = self.U = None
         if config.core == "u":
-            self.U = nn.Parameter((start(m, m) / m**0.5).to(**here))
+            self.U = nn.Parameter(torch.empty(m, m, dtype=dtype, **here))
         else:
-            self.A = nn.Parameter(init_a(weight, m, inner, config.init, generator).to(dtype))
-            self.B = nn.Parameter((start(inner, m) / inner**0.5).to(**here))
-        bias = torch.zeros(self.out_features, dtype=dtype, device=weight.device)
+            self.A = nn.Parameter(torch.empty(m, inner, dtype=dtype, **here))
+            self.B = nn.Parameter(torch.empty(inner, m, dtype=dtype, **here))
+        bias = torch.empty(self.out_features, dtype=dtype, **here)
         self.bias = nn.Parameter(bias) if config.train_bias else None
-        self.register_buffer("rows", rows)
-        self.register_buffer("cols", cols)
-        self.register_buffer("core", torch.zeros(m, m, device=weight.device))
+        for name in ("rows", "cols"):
+            self.register_buffer(name, torch.empty(m, dtype=torch.int64, **here))
+        self.register_buffer("core", torch.empty(m, m, **here))
         for name in ("left", "right"):
             self.register_buffer(name, None)
-        self.register_buffer("fingerprint", fingerprint(weight))
+        self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
         for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
             self.register_buffer(name, None, persistent=False)
+        self.waits = later and not sent
+        if not self.waits:
+            self.choose(base)
+
+    def choose(self, base: nn.Module) -> None:
+        """Choose rows and columns and start A, B or U, now that the base weight is there.
+
+        Every process has to call this where the weight is sharded, or on the first process alone.
+
+        Raises:
+            ValueError: for a weight that cannot be decomposed.
+        """
+        values = {name: value for name, value in self._tensors().items() if name in self.CHOSEN}
+        if on_rank_0_alone():
+            values = from_rank_0(lambda: self._chosen(base), values)
+        else:
+            values = self._chosen(base)
+        for name, value in values.items():
+            put(self, name, value)
+        self.waits, self._stale = False, True
+        self._note_core()
         if bases.is_split(base):
             parallel.share_start(self, base)
-        self._derive(base, weight)
+        if not on_rank_0_alone():
+            self._derive(base)
+
+    @torch.no_grad()
+    def _chosen(self, base: nn.Module) -> dict[str, Tensor]:
+        """The first value of every tensor of :attr:`CHOSEN` that the adapter has."""
+        config, weight, m = self.config, bases.weight(base), self.rows.numel()
+        generator = torch.Generator().manual_seed(config.seed)
+        rows, cols = select(weight, m, config.selection, generator)
+        values = {"rows": rows, "cols": cols, "fingerprint": fingerprint(weight)}
+        if self.A is not None:
+            values["A"] = init_a(weight, m, self.A.shape[1], config.init, generator)
+        start = torch.zeros if config.init_weights else torch.randn
+        name, inner = ("U", m) if self.B is None else ("B", self.B.shape[0])
+        values[name] = (start(inner, m) / inner**0.5).to(weight.device)
+        values["core"] = torch.zeros(m, m, device=weight.device)
+        values["checksum"] = torch.zeros((), dtype=torch.int64)
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.out_features, device=weight.device)
+        return values
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """The adapted layer's output ``[..., N]`` for ``x [..., K]``.
@@ -135,18 +179,20 @@ class CABR(AdapterState):
         self._check_input(dense, x)
         self._refresh(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        if self.columns is None and bases.is_elsewhere(base):
+            self._keep_columns(base)
         weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.norm_options.replaces_product:
             y0 = base(x) if y0 is None else y0
             return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
-            if not bases.only_moves_inputs(base):
+            if not bases.only_places(base):
                 raise ValueError(
                     f"{self.name}: norm='weight' replaces the layer's product, so {skipped} would "
                     "be skipped: use norm='channel'"
                 )
             x = x.to(dense.device)
-        weight = bases.weight(base) if dense is None else dense.detach()
+        weight = bases.weight(base, values=False)
         return secura_linear(x, self._layer(base, weight), *self.factors(), **trained)
 
     def _layer(self, base: nn.Module, weight: Tensor | None) -> Layer:
@@ -178,22 +224,22 @@ class CABR(AdapterState):
         """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
         return update(*self.factors(), self.scaling)
 
-    @property
-    def trained(self) -> nn.Parameter:
-        """The parameter that starts at 0, and starts there again after a fold: B or U."""
-        return cast(nn.Parameter, self.B if self.U is None else self.U)
-
     def whole_core(self, base: nn.Module) -> Tensor:
         """``U_acc + s · A B [m, m]``, fp32 or wider."""
         self._refresh(base)
         return self.update() + self.core if self.folded else self.update()
+
+    def whole_factors(self) -> tuple[Tensor, Tensor | None]:
+        """:meth:`factors`, gathered where the parameters are sharded."""
+        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
+        return factors(a, b, u, self.left, self.right)
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
         bases.check_whole(base)
         self._refresh(base)
         layer = self._layer(base, bases.weight(base, values=False))
-        return additive_product(layer, *self.factors())
+        return additive_product(layer, *self.whole_factors())
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
         """``[..., m]`` of 0 and 1/(1 − p) while training with dropout, else None."""
@@ -220,7 +266,7 @@ class CABR(AdapterState):
         """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
         assert self.U is not None
         self.left, self.right = left.to(self.core), right.to(self.core)
-        self._put_core(u)
+        put(self, "U", u)
         self.config.anchored = True
 
     @torch.no_grad()
@@ -228,29 +274,19 @@ class CABR(AdapterState):
         """``U ← κ L Ũ S``: the same core in plain coordinates."""
         whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
         self.left = self.right = None
-        self._put_core(whole)
+        put(self, "U", whole)
         self.config.anchored = False
-
-    def _put_core(self, u: Tensor) -> None:
-        """Write ``u [m, m]`` over U, of which a sharded one has a part here."""
-        own: Any = self.U
-        if hasattr(own, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            u = distribute_tensor(u.to(own.dtype), own.device_mesh, own.placements)
-        own.copy_(u)
 
     def whole_update(self) -> Tensor:
         """:meth:`update`, gathered where the parameters are sharded."""
-        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
-        return update(*factors(a, b, u, self.left, self.right), self.scaling)
+        return update(*self.whole_factors(), self.scaling)
 
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
         bases.check_whole(base)
         weight = bases.weight(base)
-        u = self.update() + self.core
+        u = self.whole_update() + self.core
         p = project(weight, self.cols, u, u.dtype, None)
         return p @ weight.index_select(0, self.rows).to(p.dtype)
 
@@ -276,7 +312,7 @@ class CABR(AdapterState):
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)
         self._refresh(base)
-        return effective_weight(self._layer(base, bases.weight(base)), *self.factors())
+        return effective_weight(self._layer(base, bases.weight(base)), *self.whole_factors())
 
     def extra_repr(self) -> str:
         """The adapter in one line."""
@@ -298,6 +334,8 @@ class CABR(AdapterState):
         )
 
     def _refresh(self, base: nn.Module) -> None:
+        if self.waits:
+            self._choose_late(base)
         if self._assigned:
             self.check_assigned(base)
         if not torch.compiler.is_compiling():  # which cannot ask for a version
@@ -305,20 +343,38 @@ class CABR(AdapterState):
             if self._core_version != (0 if core.is_inference() else core._version):
                 self._note_core()
         if self._stale:
-            self._derive(base, None)
+            self._derive(base)
+
+    def _choose_late(self, base: nn.Module) -> None:
+        """Choose at the first use, where no ``load_state_dict`` did."""
+        if bases.comes_later(base) or self._awaits_file:
+            return
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise ValueError(
+                f"{self.name}: the rows and columns were not chosen yet, and what a forward writes "
+                "under FSDP2 is lost: load the weights with load_state_dict() (or torch's "
+                "set_model_state_dict) after the adapter was put on the model"
+            )
+        self.choose(base)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _derive(self, base: nn.Module, weight: Tensor | None) -> None:
+    def _keep_columns(self, base: nn.Module) -> None:
+        """Keep C of a weight that is only whole within its own layer's forward."""
+        self.columns = bases.weight(base).index_select(1, self.cols)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _derive(self, base: nn.Module) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
         if split:
             parallel.check(self, base)
-        self._stale = False
+        self._stale, self.columns = False, None
         needs_columns = split or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
-        weight = bases.whole_weight(base) if weight is None else weight
+        weight = bases.weight(base, values=False)
         if needs_columns:
             self.columns = weight.index_select(1, self.cols)
         if config.restrain:
@@ -347,9 +403,16 @@ class CABR(AdapterState):
         )
 
 
-def gathered(tensor: Any) -> Any:
-    """``tensor`` whole where it is a DTensor, of which every process has a part; else as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def choose_loaded(layer: Any, incompatible: Any) -> None:
+    """Choose what waits in an adapted layer whose base weight ``load_state_dict`` has just brought.
+
+    A hook of such layers, after their parts have been loaded.
+    """
+    del incompatible
+    base = getattr(layer, "base_layer", None) or layer.base
+    for adapter in [layer, *getattr(layer, "secura_adapter", {}).values()]:
+        if layer.base_loaded and getattr(adapter, "waits", False) and not bases.comes_later(base):
+            adapter.choose(base)
 
 
-__all__ = ["CABR", "gathered"]
+__all__ = ["CABR", "choose_loaded"]

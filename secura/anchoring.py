@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import CABR, gathered
+from .adapter import CABR
 from .config import check_damping
 from .curvature import Statistics, Texts, curvature
-from .folding import reshard, secura_layers
+from .folding import secura_layers
+from .sharding import gathered, reshard
 
 
 @dataclass(frozen=True)

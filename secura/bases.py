@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .sharding import gathered, is_partitioned, on_rank_0_alone, reshard
+
+_GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.")
+"""Modules whose hooks gather a weight for a forward."""
+
 
 def is_conv1d(base: nn.Module) -> bool:
     """Whether ``base`` is transformers' ``Conv1D``, whose weight is ``[K, N]``."""
@@ -56,14 +61,16 @@ def product_weight(base: nn.Module) -> Tensor | None:
 
 
 def weight(base: nn.Module, *, values: bool = True) -> Tensor:
-    """The weight ``[N, K]``, dequantised where it must be; detached.
+    """The weight ``[N, K]``, detached; dequantised where it must be, gathered where it is sharded.
+
+    Every process has to call this where it is a DTensor or ZeRO-3's.
 
     Args:
         base: the linear layer.
         values: whether its numbers are read; without, a weight on the meta device will do.
 
     Raises:
-        ValueError: where the weight is not here: on the meta device, offloaded, or sharded.
+        ValueError: where it cannot be had: on the meta device, offloaded, or sharded by FSDP1.
     """
     dense = dense_weight(base)
     if dense is None:
@@ -79,14 +86,34 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
             base.state_dict()
         return backend.get_base_weight(base).detach()
     detached = dense.detach()
-    if type(detached) is not Tensor or detached.is_meta or detached.dim() != 2:
-        check_at_hand(base)
-        if values and detached.is_meta:
-            raise ValueError(
-                "the base weight is on the meta device, so its rows and columns cannot be chosen: "
-                "load the weights before adding the adapter"
-            )
-    return detached
+    if type(detached) is Tensor and not detached.is_meta and detached.dim() == 2:
+        return detached
+    check_at_hand(base)
+    if values and detached.is_meta:
+        raise ValueError("the base weight is on the meta device: load the weights first")
+    whole = gathered(base.weight).detach()
+    return whole.t() if is_conv1d(base) else whole
+
+
+def shape(base: nn.Module) -> tuple[int, int]:
+    """``(N, K)`` of the weight, wherever it is kept."""
+    if dense_weight(base) is None:
+        return (int(base.out_features), int(base.in_features))
+    stored: Any = base.weight
+    n, k = getattr(stored, "ds_shape", stored.shape)
+    return (k, n) if is_conv1d(base) else (n, k)
+
+
+def comes_later(base: nn.Module) -> bool:
+    """Whether the weight is on the meta device, to be loaded or sent by the first process."""
+    stored: Any = getattr(base, "weight", None)
+    return stored is not None and stored.is_meta and "_hf_hook" not in base.__dict__
+
+
+def is_elsewhere(base: nn.Module) -> bool:
+    """Whether the weight is sharded now: its layer's own hooks gather it for its own forward."""
+    stored: Any = getattr(base, "weight", None)
+    return hasattr(stored, "full_tensor") or hasattr(stored, "ds_numel")
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -114,18 +141,10 @@ def check_whole(base: nn.Module) -> None:
         )
 
 
-def whole_weight(base: nn.Module) -> Tensor:
-    """:func:`weight`, gathered where tensor parallelism split it, which every process must ask."""
-    if not is_split(base):
-        return weight(base)
-    split: Any = dense_weight(base)
-    return split.detach().full_tensor()
-
-
 def weight_here(base: nn.Module) -> Tensor | None:
     """The weight ``[N, K]``, detached, where it is dense and whole on this process, else None."""
     dense = dense_weight(base)
-    if dense is None:
+    if dense is None or on_rank_0_alone():
         return None
     detached = dense.detach()
     here = type(detached) is Tensor and not detached.is_meta and detached.dim() == 2
@@ -138,24 +157,22 @@ def check_at_hand(base: nn.Module) -> None:
     if not isinstance(stored, Tensor):
         return
     offloaded = stored.is_meta and "_hf_hook" in base.__dict__
-    if offloaded or (stored.is_floating_point() and stored.dim() != 2):
-        kept = "offloaded" if offloaded else "partitioned (ZeRO-3, FSDP1)"
+    parted = stored.is_floating_point() and stored.dim() != 2 and not is_partitioned(stored)
+    if offloaded or parted:
+        kept = "offloaded" if offloaded else "a part of FSDP1's"
         raise ValueError(
             f"the base weight is {kept}, and its rows and columns are not at hand: load the model "
             "without offloading to cpu or disk, or shard it by decoder layer with FSDP2"
         )
-    if type(stored.detach()).__name__ == "DTensor":
-        raise ValueError(
-            "the base weight is a DTensor: to train, shard by decoder layer, not each Linear "
-            "alone; to merge, save the adapter and merge on one process with `secura merge`"
-        )
 
 
 def bias(base: nn.Module) -> Tensor | None:
-    """The bias ``[N]`` that the base adds, or None; detached."""
+    """The bias ``[N]`` that the base adds, or None; detached, a part where a plan split it."""
     own = base._parameters
     value = own["bias"] if "bias" in own else getattr(base, "bias", None)
-    return value.detach() if value is not None and isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return (value if is_split(base) else gathered(value)).detach()
 
 
 def why_not_product(base: nn.Module) -> str | None:
@@ -165,9 +182,16 @@ def why_not_product(base: nn.Module) -> str | None:
     return _why_not_frozen(base)
 
 
-def only_moves_inputs(base: nn.Module) -> bool:
-    """Whether all that ``base`` adds to its product is accelerate's hook for where x has to be."""
+def only_places(base: nn.Module) -> bool:
+    """Whether what ``base`` adds to its product only says where its input and weight have to be.
+
+    Such are accelerate's hook that moves x, and those with which FSDP2 or ZeRO-3 gather a weight.
+    """
     hook: Any = base.__dict__.get("_hf_hook")
+    if hook is None and is_elsewhere(base):
+        trained = any(value.requires_grad for value in base.parameters(recurse=False))
+        own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
+        return not trained and all(name.startswith(_GATHERS) for name in own)
     if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
         return False
     return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
@@ -195,30 +219,42 @@ def _why_not_frozen(base: nn.Module) -> str | None:
 
 def _adds(base: nn.Module) -> str | None:
     """What is hung on ``base`` beside its own forward, or None."""
-    if (
-        base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-    ):
+    if any(_hooks(base)):
         return "its hooks"
     return "the modules in it" if base._modules else None
 
 
-def set_weight(base: nn.Module, value: Tensor) -> None:
-    """Put ``value [N, K]`` in the place of a dense base weight, in its dtype.
+def _hooks(base: nn.Module) -> tuple[Any, ...]:
+    return (
+        base._forward_hooks,
+        base._forward_pre_hooks,
+        base._backward_hooks,
+        base._backward_pre_hooks,
+    )
+
+
+def make_writable(base: nn.Module) -> None:
+    """Have FSDP2 put its shards in the place of what it gathered for a forward, to be written.
 
     Raises:
-        ValueError: for a base whose weight is not dense.
+        ValueError: for a weight that a merge cannot write, or where what it wrote would be lost.
     """
-    dense = dense_weight(base)
-    if dense is None:
+    if dense_weight(base) is None:
         raise ValueError(
             f"{type(base).__name__} holds a quantised weight: load the model in full precision to "
             "merge an adapter into it"
         )
-    stored = value.t() if is_conv1d(base) else value
-    base.weight.data = stored.to(dense.dtype).contiguous()
+    managed = getattr(base, "_is_fsdp_managed_module", False)
+    if managed and not hasattr(base.weight, "full_tensor"):
+        reshard(base)
+    lost = "partitioned by ZeRO-3" if hasattr(base.weight, "ds_numel") else None
+    if managed and not hasattr(base.weight, "full_tensor"):
+        lost = "a copy that FSDP gathered"
+    if lost:
+        raise ValueError(
+            f"the base weight is {lost}, and a merge into it would be lost: save the adapter and "
+            "merge on one process with `secura merge`"
+        )
 
 
 def _conv1d() -> Any:
@@ -239,15 +275,17 @@ __all__ = [
     "check_at_hand",
     "check_linear",
     "check_whole",
+    "comes_later",
     "dense_weight",
     "is_conv1d",
     "is_dtensor",
+    "is_elsewhere",
     "is_split",
-    "only_moves_inputs",
+    "make_writable",
+    "only_places",
     "product_weight",
-    "set_weight",
+    "shape",
     "weight",
     "weight_here",
-    "whole_weight",
     "why_not_product",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
+
+from .sharding import reshard
 
 
 def fold(model: nn.Module) -> int:
@@ -55,14 +56,6 @@ def fold_periods(model: nn.Module) -> set[int]:
     """What the model's active SECURA adapters say of ``fold_every``."""
     adapters = (adapter for layer in secura_layers(model) for adapter in layer.active_cabr())
     return {adapter.config.fold_every for adapter in adapters}
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of the copies FSDP2 gathered for the last forward: what is written there is lost."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
 
 
 __all__ = ["check_foldable", "fold", "fold_periods", "secura_layers"]

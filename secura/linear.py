@@ -7,36 +7,52 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import bases
-from .adapter import CABR
+from . import bases, sharding
+from .adapter import CABR, choose_loaded
 from .config import AdapterConfig
 from .state import MERGED, refuse_merged
 
 
 class MergedState:
-    """What a merge put in the place of: enough to undo it bit for bit."""
+    """What a merge put in the place of: enough to undo it bit for bit.
+
+    Args:
+        base: the linear layer; ``weight [N, K]`` and its bias plus ``delta_bias [N]`` are put in
+            it, each process its part where they are sharded.
+
+    Raises:
+        ValueError: for a base whose weight cannot be written; it is left as it was.
+    """
 
     def __init__(self, base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
-        self.weight, self.bias = base.weight.data, base.bias
-        bases.set_weight(base, weight)
-        if delta_bias is not None:
-            old = 0 if self.bias is None else self.bias.data
-            bias = (old + delta_bias).to(self.weight.dtype)
-            base.bias = nn.Parameter(bias, requires_grad=False)
+        bases.make_writable(base)
+        stored = weight.t() if bases.is_conv1d(base) else weight
+        dtype, bias = base.weight.dtype, bases.bias(base)
+        values = {"weight": stored.to(dtype).contiguous()}
+        self.added_bias: nn.Parameter | None = None
+        if bias is not None and delta_bias is not None:
+            values["bias"] = (bias + delta_bias).to(dtype)
+        elif delta_bias is not None:
+            self.added_bias = nn.Parameter(delta_bias.to(dtype), requires_grad=False)
+        self.held = {n: sharding.part_of(v, getattr(base, n)) for n, v in values.items()}
+        self.exchange(base)
 
-    def undo(self, base: Any) -> None:
-        """Restore the weight and the bias that were there, in the base's present dtype."""
-        here = {"device": base.weight.device, "dtype": base.weight.dtype}
-        base.weight.data, base.bias = self.weight.to(**here), self.bias
-        if base.bias is not None:
-            base.bias.data = base.bias.data.to(**here)
+    def exchange(self, base: Any) -> None:
+        """Exchange what the base has and what is held here, in the base's present dtype."""
+        bases.make_writable(base)
+        for name, value in self.held.items():
+            self.held[name] = sharding.exchange(getattr(base, name), value)
+        if self.added_bias is not None:
+            base.bias = self.added_bias if base.bias is None else None
 
 
 def weight_before(merged: MergedState | None, base: nn.Module) -> Tensor | None:
     """The base weight ``[N, K]`` without what was merged into it, or None where it is not here."""
-    if merged is None:
-        return bases.weight_here(base)
-    return merged.weight.t() if bases.is_conv1d(base) else merged.weight
+    here = bases.weight_here(base)
+    if merged is None or here is None:
+        return here
+    before = merged.held["weight"]
+    return before.t() if bases.is_conv1d(base) else before
 
 
 class SECURALinear(CABR):
@@ -62,11 +78,13 @@ class SECURALinear(CABR):
     """
 
     is_secura_layer = True
+    secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
 
     def __init__(self, base: nn.Module, config: AdapterConfig | None = None) -> None:
         super().__init__(config or AdapterConfig(), base)
         self.base = base.requires_grad_(False)
         self._merged: MergedState | None = None
+        self.register_load_state_dict_post_hook(choose_loaded)
 
     @classmethod
     def from_linear(cls, base: nn.Module, **settings: Any) -> SECURALinear:
@@ -100,6 +118,7 @@ class SECURALinear(CABR):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         refuse_merged(state_dict, prefix, prefix.rstrip(".") or self.name, merged=self.merged)
         brings_base = any(name.startswith(f"{prefix}base.") for name in state_dict)
+        self.base_loaded = f"{prefix}base.weight" in state_dict
         self.check_loadable(state_dict, prefix, None if brings_base else self.base)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -140,9 +159,11 @@ class SECURALinear(CABR):
                 weight that would hold NaN or inf; the base is left as it was.
         """
         self._check_unmerged()
+        bases.make_writable(self.base)
         weight = self.effective_weight(allow_inexact=allow_inexact)
         check_finite(weight)
-        self._merged = MergedState(self.base, weight, None if self.bias is None else self.bias.data)
+        bias = None if self.bias is None else sharding.gathered(self.bias).detach()
+        self._merged = MergedState(self.base, weight, bias)
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit.
@@ -152,7 +173,7 @@ class SECURALinear(CABR):
         """
         if self._merged is None:
             raise RuntimeError("nothing to undo: the adapter is not merged")
-        self._merged.undo(self.base)
+        self._merged.exchange(self.base)
         self._merged = None
 
     def _check_unmerged(self) -> None:

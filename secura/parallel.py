@@ -56,7 +56,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     """
     adapter._refresh(base)
     if adapter.columns is None:  # the plan came after the adapter
-        adapter._derive(base, None)
+        adapter._derive(base)
     group, by_weight = _group(base), adapter.config.norm_options.replaces_product
     core, delta_bias = update(*adapter.factors(), 1.0), adapter.bias
     if by_weight:
@@ -79,7 +79,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         return _laid_as(laid, y0)
     if whole != (adapter.here is None):
         adapter.wants_whole = whole
-        adapter._derive(base, None)
+        adapter._derive(base)
     if some_tokens and adapter.config.norm == "activation":
         check(adapter, base, some_tokens=True)
     mask = adapter.dropout_mask(y0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,15 @@ class AdapterState(nn.Module):
     )
     """Names of the tensors an adapter file may hold for one layer."""
 
+    CHOSEN = (*("A", "B", "U", "bias"), *("rows", "cols", "core", "fingerprint", "checksum"))
+    """Those that an adapter starts with, once the base weight is there."""
+
     name = "layer"
     _KEEP_FP32 = ("core", "fingerprint", "left", "right", "gram", "base_norms")
+    _INDICES = ("rows", "cols", "core", "fingerprint", "left", "right")
+    waits = base_loaded = False
     _assigned = _awaits_file = False
+    _before_meta: dict[str, Tensor] | None = None
     _stale = True
     _core_version = -1
 
@@ -61,6 +67,11 @@ class AdapterState(nn.Module):
         super().__setattr__(name, value)
         if name in ("rows", "cols", "core"):
             self._assigned, self._awaits_file = True, False
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The parameter that starts at 0, and starts there again after a fold: B or U."""
+        return cast(nn.Parameter, self.B if self.U is None else self.U)
 
     def expect_anchor(self) -> None:
         """Make room for the κ L and S that a file is about to bring."""
@@ -83,7 +94,7 @@ class AdapterState(nn.Module):
                 "another); PeftModel.from_pretrained says which"
             )
         self._check_assigned_sum()
-        weight, state = bases.whole_weight(base), self._tensors()
+        weight, state = bases.weight(base), self._tensors()
         state.pop("checksum")
         own = fingerprint(weight) if self.config.check_base else None
         check_state(self.name, state, (self.out_features, self.in_features), own)
@@ -98,7 +109,9 @@ class AdapterState(nn.Module):
 
     def _note_loaded(self) -> None:
         self._note_core()
-        self._stale, self._assigned, self._awaits_file = True, False, False
+        # what was loaded before the base weight came is compared with it at the first use
+        self._stale, self._assigned, self._awaits_file = True, self.waits, False
+        self.waits = False
 
     def _note_core(self) -> None:
         """Look whether ``core`` holds anything, after it was changed."""
@@ -110,7 +123,14 @@ class AdapterState(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterState:
         self._check_assigned_sum()
         kept = {name: getattr(self, name) for name in self._KEEP_FP32}
+        indices, was_meta = {name: getattr(self, name) for name in self._INDICES}, self.rows.is_meta
         super()._apply(fn, recurse)
+        if self.rows.is_meta != was_meta:
+            self._stale = True
+            if was_meta:
+                self._come_back(())
+            elif not self.waits:
+                self._before_meta = indices
         for name, tensor in kept.items():
             moved = getattr(self, name)
             if tensor is not None and moved.dtype != tensor.dtype:
@@ -119,7 +139,16 @@ class AdapterState(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._INDICES if self._before_meta else ():  # they come back by themselves
+            destination.pop(prefix + name, None)
         self._add_checksum(destination, prefix)
+
+    def _come_back(self, loaded: Collection[str]) -> None:
+        """Put in place again what the move to the meta device took, but for what was ``loaded``."""
+        kept, self._before_meta = self._before_meta, None
+        for name, tensor in (kept or {}).items():
+            if name not in loaded and tensor is not None:
+                self._buffers[name] = tensor.to(self.trained.device)
 
     def renew(self, state_dict: Any, prefix: str, weight: Tensor | None) -> None:
         """Make a saved state that of an adapter on ``weight [N, K]`` as it is now."""
@@ -130,10 +159,11 @@ class AdapterState(nn.Module):
         self._add_checksum(state_dict, prefix)
 
     def _add_checksum(self, state_dict: Any, prefix: str) -> None:
-        """Add this layer's checksum, or none where its tensors are sharded or on meta."""
+        """Add this layer's checksum, or none where its tensors are not all here."""
         state_dict.pop(prefix + "checksum", None)
         own = self._own(state_dict, prefix)
-        if all(type(tensor.detach()) is Tensor and not tensor.is_meta for tensor in own.values()):
+        kinds = ((type(tensor.detach()), tensor.is_meta, tensor.numel()) for tensor in own.values())
+        if all(kind is Tensor and size and not meta for kind, meta, size in kinds):
             state_dict[prefix + "checksum"] = checksum(own, self._settings(own))
 
     def _settings(self, own: Mapping[str, Tensor]) -> str:
@@ -143,13 +173,19 @@ class AdapterState(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
-        known = any(prefix + name in state_dict for name in self.STATE)
+        loaded = self._own(state_dict, prefix).keys()
         if self.U is not None and self.left is None and prefix + "left" in state_dict:
             self.expect_anchor()
             self.config.anchored = True
         state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
+        if self.trained.is_meta:
+            args[0]["assign_to_params_buffers"] = True
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if known:
+        if self._before_meta and not self.trained.is_meta:
+            self._come_back(loaded)
+            came = {prefix + name for name in self._INDICES}
+            args[2][:] = [name for name in args[2] if name not in came]
+        if loaded and self.waits <= ({"rows", "cols"} <= loaded):
             self._note_loaded()
 
     def check_loadable(
@@ -184,7 +220,7 @@ class AdapterState(nn.Module):
         if base is not None and self.config.check_base and "fingerprint" in state:
             weight = bases.weight_here(base)
             own = self.fingerprint if weight is None else fingerprint(weight)
-            own = None if own.is_meta else own
+            own = None if own.is_meta or self.waits else own
         check_state(layer, state, (self.out_features, self.in_features), own, expected)
         if own is not None and weight is not None:
             self._check_not_merged(layer, state, weight, own)
@@ -222,8 +258,10 @@ class AdapterState(nn.Module):
         return {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def _own(self, state_dict: Any, prefix: str) -> dict[str, Tensor]:
-        names = [name for name in self.STATE if prefix + name in state_dict]
-        return {name: state_dict[prefix + name] for name in names}
+        own = {n: state_dict[prefix + n] for n in self.STATE if prefix + n in state_dict}
+        if self.waits:  # then torch's set_model_state_dict hands back what is here, still empty
+            own = {name: value for name, value in own.items() if value is not getattr(self, name)}
+        return own
 
 
 def factors(

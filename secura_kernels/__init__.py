@@ -1,7 +1,7 @@
 """SECURA's adapted layer as functions: tensors in, tensors out; torch and triton alone."""
 
 from .api import effective_weight, secura_add, secura_linear
-from .cur import important_channels, init_a, select
+from .cur import check_fits, important_channels, init_a, select
 from .layer import Layer
 from .norm import NormOptions, Restrain
 from .ops.channel.op import row_norms
@@ -10,6 +10,7 @@ __all__ = [
     "Layer",
     "NormOptions",
     "Restrain",
+    "check_fits",
     "effective_weight",
     "important_channels",
     "init_a",

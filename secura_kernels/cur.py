@@ -42,11 +42,7 @@ def select(
     """
     if selection not in SELECTIONS:
         raise ValueError(f"unknown selection {selection!r}: choose one of {SELECTIONS}")
-    if not 1 <= r <= min(weight.shape):
-        n, k = weight.shape
-        raise ValueError(
-            f"r={r} must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] weight"
-        )
+    check_fits(r, *weight.shape)
     row_norms, col_norms = squared_norms(weight)
     if not bool(torch.isfinite(row_norms).all()):
         raise ValueError("the weight holds NaN or inf: repair the checkpoint before adapting it")
@@ -54,6 +50,14 @@ def select(
         _choose(row_norms, r, selection, "row", generator),
         _choose(col_norms, r, selection, "column", generator),
     )
+
+
+def check_fits(r: int, n: int, k: int) -> None:
+    """Raise ``ValueError`` where a weight ``[n, k]`` has no CUR decomposition of rank ``r``."""
+    if not 1 <= r <= min(n, k):
+        raise ValueError(
+            f"r={r} must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] weight"
+        )
 
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,6 +148,7 @@ def important_channels(weight: Tensor, r: int) -> Tensor:
 __all__ = [
     "INITS",
     "SELECTIONS",
+    "check_fits",
     "important_channels",
     "init_a",
     "select",

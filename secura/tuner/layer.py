@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from secura import bases
-from secura.adapter import CABR
+from secura import bases, sharding
+from secura.adapter import CABR, choose_loaded
 from secura.linear import MergedState, check_finite, check_not_training, weight_before
 from secura.state import MERGED, refuse_merged
 from secura_kernels import Layer, NormOptions, secura_add
@@ -38,6 +38,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("secura_adapter",)
     other_param_names: tuple[str, ...] = ()
     is_secura_layer = True
+    secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, r, name=name)
         first = self.secura_adapter[adapter_name]
         self.in_features, self.out_features = first.in_features, first.out_features
+        self.register_load_state_dict_post_hook(choose_loaded)
 
     def update_layer(
         self, adapter_name: str, config: SecuraConfig, r: int, *, name: str = "layer"
@@ -180,7 +182,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         ``whole`` says that every tensor of an adapter has to be there, if one is.
         """
         refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
-        base = None if f"{prefix}base_layer.weight" in state_dict else self.base_layer
+        self.base_loaded = f"{prefix}base_layer.weight" in state_dict
+        base = None if self.base_loaded else self.base_layer
         for name, adapter in self.secura_adapter.items():
             own = f"{prefix}secura_adapter.{name}."
             cast(CABR, adapter).check_loadable(state_dict, own, base, whole=whole)
@@ -309,7 +312,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             weight, bias = self._sum_weight(names)
         check_finite(weight)
         if self._merged is not None:
-            self._merged.undo(self.base_layer)
+            self._merged.exchange(self.base_layer)
         self._merged = MergedState(self.base_layer, weight, bias)
         self.merged_adapters = names
 
@@ -334,18 +337,16 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self._merged is None:
             yield
             return
-        held = self.base_layer.weight.data, self.base_layer.bias
-        self._merged.undo(self.base_layer)
+        self._merged.exchange(self.base_layer)
         try:
             yield
         finally:
-            self.base_layer.weight.data, self.base_layer.bias = held
+            self._merged.exchange(self.base_layer)
 
     def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
         adapters, base = self._named(names), self.base_layer
-        if bases.dense_weight(base) is None:
-            raise ValueError("a quantised weight takes no merge: load the model in full precision")
+        bases.make_writable(base)
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
@@ -366,7 +367,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """
         if self._merged is None:
             raise RuntimeError("nothing to undo: no adapter is merged")
-        self._merged.undo(self.base_layer)
+        self._merged.exchange(self.base_layer)
         self._merged, self.merged_adapters = None, []
 
     def _move_adapter_to_device_of_base_layer(
@@ -374,7 +375,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         (adapter,) = self._named([adapter_name])
         device = self.get_base_layer().weight.device if device is None else device
-        if not any(parameter.is_meta for parameter in adapter.parameters()):
+        if device.type != "meta" and not any(value.is_meta for value in adapter.parameters()):
             adapter.to(device)
 
     def __repr__(self) -> str:
@@ -386,7 +387,7 @@ class SecuraLinear(SecuraLayer):
 
 
 def _sum_biases(adapters: list[CABR]) -> Tensor | None:
-    biases: list[Tensor] = [adapter.bias for adapter in adapters if adapter.bias is not None]
+    biases = [sharding.gathered(adapter.bias) for adapter in adapters if adapter.bias is not None]
     return torch.stack(biases).sum(0) if biases else None
 
 

@@ -1,0 +1,142 @@
+"""Tensors that are not whole on this process: sharded, on rank 0 alone, or on the meta device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_WHOLE = (Tensor, nn.Parameter)
+
+
+def gathered(tensor: Any) -> Any:
+    """``tensor`` whole, of which every process has a part; else as it is.
+
+    A DTensor, or a parameter that ZeRO-3 has partitioned: every process has to call this then.
+    """
+    if type(tensor) in _WHOLE and tensor.numel():
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    if is_partitioned(tensor):
+        deepspeed: Any = sys.modules["deepspeed"]
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach()  # which outlives the parameter's own hold on the numbers
+    return tensor
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether ZeRO-3 has left of ``tensor`` a part that is elsewhere."""
+    return hasattr(tensor, "ds_numel") and tensor.numel() != tensor.ds_numel
+
+
+def part_of(value: Tensor, own: Any) -> Tensor:
+    """Of ``value``, whole and equal on all processes, what this one has of ``own``."""
+    if not hasattr(own, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).to_local()
+
+
+@torch.no_grad()
+def exchange(parameter: Any, value: Tensor) -> Tensor:
+    """Put ``value`` in the place of a parameter's numbers, and return those.
+
+    Of a DTensor both are this process's part, which is written in place: FSDP2 gathers from there.
+    """
+    if hasattr(parameter, "full_tensor"):
+        held = parameter._local_tensor.clone()
+        parameter._local_tensor.copy_(value)
+        return held
+    held = parameter.data
+    parameter.data = value.to(held)
+    return held
+
+
+@torch.no_grad()
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of ``module`` the numbers of ``value``, equal on all processes.
+
+    A sharded one takes its part. One on the meta device becomes real, and stays the same object.
+    """
+    own: Any = getattr(module, name)
+    value = value.to(own.dtype)
+    if name in module._buffers:
+        module._buffers[name] = value
+        return
+    if hasattr(own, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, own.device_mesh, own.placements)
+    if own.is_meta:
+        torch.utils.swap_tensors(own, nn.Parameter(value, requires_grad=own.requires_grad))
+    else:
+        own.copy_(value)
+
+
+def on_rank_0_alone() -> bool:
+    """Whether accelerate has the first process load the weights, and the others wait for them."""
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    yes = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in asked)
+    return yes and dist.is_available() and dist.is_initialized()
+
+
+@torch.no_grad()
+def from_rank_0(make: Callable[[], dict[str, Tensor]], like: Mapping[str, Tensor]) -> dict:
+    """What ``make()`` gives on rank 0, on every process; shapes and dtypes are those of ``like``.
+
+    Raises:
+        ValueError: on every process, where rank 0 could not make it.
+    """
+    made, error = {}, None
+    device: Any = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    if dist.get_rank() == 0:
+        try:
+            made = make()
+        except ValueError as problem:
+            error = problem
+    failed = torch.tensor(int(error is not None), device=device)
+    dist.broadcast(failed, 0)
+    if failed:
+        raise error or ValueError("the first process could not choose rows and columns: see there")
+    sent = {}
+    for name, own in sorted(like.items()):
+        value = made.get(name, own).to(device, own.dtype, copy=True)
+        dist.broadcast(value, 0)
+        sent[name] = value.to(own.device)
+    return sent
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the copies FSDP2 gathered for the last forward: what is written there is lost.
+
+    The units that ``model`` is a part of let go of theirs too.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    from torch.distributed import _composable_state
+
+    known: Any = getattr(_composable_state, "_module_state_mapping", ())
+    around = (unit for unit in list(known) if any(part is model for part in unit.modules()))
+    for unit in {*around, *model.modules()}:
+        if isinstance(unit, fsdp.FSDPModule):
+            unit.reshard()
+
+
+__all__ = [
+    "exchange",
+    "from_rank_0",
+    "gathered",
+    "is_partitioned",
+    "on_rank_0_alone",
+    "part_of",
+    "put",
+    "reshard",
+]

@@ -1,0 +1,295 @@
+"""What two processes do for test_sharded_runs.py: every set-up in every space, in one group."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import tiny
+import torch
+import torch.distributed as dist
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
+STEPS, RATE = 3, 5e-2
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def adapted(norm, base=None):
+    """A fresh adapter whose settings all act, on a fresh base."""
+    settings = {"norm": norm, "restrain": norm != "none", "train_bias": norm == "channel"}
+    base = tiny.llama() if base is None else base
+    return get_peft_model(base, tiny.config(target_modules=TARGETS, **settings))
+
+
+def ddp(norm):
+    return DistributedDataParallel(adapted(norm))
+
+
+def by_layer(norm, model=None):
+    model = adapted(norm) if model is None else model
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def whole(norm):
+    return fully_shard(adapted(norm))
+
+
+def linears_alone(norm):
+    model = adapted(norm)
+    for layer in tiny.layers(model).values():
+        fully_shard(layer.base_layer)
+    return by_layer(norm, model)
+
+
+def fsdp1(norm):
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(
+        adapted(norm), auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
+    )
+
+
+def on_meta(norm):
+    """Built on the meta device, sharded there, then filled by torch's loading of whole weights."""
+    with torch.device("meta"):
+        base = tiny.llama()
+    model = by_layer(norm, adapted(norm, base)).to_empty(device="cpu")
+    rotary = model.base_model.model.model.rotary_emb
+    fresh = tiny.llama()
+    rotary.inv_freq = rotary.original_inv_freq = fresh.model.rotary_emb.inv_freq
+    names = {name.replace(".base_layer", ""): name for name in model.state_dict()}
+    state = {names[f"base_model.model.{n}"]: t for n, t in fresh.state_dict().items()}
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state, options=options)
+    return model
+
+
+def ram_efficient(norm):
+    """Weights on rank 0 alone, as transformers loads them, then accelerate's own preparation."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    os.environ.update(asked)
+    try:
+        base = tiny.llama()
+        if dist.get_rank():
+            rotary = base.model.rotary_emb
+            base = base.to("meta")
+            base.model.rotary_emb = rotary.to_empty(device="cpu")
+            fresh = tiny.llama().model.rotary_emb.inv_freq
+            rotary.inv_freq = rotary.original_inv_freq = fresh
+        model = adapted(norm, base)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=True, reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )  # fmt: skip
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cpu"),
+            mixed_precision="no", is_main_process=dist.get_rank() == 0,
+        )  # fmt: skip
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        for name in asked:
+            del os.environ[name]
+
+
+def by_transformers(norm):
+    """A base that transformers sharded while loading it, and A and B that nobody shards."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    folder = os.environ["BASE_FOLDER"]
+    if dist.get_rank() == 0:
+        tiny.llama().save_pretrained(folder)
+    dist.barrier()
+    base = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    model = adapted(norm, base)
+    for value in model.parameters():  # LoRA's are not averaged either
+        if value.requires_grad:
+            value.register_post_accumulate_grad_hook(average)
+    return model
+
+
+def average(value):
+    dist.all_reduce(value.grad)
+    value.grad /= 2
+
+
+def zero(stage, *, partitioned_first=False):
+    """A set-up of DeepSpeed's; ``partitioned_first`` says before the adapter is made."""
+
+    def set_up(norm):
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        base = None
+        if partitioned_first:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                base = tiny.llama()
+            fresh = dict(tiny.llama().named_parameters())
+            for name, value in base.named_parameters():
+                with deepspeed.zero.GatheredParameters([value], modifier_rank=0), torch.no_grad():
+                    value.copy_(fresh[name])
+        model = adapted(norm, base)
+        optimizer = torch.optim.AdamW([v for v in model.parameters() if v.requires_grad], lr=RATE)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    return set_up
+
+
+SET_UPS = {
+    "DDP": ddp,
+    "FSDP2 by layer": by_layer,
+    "FSDP2 whole": whole,
+    "FSDP2 each Linear": linears_alone,
+    "FSDP1": fsdp1,
+    "meta device": on_meta,
+    "accelerate ram-efficient": ram_efficient,
+    "transformers fsdp_size": by_transformers,
+}
+DEEPSPEED = {
+    "ZeRO-2": zero(2),
+    "ZeRO-3": zero(3),
+    "ZeRO-3, zero.Init": zero(3, partitioned_first=True),
+}
+
+
+def train(model, ids):
+    """Some steps of AdamW, and the logits afterwards."""
+    model.train()
+    if hasattr(model, "zero_optimization"):  # DeepSpeed's engine
+        for _ in range(STEPS):
+            model.backward(model(input_ids=ids, labels=ids).loss)
+            model.step()
+        return model.eval()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def gap(found, expected):
+    """Largest difference, relative to the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def whole_state(model):
+    """Every tensor of the model, whole, by its name there."""
+    if hasattr(model, "zero_optimization"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.module.parameters())):
+            return {name: value.clone() for name, value in model.module.state_dict().items()}
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+    else:
+        state = get_model_state_dict(model, options=WHOLE)
+    return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in state.items()}
+
+
+def trains(set_up, norm):
+    """Gaps to one process: of what was trained, and of the gathered adapter on a fresh model."""
+    ids = tiny.tokens(2, seed=1)
+    truth = tiny.logits(train(adapted(norm), tiny.tokens(4)), ids)
+    model = (SET_UPS | DEEPSPEED)[set_up](norm)
+    found = tiny.logits(train(model, tiny.tokens(4).chunk(2)[dist.get_rank()]), ids)
+    plain = adapted(norm).eval()
+    saved = get_peft_model_state_dict(plain, state_dict=whole_state(model))
+    set_peft_model_state_dict(plain, saved)
+    cell = {
+        "error": gap(found, truth),
+        "saved": gap(tiny.logits(plain, ids), truth),
+        "moved": gap(tiny.logits(tiny.llama(), ids), truth),
+    }
+    return cell | (merges(model, plain, ids) if set_up != "DDP" else {})
+
+
+def merges(model, plain, ids):
+    """How far a merge into shards, after a forward, is from one of the same adapter in one process.
+
+    ``refused`` is 1 where it is refused and nothing changed.
+    """
+    found, before = tiny.logits(model, ids), base_weights(model)
+    try:
+        getattr(model, "module", model).merge_adapter()
+    except ValueError:
+        return {"refused": float(different(base_weights(model), before) == 0)}
+    plain.merge_adapter()
+    written = different(base_weights(model), base_weights(plain))
+    merged = gap(tiny.logits(model, ids), found)
+    model.unmerge_adapter()
+    restored = different(base_weights(model), before)
+    tiny.logits(model, ids)
+    unloaded, expected = model.merge_and_unload(), plain.merge_and_unload()
+    written += different(whole_state(unloaded), expected.state_dict())
+    return {"written": float(written), "merged": merged, "restored": float(restored)}
+
+
+def base_weights(model):
+    return {name: value for name, value in whole_state(model).items() if ".base_layer." in name}
+
+
+def different(found, expected):
+    """How many tensors differ in a bit, or are in one model alone."""
+    both = found.keys() & expected.keys()
+    lacking = len(found.keys() ^ expected.keys())
+    return lacking + sum(not torch.equal(found[name], expected[name]) for name in both)
+
+
+def run(rank, port, folder, set_ups):
+    """All cells, on one of two processes; rank 0 writes the worst of both."""
+    os.environ |= {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank),
+        "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "BASE_FOLDER": f"{folder}/base",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for set_up in set_ups:
+        for norm in tiny.NORMS:
+            mine = trains(set_up, norm)
+            worst = torch.tensor(list(mine.values()))
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            found[f"{set_up}, {norm}"] = dict(zip(mine, worst.tolist(), strict=True))
+            if rank == 0:
+                print(set_up, norm, found[f"{set_up}, {norm}"], flush=True)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder, set_ups):
+    """``{"set-up, space": {what: number}}`` of all spaces."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run, (port, str(folder), list(set_ups)), nprocs=2)
+    return json.loads(Path(folder, "found.json").read_text())
