@@ -61,7 +61,7 @@ class CABR(AdapterState):
         ValueError: for a rank that does not fit, or a weight that cannot be decomposed.
     """
 
-    columns: Tensor
+    columns: Tensor | None
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
@@ -119,12 +119,8 @@ class CABR(AdapterState):
         Raises:
             ValueError: for a weight that cannot be decomposed.
         """
-        values = {name: value for name, value in self._tensors().items() if name in self.CHOSEN}
-        if on_rank_0_alone():
-            values = from_rank_0(lambda: self._chosen(base), values)
-        else:
-            values = self._chosen(base)
-        for name, value in values.items():
+        own = {name: value for name, value in self._tensors().items() if name in self.CHOSEN}
+        for name, value in from_rank_0(lambda: self._chosen(base), own).items():
             put(self, name, value)
         self.waits, self._stale = False, True
         self._note_core()

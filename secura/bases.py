@@ -98,7 +98,8 @@ def weight(base: nn.Module, *, values: bool = True) -> Tensor:
 def shape(base: nn.Module) -> tuple[int, int]:
     """``(N, K)`` of the weight, wherever it is kept."""
     if dense_weight(base) is None:
-        return (int(base.out_features), int(base.in_features))
+        n, k = weight(base).shape
+        return n, k
     stored: Any = base.weight
     n, k = getattr(stored, "ds_shape", stored.shape)
     return (k, n) if is_conv1d(base) else (n, k)
@@ -188,10 +189,11 @@ def only_places(base: nn.Module) -> bool:
     Such are accelerate's hook that moves x, and those with which FSDP2 or ZeRO-3 gather a weight.
     """
     hook: Any = base.__dict__.get("_hf_hook")
-    if hook is None and is_elsewhere(base):
-        trained = any(value.requires_grad for value in base.parameters(recurse=False))
+    if hook is None:
+        plain = _is_product(base, base.__dict__.get("forward")) and not base._modules
+        frozen = not any(value.requires_grad for value in base.parameters(recurse=False))
         own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
-        return not trained and all(name.startswith(_GATHERS) for name in own)
+        return plain and frozen and all(name.startswith(_GATHERS) for name in own)
     if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
         return False
     return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
@@ -249,7 +251,7 @@ def make_writable(base: nn.Module) -> None:
         reshard(base)
     lost = "partitioned by ZeRO-3" if hasattr(base.weight, "ds_numel") else None
     if managed and not hasattr(base.weight, "full_tensor"):
-        lost = "a copy that FSDP gathered"
+        lost = "a copy or a part that FSDP holds"
     if lost:
         raise ValueError(
             f"the base weight is {lost}, and a merge into it would be lost: save the adapter and "

@@ -89,11 +89,15 @@ def on_rank_0_alone() -> bool:
 
 @torch.no_grad()
 def from_rank_0(make: Callable[[], dict[str, Tensor]], like: Mapping[str, Tensor]) -> dict:
-    """What ``make()`` gives on rank 0, on every process; shapes and dtypes are those of ``like``.
+    """What ``make()`` gives; on every process what it gives on rank 0, where that is alone.
+
+    Shapes and dtypes are then those of ``like``.
 
     Raises:
         ValueError: on every process, where rank 0 could not make it.
     """
+    if not on_rank_0_alone():
+        return make()
     made, error = {}, None
     device: Any = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     if dist.get_rank() == 0:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import tiny
 import torch
 import torch.distributed as dist
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -110,8 +111,8 @@ def ram_efficient(norm):
             del os.environ[name]
 
 
-def by_transformers(norm):
-    """A base that transformers sharded while loading it, and A and B that nobody shards."""
+def loaded_by_transformers():
+    """A base that transformers sharded while loading it."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -119,11 +120,15 @@ def by_transformers(norm):
     if dist.get_rank() == 0:
         tiny.llama().save_pretrained(folder)
     dist.barrier()
-    base = LlamaForCausalLM.from_pretrained(
+    return LlamaForCausalLM.from_pretrained(
         folder, distributed_config=DistributedConfig(fsdp_size=2)
     )
-    model = adapted(norm, base)
-    for value in model.parameters():  # LoRA's are not averaged either
+
+
+def by_transformers(norm):
+    """An adapter on a base that is sharded already: nobody averages its gradients but we."""
+    model = adapted(norm, loaded_by_transformers())
+    for value in model.parameters():
         if value.requires_grad:
             value.register_post_accumulate_grad_hook(average)
     return model
@@ -134,26 +139,34 @@ def average(value):
     value.grad /= 2
 
 
+def lora_by_transformers():
+    """Whether the processes have different gradients of a LoRA on such a base."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    model = get_peft_model(loaded_by_transformers(), config)
+    own = next(iter(tiny.gradients(model, tiny.tokens(4).chunk(2)[dist.get_rank()]).values()))
+    first = own.clone()
+    dist.broadcast(first, 0)
+    return gap(own, first) > 1e-2
+
+
 def zero(stage, *, partitioned_first=False):
     """A set-up of DeepSpeed's; ``partitioned_first`` says before the adapter is made."""
 
     def set_up(norm):
         import deepspeed
 
+        # an operation for inference, which would be compiled here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        base = None
+        base = tiny.llama()
         if partitioned_first:
-            with deepspeed.zero.Init(config_dict_or_path=config):
-                base = tiny.llama()
-            fresh = dict(tiny.llama().named_parameters())
-            for name, value in base.named_parameters():
-                with deepspeed.zero.GatheredParameters([value], modifier_rank=0), torch.no_grad():
-                    value.copy_(fresh[name])
+            deepspeed.zero.Init(module=base, config_dict_or_path=config)
         model = adapted(norm, base)
         optimizer = torch.optim.AdamW([v for v in model.parameters() if v.requires_grad], lr=RATE)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -171,6 +184,9 @@ SET_UPS = {
     "accelerate ram-efficient": ram_efficient,
     "transformers fsdp_size": by_transformers,
 }
+MERGED = {"FSDP2 by layer", "FSDP2 whole", "FSDP2 each Linear", "ZeRO-2"}
+REFUSED = {"FSDP1", "ZeRO-3", "ZeRO-3, zero.Init"}
+"""Set-ups that merge, but for the space activation, and those that never do."""
 DEEPSPEED = {
     "ZeRO-2": zero(2),
     "ZeRO-3": zero(3),
@@ -215,10 +231,16 @@ def whole_state(model):
     return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in state.items()}
 
 
+@cache
+def logits_of_one(norm):
+    """Logits after training in one process, and of the base."""
+    ids = tiny.tokens(2, seed=1)
+    return tiny.logits(train(adapted(norm), tiny.tokens(4)), ids), tiny.logits(tiny.llama(), ids)
+
+
 def trains(set_up, norm):
     """Gaps to one process: of what was trained, and of the gathered adapter on a fresh model."""
-    ids = tiny.tokens(2, seed=1)
-    truth = tiny.logits(train(adapted(norm), tiny.tokens(4)), ids)
+    ids, (truth, untrained) = tiny.tokens(2, seed=1), logits_of_one(norm)
     model = (SET_UPS | DEEPSPEED)[set_up](norm)
     found = tiny.logits(train(model, tiny.tokens(4).chunk(2)[dist.get_rank()]), ids)
     plain = adapted(norm).eval()
@@ -227,9 +249,9 @@ def trains(set_up, norm):
     cell = {
         "error": gap(found, truth),
         "saved": gap(tiny.logits(plain, ids), truth),
-        "moved": gap(tiny.logits(tiny.llama(), ids), truth),
+        "moved": gap(untrained, truth),
     }
-    return cell | (merges(model, plain, ids) if set_up != "DDP" else {})
+    return cell | (merges(model, plain, ids) if set_up in MERGED | REFUSED else {})
 
 
 def merges(model, plain, ids):
@@ -279,8 +301,10 @@ def run(rank, port, folder, set_ups):
             worst = torch.tensor(list(mine.values()))
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             found[f"{set_up}, {norm}"] = dict(zip(mine, worst.tolist(), strict=True))
-            if rank == 0:
-                print(set_up, norm, found[f"{set_up}, {norm}"], flush=True)
+    if "transformers fsdp_size" in set_ups:
+        differ = torch.tensor(float(lora_by_transformers()))
+        dist.all_reduce(differ, dist.ReduceOp.MAX)
+        found["LoRA by itself"] = bool(differ)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

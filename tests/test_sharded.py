@@ -121,7 +121,7 @@ def test_a_merge_into_what_cannot_be_resharded_is_refused(merge, shard, monkeypa
     model = shard(tiny.adapted(norm="channel", target_modules=["v_proj", "lm_head"]))
     before = tiny.logits(model)
     monkeypatch.setattr("torch.distributed._composable_state._module_state_mapping", {})
-    with pytest.raises(ValueError, match=r"lm_head: .*FSDP gathered.*with `secura merge`"):
+    with pytest.raises(ValueError, match=r"lm_head: .*FSDP holds.*with `secura merge`"):
         getattr(model, merge)()
     assert torch.equal(tiny.logits(model), before)
 

@@ -243,15 +243,15 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                 f"adapters {self.active_adapters} are active together, which a tensor parallel "
                 "base does not take: activate one with set_adapter()"
             )
-        parts = [adapter.columns for adapter in adapters]
-        quantised = parts[0] is not None
+        parts: Any = [adapter.columns for adapter in adapters]
+        kept = all(part is not None for part in parts)
         layer = Layer(
-            None if quantised else bases.weight(base, values=False),
+            None if kept else bases.weight(base, values=False),
             bases.bias(base),
             rows=torch.cat([adapter.rows for adapter in adapters]),
             cols=torch.cat([adapter.cols for adapter in adapters]),
             options=NormOptions("none"),
-            columns=torch.cat(parts, dim=1) if quantised else None,
+            columns=torch.cat(parts, dim=1) if kept else None,
         )
         return secura_add(
             base(x),
