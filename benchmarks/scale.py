@@ -232,11 +232,11 @@ def table() -> str:
                 label = f"{name}, {gpus}, {setup}"
                 if setup == "TP 8" and gpus > NODE:
                     label += f" × FSDP2 {gpus // NODE}"
-                pair = [cost(MODELS[name], setup, gpus, method) for method in METHODS]
-                if None in pair:
+                first, second = (cost(MODELS[name], setup, gpus, method) for method in METHODS)
+                if first is None or second is None:
                     lines.append(f"| {label} | the weights do not fit | | | | | | |")
                     continue
-                both = zip(*pair, units, strict=True)
+                both = zip(first, second, units, strict=True)
                 cells = [f"{a / unit:,.0f} / {b / unit:,.0f}" for a, b, unit in both]
                 lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _CAPTION]) + "\n"
