@@ -58,7 +58,8 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     if adapter.columns is None:  # the plan came after the adapter
         adapter._derive(base)
     group, by_weight = _group(base), adapter.config.norm_options.replaces_product
-    core, delta_bias = update(*adapter.factors(), 1.0), adapter.bias
+    core = update(*adapter.factors(), 1.0)
+    delta_bias: Tensor | None = adapter.bias
     if by_weight:
         with _weight_of(adapter, base, _SumOfGradients.apply(core, group), group):
             y0 = base(x)
@@ -67,7 +68,8 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     assert y0 is not None
     whole = y0.shape[-1] == adapter.out_features
     lead, m = y0.shape[:-1], adapter.rows.numel()
-    tokens = x.to_local() if bases.is_dtensor(x) else x
+    given: Any = x
+    tokens = given.to_local() if bases.is_dtensor(x) else x
     some_tokens = whole and lead.numel() < tokens.shape[:-1].numel()
     if not whole or some_tokens:
         core = _SumOfGradients.apply(core, group)
@@ -85,7 +87,8 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     mask = adapter.dropout_mask(y0)
     if mask is not None and not some_tokens:
         torch.distributed.broadcast(mask, group=group, group_src=0)
-    layer, bias = adapter._layer(base, None), bases.bias(base)
+    layer = adapter._layer(base, None)
+    bias: Any = bases.bias(base)
     if bases.is_dtensor(bias):
         bias = bias.full_tensor() if whole else bias.to_local()
     if whole:
@@ -129,11 +132,12 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
     p_base = None if u_base is None else columns.to(u.dtype) @ u_base
     norm = unpack(pack(layer.options))
     part = _NormedWeight.apply(columns.to(u.dtype) @ u, p_base, w, r, norm, group)
-    base._parameters["weight"] = _laid_as(stored, part.t() if bases.is_conv1d(base) else part)
+    own: dict[str, Any] = base._parameters
+    own["weight"] = _laid_as(stored, part.t() if bases.is_conv1d(base) else part)
     try:
         yield
     finally:
-        base._parameters["weight"] = stored
+        own["weight"] = stored
 
 
 def keep_rows(adapter: CABR, base: nn.Module, weight: Tensor) -> None:
