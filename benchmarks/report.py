@@ -6,7 +6,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file in
 ``benchmarks/results`` (``layer-cpu``, ``model-h200``, …; ``demo-*`` is the demo's results.json), or
 ``retention-<stage>-<place>``, a stage of the retention experiment there, or the same and
-``-brief``, less of it.
+``-brief``, less of it; ``scale`` is what :mod:`benchmarks.scale` counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import scale
 from .plots import draw_all, plots_of
 from .retention.record import read_all
 from .retention.report import main_table
@@ -27,7 +28,10 @@ from .tables import NOT_YET, TABLES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "kernels", "scale")),
+)
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -71,6 +75,8 @@ def retention_table(results: Path, name: str) -> str:
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The table of one result file, its plots below; says so where there is none yet."""
+    if name == "scale":
+        return scale.table()
     if name.startswith("retention-"):
         return retention_table(results, name)
     path = results / f"{name}.json"

@@ -51,6 +51,8 @@ MODELS = {
     shape.name: shape
     for shape in (
         ModelShape("llama3-8b", "llama", 4096, 14336, 32, 32, 8, 128, 128256),
+        ModelShape("llama3-70b", "llama", 8192, 28672, 80, 64, 8, 128, 128256),
+        ModelShape("llama3-405b", "llama", 16384, 53248, 126, 128, 8, 128, 128256),
         ModelShape("qwen2-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064),
         ModelShape("qwen2-1.5b", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936),
         ModelShape("gemma2-2b", "gemma2", 2304, 9216, 26, 8, 4, 256, 256000),

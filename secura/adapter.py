@@ -24,7 +24,7 @@ from secura_kernels.cur import check_fits
 from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
-from . import bases
+from . import bases, parallel
 from .config import AdapterConfig
 from .integrity import SKETCH, fingerprint
 from .sharding import from_rank_0, gathered, on_rank_0_alone, put
@@ -65,6 +65,9 @@ class CABR(AdapterState):
     gram: Tensor
     base_norms: Tensor
     important: Tensor | None
+    here: Tensor | None
+    r_here: Tensor | None
+    wants_whole = False
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class CABR(AdapterState):
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
-        for name in ("columns", "gram", "base_norms", "important"):
+        for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
             self.register_buffer(name, None, persistent=False)
         self.waits = later and not sent
         if not self.waits:
@@ -122,6 +125,8 @@ class CABR(AdapterState):
             put(self, name, value)
         self.waits, self._stale = False, True
         self._note_core()
+        if bases.is_split(base):
+            parallel.share_start(self, base)
         if not on_rank_0_alone():
             self._derive(base)
 
@@ -167,6 +172,8 @@ class CABR(AdapterState):
 
         ``y0 [..., N]`` is what it made of ``x [..., K]`` already, if it did.
         """
+        if bases.is_split(base):
+            return parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
         self._refresh(base)
@@ -232,6 +239,7 @@ class CABR(AdapterState):
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
+        bases.check_whole(base)
         self._refresh(base)
         layer = self._layer(base, bases.weight(base, values=False))
         return additive_product(layer, *self.whole_factors())
@@ -279,6 +287,7 @@ class CABR(AdapterState):
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
         """``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm."""
+        bases.check_whole(base)
         weight = bases.weight(base)
         u = self.whole_update() + self.core
         p = project(weight, self.cols, u, u.dtype, None)
@@ -295,6 +304,7 @@ class CABR(AdapterState):
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
         """
+        bases.check_whole(base)
         if self.config.norm == "activation":
             if not (allow_inexact or self.config.allow_inexact_merge):
                 raise ValueError(
@@ -360,16 +370,19 @@ class CABR(AdapterState):
     @torch.no_grad()
     def _derive(self, base: nn.Module) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
-        config, dense = self.config, bases.dense_weight(base)
+        config, split = self.config, bases.is_split(base)
+        if split:
+            parallel.check(self, base)
         self._stale, self.columns = False, None
         if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
             own = torch.cat((self.rows, self.cols))
             places = torch.arange(1, len(own) + 1, device=own.device)
             self._rounding_seed = config.seed + int((own * places).sum())
-        if config.norm != "channel" and not config.restrain and dense is not None:
+        needs_columns = split or bases.dense_weight(base) is None
+        if config.norm != "channel" and not config.restrain and not needs_columns:
             return
         weight = bases.weight(base, values=False)
-        if dense is None:
+        if needs_columns:
             self.columns = weight.index_select(1, self.cols)
         if config.restrain:
             self.important = important_channels(weight, self.rows.numel())
@@ -378,6 +391,8 @@ class CABR(AdapterState):
             if self.folded and config.norm_reference == "folded":
                 p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
+        if split:
+            parallel.keep_rows(self, base, weight)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():

@@ -164,6 +164,31 @@ def is_elsewhere(base: nn.Module) -> bool:
     return hasattr(stored, "full_tensor") or hasattr(stored, "ds_numel")
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, of which every process has a part."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+def is_split(base: Any) -> bool:
+    """Whether tensor parallelism split the weight of ``base``, which works on its part as it is."""
+    if not ("forward" in base.__dict__ or getattr(base, "_forward_pre_hooks", None)):
+        return False  # transformers puts a forward, torch hooks, where a plan splits the weight
+    if not is_dtensor(dense_weight(base)):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(base, FSDPModule)
+
+
+def check_whole(base: nn.Module) -> None:
+    """Raise ``ValueError`` where tensor parallelism split the weight of ``base``."""
+    if is_split(base):
+        raise ValueError(
+            "tensor parallelism split the base weight over processes: save the adapter, and merge, "
+            "export or anchor it on one process"
+        )
+
+
 def weight_here(base: Any) -> Tensor | None:
     """The weight ``[N, K]``, detached, where it is dense and whole on this process, else None."""
     dense = dense_weight(base)
@@ -190,10 +215,12 @@ def check_at_hand(base: Any) -> None:
 
 
 def bias(base: nn.Module) -> Tensor | None:
-    """The bias ``[N]`` that the base adds, or None; detached."""
+    """The bias ``[N]`` that the base adds, or None; detached, a part where a plan split it."""
     own = base._parameters
     value = own["bias"] if "bias" in own else getattr(base, "bias", None)
-    return gathered(value).detach() if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return (value if is_split(base) else gathered(value)).detach()
 
 
 def why_not_product(base: nn.Module) -> str | None:
@@ -369,10 +396,13 @@ __all__ = [
     "bias",
     "check_at_hand",
     "check_linear",
+    "check_whole",
     "comes_later",
     "dense_weight",
     "is_conv1d",
+    "is_dtensor",
     "is_elsewhere",
+    "is_split",
     "is_transposed",
     "make_writable",
     "only_places",

@@ -227,6 +227,7 @@ class _Watch:
         if not out.requires_grad:
             return
         base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
+        bases.check_whole(base)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             weight = bases.weight(base)
             rows = weight.index_select(0, self.adapter.rows)

@@ -261,6 +261,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             pairs = zip(masks, shapes, strict=True)
             masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
         base = self.base_layer
+        if bases.is_split(base):
+            raise ValueError(
+                f"adapters {self.active_adapters} are active together, which a tensor parallel "
+                "base does not take: activate one with set_adapter()"
+            )
         parts: Any = [adapter.columns for adapter in adapters]
         kept = all(part is not None for part in parts)
         layer = Layer(

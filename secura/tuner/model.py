@@ -154,7 +154,8 @@ class SecuraModel(BaseTuner):
             base: Any = target if adapted is None else adapted.get_base_layer()
             if named is None:
                 bases.check_linear(base)
-            bases.check_at_hand(base if named is None else bases.Stack(base, named))
+            if not bases.is_split(base):
+                bases.check_at_hand(base if named is None else bases.Stack(base, named))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         try:
