@@ -60,10 +60,10 @@ def t5(seed: int = 0):
     return T5ForConditionalGeneration(config).eval()
 
 
-def classifier(seed: int = 0):
-    """:func:`llama`'s decoder with a head of three labels."""
+def classifier(seed: int = 0, labels: int = 3):
+    """:func:`llama`'s decoder with a head, the same for the same seed."""
     decoder = llama(seed)
-    decoder.config.num_labels = 3
+    decoder.config.num_labels = labels
     model = LlamaForSequenceClassification(decoder.config)
     model.model = decoder.model
     return model.eval()
