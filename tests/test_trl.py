@@ -9,8 +9,6 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -55,15 +53,8 @@ TRAINERS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words ``t0`` … as tokens."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
-    vocab = {special.get(index, f"t{index}"): index for index in range(tiny.VOCAB)}
-    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+def tokenizer():
+    return tiny.tokenizer()
 
 
 def trainer(method, folder, tokenizer, model, *, rows=None, settings=None, **more):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -67,6 +69,17 @@ def classifier(seed: int = 0, labels: int = 3):
     model = LlamaForSequenceClassification(decoder.config)
     model.model = decoder.model
     return model.eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words ``t0`` … as the models' tokens."""
+    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
+    vocab = {special.get(index, f"t{index}"): index for index in range(VOCAB)}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 TARGETS = {llama: ["q_proj", "v_proj"], classifier: ["q_proj", "v_proj"], gpt2: ["c_attn", "c_fc"],
