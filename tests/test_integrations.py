@@ -1,21 +1,40 @@
-"""The plugins run in their frameworks, from a file of settings to an adapter that loads again.
+"""The plugins run in their frameworks, from the settings that docs/integrations.md shows.
 
 Skipped where a framework is not installed: most pin other versions than these tests.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, Trainer
 
 import secura
-from secura.cli.merge import main as merge
 
+DOCS = Path(__file__).parent.parent / "docs"
 STEPS = 4
+
+
+def needs(framework: str):
+    """The module, or the test is skipped."""
+    return pytest.importorskip(framework, reason=f"{framework} is not installed")
+
+
+def shown(heading: str, kind: str) -> str:
+    """The code block of that kind that docs/integrations.md has under a heading."""
+    section = (DOCS / "integrations.md").read_text().partition(f"## {heading}\n")[2]
+    return re.search(rf"```{kind}\n(.*?)```", section.partition("\n## ")[0], re.S)[1]
 
 
 @pytest.fixture
@@ -27,84 +46,130 @@ def base(tmp_path):
     return folder
 
 
+def rows(path: Path, row: dict) -> Path:
+    """A JSONL file of one row, sixteen times."""
+    path.write_text(f"{json.dumps(row)}\n" * 16)
+    return path
+
+
 def check(base, adapter, trained) -> None:
-    """The saved adapter computes what the framework's own model did, and is not the base."""
+    """The saved adapter computes what the framework's own model does, on a base left as it was."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     plain = tiny.logits(model)
     loaded = secura.from_pretrained(model, adapter).eval()
     assert all(part.core.any() for part in tiny.parts(loaded)), "nothing was folded"
-    tiny.assert_same(tiny.base_weights(loaded), tiny.snapshot(tiny.llama()))
+    tiny.assert_same(tiny.base_weights(trained), tiny.snapshot(tiny.llama()))
     assert (tiny.logits(loaded) - plain).abs().max() > 1e-3
     torch.testing.assert_close(tiny.logits(loaded), tiny.logits(trained.eval()))
 
 
-def test_ms_swift(base, tmp_path):
-    swift = pytest.importorskip("swift", reason="ms-swift is not installed")
-    from swift.callbacks import TrainerCallback, callbacks_map
+@pytest.fixture
+def trainers(monkeypatch):
+    """Every transformers trainer that is run."""
+    found, run = [], Trainer.train
 
-    plugin, data = tmp_path / "secura_plugin.py", tmp_path / "data.jsonl"
-    plugin.write_text(
-        "from secura.integrations.swift import register\nregister(norm='channel', fold_every=2)\n"
-    )
-    turns = [{"role": "user", "content": "t4 t5"}, {"role": "assistant", "content": "t6 t7"}]
-    data.write_text(f"{json.dumps({'messages': turns})}\n" * 16)
-    trainers = []
+    def train(self, *args, **kwargs):
+        found.append(self)
+        return run(self, *args, **kwargs)
 
-    class Spy(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            trainers.append(self.trainer)
+    monkeypatch.setattr(Trainer, "train", train)
+    return found
 
-    callbacks_map["spy"] = Spy
-    flags = (
-        f"--model {base} --model_type llama --template dummy --dataset {data} --output_dir {tmp_path}/out"
-        f" --external_plugins {plugin} --tuner_type secura --callbacks secura spy --lora_rank 4"
-        f" --target_modules q_proj v_proj --max_steps {STEPS} --learning_rate 0.03 --torch_dtype float32"
-        " --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --report_to none"
-        " --save_steps 4 --gradient_checkpointing false --dataloader_num_workers 0 --use_hf true"
-        " --use_cpu true --max_length 32 --dataset_num_proc 1"
-    )
+
+TURNS = [{"role": "user", "content": "t4 t5"}, {"role": "assistant", "content": "t6 t7"}]
+
+
+def test_ms_swift(base, trainers, tmp_path):
+    swift = needs("swift")
+    plugin = tmp_path / "secura_plugin.py"
+    plugin.write_text(shown("ms-swift", "python"))
+    data = rows(tmp_path / "data.jsonl", {"messages": TURNS})
+    flags = f"""
+        --external_plugins {plugin} --tuner_type secura --callbacks secura --lora_rank 4
+        --target_modules all-linear --model {base} --model_type llama --template dummy --use_hf true
+        --dataset {data} --dataset_num_proc 1 --dataloader_num_workers 0 --max_length 32
+        --output_dir {tmp_path}/out --max_steps {STEPS} --save_steps {STEPS} --learning_rate 0.03
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --torch_dtype float32
+        --gradient_checkpointing false --use_cpu true --report_to none
+    """
+    with pytest.raises(ValueError, match="needs --callbacks secura"):
+        swift.sft_main(flags.replace("--callbacks secura", "").split())
     result = swift.sft_main(flags.split())
-    check(base, result["last_model_checkpoint"], trainers[0].model)
-
-
-AXOLOTL = """
-base_model: {base}
-tokenizer_type: PreTrainedTokenizerFast
-plugins: [secura.integrations.axolotl.SecuraPlugin]
-adapter: secura
-secura: {{r: 4, norm: channel, target_modules: [q_proj, v_proj], fold_every: 2}}
-datasets:
-  - {{path: {data}, ds_type: json, type: completion, field: text}}
-dataset_prepared_path: {folder}/prepared
-output_dir: {folder}/out
-sequence_len: 32
-micro_batch_size: 2
-gradient_accumulation_steps: 1
-max_steps: {steps}
-learning_rate: 0.03
-optimizer: adamw_torch
-lr_scheduler: constant
-val_set_size: 0
-bf16: false
-fp16: false
-tf32: false
-gradient_checkpointing: false
-attn_implementation: eager
-logging_steps: 1
-use_tensorboard: false
-dataset_num_proc: 1
-"""
+    check(base, result["last_model_checkpoint"], trainers[-1].model)
 
 
 def test_axolotl(base, tmp_path):
-    pytest.importorskip("axolotl", reason="axolotl is not installed")
+    needs("axolotl")
     from axolotl.cli.config import load_cfg
+    from axolotl.cli.merge_lora import do_merge_lora
     from axolotl.common.datasets import load_datasets
     from axolotl.train import train
 
-    data, run = tmp_path / "data.jsonl", tmp_path / "run.yaml"
-    data.write_text(f"{json.dumps({'text': 't4 t5 t6 t7 t8'})}\n" * 16)
-    run.write_text(AXOLOTL.format(base=base, data=data, folder=tmp_path, steps=STEPS))
-    cfg = load_cfg(str(run))
+    data = rows(tmp_path / "data.jsonl", {"text": "t4 t5 t6 t7 t8"})
+    settings = yaml.safe_load(shown("axolotl", "yaml"))
+    settings["secura"]["r"] = 4
+    settings |= {
+        "base_model": str(base), "tokenizer_type": "PreTrainedTokenizerFast",
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "completion"}],
+        "dataset_prepared_path": f"{tmp_path}/prepared", "output_dir": f"{tmp_path}/out",
+        "sequence_len": 32, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
+        "max_steps": STEPS, "learning_rate": 0.03, "optimizer": "adamw_torch",
+        "lr_scheduler": "constant", "val_set_size": 0, "bf16": False, "fp16": False, "tf32": False,
+        "gradient_checkpointing": False, "attn_implementation": "eager", "dataset_num_proc": 1,
+    }  # fmt: skip
+    run = tmp_path / "run.yaml"
+
+    def configured(**more):
+        run.write_text(yaml.safe_dump(settings | more))
+        return load_cfg(str(run))
+
+    cfg = configured()
     model, _, _ = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
     check(base, tmp_path / "out", model)
+    do_merge_lora(cfg=configured(lora_model_dir=f"{tmp_path}/out"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="merge_method: memory_efficient merges LoRA alone"):
+        configured(merge_method="memory_efficient")
+    with pytest.raises(TypeError, match="rank"):
+        configured(secura={"rank": 4})
+
+
+def test_llama_factory(base, trainers, tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("llamafactory")
+    if spec is None:
+        pytest.skip("llamafactory is not installed")
+    shutil.copytree(Path(spec.origin).parent, tmp_path / "src" / "llamafactory")
+    patch = DOCS / "integrations" / "llamafactory-0.9.5.patch"
+    subprocess.run(["patch", "-p1", "-d", tmp_path / "src", "-i", patch], check=True)
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    from llamafactory.train.tuner import run_exp
+
+    assert sys.modules["llamafactory"].__file__.startswith(str(tmp_path))
+    rows(tmp_path / "data.jsonl", {"instruction": "t4 t5", "input": "", "output": "t6 t7"})
+    (tmp_path / "dataset_info.json").write_text('{"own": {"file_name": "data.jsonl"}}')
+    settings = yaml.safe_load(shown("LLaMA-Factory", "yaml")) | {
+        "model_name_or_path": str(base), "stage": "sft", "do_train": True, "template": "empty",
+        "dataset": "own", "dataset_dir": str(tmp_path), "output_dir": f"{tmp_path}/out",
+        "lora_rank": 4, "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "learning_rate": 0.03, "cutoff_len": 32, "report_to": "none", "use_cpu": True,
+        "preprocessing_num_workers": 1,
+    }  # fmt: skip
+    run_exp(settings)
+    check(base, tmp_path / "out", trainers[-1].model)
+
+
+def test_lightning(base, tmp_path):
+    lightning = needs("lightning")
+    shows: dict = {}
+    exec(shown("Lightning", "python"), shows)
+    settings = {"r": 4, "norm": "channel", "target_modules": "all-linear"}
+    module = shows["Tuned"](get_peft_model(tiny.llama(), tiny.config(**settings)))
+    batches = [{"input_ids": ids, "labels": ids} for ids in tiny.tokens(2 * STEPS).split(2)]
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[shows["Fold"]()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, batches)
+    module.model.save_pretrained(tmp_path / "adapter")
+    check(base, tmp_path / "adapter", module.model)
