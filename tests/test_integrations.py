@@ -5,12 +5,14 @@ Skipped where a framework is not installed: most pin other versions than these t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,76 @@ def trainers(monkeypatch):
 
     monkeypatch.setattr(Trainer, "train", train)
     return found
+
+
+def stand_in(monkeypatch, framework: str, **modules) -> types.ModuleType:
+    """The plugin of a framework, imported beside modules that hold only what it takes from them."""
+    for name, names in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(names)
+        monkeypatch.setitem(sys.modules, f"{framework}.{name.replace('__', '.')}", module)
+    name = f"secura.integrations.{framework}"
+    monkeypatch.setitem(sys.modules, name, None)  # so that it is taken out again afterwards
+    del sys.modules[name]
+    return importlib.import_module(name)
+
+
+def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
+    """By the signatures of 4.6.0."""
+    tuners, callbacks = {}, {}
+    plugin = stand_in(
+        monkeypatch, "swift", callbacks={"callbacks_map": callbacks},
+        tuner_plugin={"PeftTuner": object, "tuners_map": tuners},
+        pipelines__train__tuner={
+            "get_target_modules": lambda args, model: args.target_modules,
+            "get_modules_to_save": lambda args, model, task: [],
+        },
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="unknown norm 'x'"):
+        plugin.register(norm="x")
+    assert not tuners
+    plugin.register(norm="none", fold_every=2)
+    args = types.SimpleNamespace(
+        lora_rank=3, target_modules=["v_proj"], task_type="causal_lm", callbacks=[]
+    )
+    with pytest.raises(ValueError, match="fold_every=2 needs --callbacks secura"):
+        tuners["secura"].prepare_model(args, tiny.llama())
+    args.callbacks = ["secura"]
+    config = tuners["secura"].prepare_model(args, tiny.llama()).peft_config["default"]
+    assert (config.r, config.norm, config.target_modules) == (3, "none", {"v_proj"})
+    assert isinstance(callbacks["secura"](None, None), secura.FoldCallback)
+
+
+def test_the_axolotl_plugin_without_axolotl(monkeypatch, tmp_path):
+    """By the signatures of 0.19.0."""
+    plugin = stand_in(
+        monkeypatch, "axolotl",
+        integrations__base={"BasePlugin": object, "AdapterCapabilities": types.SimpleNamespace},
+    ).SecuraPlugin()  # fmt: skip
+    assert [found.name for found in plugin.get_adapter_capabilities()] == ["secura"]
+    cfg = {"adapter": "secura", "secura": {"r": 3, "target_modules": ["v_proj"]}}
+    plugin.register(cfg)
+    assert cfg["merge_method"] == "legacy"
+    with pytest.raises(ValueError, match="memory_efficient merges LoRA alone"):
+        plugin.register(cfg | {"merge_method": "memory_efficient"})
+    with pytest.raises(TypeError, match="rank"):
+        plugin.register(cfg | {"secura": {"rank": 3}})
+    other = types.SimpleNamespace(adapter="lora")
+    assert plugin.load_adapter(None, other) is None
+    assert plugin.add_callbacks_pre_trainer(other, None) == []
+    cfg = types.SimpleNamespace(**cfg, lora_model_dir=None)
+    nothing, config = plugin.load_adapter(None, cfg, config_only=True)
+    assert nothing is None and config.r == 3
+    model, _ = plugin.load_adapter(tiny.llama(), cfg)
+    tiny.perturb(model)
+    model.save_pretrained(tmp_path)
+    cfg.lora_model_dir = str(tmp_path)
+    for inference in (False, True):
+        loaded, _ = plugin.load_adapter(tiny.llama(), cfg, inference=inference)
+        assert torch.equal(tiny.logits(loaded.eval()), tiny.logits(model.eval()))
+        assert all(part.B.requires_grad is not inference for part in tiny.parts(loaded))
+    (callback,) = plugin.add_callbacks_pre_trainer(cfg, model)
+    assert isinstance(callback, secura.FoldCallback)
 
 
 TURNS = [{"role": "user", "content": "t4 t5"}, {"role": "assistant", "content": "t6 t7"}]

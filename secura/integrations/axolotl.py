@@ -76,8 +76,8 @@ class SecuraPlugin(BasePlugin):
         if config_only:
             return None, config
         if cfg.lora_model_dir:
-            model = secura.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
-            return model, model.peft_config["default"]
+            saved = secura.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
+            return saved, saved.peft_config["default"]
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[secura.FoldCallback]:
