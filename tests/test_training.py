@@ -1,8 +1,7 @@
-"""Training with Trainer and TRL: folding, resuming, what is written and what is not."""
+"""Training with transformers' Trainer: folding, resuming, what is written and what is not."""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -10,15 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from secura import FoldCallback, fold
 from secura.callbacks import DivergedError, FiniteCallback, trained_tensors
@@ -305,75 +296,3 @@ def test_the_chosen_checkpoint_is_loaded_at_the_end(tmp_path):
     last = PeftModel.from_pretrained(tiny.llama(), tmp_path / f"checkpoint-{STEPS}")
     assert torch.equal(tiny.logits(model.eval()), tiny.logits(first))
     assert not torch.equal(tiny.logits(last), tiny.logits(first))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words ``t0`` … as tokens."""
-    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
-    vocab = {special.get(index, f"t{index}"): index for index in range(tiny.VOCAB)}
-    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-@pytest.mark.parametrize("norm", ["weight", "channel"])
-def test_sft_trainer_takes_the_config(norm, tokenizer, tmp_path):
-    rows = [" ".join(f"t{token}" for token in row) for row in data()["input_ids"]]
-    run = SFTTrainer(
-        model=tiny.llama(),
-        args=SFTConfig(
-            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4,
-            learning_rate=3e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-            bf16=False, disable_tqdm=True, max_length=16,
-        ),
-        train_dataset=Dataset.from_dict({"text": rows}),
-        processing_class=tokenizer,
-        peft_config=tiny.config(norm=norm, fold_every=4, **LEARNS),
-        callbacks=[FoldCallback()],
-    )  # fmt: skip
-    assert isinstance(run.model, PeftModel)
-    run.train()
-    assert sum(losses(run)[-3:]) < 0.9 * sum(losses(run)[:3])
-    assert all(part.core.any() for part in tiny.parts(run.model))
-    tiny.assert_same(tiny.base_weights(run.model), tiny.snapshot(tiny.llama()))
-    run.save_model(tmp_path / "saved")
-    loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
-    assert torch.equal(tiny.logits(loaded), tiny.logits(run.model.eval()))
-
-
-def test_sft_trainer_trains_the_tokens_of_another_models_chat_template(tokenizer, tmp_path):
-    other, own = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-    other.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
-    other.chat_template = (
-        "{% for m in messages %}<|start|> {{ m.role }} {{ m.content }} </s>{% endfor %}"
-    )
-    other.save_pretrained(tmp_path / "other")
-    turns = [("user", "t4 t5 t6"), ("assistant", "t7 t8")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    run = SFTTrainer(
-        model=tiny.llama(),
-        args=SFTConfig(
-            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4,
-            learning_rate=3e-2, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, chat_template_path=str(tmp_path / "other"),
-        ),
-        train_dataset=Dataset.from_list([row] * 8),
-        processing_class=own,
-        peft_config=tiny.config(norm="channel"),
-    )  # fmt: skip
-    config, embeddings = run.model.peft_config["default"], run.model.get_input_embeddings()
-    added, count = config.trainable_token_indices["embed_tokens"], embeddings.weight.shape[0]
-    assert added == list(range(tiny.VOCAB, count))
-    before = embeddings.weight.detach().clone()
-    run.train()
-    changed = (embeddings.weight != before).any(1).nonzero().flatten().tolist()
-    assert changed == [own.convert_tokens_to_ids("<|start|>")]
-    run.save_model(tmp_path / "saved")
-    base = tiny.llama()
-    base.resize_token_embeddings(count)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "saved")
-    ids = torch.tensor([[4, changed[0], 5]])
-    assert torch.equal(tiny.logits(loaded, ids), tiny.logits(run.model.eval(), ids))

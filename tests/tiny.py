@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -60,13 +62,24 @@ def t5(seed: int = 0):
     return T5ForConditionalGeneration(config).eval()
 
 
-def classifier(seed: int = 0):
-    """:func:`llama`'s decoder with a head of three labels."""
+def classifier(seed: int = 0, labels: int = 3):
+    """:func:`llama`'s decoder with a head, the same for the same seed."""
     decoder = llama(seed)
-    decoder.config.num_labels = 3
+    decoder.config.num_labels = labels
     model = LlamaForSequenceClassification(decoder.config)
     model.model = decoder.model
     return model.eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words ``t0`` … as the models' tokens."""
+    special = {0: "<pad>", 1: "<s>", 2: "</s>"}
+    vocab = {special.get(index, f"t{index}"): index for index in range(VOCAB)}
+    fast = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 TARGETS = {llama: ["q_proj", "v_proj"], classifier: ["q_proj", "v_proj"], gpt2: ["c_attn", "c_fc"],
