@@ -1,16 +1,12 @@
 """Whole training steps: forward, backward and AdamW, in tokens per second and peak memory.
 
     python -m benchmarks.model --preset llama3-8b --out benchmarks/results/model-h200.json
-    python -m benchmarks.model --preset saved --dtype bf16 --steps 0 --out saved.json
 
 The model has the published dimensions and random weights, the tokens are random, the attention is
 torch's. Each provider is first checked on one layer of the model against fp64, and its loss must be
 finite; then the providers' layers are put into the same model in turns, a step each.
 
-``--preset saved`` counts besides what the decoder of SmolLM2-135M keeps for its backward pass
-(which does not depend on the values, so random weights do), by saved-tensor hooks: each storage
-once, parameters and buffers left out, the head and the loss, equal for all, left out too. With
-``--steps 0`` it counts that alone, by a forward pass, and takes no step.
+What a step needs of memory can be counted without a device: ``benchmarks.memory``.
 """
 
 from __future__ import annotations
@@ -33,13 +29,13 @@ from .shapes import MODELS
 from .tables import model_table
 from .training import adapted, flop_per_token, random_model, set_checkpointing, target_layers
 
-PRESETS = ("quick", "saved", "block", "llama3-8b", "qwen2-7b", "qwen2-1.5b", "full")
+PRESETS = ("quick", "block", "llama3-8b", "qwen2-7b", "qwen2-1.5b", "full")
 CHECK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One setting of a training step; ``saved_at`` tokens are what is saved counted at, or None."""
+    """One setting of a training step."""
 
     model: str
     blocks: int
@@ -50,27 +46,23 @@ class StepCase:
     checkpointing: bool = False
     m: int = 128
     r: int = 16
-    saved_at: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a result's row."""
-        found = asdict(self)
-        return found if self.saved_at else {k: v for k, v in found.items() if k != "saved_at"}
+        return asdict(self)
 
 
 def model_preset(name: str) -> list[StepCase]:
     """The cases of one of ``PRESETS``, the most important first.
 
-    ``quick`` is six blocks of SmolLM2-135M's shape and short sequences, for a CPU; ``saved`` all of
-    it. A model's name: all linears at sequence 4096 × 2 (the published NeMo Automodel setting),
-    then checkpointing, adapters on q and v, accumulation. ``full`` is every such model. ``block``
+    ``quick`` is six blocks of SmolLM2-135M's shape and short sequences, for a CPU. A model's name:
+    all linears at sequence 4096 × 2 (the published NeMo Automodel setting), then checkpointing,
+    adapters on q and v, accumulation. ``full`` is every such model. ``block``
     is what a quarter of an hour and 78 GiB allow: 8 blocks of Llama-3-8B, all linears, without and
     with checkpointing, and with short sequences.
     """
     if name == "quick":
         return [StepCase("smollm2-135m", 6, targets, 128, 1, m=32) for targets in ("all", "q,v")]
-    if name == "saved":
-        return [StepCase("smollm2-135m", 30, "all", 2048, 1, m=64, saved_at=1024)]
     if name == "block":
         eight = StepCase("llama3-8b", 8, "all", 4096, 2)
         checkpointed = replace(eight, checkpointing=True)
@@ -133,12 +125,6 @@ class Contender:
         """What to time."""
         return self.step
 
-    def saved_mib(self, tokens: int) -> float:
-        """MiB that the decoder keeps for its backward pass over the first ``tokens``."""
-        known = [*self.model.parameters(), *self.model.buffers()]
-        ids, decoder = self.tokens[0][:, :tokens], self.model.get_submodule("model")
-        return measure.saved_mib(lambda: decoder(input_ids=ids).last_hidden_state, known)
-
 
 def check(model: nn.Module, provider: Provider, case: StepCase) -> None:
     """Hold the provider on one layer of this model against fp64.
@@ -178,10 +164,6 @@ def run_case(
         contender = Contender(provider, model, case)
         with contender.running():
             row.figures["trainable_parameters"] = sum(p.numel() for p in contender.trained)
-            if case.saved_at:
-                row.figures["saved_mib"] = contender.saved_mib(case.saved_at)
-            if steps == 0:
-                return {}
             if device.type == "cuda":
                 contender.step()
             row.figures["peak_mib"] = measure.peak_mib(contender.step, device)
@@ -190,8 +172,7 @@ def run_case(
         return {"step": measure.Task(contender.step_call, contender.running)}
 
     def finish(provider: Provider, row: Row, times: dict[str, dict[str, float]]) -> None:
-        if steps:
-            row.figures |= rates(times["step"], case, ceilings)
+        row.figures |= rates(times["step"], case, ceilings)
 
     return in_turns(
         case.as_dict(),

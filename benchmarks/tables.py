@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from .schema import Result, Row
@@ -184,45 +183,29 @@ def model_table(result: Result) -> str:
         names = [other.provider for other in result.rows if other.case == row.case]
         if row.status == "ok" and row.provider == baseline(names, result.dtype):
             bases[json.dumps(row.case)] = row.figures
-    saved_at = next((row.case["saved_at"] for row in result.rows if "saved_at" in row.case), None)
-    columns: list[tuple[str, str, Callable[[Any], str]]] = [
-        (f"saved at T={saved_at}, MiB", "saved_mib", "{:.0f}".format),
-        ("against LoRA", "saved_mib", "{:.2f} ×".format),
-        ("tokens/s", "tokens_per_s", "{:.0f}".format),
-        ("against LoRA", "tokens_per_s", "{:.2f} ×".format),
-        ("step, ms (20%, 80%)", "step_ms", "{0[median]:.0f} ({0[q20]:.0f}, {0[q80]:.0f})".format),
-        ("peak, MiB", "peak_mib", "{:.0f}".format),
-        ("MFU", "mfu_measured", "{:.0%}".format),
-    ]
-    there = {name for row in result.rows for name in row.figures}
-    columns = [column for column in columns if column[1] in there]
-    heads = ["model, adapters on, sequence × batch", "layer", *(head for head, _, _ in columns)]
+    heads = ["model, adapters on, sequence × batch", "layer", "tokens/s", "against LoRA"]
+    heads += ["step, ms (20%, 80%)", "peak, MiB", "MFU"]
     lines = [_cells(heads), "|---" * len(heads) + "|"]
     for row in result.rows:
         cells = [setting(row.case), title(row.provider, row.case)]
-        if row.status != "ok":
-            cells += [f"{row.status}: {row.note}", *[""] * (len(columns) - 1)]
-        base = bases.get(json.dumps(row.case), {})
-        for head, name, show in columns if row.status == "ok" else ():
-            value, known = row.figures[name], base.get(name)
-            if head == "against LoRA":
-                cells.append(show(value / known) if known else "")
-            else:
-                cells.append(show(value))
+        if row.status == "ok":
+            figures, base = row.figures, bases.get(json.dumps(row.case))
+            rate, step = figures["tokens_per_s"], figures["step_ms"]
+            cells += [
+                f"{rate:.0f}",
+                f"{rate / base['tokens_per_s']:.2f} ×" if base else "",
+                f"{step['median']:.0f} ({step['q20']:.0f}, {step['q80']:.0f})",
+                f"{figures['peak_mib']:.0f}",
+                f"{figures['mfu_measured']:.0%}",
+            ]
+        else:
+            cells += [f"{row.status}: {row.note}", "", "", "", ""]
         lines.append(_cells(cells).replace("|  ", "| "))
-    caption = f"{provenance(result)}. Random weights and tokens."
-    if "step_ms" in there:
-        caption = (
-            f"{caption[:-1]}; a step is forward, backward and AdamW. "
-            "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix "
-            "rate measured there; recomputation is not counted as work."
-        )
-    if "saved_mib" in there:
-        caption += (
-            " *Saved* is what the decoder keeps for the backward pass, each storage once, weights "
-            "and buffers not counted. PEFT's adapters are in fp32 unless it is told otherwise, and "
-            "then keep x in fp32."
-        )
+    caption = (
+        f"{provenance(result)}. Random weights and tokens; a step is forward, backward and AdamW. "
+        "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix rate "
+        "measured there; recomputation is not counted as work."
+    )
     return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
 
 
@@ -232,6 +215,36 @@ def setting(case: dict[str, Any]) -> str:
     what += f"{case['sequence']} × {case['batch']}"
     what += f" × {case['accumulate']} accumulated" if case["accumulate"] > 1 else ""
     return what + (", checkpointing" if case["checkpointing"] else "")
+
+
+def memory_table(result: Result) -> str:
+    """Peak and kept memory of whole training steps, as ``benchmarks.memory`` counted them."""
+    lines = [
+        "| model, tokens | layer | kept by the decoder, MiB | peak, MiB | against LoRA |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result.rows:
+        case, own = row.case, [other for other in result.rows if other.case == row.case]
+        what = f"{case['model']}, {case['sequence']} × {case['batch']}"
+        what += ", checkpointing" if case["checkpointing"] else ""
+        label = title(row.provider, case)
+        if row.status != "ok":
+            lines.append(f"| {what} | {label} | {row.status}: {row.note} | | |")
+            continue
+        lora = baseline([other.provider for other in own], result.dtype)
+        known = next((o.figures.get("peak_mib") for o in own if o.provider == lora), None)
+        kept, peak = row.figures.get("kept_mib"), row.figures["peak_mib"]
+        ratio = f"{peak / known:.2f} ×" if known and kept is not None else ""
+        lines.append(
+            f"| {what} | {label} | {'' if kept is None else f'{kept:.0f}'} | {peak:.0f} | {ratio} |"
+        )
+    caption = (
+        f"{result.dtype}; torch {result.versions['torch']}, peft {result.versions['peft']}; commit "
+        f"{result.commit}; `{result.command}`. Counted from the shapes of all tensors of a "
+        "step, on no device; weights, adapters and the optimizer's state are not in it, nor what "
+        "an op allocates for itself alone."
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
 
 
 def startup_table(result: Result) -> str:
@@ -347,4 +360,5 @@ TABLES = {
     "startup": startup_table,
     "anchor": anchor_table,
     "counts": counts_table,
+    "memory": memory_table,
 }

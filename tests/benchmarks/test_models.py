@@ -1,13 +1,12 @@
-"""Benchmarks of whole models: training steps, what a decoder saves, start-up, anchoring."""
+"""Benchmarks of whole models: training steps, memory, start-up, anchoring."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 
-from benchmarks import anchor, model, registry, shapes, startup, tables, training
+from benchmarks import anchor, memory, model, registry, shapes, startup, tables, training
+from benchmarks.measure import MIB, saved_mib
 from benchmarks.registry import choose
 from benchmarks.schema import Result
 
@@ -51,28 +50,36 @@ def test_starting_from_an_svd_gives_the_same_a(tiny_model, tmp_path, monkeypatch
     assert "svd init, m=4" in tables.startup_table(Result.load(path))
 
 
-def test_what_the_decoder_saves_is_counted_and_shown(tiny_model):
+def test_the_counted_memory_is_what_autograd_keeps(tiny_model):
     pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    frozen = training.random_model(tiny_model, 2, CPU, torch.float32, 64)
-    case = model.StepCase("tiny", 2, "all", 64, 1, m=4, r=2, saved_at=32)
-    providers = choose(registry.for_models(torch.float32), "secura none,strong lora")
-    rows = model.run_case(frozen, case, providers, {"gemm_tflop_s": 0.1}, steps=1)
-    ours, lora = (row.figures["saved_mib"] for row in rows)
-    assert 0 < ours < lora
-    longer = dataclasses.replace(case, saved_at=64)
-    for row in model.run_case(frozen, longer, providers, {"gemm_tflop_s": 0.1}, steps=1):
-        before = {"secura none": ours, "strong lora": lora}[row.provider]
-        assert 1.5 * before < row.figures["saved_mib"] <= 2.1 * before
-    machine = {"device": "cpu", "name": "cpu", "threads": 1}
-    result = Result("model", "saved", "cmd", "abc", "now", "fp32", machine, {}, rows=rows)
-    text = tables.model_table(result)
-    assert "| saved at T=32, MiB |" in text and "*Saved* is what the decoder keeps" in text
+    counted = memory.whole_model(tiny_model, 64)
+    case = memory.MemoryCase("tiny", 64, 1, m=4, r=2)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    for provider in choose(registry.for_models(torch.bfloat16), "secura,lora bf16"):
+        layers = memory.built(provider, counted, registry.Ranks(4, 2))
+        found = memory.step_memory(counted, case, layers)
+        with training.adapted(counted, layers), provider.running():
+            known = [tensor for part in (counted, *layers.values()) for tensor in part.parameters()]
+            known += [tensor for part in (counted, *layers.values()) for tensor in part.buffers()]
+            saved = saved_mib(lambda: counted.model(input_ids=ids).last_hidden_state, known)
+        beside = (ids.nbytes + 64 * tiny_model.hidden * 2) / MIB  # the input and the output
+        assert found["kept_mib"] == pytest.approx(saved + beside, rel=0.05), provider.name
+        assert found["peak_mib"] > found["kept_mib"]
+        training.set_checkpointing(counted, True)
+        assert memory.step_memory(counted, case, layers)["kept_mib"] < 0.5 * found["kept_mib"]
+        training.set_checkpointing(counted, False)
 
 
-def test_a_model_that_saves_nothing_new_has_no_column_for_it():
-    case = model.StepCase("tiny", 2, "all", 16, 1)
-    assert "saved_at" not in case.as_dict() and model.StepCase(**case.as_dict()) == case
+def test_memory_is_counted_and_shown(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CASES", (memory.MemoryCase("tiny", 32, 1, m=4, r=2),))
+    monkeypatch.setattr(memory, "SMALL", "tiny")
+    path = tmp_path / "memory.json"
+    assert memory.main(["--models", "tiny", "--out", str(path)]) == 0
+    result = Result.load(path)
+    assert result.complete and {row.status for row in result.rows} == {"ok"}
+    peaks = {row.provider: row.figures["peak_mib"] for row in result.rows}
+    assert peaks[memory.HEAD] < peaks["secura none"] < peaks["peft dora bf16"]
+    assert "| 1.00 × |" in tables.memory_table(result)
 
 
 def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path):
