@@ -29,7 +29,7 @@ def poisoned():
 def forced(monkeypatch, way: str):
     """The forward through W' or through y0, and ∂x the way that is named."""
     monkeypatch.setattr(plan, "input_way", lambda shape, per_token, shared, chip: way)
-    monkeypatch.setattr(plan, "takes_weight", lambda shape, chip: way == "weight")
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: way == "weight")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)

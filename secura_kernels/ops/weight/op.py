@@ -389,11 +389,12 @@ def _backward(
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, x = call.layer, step.x
-    # ρ divides by the base, which may cancel: a P that is folded into it is not rounded.
-    dtype = x.dtype if step.u_base is None else step.u.dtype
+    seed = rounding_seed(layer, x.dtype)
+    # ρ divides by the base, which may cancel: a P that is folded into it is not rounded. Nor is the
+    # P of a W' that is to be rounded once, stochastically.
+    dtype = x.dtype if step.u_base is None and seed is None else step.u.dtype
     terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
-    seed = rounding_seed(layer, x.dtype)
     keep = seed is None and plan.keeps_weight(call.watched)
     run = weight if call.watched else weight.body
     out, fused, *found = run(x, *frozen, terms, call.important, call.norm, keep, seed, call.impl)
