@@ -320,12 +320,13 @@ def make_writable(base: Any) -> None:
 
 def plain_linear(base: nn.Module, value: Tensor, delta_bias: Tensor | None) -> nn.Linear:
     """A frozen ``nn.Linear`` with the weight ``value [N, K]`` and the bias of ``base`` plus δb."""
-    parts = [part for part in (bias(base), delta_bias) if part is not None]
-    n, k = value.shape
-    made = nn.Linear(k, n, bias=bool(parts), device="meta", dtype=value.dtype)
+    total, (n, k) = bias(base), value.shape
+    if delta_bias is not None:
+        total = delta_bias if total is None else total + delta_bias
+    made = nn.Linear(k, n, bias=total is not None, device="meta", dtype=value.dtype)
     made.weight = nn.Parameter(value, requires_grad=False)
-    if parts:
-        made.bias = nn.Parameter(sum(parts).to(value.dtype, copy=True), requires_grad=False)
+    if total is not None:
+        made.bias = nn.Parameter(total.to(value.dtype, copy=True), requires_grad=False)
     return made.train(base.training)
 
 

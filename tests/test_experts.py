@@ -225,6 +225,14 @@ def test_what_experts_do_not_take_is_refused_and_nothing_changed(settings, reaso
     assert [name for name, _ in model.named_modules()] == names
 
 
+def test_wrappers_in_wrappers_are_taken_off_again_where_a_later_layer_is_refused():
+    model, ranks = made(qwen), {"layers.1.mlp.experts.down_proj": 40}
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.down_proj: expert 0"):
+        get_peft_model(model, SecuraConfig(r=4, target_parameters=TARGETS, rank_pattern=ranks))
+    assert [name for name, _ in model.named_modules()] == names
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

@@ -203,6 +203,11 @@ def test_a_merged_model_is_loaded_again_as_it_was(folder, tmp_path):
     assert type(again.model.layers[1].self_attn.q_proj) is nn.Linear
     assert type(again.model.layers[1].self_attn.k_proj) is not nn.Linear
     assert torch.equal(tiny.logits(again.eval()), tiny.logits(model))
+    model = bitsandbytes(folder, torch.bfloat16, load_in_8bit=True)  # which dequantises to fp32
+    model = tiny.adapted(model, norm="none", merge_dequantized=True)
+    model.merge_adapter()
+    dtypes = {layer.base_layer.weight.dtype for layer in tiny.layers(model).values()}
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("norm", tiny.NORMS)

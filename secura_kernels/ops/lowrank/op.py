@@ -247,11 +247,12 @@ def backward(
 ) -> Gradients:
     """``(∂x or ∂y0, ∂Q, ∂δb)``, with what ∂Q's rows are yet to be multiplied by."""
     kept, *saved_by_op = saved
-    through_kept = kept is not None and needs[0]
+    wanted = needs if kept is None else [False, *needs[1:]]
     run = lowrank_backward if call.watched else lowrank_backward.body
-    own = [False, *needs[1:]] if through_kept else needs
-    dx, dq, dbias = run(g, *saved_by_op, own, call.impl)
-    return Gradients(g @ kept if through_kept else dx, dq, dbias, row_scale)
+    dx, dq, dbias = run(g, *saved_by_op, wanted, call.impl)
+    if kept is not None and needs[0]:
+        dx = g @ kept
+    return Gradients(dx, dq, dbias, row_scale)
 
 
 __all__ = [
