@@ -24,7 +24,7 @@ from secura import SecuraConfig, anchor
 from . import measure
 from .assets import load_model
 from .schema import SPENT, Result, Row
-from .session import Session, parser
+from .session import Session, command, parser
 from .tables import anchor_table
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -118,13 +118,7 @@ def paired(
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     flags = parser(__doc__ or "", ("quick", "tiny"))
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except ValueError as error:
-        flags.error(str(error))
-    print(anchor_table(result))
-    return 0
+    return command(flags, arguments, run, anchor_table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from . import oracle
 from .registry import SPACES, Provider, Ranks, catalogue, frozen_linear, secura
 from .schema import SPENT, Result, Row
-from .session import Session, parser
+from .session import Session, command, parser
 from .tables import landing_table
 
 CHANGES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -122,13 +122,7 @@ def run(options: Any) -> Result:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     flags = parser(__doc__ or "", tuple(SIZES))
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except ValueError as error:
-        flags.error(str(error))
-    print(landing_table(result))
-    return 0
+    return command(flags, arguments, run, landing_table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from .assets import load_model
 from .landing import wide_products
 from .retention.data import load_task
 from .schema import SPENT, Result, Row
-from .session import Session, parser
+from .session import Session, command, parser
 from .tables import landing_model_table
 
 SEEDS = 3
@@ -160,13 +160,7 @@ def run(options: Any) -> Result:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     flags = parser(__doc__ or "", tuple(PLANS))
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except ValueError as error:
-        flags.error(str(error))
-    print(landing_model_table(result))
-    return 0
+    return command(flags, arguments, run, landing_model_table)
 
 
 if __name__ == "__main__":

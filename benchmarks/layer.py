@@ -22,7 +22,7 @@ from torch import Tensor
 from . import graphs, measure, oracle
 from .registry import Provider, Ranks, catalogue, choose, frozen_linear, work
 from .schema import Result, Row
-from .session import Session, Turn, in_turns, parser
+from .session import Session, Turn, command, in_turns, parser
 from .shapes import LAYER_PRESETS, LayerCase, layer_preset
 from .tables import layer_table
 
@@ -223,13 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="run the torch.compile providers; default: on cuda",
     )
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except ValueError as error:
-        flags.error(str(error))
-    print(layer_table(result))
-    return 0
+    return command(flags, arguments, run, layer_table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from .measure import MIB
 from .registry import Provider, Ranks, choose, excuse, for_models
 from .schema import Recorder, Result, Row, new_result
+from .session import command
 from .shapes import MODELS, ModelShape
 from .tables import memory_table
 from .training import adapted, random_model, set_checkpointing, target_layers
@@ -139,7 +140,13 @@ def head_memory(model: Any, case: MemoryCase) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> Result:
-    """Everything the command line asked for."""
+    """Everything the command line asked for.
+
+    Raises:
+        ValueError: a model that is not counted.
+    """
+    if unknown := set(options.models.split(",")) - {SMALL, LARGE}:
+        raise ValueError(f"--models {', '.join(sorted(unknown))}: choose from {SMALL}, {LARGE}")
     result = new_result("memory", "all", torch.device("cpu"), torch.bfloat16, {}, options.commit)
     recorder = Recorder(result, options.out)
     providers = choose(for_models(torch.bfloat16), options.providers)
@@ -187,15 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--providers", default=SHOWN, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="where to keep the figures, as JSON")
     parser.add_argument("--commit", help="what to record where git cannot say it")
-    options = parser.parse_args(arguments)
-    if unknown := set(options.models.split(",")) - {SMALL, LARGE}:
-        parser.error(f"--models {', '.join(sorted(unknown))}: choose from {SMALL}, {LARGE}")
-    try:
-        result = run(options)
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    print(memory_table(result))
-    return 0
+    return command(parser, arguments, run, memory_table)
 
 
 if __name__ == "__main__":

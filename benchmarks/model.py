@@ -24,7 +24,7 @@ from torch import nn
 from . import measure, oracle
 from .registry import Provider, Ranks, WrongError, choose, for_models, frozen_linear
 from .schema import Result, Row
-from .session import Session, Turn, collect, in_turns, parser
+from .session import Session, Turn, collect, command, in_turns, parser
 from .shapes import MODELS
 from .tables import model_table
 from .training import adapted, flop_per_token, random_model, set_checkpointing, target_layers
@@ -231,13 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument(
         "--steps", type=int, default=10, help="timed steps of each provider at most; default 10"
     )
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except (ValueError, ImportError) as error:
-        flags.error(str(error))
-    print(model_table(result))
-    return 0
+    return command(flags, arguments, run, model_table)
 
 
 if __name__ == "__main__":

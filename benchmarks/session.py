@@ -41,6 +41,22 @@ def parser(doc: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     return made
 
 
+def command(
+    flags: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    run: Callable[[argparse.Namespace], Result],
+    table: Callable[[Result], str],
+) -> int:
+    """Runs a benchmark as its command line asks and prints its table; the exit status."""
+    options = flags.parse_args(arguments)
+    try:
+        result = run(options)
+    except (ValueError, ImportError) as error:
+        flags.error(str(error))
+    print(table(result))
+    return 0
+
+
 class Turn(NamedTuple):
     """How long a case may take, and whom to tell how far it is.
 

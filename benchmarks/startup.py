@@ -21,7 +21,7 @@ from . import measure
 from .oracle import relative_error
 from .registry import SPACES, Provider, Ranks, catalogue, choose, frozen_linear, secura
 from .schema import Result, Row
-from .session import Session, Turn, in_turns, parser
+from .session import Session, Turn, command, in_turns, parser
 from .shapes import MODELS
 from .tables import startup_table
 
@@ -102,13 +102,7 @@ def run(options: argparse.Namespace) -> Result:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     flags = parser(__doc__ or "", ("quick", *MODELS))
-    options = flags.parse_args(arguments)
-    try:
-        result = run(options)
-    except ValueError as error:
-        flags.error(str(error))
-    print(startup_table(result))
-    return 0
+    return command(flags, arguments, run, startup_table)
 
 
 if __name__ == "__main__":
