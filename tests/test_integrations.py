@@ -242,6 +242,6 @@ def test_lightning(base, tmp_path):
         max_epochs=1, accelerator="cpu", callbacks=[shows["Fold"]()], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, batches)
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     module.model.save_pretrained(tmp_path / "adapter")
     check(base, tmp_path / "adapter", module.model)
