@@ -98,8 +98,8 @@ def lowrank(
     else:
         (t, k), (n, m) = x.shape, q.shape
         shape = plan.Shape(t, n, k, m, x.element_size())
-        fuses = z_scale is None and plan.takes_weight(shape, keep, plan.chip_of(x))
-        if fuses and kernels is not None:
+        fuses = kernels is not None and z_scale is None
+        if fuses and plan.takes_weight(shape, keep, plan.chip_of(x)):
             r = kernels.padded_r(weight, rows)
             fused = kernels.rebuilt_weight(weight, r, q, share)
             out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
