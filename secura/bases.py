@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .sharding import gathered, is_partitioned, on_rank_0_alone, reshard
 
-_GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.")
+_GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """Modules whose hooks gather a weight for a forward."""
 
 

@@ -201,7 +201,8 @@ def train(model, ids):
         for _ in range(STEPS):
             model.backward(model(input_ids=ids, labels=ids).loss)
             model.step()
-        return model.eval()
+        model.eval()  # which returns None here
+        return model
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
     for _ in range(STEPS):
