@@ -41,6 +41,8 @@ def test_launches(provider, monkeypatch):
     base = frozen_linear(torch.randn(256, 256, dtype=torch.bfloat16))
     layer = one.make(base, Ranks(32, 16)).to("meta")
     x = torch.empty(512, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with recorder.record(recorder.TARGETS["sm_90"]):
+        layer(x)  # norms of W are formed once
     with (
         recorder.record(recorder.TARGETS["sm_90"]) as kernels,
         profile(activities=[ProfilerActivity.CPU]) as steps,
@@ -48,4 +50,5 @@ def test_launches(provider, monkeypatch):
         layer(x).backward(torch.empty_like(x))
     names = Counter(event.name.removeprefix("aten::") for event in steps.events())
     passes = ("mm", "index_select", "sum", "mul", "add", "cat", "fill_")
-    assert len(kernels) + sum(names[one] for one in passes) - 2 == scale.LAUNCHES[method]
+    own = sum(names[one] for one in passes) - 3 * names["addmm"]  # on meta two mul and an add more
+    assert len(kernels) + own - 2 == scale.LAUNCHES[method]
