@@ -214,9 +214,9 @@ def check_at_hand(base: Any) -> None:
         )
 
 
-def bias(base: nn.Module) -> Tensor | None:
+def bias(base: Any) -> Tensor | None:
     """The bias ``[N]`` that the base adds, or None; detached, a part where a plan split it."""
-    own = base._parameters
+    own = getattr(base, "_parameters", {})
     value = own["bias"] if "bias" in own else getattr(base, "bias", None)
     if not isinstance(value, Tensor):
         return None

@@ -52,9 +52,8 @@ class Experts(CABR):
         self.out_features, self.in_features = count * n, count * k
         for name in ("A", "B", "U", "bias"):
             own = [getattr(part, name) for part in parts]
-            self.register_parameter(
-                name, None if own[0] is None else nn.Parameter(torch.stack([*map(_data, own)]))
-            )
+            made = None if own[0] is None else nn.Parameter(torch.stack([*map(_data, own)]))
+            setattr(self, name, made)
         offsets = torch.arange(count, device=weight.device)[:, None]
         for name, size in (("rows", n), ("cols", k)):
             index = torch.stack([getattr(part, name) for part in parts])

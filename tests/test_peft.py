@@ -265,7 +265,8 @@ def test_config_round_trip(tmp_path):
         seed=4, init_weights=False, allow_inexact_merge=True, target_modules=["q_proj", "k_proj"],
         exclude_modules=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
         modules_to_save=["lm_head"], rank_pattern={"q_proj": 3}, task_type="CAUSAL_LM",
-        trainable_token_indices={"embed_tokens": [3, 5]},
+        trainable_token_indices={"embed_tokens": [3, 5]}, merge_dequantized=True,
+        target_parameters=["experts.down_proj"],
     )  # fmt: skip
     configs = (
         SecuraConfig(inner_r=9, **settings),
@@ -277,6 +278,7 @@ def test_config_round_trip(tmp_path):
         "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
         "inference_mode", "format_version", "check_base", "checksum", "base_tensors",
         "how_to_load", "layer_replication", "id2label",
+        "stochastic_rounding",  # which goes with neither dropout nor a trained bias
     }  # fmt: skip
     for config in configs:
         config.save_pretrained(tmp_path)

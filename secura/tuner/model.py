@@ -196,7 +196,7 @@ class SecuraModel(BaseTuner):
             except (RuntimeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             weight = getattr(layer.adapted, "weight", None)
-            others = [] if weight is None else owners[weight]
+            others = [] if weight is None else owners.get(weight, [])
             shared = [other for other in others if not other.startswith(f"{name}.base_layer")]
             if merging and shared:
                 raise ValueError(
