@@ -74,19 +74,19 @@ def lowrank(
     bias: Tensor | None,
     rows: Tensor,
     q: Tensor,
-    share: Tensor | None,
-    delta_bias: Tensor | None,
-    z_scale: Tensor | None,
+    beside: list[Tensor | None],
     keep: bool,
     seed: int | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype; share and δb may be wider.
+    """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype.
 
+    ``beside`` is share ``[N]`` and δb ``[N]``, which may be wider, and z_scale ``[T, m]``, or None.
     Without ``weight``, x is y0, bias included; it is not written. W' ``[N, K]`` is empty unless
     ``keep`` asks for it and the forward went through it. With ``seed``, W' is the one that a merge
     writes, of Q in fp32 and W in any dtype, rounded stochastically; it is not kept.
     """
+    share, delta_bias, z_scale = beside
     if seed is not None and weight is not None:
         fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
         r = as_dtype(weight.index_select(0, rows), x.dtype)
@@ -222,22 +222,11 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
     seed, wide_q = rounding_seed(call.layer, dtype), q
     if q.dtype != dtype:
         q = q.to(dtype)
-    taken = (weight, q) if seed is None else (call.layer.weight, wide_q)
+    weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)
     keep = seed is None and plan.keeps_weight(call.watched)
+    beside = [share, step.delta_bias, z_scale]
     run = lowrank if call.watched else lowrank.body
-    out, z, fused = run(
-        x,
-        taken[0],
-        bias,
-        rows,
-        taken[1],
-        share,
-        step.delta_bias,
-        z_scale,
-        keep,
-        seed,
-        call.impl,
-    )
+    out, z, fused = run(x, weight_in, bias, rows, q_in, beside, keep, seed, call.impl)
     kept = fused if fused.numel() else None
     return out, (kept, z if step.keeps else None, weight, rows, q, share, z_scale)
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, as_dtype, op, supported, wide
+from ...dispatch import absent, as_dtype, exporting_to_onnx, op, supported, wide
 from ...norm import (
     Norm,
     base_share,
@@ -342,7 +342,8 @@ def _write_normed(
     """Write W' of one chunk over its rows of ``fused``."""
     part, base, delta = chunk
     out = fused if part is None else fused[part]
-    exact = out.dtype == base.dtype and seed is None
+    # an export puts the operations where autograd looks on, which takes no out=
+    exact = out.dtype == base.dtype and seed is None and not exporting_to_onnx()
     normed = combined(base, delta, m, base_share(m, norm), out=out if exact else None)
     if factor is not None:
         normed.mul_((factor if part is None else factor[part])[:, None])

@@ -263,12 +263,17 @@ def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
 
 
-def _product_blocks(dtype: torch.dtype, is_aligned: bool, ranks: int) -> dict[str, int]:
-    """A program's rows, the columns it takes at a time, and its columns of ∂P."""
+def _product_blocks(
+    dtype: torch.dtype, is_aligned: bool, ranks: int, folded: bool
+) -> dict[str, int]:
+    """A program's rows, the columns it takes at a time, and its columns of ∂P.
+
+    The second accumulator of a ``folded`` W takes registers that ∂P's would else have.
+    """
     if dtype == torch.float32 or not is_aligned:
-        block_n, block_k, most = 32, 32, 64
+        block_n, block_k, most = 16 if folded and dtype == torch.float32 else 32, 32, 64
     else:
-        block_n, block_k, most = 64, 64, 128
+        block_n, block_k, most = (64, 32, 64) if folded else (64, 64, 128)
     block_j = block_of(ranks, 16, most)
     cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_J": block_j}
     return cut | {"num_warps": 8, "num_stages": 2}
@@ -417,12 +422,13 @@ def grad_p(
     p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
     flags = {"SIGMOID_WEIGHT": norm.sigmoid_weight, "HAS_FACTOR": factor is not None}
     step = plan.rows_of_chunk(n, k, x.element_size())
-    blocks = _product_blocks(x.dtype, aligned(k), ranks)
-    programs = cdiv(step, blocks["BLOCK_N"]) * cdiv(ranks, blocks["BLOCK_J"])
+    wide = len(r)  # of rows that are written in whole vectors
+    blocks = _product_blocks(x.dtype, aligned(k), wide, p_base is not None)
+    programs = cdiv(step, blocks["BLOCK_N"]) * cdiv(wide, blocks["BLOCK_J"])
     blocks_k = cdiv(k, blocks["BLOCK_K"])
     parts = plan.splits(programs, blocks_k, machine_of(g).processors)
     columns = cdiv(blocks_k, parts) * blocks["BLOCK_K"]
-    dp = torch.empty(parts, n, ranks, dtype=torch.float32, device=g.device)
+    dp = torch.empty(parts, n, wide, dtype=torch.float32, device=g.device)
     workspace = x.new_empty(step, k)
     for start in range(0, n, step):
         part = slice(start, min(n, start + step))
@@ -431,14 +437,15 @@ def grad_p(
         base_part = None if p_base is None else p_base[:, part]
         tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
         of_rows = None if factor is None else factor[part]
-        grid = (parts, cdiv(len(d), blocks["BLOCK_N"]), cdiv(ranks, blocks["BLOCK_J"]))
-        sizes = (*tiles.sizes, columns, ranks, n * ranks)
+        grid = (parts, cdiv(len(d), blocks["BLOCK_N"]), cdiv(wide, blocks["BLOCK_J"]))
+        sizes = (*tiles.sizes, columns, wide, n * wide)
         weight_bwd_kernel[grid](
             *(d, *tiles.tensors, scalars, of_rows, dp[:, part], *sizes),
             **flags,
             **tiles.options | blocks,
         )
-    return dp[0] if parts == 1 else dp.sum(0)
+    whole = dp[0] if parts == 1 else dp.sum(0)
+    return whole if wide == ranks else whole[:, :ranks].contiguous()
 
 
 __all__ = ["Tiles", "fused_weight", "grad_p", "measure"]
