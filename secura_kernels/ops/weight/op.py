@@ -338,12 +338,12 @@ def _write_normed(
     factor: Tensor | None,
     norm: Norm,
     seed: int | None = None,
+    in_place: bool = True,
 ) -> None:
-    """Write W' of one chunk over its rows of ``fused``."""
+    """Write W' of one chunk over its rows of ``fused``, formed there where ``in_place`` allows."""
     part, base, delta = chunk
     out = fused if part is None else fused[part]
-    # an export puts the operations where autograd looks on, which takes no out=
-    exact = out.dtype == base.dtype and seed is None and not exporting_to_onnx()
+    exact = in_place and out.dtype == base.dtype and seed is None
     normed = combined(base, delta, m, base_share(m, norm), out=out if exact else None)
     if factor is not None:
         normed.mul_((factor if part is None else factor[part])[:, None])
@@ -358,9 +358,10 @@ def _fused(
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
     scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=dtype)
+    in_place = not exporting_to_onnx()  # what is exported has autograd look on, which takes no out=
     for chunk in chunks:
         m = _gain(chunks, *chunk[1:], scalars, norm)
-        _write_normed(fused, chunk, m, factor, norm, seed)
+        _write_normed(fused, chunk, m, factor, norm, seed, in_place)
     return fused
 
 
