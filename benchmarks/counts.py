@@ -25,11 +25,11 @@ from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import TARGETS, record
 from secura_kernels.plan import CHIPS
 
+from .count_tables import BEFORE, counts_table
 from .launches import Launch, counting
 from .registry import SPACES, Ranks, catalogue, frozen_linear
 from .schema import Result, Row, new_result
 from .shapes import LAYER_PRESETS, LayerCase, layer_preset
-from .tables import BEFORE, counts_table
 
 RIVALS = ("frozen", "peft lora bf16", "strong lora", "peft dora bf16", "strong dora")
 

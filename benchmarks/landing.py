@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import oracle
+from .count_tables import landing_table
 from .registry import SPACES, Provider, Ranks, catalogue, frozen_linear, secura
 from .schema import SPENT, Result, Row
 from .session import Session, command, parser
-from .tables import landing_table
 
 CHANGES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 """|ΔW| / |W|."""

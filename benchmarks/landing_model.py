@@ -24,11 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from secura import SecuraConfig
 
 from .assets import load_model
+from .count_tables import landing_model_table
 from .landing import wide_products
 from .retention.data import load_task
 from .schema import SPENT, Result, Row
 from .session import Session, command, parser
-from .tables import landing_model_table
 
 SEEDS = 3
 PLANS = {

@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .count_tables import memory_table
 from .measure import MIB
 from .registry import Provider, Ranks, choose, excuse, for_models
 from .schema import Recorder, Result, Row, new_result
 from .session import command
 from .shapes import MODELS, ModelShape
-from .tables import memory_table
 from .training import adapted, random_model, set_checkpointing, target_layers
 
 HEAD = "head and loss alone"

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from . import scale
+from .count_tables import counts_table, landing_model_table, landing_table, memory_table
 from .plots import draw_all, plots_of
 from .retention.record import read_all
 from .retention.report import main_table
 from .retention.summary import Front
 from .schema import Result
-from .tables import NOT_YET, TABLES
+from .tables import NOT_YET, anchor_table, layer_table, model_table, startup_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +33,18 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "kernels", "scale")),
 )
+
+TABLES = {
+    "layer": layer_table,
+    "model": model_table,
+    "startup": startup_table,
+    "anchor": anchor_table,
+    "memory": memory_table,
+    "counts": counts_table,
+    "landing": landing_table,
+    "landing_model": landing_model_table,
+}
+"""By the benchmark whose result they show."""
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

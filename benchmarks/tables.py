@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from statistics import fmean
 from typing import Any
 
-from .retention.summary import estimate
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
-BEFORE = ", before"
 """Ends a provider's name where a result holds the figures of an earlier commit."""
 
 
@@ -102,7 +99,7 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
     first = next(iter(providers.values()))
     graphs = any("both_graph" in sums["time"] for sums in good.values())
     heads = [
-        _shape(model, t, first),
+        shape_of(model, t, first),
         "forward, ms",
         "backward, ms",
         "both, ms (20%, 80%)",
@@ -113,7 +110,7 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
         "matrix rate",
         "bandwidth",
     ]
-    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    lines = [markdown_row(heads), "|---" * len(heads) + "|"]
     absent: dict[str, list[str]] = {}
     for provider, rows in providers.items():
         label = title(provider, rows[0].case)
@@ -139,16 +136,18 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
             f"{good[provider]['peak_mib']:.0f}",
             *(f"{share:.0%}" for share in shares(good[provider], result.ceilings)),
         ]
-        lines.append(_cells(cells))
+        lines.append(markdown_row(cells))
     notes = [f"No figures for {', '.join(names)}: {why}." for why, names in absent.items()]
     return "\n".join([*lines, "", *notes, ""])
 
 
-def _cells(cells: list[str]) -> str:
+def markdown_row(cells: list[str]) -> str:
+    """One line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _shape(model: str, t: int, rows: list[Row]) -> str:
+def shape_of(model: str, t: int, rows: list[Row]) -> str:
+    """A layer's T, K and N, or of how many layers of a block the figures are sums."""
     if len(rows) == 1 and rows[0].case["count"] == 1:
         case = rows[0].case
         return f"T={t}, K={case['K']}, N={case['N']}"
@@ -169,10 +168,11 @@ def _layer_caption(result: Result) -> str:
     )
     if any("both_graph_ms" in row.figures for row in good):
         text += " *Graph*: replayed as a CUDA graph, so without the host's part."
-    return text + _cut_short(result)
+    return text + cut_short(result)
 
 
-def _cut_short(result: Result) -> str:
+def cut_short(result: Result) -> str:
+    """A sentence where a run did not reach all its cases, or nothing."""
     return "" if result.complete else " The run was cut short by its time budget."
 
 
@@ -187,7 +187,7 @@ def model_table(result: Result) -> str:
             bases[json.dumps(row.case)] = row.figures
     heads = ["model, adapters on, sequence × batch", "layer", "tokens/s", "against LoRA"]
     heads += ["step, ms (20%, 80%)", "peak, MiB", "MFU"]
-    lines = [_cells(heads), "|---" * len(heads) + "|"]
+    lines = [markdown_row(heads), "|---" * len(heads) + "|"]
     for row in result.rows:
         cells = [setting(row.case), title(row.provider, row.case)]
         if row.status == "ok":
@@ -202,13 +202,13 @@ def model_table(result: Result) -> str:
             ]
         else:
             cells += [f"{row.status}: {row.note}", "", "", "", ""]
-        lines.append(_cells(cells).replace("|  ", "| "))
+        lines.append(markdown_row(cells).replace("|  ", "| "))
     caption = (
         f"{provenance(result)}. Random weights and tokens; a step is forward, backward and AdamW. "
         "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix rate "
         "measured there; recomputation is not counted as work."
     )
-    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
+    return "\n".join([*lines, "", caption + cut_short(result)]) + "\n"
 
 
 def setting(case: dict[str, Any]) -> str:
@@ -217,36 +217,6 @@ def setting(case: dict[str, Any]) -> str:
     what += f"{case['sequence']} × {case['batch']}"
     what += f" × {case['accumulate']} accumulated" if case["accumulate"] > 1 else ""
     return what + (", checkpointing" if case["checkpointing"] else "")
-
-
-def memory_table(result: Result) -> str:
-    """Peak and kept memory of whole training steps, as ``benchmarks.memory`` counted them."""
-    lines = [
-        "| model, tokens | layer | kept by the decoder, MiB | peak, MiB | against LoRA |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result.rows:
-        case, own = row.case, [other for other in result.rows if other.case == row.case]
-        what = f"{case['model']}, {case['sequence']} × {case['batch']}"
-        what += ", checkpointing" if case["checkpointing"] else ""
-        label = title(row.provider, case)
-        if row.status != "ok":
-            lines.append(f"| {what} | {label} | {row.status}: {row.note} | | |")
-            continue
-        lora = baseline([other.provider for other in own], result.dtype)
-        known = next((o.figures.get("peak_mib") for o in own if o.provider == lora), None)
-        kept, peak = row.figures.get("kept_mib"), row.figures["peak_mib"]
-        ratio = f"{peak / known:.2f} ×" if known and kept is not None else ""
-        lines.append(
-            f"| {what} | {label} | {'' if kept is None else f'{kept:.0f}'} | {peak:.0f} | {ratio} |"
-        )
-    caption = (
-        f"{result.dtype}; torch {result.versions['torch']}, peft {result.versions['peft']}; commit "
-        f"{result.commit}; `{result.command}`. Counted from the shapes of all tensors of a "
-        "step, on no device; weights, adapters and the optimizer's state are not in it, nor what "
-        "an op allocates for itself alone."
-    )
-    return "\n".join([*lines, "", caption]) + "\n"
 
 
 def startup_table(result: Result) -> str:
@@ -293,121 +263,6 @@ def anchor_table(result: Result) -> str:
     return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
 
 
-def counts_table(result: Result) -> str:
-    """Launches and bytes of ``benchmarks.counts``, and times over the frozen layers' by count."""
-    chips, parts = result.settings["chips"], []
-    for (model, t, _, _), providers in groups(result).items():
-        sums = {name: _counted(rows) for name, rows in providers.items()}
-        floor, shape = sums["frozen"], _shape(model, t, providers["frozen"])
-        heads = [shape, "launches", "MiB", *(f"{chip.upper()}, by count" for chip in chips)]
-        heads.append("H100, measured")
-        lines = [_cells(heads), "|---" * len(heads) + "|"]
-        for name in sorted(one for one in sums if not one.endswith(BEFORE)):
-            now, was = sums[name], sums.get(name + BEFORE)
-            first, _, rest = name.partition(",")
-            cells = [title(first, providers[name][0].case) + f",{rest}" * bool(rest)]
-            for show in (_launches, _mib):
-                shown = [show(of) for of in (was, now) if of]
-                cells.append(" → ".join(dict.fromkeys(shown)))
-            for figure in (*(f"us_{chip}" for chip in chips), "measured_us"):
-                ratios = [
-                    f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
-                ]
-                cells.append(" → ".join(dict.fromkeys(ratios)))
-            lines.append(_cells(cells).replace("|  |", "| |"))
-        parts.append("\n".join([*lines, ""]))
-    rates = "; ".join(
-        f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
-        for name, chip in chips.items()
-    )
-    earlier = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
-    caption = (
-        f"Forward and backward in {result.dtype}. *By count*: the least time that the ceilings "
-        f"({rates}) allow the launches one by one, over that of the frozen layers. *Measured*: a "
-        f"graph's replay, over the frozen layers', of `layer-h100.json`. Commit {result.commit}"
-        f"{earlier}; `{result.command}`."
-    )
-    return "\n".join([*parts, caption]) + "\n"
-
-
-def _mib(of: dict[str, float]) -> str:
-    return f"{of['moved_mib']:.0f}"
-
-
-def _launches(of: dict[str, float]) -> str:
-    return f"{of['launches_forward']:.0f} + {of['launches_backward']:.0f}"
-
-
-def _counted(rows: list[Row]) -> dict[str, float]:
-    """One provider's figures summed over the layers of a block; those that every layer has."""
-    names = set.intersection(*(set(row.figures) for row in rows))
-    return {name: sum(row.figures[name] * row.case["count"] for row in rows) for name in names}
-
-
-def landing_table(result: Result) -> str:
-    """The share of a small change's effect that outputs show, of ``benchmarks.landing``."""
-    changes = dict.fromkeys(row.case["change"] for row in result.rows if row.figures)
-    sizes = [f"{change:g}" for change in changes]
-    heads = ["of ΔW's effect there arrives, at ‖ΔW‖ / ‖W‖ =", *sizes, "error of the output"]
-    lines = [_cells(heads), "|---" * len(heads) + "|"]
-    for name in dict.fromkeys(row.provider for row in result.rows):
-        own = [row.figures for row in result.rows if row.provider == name and row.figures]
-        shares = [f"{one['share']:.2f}{_spread(one['spread'])}" for one in own]
-        error = f"{max(one['error'] for one in own):.1e}" if own else ""
-        lines.append(_cells([title(name, result.rows[0].case), *shares, error]))
-    case = result.rows[0].case
-    shape = f"T={case['T']}, {case['K']}→{case['N']}, random weights"
-    caption = (
-        f"{shape}, {result.settings['draws']} draws, ± where their standard deviation is over "
-        "0.005; a gated space's own effect is about ΔW/2. *Error of the output*: against fp64, "
-        f"relative, the largest of the columns. A CPU's arithmetic. {provenance(result)}."
-    )
-    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
-
-
-def _spread(value: float) -> str:
-    return f" ± {value:.2f}" if value > 0.005 else ""
-
-
-def landing_model_table(result: Result) -> str:
-    """What was learned at a small rate in each arithmetic, of ``benchmarks.landing_model``."""
-    runs: dict[str, dict[int, Row]] = {}
-    for row in result.rows:
-        if row.status == "ok":
-            runs.setdefault(row.provider, {})[row.case["seed"]] = row
-    heads = ["", "rate", "learned, nats a token", "less than in fp32"]
-    heads += ["its adapter run in fp32", "less than in fp32", "‖ΔW‖ / ‖W‖"]
-    lines = [_cells(heads).replace("|  ", "| "), "|---" * len(heads) + "|"]
-    for name, own in runs.items():
-        exact = runs.get(f"{name.partition(', ')[0]}, fp32", {})
-        first = next(iter(own.values())).case
-        cells = [title(name, {"m": 64, "r": 8}), f"{first['rate']:g}"]
-        for end in ("after", "after_fp32"):
-            cells.append(f"{fmean(_learned(row, end) for row in own.values()):.4f}")
-            pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
-            cells.append(_interval(pairs) if any(pairs) else "")
-        cells.append(f"{fmean(row.figures['change'] for row in own.values()):.4f}")
-        lines.append(_cells(cells).replace("|  ", "| "))
-    case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
-    caption = (
-        f"SmolLM2-135M, GSM8K, all linear layers, {case['steps']} steps of {case['batch']} × "
-        f"{case['length']} tokens, AdamW without schedule, {seeds} seeds, paired, "
-        f"with the 95% interval; loss of {case['held_out']} × {case['length']} held-out "
-        f"tokens, before it less after it. {provenance(result)}."
-    )
-    return "\n".join([*lines, "", caption + _cut_short(result)]) + "\n"
-
-
-def _learned(row: Row, end: str) -> float:
-    before = row.figures["before" if end == "after" else "before_fp32"]
-    return before - row.figures[end]
-
-
-def _interval(values: list[float]) -> str:
-    found = estimate(values)
-    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
-
-
 def provenance(result: Result) -> str:
     """Where and how a result was made, in a sentence."""
     machine, versions = result.machine, result.versions
@@ -418,15 +273,3 @@ def provenance(result: Result) -> str:
         f"{name} {versions[name]}" for name in ("torch", "triton", "peft") if name in versions
     )
     return f"{where}, {result.dtype}; {packages}; commit {result.commit}; `{result.command}`"
-
-
-TABLES = {
-    "layer": layer_table,
-    "model": model_table,
-    "startup": startup_table,
-    "anchor": anchor_table,
-    "memory": memory_table,
-    "counts": counts_table,
-    "landing": landing_table,
-    "landing_model": landing_model_table,
-}

@@ -13,11 +13,9 @@ from secura_kernels import (
     Restrain,
     effective_weight,
     important_channels,
-    init_a,
     row_norms,
     secura_add,
     secura_linear,
-    select,
 )
 from secura_kernels.api import additive_product
 from secura_kernels.cur import check_fits
@@ -25,9 +23,10 @@ from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
 from . import bases, parallel
+from .choosing import choose, choose_late
 from .config import AdapterConfig
-from .integrity import SKETCH, fingerprint
-from .sharding import from_rank_0, gathered, on_rank_0_alone, put
+from .integrity import SKETCH
+from .sharding import gathered, on_rank_0_alone, put
 from .state import AdapterState, factors
 
 
@@ -110,43 +109,7 @@ class CABR(AdapterState):
             self.register_buffer(name, None, persistent=False)
         self.waits = later and not sent
         if not self.waits:
-            self.choose(base)
-
-    def choose(self, base: nn.Module) -> None:
-        """Choose rows and columns and start A, B or U, now that the base weight is there.
-
-        Every process has to call this where the weight is sharded, or on the first process alone.
-
-        Raises:
-            ValueError: for a weight that cannot be decomposed.
-        """
-        own = {name: value for name, value in self._tensors().items() if name in self.CHOSEN}
-        for name, value in from_rank_0(lambda: self._chosen(base), own).items():
-            put(self, name, value)
-        self.waits, self._stale = False, True
-        self._note_core()
-        if bases.is_split(base):
-            parallel.share_start(self, base)
-        if not on_rank_0_alone():
-            self._derive(base)
-
-    @torch.no_grad()
-    def _chosen(self, base: nn.Module) -> dict[str, Tensor]:
-        """The first value of every tensor of :attr:`CHOSEN` that the adapter has."""
-        config, weight, m = self.config, bases.weight(base), self.rows.numel()
-        generator = torch.Generator().manual_seed(config.seed)
-        rows, cols = select(weight, m, config.selection, generator)
-        values = {"rows": rows, "cols": cols, "fingerprint": fingerprint(weight)}
-        if self.A is not None:
-            values["A"] = init_a(weight, m, self.A.shape[1], config.init, generator)
-        start = torch.zeros if config.init_weights else torch.randn
-        name, inner = ("U", m) if self.B is None else ("B", self.B.shape[0])
-        values[name] = (start(inner, m) / inner**0.5).to(weight.device)
-        values["core"] = torch.zeros(m, m, device=weight.device)
-        values["checksum"] = torch.zeros((), dtype=torch.int64)
-        if self.bias is not None:
-            values["bias"] = torch.zeros(self.out_features, device=weight.device)
-        return values
+            choose(self, base)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         """The adapted layer's output ``[..., N]`` for ``x [..., K]``.
@@ -338,7 +301,7 @@ class CABR(AdapterState):
 
     def _refresh(self, base: nn.Module) -> None:
         if self.waits:
-            self._choose_late(base)
+            choose_late(self, base)
         if self._assigned:
             self.check_assigned(base)
         if not torch.compiler.is_compiling():  # which cannot ask for a version
@@ -347,18 +310,6 @@ class CABR(AdapterState):
                 self._note_core()
         if self._stale:
             self._derive(base)
-
-    def _choose_late(self, base: nn.Module) -> None:
-        """Choose at the first use, where no ``load_state_dict`` did."""
-        if bases.comes_later(base) or self._awaits_file:
-            return
-        if getattr(self, "_is_fsdp_managed_module", False):
-            raise ValueError(
-                f"{self.name}: the rows and columns were not chosen yet, and what a forward writes "
-                "under FSDP2 is lost: load the weights with load_state_dict() (or torch's "
-                "set_model_state_dict) after the adapter was put on the model"
-            )
-        self.choose(base)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -410,16 +361,4 @@ class CABR(AdapterState):
         )
 
 
-def choose_loaded(layer: Any, incompatible: Any) -> None:
-    """Choose what waits in an adapted layer whose base weight ``load_state_dict`` has just brought.
-
-    A hook of such layers, after their parts have been loaded.
-    """
-    del incompatible
-    base = getattr(layer, "base_layer", None) or layer.base
-    for adapter in [layer, *getattr(layer, "secura_adapter", {}).values()]:
-        if layer.base_loaded and getattr(adapter, "waits", False) and not bases.comes_later(base):
-            adapter.choose(base)
-
-
-__all__ = ["CABR", "choose_loaded"]
+__all__ = ["CABR"]

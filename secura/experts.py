@@ -105,20 +105,25 @@ class Experts(CABR):
 
 
 def check_settings(config: Any) -> None:
-    """Raise ``ValueError`` for settings that need an expert's own output, which none has."""
+    """Raise ``ValueError`` for what experts do not take: most needs an expert's own output."""
     for name, value in (
         ("norm='activation'", config.norm == "activation"),
         ("dropout", config.dropout),
         ("train_bias=True", config.train_bias),
         ("restrain=True", config.restrain),
-        ("stochastic_rounding=True", config.stochastic_rounding),
     ):
         if value:
             raise ValueError(
                 f"{name} acts on a layer's output, and fused experts hand out none of one expert: "
-                "adapt them with norm='none', 'channel' or 'weight', without dropout, "
-                "train_bias, restrain and stochastic_rounding"
+                "adapt them with norm='none', 'channel' or 'weight', without dropout, train_bias "
+                "and restrain"
             )
+
+    if config.stochastic_rounding:
+        raise ValueError(
+            "stochastic_rounding is not there for fused experts, whose W' is rounded to nearest: "
+            "leave it out"
+        )
 
 
 def _one(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import bases, sharding
-from .adapter import CABR, choose_loaded
+from .adapter import CABR
+from .choosing import choose_loaded
 from .config import AdapterConfig
 from .state import MERGED, refuse_merged
 

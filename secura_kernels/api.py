@@ -320,19 +320,12 @@ class _SecuraLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor | None,
-        delta_bias: Tensor | None,
-        z_scale: Tensor | None,
-        call: Call,
-    ) -> Tensor:
-        if is_alone(x):
-            return _output(ctx, x, a, b, delta_bias, z_scale, call)
-        with alone(x):
-            return _output(ctx, x, a, b, delta_bias, z_scale, call)
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """What :func:`_output` computes of ``given``."""
+        if is_alone(given[0]):
+            return _output(ctx, *given)
+        with alone(given[0]):
+            return _output(ctx, *given)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ from secura_kernels.api import additive_product
 from secura_kernels.inspection.layers import Case, with_norms
 from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
 from secura_kernels.ops.project.op import project
-from secura_kernels.ops.weight import op as weight_op
+from secura_kernels.ops.weight import plain
 
 WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
 
@@ -196,8 +196,8 @@ def test_weight_chunks_do_not_change_the_result(form, combine, monkeypatch):
     options = NormOptions("weight", form, combine)
     example = Case(options, **WIDE, folded="base", restrained=True).draw()
     whole = [effective_weight(example.layer, example.a), *example.run()]
-    monkeypatch.setattr(weight_op, "CACHE_MIB", 1e-9)
-    assert weight_op.rows_at_once(example.layer.weight, torch.float64) == 1
+    monkeypatch.setattr(plain, "CACHE_MIB", 1e-9)
+    assert plain.rows_at_once(example.layer.weight, torch.float64) == 1
     torch.testing.assert_close([effective_weight(example.layer, example.a), *example.run()], whole)
 
 

@@ -132,6 +132,7 @@ def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd
     [
         ("--target_modules q_proj vproj", ["--target_modules: 'vproj'", "did you mean v_proj?"]),
         ("--exclude_modules o_prj", ["--exclude_modules: 'o_prj'", "did you mean o_proj?"]),
+        ("--target_parameters experts.down", ["'experts.down' matches no parameter"]),
         ("--target_modules q_proj --layers_to_transform 0 7", ["--layers_to_transform: 7"]),
         ("--modules_to_save lm_head norms", ["norms"]),
         ('--rank_pattern {"vproj":2}', ["--rank_pattern: 'vproj'"]),

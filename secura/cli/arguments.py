@@ -152,6 +152,7 @@ def _targeting() -> list[tuple[str, Any, Any]]:
     )
     return [
         ("target_modules", list[str], everything),
+        ("target_parameters", *optional(list[str], "Names of experts' weights to adapt besides.")),
         ("exclude_modules", *optional(list[str], "Names of layers to leave out.")),
         ("layers_to_transform", *optional(list[int], "Indices of the decoder layers to adapt.")),
         ("layers_pattern", *optional(list[str], "Name of the list of decoder layers.")),

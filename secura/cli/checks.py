@@ -91,8 +91,11 @@ def check_targets(model: Any, config: Any) -> None:
     named = list(model.get_base_model().named_modules())
     modules = [name.replace(".base_layer", "") for name, _ in named]
     adapted = [name for name, module in named if isinstance(module, SecuraLayer)]
+    own = model.get_base_model().named_parameters()
+    parameters = [name.replace(".base_layer", "") for name, _ in own]
     asked = (
         ("target_modules", config.target_modules, modules, r"(.*\.)?{}"),
+        ("target_parameters", config.target_parameters, parameters, r"(.*\.)?{}"),
         ("exclude_modules", config.exclude_modules, modules, r"(.*\.)?{}"),
         ("modules_to_save", config.modules_to_save, modules, r"(.*\.)?{}"),
         ("layers_to_transform", config.layers_to_transform, adapted, r".*\.{}\..*"),
@@ -104,15 +107,16 @@ def check_targets(model: Any, config: Any) -> None:
             if any(re.fullmatch(wanted, full) for full in among):
                 continue
             known = {full.rpartition(".")[2] for full in among}
+            kind = "parameter" if among is parameters else "layer"
             raise UserError(
-                f"--{field}: {name!r} matches no layer; correct it or leave it out"
+                f"--{field}: {name!r} matches no {kind}; correct it or leave it out"
                 f"{suggest(str(name), known)}"
             )
 
 
 def left_out(model: Any, config: Any) -> str | None:
     """Says which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
-    if config.target_modules != "all-linear":
+    if config.target_modules != "all-linear" or config.target_parameters:
         return None
     import torch
 
@@ -135,8 +139,8 @@ def left_out(model: Any, config: Any) -> str | None:
     return (
         f"{len(found)} stacked weights of experts, such as {next(iter(found))}, are no linear "
         f"layers: all-linear leaves them as they are ({share / total:.0%} of the parameters); to "
-        "train such a module in full, name it in --modules_to_save; to adapt them, use "
-        "SecuraConfig(target_parameters=...) in Python"
+        "adapt them, name them in --target_parameters; to train such a module in full, name it in "
+        "--modules_to_save"
     )
 
 

@@ -12,7 +12,6 @@ from secura import bases
 from secura.experts import Experts
 from secura.linear import check_not_training
 
-from .config import SecuraConfig
 from .layer import SecuraLayer
 
 
@@ -25,17 +24,9 @@ class ParamWrapper(SecuraLayer):
 
     adapter_class = Experts
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: SecuraConfig,
-        r: int,
-        *,
-        name: str,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, *rest: Any, name: str) -> None:
         self.parameter_name: str = name.rpartition(".")[2]
-        super().__init__(base_layer, adapter_name, config, r, name=name)
+        super().__init__(base_layer, *rest, name=name)
 
     @property
     def adapted(self) -> Any:

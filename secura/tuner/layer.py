@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,8 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from secura import bases, sharding
-from secura.adapter import CABR, choose_loaded
+from secura import bases
+from secura.adapter import CABR
+from secura.choosing import choose_loaded
 from secura.linear import (
     MergedState,
     check_finite,
@@ -20,12 +21,9 @@ from secura.linear import (
     weight_before,
 )
 from secura.state import MERGED, refuse_merged
-from secura_kernels import Layer, NormOptions, secura_add
 
+from . import several
 from .config import SecuraConfig
-
-BASE = "__base__"
-"""PEFT's name, among ``adapter_names``, for rows that no adapter changes."""
 
 
 class SecuraLayer(nn.Module, BaseTunerLayer):
@@ -146,10 +144,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if "_hf_hook" in base.__dict__:
             bases.check_at_hand(base)
         if names is not None:
-            return self._by_row(x, names)
+            return several.by_row(self, x, names)
         if len(active) == 1:
             return active[0](base, x)
-        return self._sum(active, x)
+        return several.added_up(self.base_layer, active, x)
 
     def train(self, mode: bool = True) -> SecuraLayer:
         """As ``nn.Module.train``, and check what a loader assigned, where the base is here."""
@@ -223,7 +221,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             ValueError: for several of which one has a norm.
         """
         adapters = self._named(self.active_adapters)
-        if len(adapters) > 1 and not all(map(_adds_up, adapters)):
+        if len(adapters) > 1 and not all(map(several.adds_up, adapters)):
             raise ValueError(
                 f"adapters {self.active_adapters} are active together, but only norm='none' adds "
                 "up, without stochastic_rounding: activate one with set_adapter()"
@@ -234,55 +232,6 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         return [
             cast(CABR, self.secura_adapter[name]) for name in names if name in self.secura_adapter
         ]
-
-    def _by_row(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The output ``[B, ..., N]`` where row i of ``x [B, ..., K]`` has the adapter names[i].
-
-        The base's product is formed once for all rows; adapters that replace it form their own.
-        """
-        if len(names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(names)} names for a batch of {len(x)} rows: give one name "
-                f"a row, {BASE!r} for none"
-            )
-        out = self.base_layer(x)
-        for name in dict.fromkeys(names):
-            for adapter in self._named([name]):
-                own = [row for row, other in enumerate(names) if other == name]
-                rows = torch.tensor(own, device=x.device)
-                part = adapter.beside(self.base_layer, x[rows], out[rows])
-                out.index_copy_(0, rows, part)
-        return out
-
-    def _sum(self, adapters: list[CABR], x: Tensor) -> Tensor:
-        masks = [adapter.dropout_mask(x) for adapter in adapters]
-        if any(mask is not None for mask in masks):
-            shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
-            pairs = zip(masks, shapes, strict=True)
-            masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
-        base = self.base_layer
-        if bases.is_split(base):
-            raise ValueError(
-                f"adapters {self.active_adapters} are active together, which a tensor parallel "
-                "base does not take: activate one with set_adapter()"
-            )
-        parts: Any = [adapter.columns for adapter in adapters]
-        kept = all(part is not None for part in parts)
-        layer = Layer(
-            None if kept else bases.weight(base, values=False),
-            bases.bias(base),
-            rows=torch.cat([adapter.rows for adapter in adapters]),
-            cols=torch.cat([adapter.cols for adapter in adapters]),
-            options=NormOptions("none"),
-            columns=torch.cat(parts, dim=1) if kept else None,
-        )
-        return secura_add(
-            bases.product(base, x, adapters[0].name),
-            layer,
-            torch.block_diag(*(adapter.whole_core(base) for adapter in adapters)),
-            delta_bias=_sum_biases(adapters),
-            z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
-        )
 
     def fold(self) -> None:
         """Fold the active adapters (see :func:`secura.fold`).
@@ -378,7 +327,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
-            if not all(map(_adds_up, adapters)):
+            if not all(map(several.adds_up, adapters)):
                 raise ValueError(
                     f"adapters {names} have a norm or stochastic_rounding and do not add up: merge "
                     "one alone"
@@ -389,7 +338,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             weight = sum(deltas, start=wide).to(dense.dtype)
         if bases.dense_weight(base) is None:
             weight = weight.to(self.model_dtype or weight.dtype)
-        bias = _sum_biases(adapters)
+        bias = several.sum_biases(adapters)
         return weight, None if bias is None else bias.detach()
 
     def unmerge(self) -> None:
@@ -420,14 +369,4 @@ class SecuraLinear(SecuraLayer):
     """:class:`SecuraLayer`, by a name that PEFT's ``all-linear`` takes for a linear layer's."""
 
 
-def _adds_up(adapter: CABR) -> bool:
-    """Whether the adapter can act on a layer together with others."""
-    return adapter.config.norm == "none" and not adapter.config.stochastic_rounding
-
-
-def _sum_biases(adapters: list[CABR]) -> Tensor | None:
-    biases = [sharding.gathered(adapter.bias) for adapter in adapters if adapter.bias is not None]
-    return torch.stack(biases).sum(0) if biases else None
-
-
-__all__ = ["BASE", "SecuraLayer", "SecuraLinear"]
+__all__ = ["SecuraLayer", "SecuraLinear"]

@@ -18,7 +18,8 @@ from secura.adapter import CABR
 from . import saved
 from .config import SecuraConfig, without_wrappers
 from .experts import ParamWrapper
-from .layer import BASE, SecuraLayer, SecuraLinear
+from .layer import SecuraLayer, SecuraLinear
+from .several import BASE
 
 
 class SecuraModel(BaseTuner):

@@ -23,7 +23,8 @@ from .channel.op import channel
 from .common import Terms
 from .lowrank.op import lowrank, lowrank_backward
 from .project.op import project, project_backward
-from .weight.op import rows_at_once, weight, weight_backward
+from .weight.op import weight, weight_backward
+from .weight.plain import rows_at_once
 
 
 def _product(*sizes: int) -> int:

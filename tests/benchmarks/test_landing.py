@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import landing, landing_model, plots, tables
+from benchmarks import count_tables, landing, landing_model, plots
 from benchmarks.schema import Result
 
 
@@ -36,7 +36,7 @@ def test_shares_are_measured_shown_and_drawn(tmp_path):
         plain, drawn = f"secura {space}", f"secura {space} stochastic"
         assert 0.8 < shares[drawn, 3e-3] < 1.2 and shares[plain, 3e-4] < 0.4
     assert shares["peft lora fp32", 1e-2] > 0.9 and shares["peft lora fp32", 3e-4] < 0.4
-    table = tables.landing_table(result)
+    table = count_tables.landing_table(result)
     assert "| 0.01 | 0.003 | 0.001 | 0.0003 | 0.0001 |" in table
     assert "| SECURA none stochastic, m=8 | 1.0" in table
     assert plots.draw_all(tmp_path) == [tmp_path / "landing-cpu-share.svg"]
@@ -59,6 +59,6 @@ def test_learning_is_measured_paired_and_resumed(tmp_path, monkeypatch):
         result.rows, [0.3, 0.2] + [0.0] * 3 + [0.5, 0.2] + [0.0] * 3, strict=True
     ):
         row.figures |= {"before": 1.0, "after": 1.0 - learned}
-    table = tables.landing_model_table(result)
+    table = count_tables.landing_model_table(result)
     assert "| PEFT LoRA, fp32, r=8 | 0.0005 | 0.4000 | |" in table
     assert "| PEFT LoRA, bf16, r=8 | 0.0005 | 0.2000 | 0.2000 [" in table

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import anchor, memory, model, registry, shapes, startup, tables, training
+from benchmarks import (
+    anchor,
+    count_tables,
+    memory,
+    model,
+    registry,
+    shapes,
+    startup,
+    tables,
+    training,
+)
 from benchmarks.measure import MIB, saved_mib
 from benchmarks.registry import choose
 from benchmarks.schema import Result
@@ -79,7 +89,7 @@ def test_memory_is_counted_and_shown(tiny_model, tmp_path, monkeypatch):
     assert result.complete and {row.status for row in result.rows} == {"ok"}
     peaks = {row.provider: row.figures["peak_mib"] for row in result.rows}
     assert peaks[memory.HEAD] < peaks["secura none"] < peaks["peft dora bf16"]
-    assert "| 1.00 × |" in tables.memory_table(result)
+    assert "| 1.00 × |" in count_tables.memory_table(result)
 
 
 def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path):

@@ -1,0 +1,87 @@
+"""When an adapter's rows, columns and start are chosen: once its base weight is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secura_kernels import init_a, select
+
+from . import bases, parallel
+from .integrity import fingerprint
+from .sharding import from_rank_0, on_rank_0_alone, put
+
+if TYPE_CHECKING:
+    from .adapter import CABR
+
+
+def choose(adapter: CABR, base: nn.Module) -> None:
+    """Choose rows and columns and start A, B or U, now that the weight of ``base`` is there.
+
+    Every process has to call this where the weight is sharded, or on the first process alone.
+
+    Raises:
+        ValueError: for a weight that cannot be decomposed.
+    """
+    own = {name: value for name, value in adapter._tensors().items() if name in adapter.CHOSEN}
+    for name, value in from_rank_0(lambda: _chosen(adapter, base), own).items():
+        put(adapter, name, value)
+    adapter.waits, adapter._stale = False, True
+    adapter._note_core()
+    if bases.is_split(base):
+        parallel.share_start(adapter, base)
+    if not on_rank_0_alone():
+        adapter._derive(base)
+
+
+def choose_late(adapter: CABR, base: nn.Module) -> None:
+    """Choose at the first use, where no ``load_state_dict`` did.
+
+    Raises:
+        ValueError: under FSDP2, where what is written in a forward is lost.
+    """
+    if bases.comes_later(base) or adapter._awaits_file:
+        return
+    if getattr(adapter, "_is_fsdp_managed_module", False):
+        raise ValueError(
+            f"{adapter.name}: the rows and columns were not chosen yet, and what a forward writes "
+            "under FSDP2 is lost: load the weights with load_state_dict() (or torch's "
+            "set_model_state_dict) after the adapter was put on the model"
+        )
+    choose(adapter, base)
+
+
+def choose_loaded(layer: Any, incompatible: Any) -> None:
+    """Choose what waits in an adapted layer whose base weight ``load_state_dict`` has just brought.
+
+    A hook of such layers, after their parts have been loaded.
+    """
+    del incompatible
+    base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
+    for adapter in [layer, *getattr(layer, "secura_adapter", {}).values()]:
+        if layer.base_loaded and getattr(adapter, "waits", False) and not bases.comes_later(base):
+            choose(adapter, base)
+
+
+@torch.no_grad()
+def _chosen(adapter: CABR, base: nn.Module) -> dict[str, Tensor]:
+    """The first value of every tensor of ``CABR.CHOSEN`` that the adapter has."""
+    config, weight, m = adapter.config, bases.weight(base), adapter.rows.numel()
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, cols = select(weight, m, config.selection, generator)
+    values = {"rows": rows, "cols": cols, "fingerprint": fingerprint(weight)}
+    if adapter.A is not None:
+        values["A"] = init_a(weight, m, adapter.A.shape[1], config.init, generator)
+    start = torch.zeros if config.init_weights else torch.randn
+    name, inner = ("U", m) if adapter.B is None else ("B", adapter.B.shape[0])
+    values[name] = (start(inner, m) / inner**0.5).to(weight.device)
+    values["core"] = torch.zeros(m, m, device=weight.device)
+    values["checksum"] = torch.zeros((), dtype=torch.int64)
+    if adapter.bias is not None:
+        values["bias"] = torch.zeros(adapter.out_features, device=weight.device)
+    return values
+
+
+__all__ = ["choose", "choose_late", "choose_loaded"]

@@ -1,0 +1,91 @@
+"""Several adapters of one layer at work: an adapter for each row of a batch, or a sum of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from secura import bases, sharding
+from secura.adapter import CABR
+from secura_kernels import Layer, NormOptions, secura_add
+
+if TYPE_CHECKING:
+    from .layer import SecuraLayer
+
+BASE = "__base__"
+"""PEFT's name, among ``adapter_names``, for rows that no adapter changes."""
+
+
+def by_row(layer: SecuraLayer, x: Tensor, names: Sequence[str]) -> Tensor:
+    """The output ``[B, ..., N]`` where row i of ``x [B, ..., K]`` has the adapter names[i].
+
+    The base's product is formed once for all rows; adapters that replace it form their own.
+
+    Raises:
+        ValueError: for another number of names than of rows.
+    """
+    if len(names) != len(x):
+        raise ValueError(
+            f"adapter_names has {len(names)} names for a batch of {len(x)} rows: give one name "
+            f"a row, {BASE!r} for none"
+        )
+    out = layer.base_layer(x)
+    for name in dict.fromkeys(names):
+        for adapter in layer._named([name]):
+            own = [row for row, other in enumerate(names) if other == name]
+            rows = torch.tensor(own, device=x.device)
+            part = adapter.beside(layer.base_layer, x[rows], out[rows])
+            out.index_copy_(0, rows, part)
+    return out
+
+
+def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
+    """The output ``[..., N]`` of a layer for ``x [..., K]`` with the sum of what adapters add.
+
+    Raises:
+        ValueError: for a tensor parallel base.
+    """
+    masks = [adapter.dropout_mask(x) for adapter in adapters]
+    if any(mask is not None for mask in masks):
+        shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
+        pairs = zip(masks, shapes, strict=True)
+        masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
+    if bases.is_split(base):
+        raise ValueError(
+            f"{adapters[0].name}: several adapters are active together, which a tensor parallel "
+            "base does not take: activate one with set_adapter()"
+        )
+    parts: Any = [adapter.columns for adapter in adapters]
+    kept = all(part is not None for part in parts)
+    layer = Layer(
+        None if kept else bases.weight(base, values=False),
+        bases.bias(base),
+        rows=torch.cat([adapter.rows for adapter in adapters]),
+        cols=torch.cat([adapter.cols for adapter in adapters]),
+        options=NormOptions("none"),
+        columns=torch.cat(parts, dim=1) if kept else None,
+    )
+    return secura_add(
+        bases.product(base, x, adapters[0].name),
+        layer,
+        torch.block_diag(*(adapter.whole_core(base) for adapter in adapters)),
+        delta_bias=sum_biases(adapters),
+        z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
+    )
+
+
+def adds_up(adapter: CABR) -> bool:
+    """Whether the adapter can act on a layer together with others."""
+    return adapter.config.norm == "none" and not adapter.config.stochastic_rounding
+
+
+def sum_biases(adapters: list[CABR]) -> Tensor | None:
+    """The sum ``[N]`` of the adapters' trained biases, or None where none has one."""
+    biases = [sharding.gathered(adapter.bias) for adapter in adapters if adapter.bias is not None]
+    return torch.stack(biases).sum(0) if biases else None
+
+
+__all__ = ["BASE", "added_up", "adds_up", "by_row", "sum_biases"]
