@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.inspection.layers import Case
-from secura_kernels.ops.weight import op as weight
+from secura_kernels.ops.weight import plain as weight
 
 WEIGHT = Case(NormOptions("weight"), torch.float64, inner=6, biased=False)
 
@@ -14,12 +14,12 @@ WEIGHT = Case(NormOptions("weight"), torch.float64, inner=6, biased=False)
 @pytest.fixture
 def made(monkeypatch):
     """How often W' was made, forward and backward."""
-    names, found = ("_fused", "_backward"), {"_fused": 0, "_backward": 0}
+    names, found = ("fused", "backward"), {"fused": 0, "backward": 0}
     plain = {name: getattr(weight, name) for name in names}
 
     def watched(name):
         def run(*args):
-            found[name] += name == "_fused" or args[-1]  # _backward makes it where ∂x is asked for
+            found[name] += name == "fused" or args[-1]  # backward makes it where ∂x is asked for
             return plain[name](*args)
 
         return run
@@ -42,10 +42,10 @@ def gradients(run, example):
 def test_one_pass_less_where_it_is_always_kept(said, forward, backward, made, monkeypatch):
     example = WEIGHT.draw()
     expected = gradients(lambda layer, *args: layer(*args), example)
-    made.update(_fused=0, _backward=0)
+    made.update(fused=0, backward=0)
     monkeypatch.setenv("SECURA_KEEP_WEIGHT", said)
     found = gradients(lambda layer, *args: layer(*args), example)
-    assert made == {"_fused": forward, "_backward": backward}
+    assert made == {"fused": forward, "backward": backward}
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
 
@@ -54,9 +54,9 @@ def test_one_pass_less_where_it_is_always_kept(said, forward, backward, made, mo
 def test_recomputation_keeps_it_and_the_pass_before_does_not(reentrant, made):
     example = WEIGHT.draw()
     expected = gradients(lambda layer, *args: layer(*args), example)
-    made.update(_fused=0, _backward=0)
+    made.update(fused=0, backward=0)
     found = gradients(lambda *args: checkpoint(*args, use_reentrant=reentrant), example)
-    assert made == {"_fused": 2, "_backward": 0}
+    assert made == {"fused": 2, "backward": 0}
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
 
