@@ -48,8 +48,11 @@ def counts_table(result: Result) -> str:
     for (model, t, _, _), providers in groups(result).items():
         sums = {name: _counted(rows) for name, rows in providers.items()}
         floor, shape = sums["frozen"], shape_of(model, t, providers["frozen"])
+        if result.preset == "together":
+            shape = f"{model}, a block: q, k and v of one x, gate and up of another, T={t}"
         heads = [shape, "launches", "MiB", *(f"{chip.upper()}, by count" for chip in chips)]
-        heads.append("H100, measured")
+        measured = result.preset != "together"
+        heads += ["H100, measured"] * measured
         lines = [markdown_row(heads), "|---" * len(heads) + "|"]
         for name in sorted(one for one in sums if not one.endswith(BEFORE)):
             now, was = sums[name], sums.get(name + BEFORE)
@@ -58,7 +61,7 @@ def counts_table(result: Result) -> str:
             for show in (_launches, _mib):
                 shown = [show(of) for of in (was, now) if of]
                 cells.append(" → ".join(dict.fromkeys(shown)))
-            for figure in (*(f"us_{chip}" for chip in chips), "measured_us"):
+            for figure in (*(f"us_{chip}" for chip in chips), *["measured_us"] * measured):
                 ratios = [
                     f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
                 ]
@@ -72,10 +75,11 @@ def counts_table(result: Result) -> str:
     earlier = f", before the arrow {result.settings['before']}" if result.settings["before"] else ""
     caption = (
         f"Forward and backward in {result.dtype}. *By count*: the least time that the ceilings "
-        f"({rates}) allow the launches one by one, over that of the frozen layers. *Measured*: a "
-        f"graph's replay, over the frozen layers', of `layer-h100.json`. Commit {result.commit}"
-        f"{earlier}; `{result.command}`."
+        f"({rates}) allow the launches one by one, over that of the frozen layers. "
     )
+    if result.preset != "together":
+        caption += "*Measured*: a graph's replay, over the frozen layers', of `layer-h100.json`. "
+    caption += f"Commit {result.commit}{earlier}; `{result.command}`."
     return "\n".join([*parts, caption]) + "\n"
 
 

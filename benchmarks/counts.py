@@ -2,18 +2,22 @@
 
     python -m benchmarks.counts --out benchmarks/results/counts.json
 
+    python -m benchmarks.counts --together --out benchmarks/results/counts-together.json
+
 Every kernel of ours and every operator of torch's, ours and our rivals' alike, is one launch
 (:mod:`.launches`). Its time is its bytes or its operations at the chip's ceilings, whichever is
 longer; a layer's is the sum. Not seen: gaps between launches and the time a launch
 takes to begin and end, multiprocessors that idle because a launch has few programs or many
-registers, what stays in the L2 cache, reductions inside cuBLAS.
+registers, what stays in the L2 cache, reductions inside cuBLAS. With ``--together`` q, k and v are
+given one tensor, gate and up another, and the sums of its gradient's parts are counted too.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,51 +33,67 @@ from .count_tables import BEFORE, counts_table
 from .launches import Launch, counting
 from .registry import SPACES, Ranks, catalogue, frozen_linear
 from .schema import Result, Row, new_result
-from .shapes import LAYER_PRESETS, LayerCase, layer_preset
+from .shapes import LAYER_PRESETS, TOKENS_OF_COUNTS, LayerCase, layer_preset, sibling_cases
 
+KEEPERS = ("none", "channel", "weight")
+"""Spaces of a W' that may be kept for the backward pass."""
 RIVALS = ("frozen", "peft lora bf16", "strong lora", "peft dora bf16", "strong dora")
 
 
-def ours(space: str, keep: str = "never") -> Callable[[LayerCase], tuple[list[Launch], int]]:
-    """What counts a SECURA layer of bf16 in one norm space, of core A B; ``keep`` for its W'."""
+Count = Callable[..., tuple[list[Launch], int]]
+"""The launches of layers that are given one tensor, and how many of them are the forward's."""
 
-    def count(case: LayerCase) -> tuple[list[Launch], int]:
+
+def ours(space: str, keep: str = "never", shares: bool = False) -> Count:
+    """What counts SECURA layers of bf16 in one norm space, of core A B.
+
+    ``keep`` is for their W'; with ``shares`` ∂x is added up in place.
+    """
+    options = NormOptions(space)
+
+    def build(case: LayerCase) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         sizes = (case.m, case.T, case.N, case.K, 2 * case.m)
-        options = NormOptions(space)
         plain = Case(options, torch.bfloat16, *sizes, biased=False, trains_bias=False)
         with record(TARGETS["sm_90"]):
             example = plain.draw("meta")
-        leaves = [t.requires_grad_() for t in (example.x, example.a, example.b) if t is not None]
+        layer = example.layer._replace(shares_input=shares)
+        leaves = [t.requires_grad_() for t in (example.a, example.b) if t is not None]
+        return lambda x: example._replace(x=x, layer=layer).output("triton"), leaves
+
+    def count(*cases: LayerCase) -> tuple[list[Launch], int]:
         with patch.dict(os.environ, SECURA_KEEP_WEIGHT=keep):
-            return _count(lambda: example.output("triton"), leaves, example.grad)
+            return _count(build, cases)
 
     return count
 
 
-def rival(name: str) -> Callable[[LayerCase], tuple[list[Launch], int]]:
-    """What counts a provider's layer of bf16."""
+def rival(name: str) -> Count:
+    """What counts a provider's layers of bf16."""
     (provider,) = (one for one in catalogue(torch.bfloat16) if one.name == name)
 
-    def count(case: LayerCase) -> tuple[list[Launch], int]:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+    def build(case: LayerCase) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+        layer = provider.build(frozen_linear(_empty(case.N, case.K)), Ranks(case.m, case.r))
+        return layer, [one for one in layer.parameters() if one.requires_grad]
 
-        layer = provider.build(frozen_linear(empty(case.N, case.K)), Ranks(case.m, case.r))
-        x = empty(case.T, case.K).requires_grad_()
-        leaves = [x, *(one for one in layer.parameters() if one.requires_grad)]
-        return _count(lambda: layer(x), leaves, empty(case.T, case.N))
+    return lambda *cases: _count(build, cases)
 
-    return count
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
 
 def _count(
-    forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor
+    build: Callable[[LayerCase], tuple[Callable[[Tensor], Tensor], list[Tensor]]],
+    cases: tuple[LayerCase, ...],
 ) -> tuple[list[Launch], int]:
-    """The launches of a layer, and how many of them are the forward's."""
+    made = [build(case) for case in cases]
+    leaf = _empty(cases[0].T, cases[0].K).requires_grad_()
+    x = leaf.view_as(leaf)  # a layer's input is another's output
+    leaves = [leaf, *(one for _, own in made for one in own)]
     with counting() as launches:
-        out = forward()
+        outs = [layer(x) for layer, _ in made]
         first = len(launches)
-        torch.autograd.grad(out, leaves, grad)
+        torch.autograd.grad(outs, leaves, [_empty(case.T, case.N) for case in cases])
     return launches, first
 
 
@@ -90,6 +110,24 @@ def figures(launches: list[Launch], first: int) -> dict[str, float]:
     }
 
 
+def count_together(model: str, tokens: Sequence[int]) -> list[Row]:
+    """A block's layers, those that are given one tensor together, inputs shared and not."""
+    counters = {f"secura {space}": ours(space) for space in SPACES}
+    counters |= {f"secura {space}, ∂x in place": ours(space, shares=True) for space in SPACES}
+    counters |= {
+        f"secura {space}, ∂x in place, W' kept": ours(space, "always", True) for space in KEEPERS
+    }
+    counters |= {name: rival(name) for name in RIVALS if "dora" not in name}
+    rows = []
+    for t in tokens:
+        for cases in sibling_cases(model, t):
+            names, n = "+".join(case.projection for case in cases), sum(case.N for case in cases)
+            whole = replace(cases[0], projection=names, N=n)
+            for name, count in counters.items():
+                rows.append(Row(whole.as_dict(), name, figures=figures(*count(*cases))))
+    return rows
+
+
 def count_all(preset: str, before: Result | None, measured: Result | None) -> list[Row]:
     """Every provider on every case of a layer preset.
 
@@ -100,8 +138,7 @@ def count_all(preset: str, before: Result | None, measured: Result | None) -> li
             of ``before`` where that is given.
     """
     counters = {f"secura {space}": ours(space) for space in SPACES}
-    keepers = [space for space in SPACES if space != "activation"]
-    counters |= {f"secura {space}, W' kept": ours(space, "always") for space in keepers}
+    counters |= {f"secura {space}, W' kept": ours(space, "always") for space in KEEPERS}
     counters |= {name: rival(name) for name in RIVALS}
     found = [
         Row(case.as_dict(), name, figures=figures(*count(case)))
@@ -124,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--preset", default="block", choices=LAYER_PRESETS)
+    flags.add_argument("--together", action="store_true", help="Llama-3-8B's block, inputs shared")
     flags.add_argument("--out", type=Path, help="where the result goes")
     flags.add_argument("--before", type=Path, help="an earlier result, to stand beside this one")
     flags.add_argument("--measured", type=Path, help="of benchmarks.layer, to hold the count to")
@@ -135,7 +173,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chips = {name: chip._asdict() for name, chip in CHIPS.items()}
     result.settings = {"chips": chips, "before": before.commit if before else None}
-    result.rows, result.complete = count_all(options.preset, before, measured), True
+    if options.together:
+        result.preset, result.rows = "together", count_together("llama3-8b", TOKENS_OF_COUNTS)
+    else:
+        result.rows = count_all(options.preset, before, measured)
+    result.complete = True
     if options.out:
         result.save(options.out)
     print(counts_table(result))

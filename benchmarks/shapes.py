@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -29,21 +30,22 @@ class ModelShape:
     head_dim: int
     vocab: int
 
+    def siblings(self) -> list[list[Projection]]:
+        """The linear layers of one block, those that are given one tensor in one list."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        given = [
+            (self.hidden, {"q": q, "k": kv, "v": kv}),
+            (q, {"o": self.hidden}),
+            (self.hidden, {"gate": self.intermediate, "up": self.intermediate}),
+            (self.intermediate, {"down": self.hidden}),
+        ]
+        return [[Projection(name, k, n, 1) for name, n in of.items()] for k, of in given]
+
     def projections(self) -> list[Projection]:
         """The linear layers of one block, those of equal shape taken together."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        single = [
-            ("q", self.hidden, q),
-            ("k", self.hidden, kv),
-            ("v", self.hidden, kv),
-            ("o", q, self.hidden),
-            ("gate", self.hidden, self.intermediate),
-            ("up", self.hidden, self.intermediate),
-            ("down", self.intermediate, self.hidden),
-        ]
         grouped: dict[tuple[int, int], list[str]] = {}
-        for name, k, n in single:
-            grouped.setdefault((k, n), []).append(name)
+        for one in itertools.chain(*self.siblings()):
+            grouped.setdefault((one.k, one.n), []).append(one.name)
         return [Projection("+".join(names), *shape, len(names)) for shape, names in grouped.items()]
 
 
@@ -89,6 +91,7 @@ class LayerPreset(NamedTuple):
 LAYER_PRESETS = ("quick", "host", "llama3-8b", "block", "full")
 RANKS = (8, 16, 64, 128, 256)
 TOKENS = (8192, 512, 2048, 4096, 16384)
+TOKENS_OF_COUNTS = (8192, 2048, 512)
 FULL_MODELS = ("llama3-8b", "qwen2-7b", "qwen2-1.5b", "gemma2-2b")
 
 
@@ -97,6 +100,14 @@ def model_cases(model: str, t: int, m: int = 128, r: int = 16) -> list[LayerCase
     return [
         LayerCase(model, projection.name, projection.per_block, t, projection.n, projection.k, m, r)
         for projection in MODELS[model].projections()
+    ]
+
+
+def sibling_cases(model: str, t: int, m: int = 128, r: int = 16) -> list[list[LayerCase]]:
+    """Every projection of a block, those that are given one tensor in one list."""
+    return [
+        [LayerCase(model, one.name, 1, t, one.n, one.k, m, r) for one in group]
+        for group in MODELS[model].siblings()
     ]
 
 
@@ -117,6 +128,6 @@ def layer_preset(name: str) -> LayerPreset:
         cases = [case for of in FULL_MODELS for t in TOKENS for case in model_cases(of, t)]
         cases += [LayerCase("ranks", "q", 1, 8192, 4096, 4096, rank, rank) for rank in RANKS]
     else:
-        tokens = (8192,) if name == "llama3-8b" else (8192, 2048, 512)
+        tokens = (8192,) if name == "llama3-8b" else TOKENS_OF_COUNTS
         cases = [case for t in tokens for case in model_cases("llama3-8b", t)]
     return LayerPreset(cases, 8192)

@@ -176,6 +176,7 @@ class CABR(AdapterState):
             config.norm_save,
             own["columns"],
             self._rounding_seed,
+            config.share_inputs,
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:

@@ -55,6 +55,9 @@ class AdapterConfig:
             under a thousandth of the weight are not lost; not with ``norm="activation"``, nor with
             dropout. It costs a pass over W in every forward, as ``norm="weight"`` does
             (docs/norms.md), and does nothing where fp32 is computed in.
+        share_inputs: whether layers that are given the same tensor (q, k and v; gate and up) add up
+            its gradient in place, and under autocast cast it once: less to move and to save,
+            nothing else (docs/kernels.md).
         dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.
         restrain: the released code's suppression of the most important output channels.
         restrain_percent: share of small gains above which it acts.
@@ -95,6 +98,7 @@ class AdapterConfig:
     fold_every: int = 0
     train_bias: bool = False
     stochastic_rounding: bool = False
+    share_inputs: bool = False
     dropout: float = 0.0
     restrain: bool = False
     restrain_percent: float = 0.9

@@ -50,6 +50,7 @@ from .ops.common import Call, Step, cast, rounding_seed
 from .ops.lowrank import op as lowrank
 from .ops.project import op as project
 from .ops.weight import op as weight
+from .shared import Total, shared
 
 SPACES: dict[str, ModuleType] = {
     "none": lowrank,
@@ -211,10 +212,13 @@ def additive_product(
     return q, share
 
 
-def _call(layer: Layer, given: bool, watched: bool, impl: str | None) -> Call:
+def _call(
+    layer: Layer, given: bool, watched: bool, impl: str | None, total: Total | None = None
+) -> Call:
     restrain = layer.restrain
     norm = pack(layer.options, restrain, traced=watched)
-    return Call(layer, norm, None if restrain is None else restrain.important, given, watched, impl)
+    important = None if restrain is None else restrain.important
+    return Call(layer, norm, important, given, watched, impl, total)
 
 
 def _projections(call: Call, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -242,13 +246,16 @@ def _run(
     lead = x.shape[:-1]
     _check(n, lead, layer, a, b, delta_bias, z_scale)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
-    if x.dtype != dtype:
+    total = None
+    if layer.shares_input and not given:
+        x, total = shared(x, dtype)
+    elif x.dtype != dtype:
         x = x.to(dtype)
     if not watched and layer.replaces_product and layer.weight is not None:
         impl = supported(impl, x, layer.weight)
     elif not watched:
         impl = resolve(impl, x)
-    call = _call(layer, given, watched, impl)
+    call = _call(layer, given, watched, impl, total)
     return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
 
 
@@ -330,11 +337,12 @@ class _SecuraLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         # once_differentiable is for a second derivative; it costs the first one 5 µs
-        run = _gradients_once if torch.is_grad_enabled() else _gradients
+        twice = torch.is_grad_enabled()
+        run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
         if is_alone(g):
-            return run(ctx, g)
+            return run(ctx, g, total)
         with alone(g):
-            return run(ctx, g)
+            return run(ctx, g, total)
 
 
 def _output(
@@ -358,14 +366,18 @@ def _output(
     return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
 
 
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of :class:`_SecuraLayer`'s inputs, which autograd casts to their dtypes."""
+def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_SecuraLayer`'s inputs, which autograd casts to their dtypes.
+
+    ∂x goes to ``total``, if there is one.
+    """
     call, needs, shape = ctx.call, ctx.needs_input_grad, ctx.shape
     scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
     wanted = [needs[0], needs[1] or needs[2], needs[3]]
     a, b, *saved = ctx.saved_tensors
     flat, da, db = len(shape) == 2, None, None
-    dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted)
+    so_far = total.so_far() if total is not None else None
+    dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
     if wanted[1]:
         dtype = ctx.u_dtype
         du = project.backward(call, as_dtype(dp, dtype), scale)
@@ -377,7 +389,11 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             da = du if b is None else du @ b.t()
         if needs[2]:
             db = a.t() @ du
-    dx = None if not needs[0] else dx if flat else dx.view(shape)
+    if total is not None:
+        total.keep(dx)
+        dx = None
+    else:
+        dx = None if not needs[0] else dx if flat else dx.view(shape)
     return dx, da, db, dbias if needs[3] else None, None, None
 
 

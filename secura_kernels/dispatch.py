@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -107,20 +108,26 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     Called where nothing watches (:func:`is_watched`), the body runs at once: an operator's way
     through the dispatcher takes the host about as long as all the body's own launches
     (benchmarks/LOG.md). Who has seen to watchers, device, autocast and autograd already calls
-    ``.body``.
+    ``.body``. Parameters of the body that go by name alone are not the operator's, which may not
+    write to its inputs: where one is given, the body runs.
     """
 
     def register(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
-        def run(tensor: Tensor, *args: Any) -> Any:
+        def run(tensor: Tensor, *args: Any, **own: Any) -> Any:
             with torch.no_grad(), alone(tensor):
-                return body(tensor, *args)
+                return body(tensor, *args, **own)
 
+        whole = inspect.signature(body)
+        shown = [of for of in whole.parameters.values() if of.kind is not of.KEYWORD_ONLY]
+        run.__signature__ = whole.replace(parameters=shown)  # type: ignore[attr-defined]
         operator = torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=())
 
         @functools.wraps(body)
-        def call(tensor: Tensor, *args: Any) -> Any:
-            return operator(tensor, *args) if is_watched(tensor, *args) else run(tensor, *args)
+        def call(tensor: Tensor, *args: Any, **own: Tensor | None) -> Any:
+            if all(given is None for given in own.values()) and is_watched(tensor, *args):
+                return operator(tensor, *args)
+            return run(tensor, *args, **own)
 
         call.register_fake = operator.register_fake  # type: ignore[attr-defined]
         call.body = body  # type: ignore[attr-defined]

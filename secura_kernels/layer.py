@@ -35,6 +35,8 @@ class Layer(NamedTuple):
         save: ``activation`` alone: ``"recompute"`` keeps the base's output for the backward pass,
             ``"8bit"`` one byte of 1/M an element.
         columns: ``C [N, m]`` where it is to be read there and not from ``weight``, or None.
+        shares_input: whether x's gradient is added up in place with that of other layers that are
+            given the same x (:mod:`secura_kernels.shared`); where x is not y0.
         rounding_seed: of the stochastic rounding of W' to bf16, in the forward pass and in the
             merge alike; None rounds to nearest. It acts where bf16 is computed in or merged to,
             and needs ``weight``; not in ``activation``, which has no W'.
@@ -54,6 +56,7 @@ class Layer(NamedTuple):
     save: str = "recompute"
     columns: Tensor | None = None
     rounding_seed: int | None = None
+    shares_input: bool = False
 
     @property
     def replaces_product(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..dispatch import absent, as_dtype, wide
 from ..gpu import assumed
 from ..layer import Layer
+from ..shared import Total
 
 Saved = Sequence[Tensor | None]
 """What a space keeps for its backward pass."""
@@ -26,6 +27,7 @@ class Call(NamedTuple):
         given: whether x is the base's output y0, bias included, rather than its input.
         watched: whether ops go through torch's dispatcher, for a compiler or a mode to see.
         impl: of :func:`secura_kernels.dispatch.resolve`.
+        total: where ∂x is added up that other layers have a part in, or None.
     """
 
     layer: Layer
@@ -34,6 +36,7 @@ class Call(NamedTuple):
     given: bool
     watched: bool
     impl: str | None
+    total: Total | None = None
 
 
 class Step(NamedTuple):

@@ -45,6 +45,19 @@ def test_operators_read_their_inputs_and_write_their_outputs():
     }
 
 
+@pytest.mark.parametrize("space", counts.SPACES)
+def test_sums_of_one_inputs_gradient(space):
+    """Two additions for three layers, and with ∂x in place none: a [T, K] read for each instead."""
+    given = [case(512, n, 1024) for n in (1024, 512, 512)]
+    apart, _ = counts.ours(space)(*given)
+    together, _ = counts.ours(space, shares=True)(*given)
+    sums = [sum(of.name in ("add", "add_") for of in found) for found in (apart, together)]
+    assert sums == [2, 0]
+    size = 512 * 1024 * 2
+    moved = [sum(of.cost.bytes for of in found) for found in (apart, together)]
+    assert moved[0] - moved[1] == pytest.approx(2 * (3 - 1) * size)
+
+
 @pytest.mark.parametrize("keeps", ["never", "always"])
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_the_plan_is_what_is_launched(space, keeps):

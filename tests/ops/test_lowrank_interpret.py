@@ -191,3 +191,26 @@ def test_the_output_has_the_strides_that_compilers_are_told():
     y0 = example.x.t().contiguous().t()
     for impl in ("triton", "reference"):
         assert example._replace(x=y0).output(impl).stride() == (16, 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "way"),
+    [("none", "weight"), ("none", "output"), ("none", "h")]
+    + [(norm, "weight") for norm in ("channel", "activation", "weight")],
+)
+def test_parts_of_one_gradient(norm, way, monkeypatch):
+    """Two layers on one x, the second's part of ∂x added to the first's in place."""
+    forced(monkeypatch, way)
+    cases = [case_of((9, n, 11, 4), NormOptions(norm)) for n in (13, 5)]
+    drawn = [case.draw(seed=seed) for seed, case in enumerate(cases)]
+
+    def gradient(shares):
+        leaf = drawn[0].x.clone().requires_grad_()
+        x = leaf * 1
+        outs = [
+            one._replace(x=x, layer=one.layer._replace(shares_input=shares)).output("triton")
+            for one in drawn
+        ]
+        return torch.autograd.grad(outs, leaf, [one.grad for one in drawn])[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-5)

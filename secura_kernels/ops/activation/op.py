@@ -53,6 +53,7 @@ from ...norm import (
     restrain_factor,
     unpack,
 )
+from ...shared import added
 from ..common import (
     Call,
     Gradients,
@@ -161,6 +162,8 @@ def activation_backward(
     norm: str,
     needs: list[bool],
     impl: str | None,
+    *,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(∂x, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
 
@@ -175,6 +178,7 @@ def activation_backward(
         norm: of :func:`secura_kernels.norm.pack`.
         needs: which of the three are needed.
         impl: of :func:`secura_kernels.dispatch.resolve`.
+        total: ``[T, K]``, where ∂x is added to in place, or None.
     """
     how = unpack(norm)
     h_alone = needs[0] and weight is not None and _adds_h(g, weight, rows, how)
@@ -188,9 +192,9 @@ def activation_backward(
     elif weight is None:
         dx = first
     elif h_alone:
-        dx = (first @ weight.index_select(0, rows)).addmm_(g, weight)
+        dx = added(total, first, weight.index_select(0, rows)).addmm_(g, weight)
     else:
-        dx = first @ weight
+        dx = added(total, first, weight)
     dtype = wide(g.dtype)
     return dx, absent(g, dtype) if dp is None else dp, absent(g, dtype) if dbias is None else dbias
 
@@ -300,12 +304,16 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (saved, z, weight, layer.rows, *terms, *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
-    """``(∂x or ∂y0, ∂P, ∂δb)``."""
+def backward(
+    call: Call, g: Tensor, saved: Saved, needs: list[bool], total: Tensor | None
+) -> Gradients:
+    """``(∂x or ∂y0, ∂P, ∂δb)``; ``total``, where one is given, is added to and is ∂x."""
     of_gain, z, weight, rows, *terms_and_found = saved
     terms, found = terms_and_found[:4], terms_and_found[4:]
     run = activation_backward if call.watched else activation_backward.body
-    return Gradients(*run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl))
+    return Gradients(
+        *run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl, total=total)
+    )
 
 
 __all__ = ["activation", "activation_backward", "backward", "forward"]

@@ -160,10 +160,12 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (*saved, inverse)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
+def backward(
+    call: Call, g: Tensor, saved: Saved, needs: list[bool], total: Tensor | None
+) -> Gradients:
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    return lowrank.backward(call, g, saved_by_add, needs, inverse)
+    return lowrank.backward(call, g, saved_by_add, needs, total)._replace(row_scale=inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ... import plan
 from ...dispatch import absent, as_dtype, op, resolve, wide
+from ...shared import added
 from ..common import (
     Call,
     Gradients,
@@ -119,9 +120,9 @@ def lowrank(
     if inside is not None:
         bias = None if share is None else (1 - share) * inside
     out.addmm_(z, q.t())
-    for added in (bias, delta_bias):
-        if added is not None:
-            out.add_(added)
+    for term in (bias, delta_bias):
+        if term is not None:
+            out.add_(term)
     return out, z, absent(x)
 
 
@@ -144,13 +145,16 @@ def lowrank_backward(
     z_scale: Tensor | None,
     needs: list[bool],
     impl: str | None,
+    *,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(∂x, ∂Q, ∂δb)``, those not needed empty; ∂Q and ∂δb in fp32 or wider.
 
-    Without ``weight`` ∂y0 stands in ∂x's place.
+    Without ``weight`` ∂y0 stands in ∂x's place. With ``total`` ∂x is that, added to in place.
     """
     dtype = wide(g.dtype)
-    dx = _input_gradient(g, weight, rows, q, share, z_scale, impl) if needs[0] else absent(g)
+    parts = (g, weight, rows, q, share, z_scale)
+    dx = _input_gradient(*parts, impl, total) if needs[0] else absent(g)
     dq = product_wide(g.t(), z) if needs[1] and z is not None else absent(g, dtype)
     return dx, dq, g.sum(0, dtype=dtype) if needs[2] else absent(g, dtype)
 
@@ -171,6 +175,7 @@ def _input_gradient(
     share: Tensor | None,
     z_scale: Tensor | None,
     impl: str | None,
+    total: Tensor | None,
 ) -> Tensor:
     if weight is None:
         return _output_gradient(g, rows, q, share, z_scale, impl)
@@ -178,14 +183,15 @@ def _input_gradient(
     shape = plan.Shape(g.shape[0], n, k, q.shape[1], g.element_size())
     way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
     if way == "output":
-        return _output_gradient(g, rows, q, share, z_scale, impl) @ weight
+        return added(total, _output_gradient(g, rows, q, share, z_scale, impl), weight)
     if way == "h":
         h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
-        return (h @ weight.index_select(0, rows)).addmm_(g, weight)
+        return added(total, h, weight.index_select(0, rows)).addmm_(g, weight)
     if kernels := _kernels(impl, g):
-        return g @ kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
+        fused = kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
+        return added(total, g, fused)
     fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
-    return g @ torch.addmm(fused, q, weight.index_select(0, rows))
+    return added(total, g, torch.addmm(fused, q, weight.index_select(0, rows)))
 
 
 def _output_gradient(
@@ -232,16 +238,16 @@ def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor
 
 
 def backward(
-    call: Call, g: Tensor, saved: Saved, needs: list[bool], row_scale: Tensor | None = None
+    call: Call, g: Tensor, saved: Saved, needs: list[bool], total: Tensor | None
 ) -> Gradients:
-    """``(∂x or ∂y0, ∂Q, ∂δb)``, with what ∂Q's rows are yet to be multiplied by."""
+    """``(∂x or ∂y0, ∂Q, ∂δb)``; ``total``, where one is given, is added to and is ∂x."""
     kept, *saved_by_op = saved
     wanted = needs if kept is None else [False, *needs[1:]]
     run = lowrank_backward if call.watched else lowrank_backward.body
-    dx, dq, dbias = run(g, *saved_by_op, wanted, call.impl)
+    dx, dq, dbias = run(g, *saved_by_op, wanted, call.impl, total=total)
     if kept is not None and needs[0]:
-        dx = g @ kept
-    return Gradients(dx, dq, dbias, row_scale)
+        dx = added(total, g, kept)
+    return Gradients(dx, dq, dbias)
 
 
 __all__ = [

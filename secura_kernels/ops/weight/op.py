@@ -43,6 +43,7 @@ from ...dispatch import absent, op, supported, wide
 from ...norm import (
     unpack,
 )
+from ...shared import added
 from ..common import (
     Call,
     Gradients,
@@ -133,11 +134,14 @@ def weight_backward(
     norm: str,
     needs: list[bool],
     impl: str | None,
+    *,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(∂x, ∂P, ∂δb)``, those not needed empty; ∂P and ∂δb in fp32 or wider.
 
     x may be None where ∂P is not needed; ``found`` is
-    :class:`~secura_kernels.ops.common.Measured` of the forward pass.
+    :class:`~secura_kernels.ops.common.Measured` of the forward pass. With ``total`` ∂x is that,
+    added to in place.
     """
     how, named, (scalars, factor) = unpack(norm), Terms._make(terms), Measured._make(found)
     parts = (scalars, factor if how.restrained else None)
@@ -145,12 +149,14 @@ def weight_backward(
     x = x if needs[1] else None
     if impl == "reference" or supported(impl, g, w) != "triton":
         if needs[0] or x is not None:
-            dx, dp = plain.backward(g, x, plain.Chunks(w, rows, named), parts, how, needs[0])
+            chunks = plain.Chunks(w, rows, named)
+            fused, dp = plain.backward(g, x, chunks, parts, how, needs[0])
+            dx = None if fused is None else added(total, g, fused)
     else:
         kernels = _kernels()
         if needs[0]:
             tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, g.dtype)
-            dx = g @ kernels.fused_weight(tiles, *parts, how, g.dtype)
+            dx = added(total, g, kernels.fused_weight(tiles, *parts, how, g.dtype))
         if x is not None:
             dp = kernels.grad_p(g, x, w, rows, named, parts, how)
     return (
@@ -244,13 +250,17 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     return out, (kept, x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
-def backward(call: Call, g: Tensor, saved: Saved, needs: list[bool]) -> Gradients:
-    """``(∂x, ∂P, ∂δb)``."""
+def backward(
+    call: Call, g: Tensor, saved: Saved, needs: list[bool], total: Tensor | None
+) -> Gradients:
+    """``(∂x, ∂P, ∂δb)``; ``total``, where one is given, is added to and is ∂x."""
     kept, x, w, rows, p, p_base, *found = saved
     run = weight_backward if call.watched else weight_backward.body
     wanted = needs if kept is None else [False, *needs[1:]]
-    dx, *rest = run(g, x, w, rows, [p, p_base, None, None], found, call.norm, wanted, call.impl)
-    return Gradients(g @ kept if kept is not None and needs[0] else dx, *rest)
+    dx, *rest = run(
+        g, x, w, rows, [p, p_base, None, None], found, call.norm, wanted, call.impl, total=total
+    )
+    return Gradients(added(total, g, kept) if kept is not None and needs[0] else dx, *rest)
 
 
 __all__ = [

@@ -156,7 +156,10 @@ def fused(
 def backward(
     g: Tensor, x: Tensor | None, chunks: Chunks, found: Found, norm: Norm, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(∂x, ∂P)`` in plain torch, with one look at the gain for both; ∂P where x is given."""
+    """``(W', of which ∂x is made, ∂P)`` in plain torch, with one look at the gain for both.
+
+    W' where ∂x is needed, ∂P where x is given.
+    """
     scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=g.dtype) if needs_x else None
     dps = []
@@ -173,7 +176,7 @@ def backward(
         dp = as_dtype(dps[0] if len(dps) == 1 else torch.cat(dps), wide(g.dtype))
         if factor is not None:
             dp.mul_(factor[:, None])
-    return None if fused is None else g @ fused, dp
+    return fused, dp
 
 
 __all__ = ["Chunks", "Found", "backward", "fused", "measure", "rows_at_once"]

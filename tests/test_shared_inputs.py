@@ -1,0 +1,234 @@
+"""Layers that are given the same x: the gradient that autograd adds up, added up in place."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny import adapted as adapted_model
+from tiny import gradients as model_gradients
+from tiny import llama, perturb
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from secura import SECURALinear
+from secura_kernels import NormOptions
+from secura_kernels.inspection.layers import Case
+from secura_kernels.shared import Total
+
+SPACES = ("none", "channel", "activation", "weight")
+
+
+def examples(norm, count=3):
+    """Layers of different outputs that take the same x."""
+    cases = [Case(NormOptions(norm), torch.float64, n=9 + of, inner=6) for of in range(count)]
+    return [case.draw(seed=seed) for seed, case in enumerate(cases)]
+
+
+def outputs(layers, x, shares=True):
+    return [
+        one._replace(x=x, layer=one.layer._replace(shares_input=shares)).output() for one in layers
+    ]
+
+
+def gradients(layers, x, shares, used=None, runs=lambda run, x: run(x)):
+    """``[∂x, ∂A, …]`` of the outputs that are used, x being another function's output."""
+    leaf = x.clone().requires_grad_()
+    own = [one._replace(a=one.a.clone().requires_grad_()) for one in layers]
+
+    def loss(x):
+        outs = outputs(own, x, shares)
+        return sum(outs[of].sin().sum() for of in (used or range(len(outs))))
+
+    runs(loss, leaf.tanh()).backward()
+    return [leaf.grad, *(one.a.grad for one in own)]
+
+
+def check_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        if one is None or other is None:
+            assert one is other
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("used", [None, (0,), (2,), (0, 2)])
+@pytest.mark.parametrize("norm", SPACES)
+def test_the_same_gradients(norm, used):
+    """Also where a layer's output is not used, be it the first's, in whose call x was entered."""
+    layers = examples(norm)
+    x = layers[0].x.reshape(1, *layers[0].x.shape)
+    check_equal(gradients(layers, x, True, used), gradients(layers, x, False, used))
+
+
+@pytest.mark.parametrize("keeps", ["always", "never"])
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+def test_the_same_with_the_weight_kept(norm, keeps, monkeypatch):
+    monkeypatch.setenv("SECURA_KEEP_WEIGHT", keeps)
+    layers = examples(norm)
+    check_equal(gradients(layers, layers[0].x, True), gradients(layers, layers[0].x, False))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("norm", SPACES)
+def test_the_same_under_checkpointing(norm, reentrant):
+    layers = examples(norm)
+    expected = gradients(layers, layers[0].x, False)
+
+    def runs(run, x):
+        return checkpoint(lambda x: run(x * 1), x, use_reentrant=reentrant)
+
+    check_equal(gradients(layers, layers[0].x, True, runs=runs), expected)
+    within = gradients(
+        layers, layers[0].x, True, runs=lambda run, x: checkpoint(run, x, use_reentrant=reentrant)
+    )
+    check_equal(within, expected)
+
+
+@pytest.mark.parametrize("norm", SPACES)
+def test_one_sum_written_once_by_each(norm, monkeypatch):
+    """Three layers, three parts of one tensor, and of autograd's own sums none."""
+    parts = []
+    keep = Total.keep
+    monkeypatch.setattr(Total, "keep", lambda own, dx: (parts.append(dx), keep(own, dx)))
+    layers = examples(norm)
+    gradients(layers, layers[0].x, True)
+    assert len(parts) == 3 and len({part.data_ptr() for part in parts}) == 1
+    gradients(layers, layers[0].x, False)
+    assert len(parts) == 3
+
+
+def test_a_pass_that_did_not_ask_for_it_leaves_nothing_behind():
+    layers = examples("none")
+    leaf = layers[0].x.clone().requires_grad_()
+    own = [one._replace(a=one.a.clone().requires_grad_()) for one in layers]
+    loss = sum(out.sum() for out in outputs(own, leaf * 1))
+    torch.autograd.grad(loss, [one.a for one in own], retain_graph=True)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], first, rtol=0, atol=0)
+    (expected,) = torch.autograd.grad(sum(o.sum() for o in outputs(own, leaf * 1, False)), leaf)
+    torch.testing.assert_close(first, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_what_was_written_to_is_another_input():
+    layers = examples("none", 2)
+
+    def run(shares):
+        leaf = layers[0].x.clone().requires_grad_()
+        x = leaf * 1
+        first = outputs(layers[:1], x, shares)[0]
+        second = outputs(layers[1:], x.mul_(2), shares)[0]
+        return torch.autograd.grad(first.sum() + second.sum(), leaf)[0]
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-13)
+
+
+def test_writing_to_it_afterwards_is_an_error():
+    """Where a layer saves x, it is x's own version that autograd looks at."""
+    layers = examples("weight", 2)
+    x = layers[0].x.clone().requires_grad_() * 1
+    outs = [one._replace(a=one.a.requires_grad_()) for one in layers]
+    loss = sum(out.sum() for out in outputs(outs, x))
+    x.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("is_leaf", [False, True])
+def test_an_input_is_freed(is_leaf):
+    """Nothing but the caller keeps it, in spaces that save neither x nor y0."""
+    layers = examples("none", 2)
+    x = layers[0].x.clone().requires_grad_()
+    x = x if is_leaf else x * 1
+    outs, seen = outputs(layers, x), weakref.ref(x)
+    gc.disable()
+    try:
+        if is_leaf:
+            sum(out.sum() for out in outs).backward()
+            del outs
+        del x
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_a_second_derivative_is_an_error():
+    layers = examples("none", 2)
+    leaf = layers[0].x.clone().requires_grad_()
+    loss = sum(out.square().sum() for out in outputs(layers, leaf * 1))
+    (dx,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def adapted(shares, norm="weight", count=3):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(
+        SECURALinear.from_linear(nn.Linear(24, 16), r=4, norm=norm, share_inputs=shares)
+        for _ in range(count)
+    )
+    for layer in layers:
+        nn.init.normal_(layer.B)
+    return layers
+
+
+def test_autocast_casts_once_and_saves_one_tensor():
+    saved, found = {}, {}
+    for shares in (False, True):
+        kept = set()
+
+        def pack(tensor, kept=kept):
+            if tensor.shape == (5, 24) and tensor.dtype == torch.bfloat16:
+                kept.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        layers, leaf = adapted(shares), torch.linspace(-1, 1, 120).view(5, 24).requires_grad_()
+        x = leaf * 1
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            loss = sum(layer(x).float().square().mean() for layer in layers)
+        saved[shares] = len(kept)
+        loss.backward()
+        found[shares] = leaf.grad
+    assert saved == {False: 3, True: 1}
+    assert found[True].dtype == torch.float32
+    torch.testing.assert_close(found[True], found[False], rtol=2e-2, atol=2e-3)
+
+
+def test_a_hook_on_a_layer_sees_its_own_part():
+    layers, leaf = adapted(True), torch.randn(5, 24).requires_grad_()
+    seen = {}
+    layers[1].register_full_backward_hook(lambda module, given, out: seen.update(dx=given[0]))
+    sum(layer(x).sum() for x in [leaf * 1] for layer in layers).backward()
+    alone = leaf.detach().clone().requires_grad_()
+    layers[1](alone * 1).sum().backward()
+    torch.testing.assert_close(seen["dx"], alone.grad)
+    whole = leaf.detach().clone().requires_grad_()
+    sum(layer(whole) @ torch.ones(16, 1) for layer in adapted(False)).sum().backward()
+    torch.testing.assert_close(leaf.grad, whole.grad)
+
+
+@pytest.mark.parametrize("norm", SPACES)
+def test_a_model_trains_the_same(norm):
+    found = []
+    for shares in (False, True):
+        model = adapted_model(llama(), norm=norm, share_inputs=shares)
+        perturb(model)
+        found.append(model_gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_compiler_is_left_to_it():
+    layers = adapted(True, "none", 2)
+    whole = torch.compile(
+        lambda x: sum(layer(x).sum() for layer in layers), backend="aot_eager", fullgraph=True
+    )
+    leaf = torch.randn(5, 24).requires_grad_()
+    whole(leaf * 1).backward()
+    plain = leaf.detach().clone().requires_grad_()
+    sum(layer(x).sum() for x in [plain * 1] for layer in layers).backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
