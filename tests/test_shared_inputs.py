@@ -110,6 +110,31 @@ def test_a_pass_that_did_not_ask_for_it_leaves_nothing_behind():
     torch.testing.assert_close(first, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_the_sum_is_not_kept_longer_than_its_pass(monkeypatch):
+    layers, sums = examples("none"), []
+    keep = Total.keep
+    monkeypatch.setattr(
+        Total, "keep", lambda own, dx: (sums.append(weakref.ref(dx)), keep(own, dx))
+    )
+    leaf = layers[0].x.clone().requires_grad_()
+    loss = sum(out.sum() for out in outputs(layers, leaf * 1))
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert len(sums) == 3 and all(one() is None for one in sums)
+
+
+def test_in_another_dtype_it_is_another_input():
+    layers, leaf = adapted(True, "none", 2), torch.randn(5, 24).requires_grad_()
+    x = leaf * 1
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layers[0](x)
+    exact = layers[1](x)
+    assert (low.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(exact, adapted(False, "none", 2)[1](x))
+    (low.float().sum() + exact.sum()).backward()
+    parts = [torch.autograd.grad(layer(x).sum(), x)[0] for layer in adapted(False, "none", 2)]
+    torch.testing.assert_close(leaf.grad, sum(parts), rtol=2e-2, atol=2e-2)
+
+
 def test_what_was_written_to_is_another_input():
     layers = examples("none", 2)
 
