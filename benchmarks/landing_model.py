@@ -129,6 +129,7 @@ def loss(model: Any, ids: Tensor) -> float:
     return fmean(losses)
 
 
+@torch.no_grad()
 def changes(model: Any) -> Iterator[float]:
     """‖ΔW‖ / ‖W‖ of each adapted layer."""
     for layer in model.modules():
