@@ -182,6 +182,7 @@ def test_help_and_unknown_commands(capfd, monkeypatch):
     assert main(["train", "--help"]) == 0
     listing = capfd.readouterr().out
     assert all(f"--{flag}" in listing for flag in ("inner_r", "norm_form", "learning_rate"))
+    assert "`" not in listing and ":func:" not in listing
 
 
 def test_a_missing_package_names_the_extra(base, data, tmp_path, capfd, monkeypatch):
