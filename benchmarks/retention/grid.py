@@ -124,6 +124,15 @@ _CONFIRMED: Tried = {
     "anchored-self": (1e-3, 5e-4),
     BEST.replace("-self", "-text"): BEST_RATES[:2],
 }
+# In sequence: replay stores data, the anchor 2 m² numbers a layer, and nothing keeps plain LoRA.
+_DECIDING = {"lora": 3e-3, BEST: BEST_RATES[0], "er": 3e-3}
+_BESIDE = {
+    "ewc": 3e-3,
+    "cur-lora": 5e-4,
+    "i-lora": 3e-3,
+    "secura-weight": 3e-4,
+    "secura-weight@norm_reference=pretrained": 3e-4,
+}
 _SEEDS = (0, 1, 2, 3, 4)
 _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 
@@ -169,20 +178,9 @@ STAGES: dict[str, Stage] = {
     "sequence": Stage(
         "Four tasks in turn, each method at its rate of equal learning of the first",
         Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0),
-        in_sequence(
-            {
-                "lora": 3e-3,
-                BEST: BEST_RATES[0],
-                "er": 3e-3,
-                "ewc": 3e-3,
-                "cur-lora": 5e-4,
-                "i-lora": 3e-3,
-                "secura-weight": 3e-4,
-                "secura-weight@norm_reference=pretrained": 3e-4,
-            },
-            "mlp",
-            (0, 1, 2),
-            64,
+        (
+            *in_sequence(_DECIDING, "mlp", (2, 3, 4, 0, 1), 64),
+            *in_sequence(_BESIDE, "mlp", (2, 0, 1), 64),
         ),
     ),
 }
