@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from secura_kernels import NormOptions
+from secura_kernels.held import Held
 from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import TARGETS, record
 from secura_kernels.plan import CHIPS
@@ -44,10 +45,11 @@ Count = Callable[..., tuple[list[Launch], int]]
 """The launches of layers that are given one tensor, and how many of them are the forward's."""
 
 
-def ours(space: str, keep: str = "never", shares: bool = False) -> Count:
+def ours(space: str, keep: str = "never", shares: bool = False, holds: bool = False) -> Count:
     """What counts SECURA layers of bf16 in one norm space, of core A B.
 
-    ``keep`` is for their W'; with ``shares`` ∂x is added up in place.
+    ``keep`` is for their W'; with ``shares`` ∂x is added up in place; with ``holds`` it is a
+    micro-batch between the first of an optimizer step and the last.
     """
     options = NormOptions(space)
 
@@ -56,13 +58,14 @@ def ours(space: str, keep: str = "never", shares: bool = False) -> Count:
         plain = Case(options, torch.bfloat16, *sizes, biased=False, trains_bias=False)
         with record(TARGETS["sm_90"]):
             example = plain.draw("meta")
-        layer = example.layer._replace(shares_input=shares)
+        held = Held(lambda: False) if holds else None
+        layer = example.layer._replace(shares_input=shares, held=held)
         leaves = [t.requires_grad_() for t in (example.a, example.b) if t is not None]
         return lambda x: example._replace(x=x, layer=layer).output("triton"), leaves
 
     def count(*cases: LayerCase) -> tuple[list[Launch], int]:
         with patch.dict(os.environ, SECURA_KEEP_WEIGHT=keep):
-            return _count(build, cases)
+            return _count(build, cases, warm=holds)
 
     return count
 
@@ -85,15 +88,19 @@ def _empty(*shape: int) -> Tensor:
 def _count(
     build: Callable[[LayerCase], tuple[Callable[[Tensor], Tensor], list[Tensor]]],
     cases: tuple[LayerCase, ...],
+    warm: bool = False,
 ) -> tuple[list[Launch], int]:
     made = [build(case) for case in cases]
     leaf = _empty(cases[0].T, cases[0].K).requires_grad_()
     x = leaf.view_as(leaf)  # a layer's input is another's output
     leaves = [leaf, *(one for _, own in made for one in own)]
+    grads = [_empty(case.T, case.N) for case in cases]
     with counting() as launches:
-        outs = [layer(x) for layer, _ in made]
-        first = len(launches)
-        torch.autograd.grad(outs, leaves, [_empty(case.T, case.N) for case in cases])
+        for _ in range(1 + warm):
+            launches.clear()
+            outs = [layer(x) for layer, _ in made]
+            first = len(launches)
+            torch.autograd.grad(outs, leaves, grads, allow_unused=warm)
     return launches, first
 
 
@@ -113,10 +120,12 @@ def figures(launches: list[Launch], first: int) -> dict[str, float]:
 def count_together(model: str, tokens: Sequence[int]) -> list[Row]:
     """A block's layers, those that are given one tensor together, inputs shared and not."""
     counters = {f"secura {space}": ours(space) for space in SPACES}
-    counters |= {f"secura {space}, ∂x in place": ours(space, shares=True) for space in SPACES}
-    counters |= {
-        f"secura {space}, ∂x in place, W' kept": ours(space, "always", True) for space in KEEPERS
-    }
+    for keep, kept, spaces in (("never", "", SPACES), ("always", ", W' kept", KEEPERS)):
+        counters |= {
+            f"secura {space}, ∂x in place{kept}{held}": ours(space, keep, True, bool(held))
+            for space in spaces
+            for held in ("", ", ∂P held")
+        }
     counters |= {name: rival(name) for name in RIVALS if "dora" not in name}
     rows = []
     for t in tokens:

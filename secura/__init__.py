@@ -1,6 +1,6 @@
 """SECURA: fine-tuning with a CUR adapter and a norm that holds important weights back.
 
-Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, ``FoldCallback``,
+Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, the callbacks,
 ``export_lora`` and ``from_pretrained``, which load PEFT and transformers, need torch alone.
 """
 
@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .accumulation import accumulate
     from .anchoring import AnchorReport, anchor, unanchor
-    from .callbacks import FoldCallback
+    from .callbacks import AccumulateCallback, FoldCallback
     from .config import AdapterConfig
     from .export import export_lora
     from .folding import fold
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AccumulateCallback": "secura.callbacks",
     "AdapterConfig": "secura.config",
     "AnchorReport": "secura.anchoring",
     "FoldCallback": "secura.callbacks",
     "SECURALinear": "secura.linear",
     "SecuraConfig": "secura.tuner",
     "SecuraModel": "secura.tuner",
+    "accumulate": "secura.accumulation",
     "anchor": "secura.anchoring",
     "export_lora": "secura.export",
     "fold": "secura.folding",
@@ -46,12 +49,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AccumulateCallback",
     "AdapterConfig",
     "AnchorReport",
     "FoldCallback",
     "SECURALinear",
     "SecuraConfig",
     "SecuraModel",
+    "accumulate",
     "anchor",
     "export_lora",
     "fold",

@@ -19,6 +19,7 @@ from secura_kernels import (
 )
 from secura_kernels.api import additive_product
 from secura_kernels.cur import check_fits
+from secura_kernels.held import Held
 from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
@@ -67,6 +68,7 @@ class CABR(AdapterState):
     here: Tensor | None
     r_here: Tensor | None
     wants_whole = False
+    held: Held | None = None
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class CABR(AdapterState):
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
         self._refresh(base)
-        layer, mask = self._layer(base, weight), None
+        layer, mask = self._layer(base, weight, self.held and self._holding()), None
         if self.training and self.config.dropout:
             mask = self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
@@ -146,7 +148,8 @@ class CABR(AdapterState):
         weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.replaces_product:
             y0 = bases.product(base, x, self.name) if y0 is None else y0
-            return secura_add(y0, self._layer(base, weight), *self.factors(), **trained)
+            layer = self._layer(base, weight, self.held and self._holding())
+            return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):
                 raise ValueError(
@@ -155,9 +158,19 @@ class CABR(AdapterState):
                 )
             x = x.to(dense.device)
         weight = bases.weight(base, values=False)
-        return secura_linear(x, self._layer(base, weight), *self.factors(), **trained)
+        layer = self._layer(base, weight, self.held and self._holding())
+        return secura_linear(x, layer, *self.factors(), **trained)
 
-    def _layer(self, base: nn.Module, weight: Tensor | None) -> Layer:
+    def _holding(self) -> Held | None:
+        """What is held over micro-batches, in a pass that a backward pass may follow."""
+        held = self.held
+        if held is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        tensors = (self.A, self.B, self.U, self.core)
+        versions = (0 if one.is_inference() else one._version for one in tensors if one is not None)
+        return held.of((self.scaling, *versions))
+
+    def _layer(self, base: nn.Module, weight: Tensor | None, held: Held | None = None) -> Layer:
         """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""
         config = self.config
         own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
@@ -177,6 +190,7 @@ class CABR(AdapterState):
             own["columns"],
             self._rounding_seed,
             config.share_inputs,
+            held,
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._extras import require
+from .accumulation import accumulate
 from .folding import check_foldable, fold, fold_periods, secura_layers
 
 TrainerCallback = require("transformers", "train").TrainerCallback
@@ -59,6 +61,35 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             self.on_train_begin(args, state, control, model)
         if self._period and state.global_step % self._period == 0:
             fold(model)
+
+
+class AccumulateCallback(TrainerCallback):  # type: ignore[misc, valid-type]
+    """Finish the adapters' gradients once an optimizer step: :func:`secura.accumulate`.
+
+    For ``gradient_accumulation_steps`` above 1.
+
+    Example:
+        >>> Trainer(model, callbacks=[AccumulateCallback()], ...)
+
+    Raises:
+        ValueError: when training begins, for a model with no SECURA layer.
+    """
+
+    def __init__(self) -> None:
+        self._within = ExitStack()
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Hold gradients from here on, to the backward passes that accelerate calls the last."""
+        assert model is not None
+        gradients = require("accelerate.state", "train").GradientState()
+        self._within = ExitStack()
+        self._within.enter_context(accumulate(model, lambda: gradients.sync_gradients))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold none any more."""
+        self._within.close()
 
 
 class DivergedError(RuntimeError):
@@ -171,6 +202,7 @@ def _largest(tensors: list[Tensor]) -> Tensor:
 
 
 __all__ = [
+    "AccumulateCallback",
     "DivergedError",
     "FinishedCallback",
     "FinishedError",

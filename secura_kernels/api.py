@@ -357,7 +357,13 @@ def _output(
     """The output of :class:`_SecuraLayer`, autocast off; keeps in ``ctx`` what backward needs."""
     shape, needs = x.shape, ctx.needs_input_grad
     flat = len(shape) == 2
-    u, u_base = cores(call.layer, a, b)
+    held = call.layer.held
+    known = None if held is None else held.get("U")
+    if known is None:
+        known = cores(call.layer, a, b)
+        if held is not None:
+            held.put("U", known)
+    u, u_base = known
     scale = None if z_scale is None else _flat(z_scale)
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs[1] or needs[2])
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
@@ -378,7 +384,9 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     flat, da, db = len(shape) == 2, None, None
     so_far = total.so_far() if total is not None else None
     dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
-    if wanted[1]:
+    if wanted[1] and call.layer.held is not None:
+        dp = call.layer.held.add(dp)
+    if wanted[1] and dp is not None:
         dtype = ctx.u_dtype
         du = project.backward(call, as_dtype(dp, dtype), scale)
         if scaling != 1:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .dispatch import as_dtype, wide, without_autocast
+from .held import Held
 from .norm import NormOptions, Restrain
 
 
@@ -37,6 +38,8 @@ class Layer(NamedTuple):
         columns: ``C [N, m]`` where it is to be read there and not from ``weight``, or None.
         shares_input: whether x's gradient is added up in place with that of other layers that are
             given the same x (:mod:`secura_kernels.shared`); where x is not y0.
+        held: what the layer holds over the micro-batches of an optimizer step, or None; for forward
+            passes that a backward pass follows.
         rounding_seed: of the stochastic rounding of W' to bf16, in the forward pass and in the
             merge alike; None rounds to nearest. It acts where bf16 is computed in or merged to,
             and needs ``weight``; not in ``activation``, which has no W'.
@@ -57,6 +60,7 @@ class Layer(NamedTuple):
     columns: Tensor | None = None
     rounding_seed: int | None = None
     shares_input: bool = False
+    held: Held | None = None
 
     @property
     def replaces_product(self) -> bool:

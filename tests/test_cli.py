@@ -38,6 +38,18 @@ def test_resuming_equals_an_uninterrupted_run(trained, base, data, tmp_path, cap
         assert torch.equal(tensor, got[name]), name
 
 
+def test_micro_batches_whose_gradients_are_held(trained, base, data, tmp_path):
+    """The same rows a step, in two backward passes: the same adapter but for rounding."""
+    output, micro = tmp_path / "held", ("--per_device_train_batch_size", 2)
+    more = ("--gradient_accumulation_steps", 2, "--hold_gradients", "--share_inputs")
+    assert main(train_flags(base, data, output, *micro, *more)) == 0
+    found, expected = (load_file(at / "adapter_model.safetensors") for at in (output, trained))
+    trains = [name for name in expected if name.endswith((".A", ".B"))]
+    assert trains
+    for name in trains:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-3)
+
+
 def test_evaluation_folding_and_a_config_file(base, data, tmp_path):
     output, config = tmp_path / "out", tmp_path / "config.yaml"
     config.write_text(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("secura_kernels", "secura", "benchmarks")
 """From the ground up: each may import itself and those before it."""
 
-GROUND = ("_ops", "dispatch", "gpu", "norm", "layer", "cur", "plan", "shared")
+GROUND = ("_ops", "dispatch", "gpu", "norm", "layer", "cur", "plan", "shared", "held")
 """Modules of ``secura_kernels`` that the ops stand on."""
 
 SPACES = {

@@ -57,7 +57,7 @@ COMMON_TRAINER_FLAGS = (
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is loaded."""
+    """Which model, how it is loaded, and how its adapters are run."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -78,6 +78,14 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention implementation, such as flash_attention_2."}
+    )
+    hold_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "With --gradient_accumulation_steps, compute what depends on the adapters "
+            "alone once a step, not a micro-batch: less time where batches are small, for some "
+            "memory (secura.accumulate)."
+        },
     )
 
 

@@ -68,7 +68,9 @@ def run(
         eval_dataset=eval_set,
         processing_class=tokenizer,
         peft_config=config,
-        callbacks=callbacks(config, anchor_args.anchor_decay, settings),
+        callbacks=callbacks(
+            config, anchor_args.anchor_decay, settings, holding=model_args.hold_gradients
+        ),
     )
     checks.check_targets(trainer.model, wanted)
     checks.check_lengths(trainer)
@@ -164,17 +166,21 @@ def make_trainer(**kwargs: Any) -> Any:
         raise UserError(one_line(error)) from error
 
 
-def callbacks(config: Any, anchor_decay: float, settings: dict[str, Any]) -> list[Any]:
-    """What runs beside the trainer: decay and fold where they are asked for, then the checks."""
+def callbacks(
+    config: Any, anchor_decay: float, settings: dict[str, Any], *, holding: bool = False
+) -> list[Any]:
+    """What runs beside the trainer: decay, fold and the like where asked for, then the checks."""
     from secura import callbacks as own
     from secura.continual import AnchorDecayCallback
 
     decay = [AnchorDecayCallback(anchor_decay)] if anchor_decay else []
     folding = [own.FoldCallback()] if config.fold_every else []
+    accumulating = [own.AccumulateCallback()] if holding else []
     return [
         own.FinishedCallback(),
         *decay,
         *folding,
+        *accumulating,
         own.FiniteCallback(),
         own.SettingsCallback(**settings),
     ]

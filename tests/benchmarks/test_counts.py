@@ -58,6 +58,16 @@ def test_sums_of_one_inputs_gradient(space):
     assert moved[0] - moved[1] == pytest.approx(2 * (3 - 1) * size)
 
 
+@pytest.mark.parametrize("space", counts.SPACES)
+def test_a_micro_batch_between_others(space):
+    """No column of W is read, nor is a product of A and B made, and ∂P is added to."""
+    found, first = counts.ours(space, holds=True)(case(512, 1024, 4096))
+    plain, before = counts.ours(space)(case(512, 1024, 4096))
+    names = [of.name for of in found]
+    assert not any(name.startswith("_project") for name in names) and "add_" in names
+    assert first <= before - 2 and len(found) - first <= len(plain) - before - 3
+
+
 @pytest.mark.parametrize("keeps", ["never", "always"])
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_the_plan_is_what_is_launched(space, keeps):

@@ -155,7 +155,13 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     wide_u, dtype = step.u.dtype, step.x.dtype
     wanted = dtype if rounding_seed(call.layer, dtype) is None else wide_u
-    q, share, inverse = product(call, *projections(call, step, wide_u), wanted)
+    held = call.layer.held
+    known = None if held is None else held.get(("Q", wanted))
+    if known is None:
+        known = product(call, *projections(call, step, wide_u), wanted)
+        if held is not None:
+            held.put(("Q", wanted), known)
+    q, share, inverse = known
     out, saved = lowrank.add(call, step, q, share)
     return out, (*saved, inverse)
 

@@ -52,7 +52,7 @@ from ..common import (
     rounding_seed,
     summed_bias,
 )
-from ..project.op import projection
+from ..project.op import projections
 from ..weight.op import merged_weight
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -218,7 +218,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
     dtype = step.x.dtype
     wanted = dtype if rounding_seed(call.layer, dtype) is None else step.u.dtype
-    return add(call, step, projection(call, step.u, wanted), None)
+    return add(call, step, projections(call, step, wanted)[0], None)
 
 
 def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor, Saved]:

@@ -87,8 +87,14 @@ def projection(call: Call, u: Tensor, dtype: torch.dtype) -> Tensor:
 
 def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """``(P, P_base or None)`` of a layer in ``dtype``."""
+    held = call.layer.held
+    if held is not None and (known := held.get(("P", dtype))) is not None:
+        return known
     p = projection(call, step.u, dtype)
-    return p, None if step.u_base is None else projection(call, step.u_base, dtype)
+    found = p, None if step.u_base is None else projection(call, step.u_base, dtype)
+    if held is not None:
+        held.put(("P", dtype), found)
+    return found
 
 
 def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:

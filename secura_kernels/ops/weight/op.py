@@ -244,8 +244,17 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
     keep = seed is None and plan.keeps_weight(call.watched)
-    run = weight if call.watched else weight.body
-    out, fused, *found = run(x, *frozen, terms, call.important, call.norm, keep, seed, call.impl)
+    held = layer.held if keep else None
+    known = None if held is None else held.get(("W'", x.dtype))
+    if known is not None:
+        fused, *found = known
+        out = F.linear(x, fused, summed_bias(frozen[1], step.delta_bias, x.dtype))
+    else:
+        run = weight if call.watched else weight.body
+        how = (call.important, call.norm, keep, seed, call.impl)
+        out, fused, *found = run(x, *frozen, terms, *how)
+        if held is not None:
+            held.put(("W'", x.dtype), (fused, *found))
     kept = fused if keep else None
     return out, (kept, x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
 
