@@ -8,7 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 import secura
 from secura import SECURALinear
+from secura_kernels.held import Held
+from secura_kernels.ops.channel import op as channel
 from secura_kernels.ops.project import op as project
+from secura_kernels.ops.weight import op as weight
 
 SPACES = ("none", "channel", "activation", "weight")
 
@@ -87,22 +90,30 @@ def test_a_folded_core_and_an_anchor():
     check_equal(run(anchored, micro, [False, False, True]), expected, rtol=1e-5)
 
 
-def test_once_a_step(monkeypatch):
-    """P and ∂U are made once for three micro-batches, and nothing is held afterwards."""
-    made = {"project": 0, "project_backward": 0}
-    for name in made:
-        body = getattr(project, name).body
+@pytest.mark.parametrize(
+    ("norm", "ops"),
+    [
+        ("none", (project.project, project.project_backward)),
+        ("channel", (project.project, channel.channel, project.project_backward)),
+        ("weight", (project.project, weight.weight, project.project_backward)),
+    ],
+)
+def test_once_a_step(norm, ops, monkeypatch):
+    """P, what is made of it and ∂U are made once for three micro-batches; then nothing is held."""
+    monkeypatch.setenv("SECURA_KEEP_WEIGHT", "always")
+    made = dict.fromkeys(ops, 0)
+    for op in ops:
 
-        def counted(*args, name=name, body=body):
-            made[name] += 1
-            return body(*args)
+        def counted(*args, op=op, body=op.body, **named):
+            made[op] += 1
+            return body(*args, **named)
 
-        monkeypatch.setattr(getattr(project, name), "body", counted)
-    model, micro = layer(), batches()
+        monkeypatch.setattr(op, "body", counted)
+    model, micro = layer(norm), batches()
     run(model, micro, [False, False, True])
-    assert made == {"project": 1, "project_backward": 1}
+    assert set(made.values()) == {1}
     plainly(model, micro)
-    assert made == {"project": 4, "project_backward": 4}
+    assert set(made.values()) == {4}
     assert model.held is None
 
 
@@ -127,16 +138,24 @@ def test_parameters_of_each_step():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_a_pass_without_gradient_reads_the_parameters_as_they_are():
-    """Also where they were written to past their version, as ``p.data`` is."""
+def test_parameters_that_were_written_to():
+    """By their version; and past it, as ``p.data`` is, where only passes without gradient were."""
     model, (x, *_) = layer(), batches()
     with secura.accumulate(model) as accumulation:
-        accumulation.last = True
-        model(x).sum().backward()
-        model.B.data.mul_(3)
+        model(x)
         with torch.no_grad():
-            found = model(x)
-    torch.testing.assert_close(found, model(x), rtol=0, atol=0)
+            model.B.mul_(3)
+        written = model(x)
+        accumulation.last = True
+        written.sum().backward()
+        with torch.no_grad():
+            model(x)
+        model.B.data.mul_(2)
+        again = model(x)
+    model.B.data.div_(2)
+    torch.testing.assert_close(written, model(x), rtol=0, atol=0)
+    model.B.data.mul_(2)
+    torch.testing.assert_close(again, model(x), rtol=0, atol=0)
 
 
 def test_a_gradient_that_is_not_finished_is_an_error():
@@ -173,9 +192,14 @@ def test_a_model_without_an_adapter():
 
 @pytest.mark.parametrize("steps", [5, 2])
 @pytest.mark.parametrize("norm", ["none", "channel"])
-def test_a_trainer(norm, steps, tmp_path):
+def test_a_trainer(norm, steps, tmp_path, monkeypatch):
     """With clipping, and an epoch's last step of fewer micro-batches than the others."""
     from transformers import Trainer, TrainingArguments
+
+    finished, add = [], Held.add
+    monkeypatch.setattr(
+        Held, "add", lambda own, dp: (finished.append(add(own, dp)), finished[-1])[1]
+    )
 
     rows = [{"input_ids": row, "labels": row} for row in tokens(7)]
     ends = []
@@ -197,6 +221,8 @@ def test_a_trainer(norm, steps, tmp_path):
         trainer.train()
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
         assert all(part.held is None for part in model.modules() if hasattr(part, "held"))
+    lasts = 2 * -(-7 // steps)  # two epochs
+    assert sum(dp is not None for dp in finished) * 2 * 7 == lasts * len(finished)
     before = adapted(llama(), norm=norm).state_dict()
     for name, value in ends[0].items():
         assert (value - before[name]).abs().max() > 1e-3
