@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secura_kernels.held import Held
+
 from . import graphs, measure, oracle
 from .registry import Provider, Ranks, catalogue, choose, frozen_linear, work
 from .schema import Result, Row
@@ -62,12 +64,15 @@ class Runner:
     def __init__(self, provider: Provider, problem: Problem) -> None:
         case, weight = problem.case, problem.weight
         self.problem, self.provider = problem, provider
-        self.layer = layer = provider.build(frozen_linear(weight), Ranks(case.m, case.r))
+        layer: Any = provider.build(frozen_linear(weight), Ranks(case.m, case.r))
+        self.layer = layer
         oracle.randomise(layer, weight)
         with provider.running():
             found = oracle.errors(layer, weight, None, problem.x, problem.grad)
             oracle.check(found, problem.dtype)
             self.figures: dict[str, Any] = {f"error_{name}": of for name, of in found.items()}
+            if provider.holds:
+                layer.held = Held(lambda: False)
             self.both()
             self.backward_call()()
             known = [*layer.parameters(), *layer.buffers(), weight]
@@ -114,6 +119,7 @@ class Runner:
 
     def _gradients(self, out: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
         inputs = [self.problem.x, *oracle.trainable(self.layer).values()]
+        kwargs["allow_unused"] = self.provider.holds
         return torch.autograd.grad(out, inputs, self.problem.grad, **kwargs)
 
 

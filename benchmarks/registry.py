@@ -6,6 +6,7 @@
 | ``secura SPACE triton``         | our kernels                                                |
 | ``secura SPACE reference``      | our ops in plain torch                                     |
 | ``secura SPACE compiled``       | the same under ``torch.compile``                           |
+| ``secura SPACE held``           | a micro-batch between a step's first and last, by ``auto`` |
 | ``released way``                | the released code's algorithm, written by us               |
 | ``peft lora DTYPE``, ``… dora`` | as installed; DTYPE is the adapters', fp32 PEFT's default  |
 | ``strong lora``, ``… dora``     | hand-written rivals, see ``rivals``                        |
@@ -20,7 +21,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Provider:
         make: the layer from the frozen one; raises :class:`MissingError`.
         impl: ``SECURA_IMPL`` while it runs, or None.
         compiled: whether it runs under ``torch.compile``.
+        holds: whether it is timed as a micro-batch between others (:mod:`secura_kernels.held`).
     """
 
     name: str
@@ -70,6 +72,7 @@ class Provider:
     make: Callable[[nn.Linear, Ranks], nn.Module]
     impl: str | None = None
     compiled: bool = False
+    holds: bool = False
 
     def build(self, base: nn.Linear, ranks: Ranks) -> nn.Module:
         """The adapted layer in training mode, sharing ``base``'s weight.
@@ -105,6 +108,7 @@ def catalogue(dtype: torch.dtype, *, dropout: bool = True) -> list[Provider]:
         providers += [secura(space, impl) for impl in ("triton", "reference")]
         plain, name = secura(space, "reference"), f"secura {space} compiled"
         providers.append(Provider(name, plain.family, plain.make, plain.impl, compiled=True))
+        providers.append(replace(secura(space, "auto", f"secura {space} held"), holds=True))
     providers.append(
         Provider("released way", "released", lambda base, ranks: ReleasedWay(base, ranks.m))
     )
