@@ -35,7 +35,8 @@ class Stack:
         if stored is None or dense_weight(self) is None:
             raise ValueError(
                 f"{name} is no parameter of floating numbers in {type(owner).__name__}: quantised "
-                "or parametrised experts are not adapted; load the model in full precision"
+                "or parametrised experts are not adapted; load the model in full precision (MXFP4 "
+                "with quantization_config=Mxfp4Config(dequantize=True))"
             )
         if stored.dim() not in (2, 3) or not stored.numel():
             raise ValueError(
@@ -74,10 +75,31 @@ def check_linear(base: nn.Module) -> None:
     """Raise ``TypeError`` unless ``base`` is a linear layer SECURA can adapt."""
     if isinstance(base, nn.Linear) or is_conv1d(base) or _dequantizer(base) is not None:
         return
+    if is_packed(base):
+        raise TypeError(
+            f"{type(base).__name__} is a quantised layer that cannot be dequantised here, so its "
+            "rows and columns cannot be read: load the model in full precision, or quantised by "
+            "bitsandbytes, torchao or HQQ, or leave this layer out with exclude_modules"
+        )
     raise TypeError(
         f"{type(base).__name__} is no linear layer: SECURA adapts torch.nn.Linear, transformers' "
         "Conv1D and quantised linear layers that can be dequantised; name such layers in "
         "target_modules"
+    )
+
+
+def is_packed(base: Any) -> bool:
+    """Whether ``base`` is a linear layer of a class of its own that holds integers or 8-bit floats.
+
+    Such are the layers of GPTQ, AWQ and HQQ.
+    """
+    sizes = (getattr(base, name, None) for name in ("in_features", "out_features"))
+    if isinstance(base, nn.Linear) or not all(isinstance(size, int) for size in sizes):
+        return False
+    stored = [*base._parameters.values(), *base._buffers.values()]
+    return any(
+        one is not None and one.dim() > 1 and (not one.is_floating_point() or one.itemsize < 2)
+        for one in stored
     )
 
 
@@ -403,6 +425,7 @@ __all__ = [
     "is_conv1d",
     "is_dtensor",
     "is_elsewhere",
+    "is_packed",
     "is_split",
     "is_transposed",
     "make_writable",

@@ -19,6 +19,7 @@ from . import saved
 from .config import SecuraConfig, without_wrappers
 from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
+from .overlooked import refuse_overlooked
 from .several import BASE
 
 
@@ -48,8 +49,8 @@ class SecuraModel(BaseTuner):
         """Put the adapter on every targeted layer, or on none where one of them refuses it.
 
         Raises:
-            ValueError: for a rank that does not fit, a weight that cannot be decomposed, or a
-                name that is also a tensor's.
+            ValueError: for a rank that does not fit, a weight that cannot be decomposed, a target
+                that PEFT would pass over, or a name that is also a tensor's.
             TypeError: for a target that is no linear layer.
         """
         if adapter_name in CABR.STATE:
@@ -57,6 +58,7 @@ class SecuraModel(BaseTuner):
                 f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
                 f"another than {CABR.STATE}"
             )
+        refuse_overlooked(model, self.peft_config[adapter_name])
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
