@@ -311,7 +311,7 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
         ValueError: where the gradient of ``x`` would be lost in it.
     """
     y0 = base(x)
-    if x.requires_grad and not y0.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
         kind = type(getattr(base, "weight", base)).__name__
         raise ValueError(
             f"{name}: the base layer ({kind}, which rounds its inputs) passes no gradient on to "
@@ -319,6 +319,23 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
             "multiplies by the dequantised weight, or quantise the weights alone"
         )
     return y0
+
+
+def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
+    """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
+    stored = getattr(base, "weight", None)
+    if not y0.requires_grad or not _is_torchao(stored) or torch.compiler.is_compiling():
+        return y0.requires_grad
+    nodes, seen = [y0.grad_fn], {x.grad_fn, None}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "NotImplemented" in node.name():
+            return False
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+    return True
 
 
 def make_writable(base: Any) -> None:
@@ -360,8 +377,8 @@ def _conv1d() -> Any:
 def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
     """What makes the weight ``[N, K]`` of a quantised base; None for any other."""
     stored: Any = getattr(base, "weight", None)
-    if isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize:
-        return stored.dequantize  # torchao's tensors, on a plain nn.Linear
+    if _is_torchao(stored):
+        return stored.dequantize
     if type(base) in (nn.Linear, Stack):
         return None
     if "weight_scale_inv" in base._parameters:
@@ -372,6 +389,11 @@ def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
 
     backend = resolve_quantization_backend(base)
     return None if backend is None else lambda: backend.get_base_weight(base)
+
+
+def _is_torchao(stored: Any) -> bool:
+    """Whether ``stored`` is a tensor of torchao's, the weight of a plain ``nn.Linear``."""
+    return isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize
 
 
 def _dequantized(base: Any) -> Tensor:

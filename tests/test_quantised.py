@@ -214,21 +214,35 @@ def test_a_merged_model_is_loaded_again_as_it_was(folder, tmp_path):
     assert dtypes == {torch.bfloat16}
 
 
+@pytest.fixture(params=["Int8Dynamic", "Float8Dynamic"])
+def dynamic(request, monkeypatch):
+    """A Llama whose layers round their inputs too, with ops that have no derivative."""
+    quantization = pytest.importorskip("torchao.quantization")
+    if request.param == "Int8Dynamic":
+        return torchao(None, "Int8DynamicActivationInt8WeightConfig")
+    # which asks for a GPU, but multiplies on a CPU as well
+    monkeypatch.setattr(quantization.quant_api, "_check_hardware_support", lambda _: None)
+    return torchao(None, "Float8DynamicActivationFloat8WeightConfig")
+
+
 @pytest.mark.parametrize("norm", tiny.NORMS)
-def test_a_base_that_loses_the_gradient_of_its_input_is_refused(norm):
-    """torchao's dynamic int8 rounds its input with ops that have no derivative."""
-    pytest.importorskip("torchao")
-    model = torchao(None, "Int8DynamicActivationInt8WeightConfig")
-    twin = dense_twin(model)
-    everywhere = {"norm": norm, "target_modules": "all-linear"}
-    model, twin = (tiny.adapted(one, **everywhere).train() for one in (model, twin))
-    if norm != "weight":
-        with pytest.raises(ValueError, match=r"proj: the base layer \(Int8Tensor.*no gradient"):
+def test_a_base_that_loses_the_gradient_of_its_input_is_refused(dynamic, norm):
+    """In training; it computes and merges."""
+    twin, everywhere = dense_twin(dynamic), {"norm": norm, "target_modules": "all-linear"}
+    everywhere["merge_dequantized"] = True
+    model, twin = (tiny.adapted(one, **everywhere).train() for one in (dynamic, twin))
+    if norm == "weight":
+        grads, expected = tiny.gradients(model), tiny.gradients(twin)
+        for name, value in grads.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    else:
+        reason = r"proj: the base layer \((Int|Float)8Tensor.*no gradient"
+        with pytest.raises(ValueError, match=reason):
             tiny.gradients(model)
-        return
-    grads, expected = tiny.gradients(model), tiny.gradients(twin)
-    for name, value in grads.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+        assert tiny.logits(model).isfinite().all()
+    if norm != "activation":
+        merged, expected = (one.merge_and_unload().state_dict() for one in (model, twin))
+        tiny.assert_same(merged, expected)
 
 
 @pytest.fixture(scope="module")
