@@ -323,9 +323,10 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
 
 def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
     """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
-    stored = getattr(base, "weight", None)
-    if not y0.requires_grad or not _is_torchao(stored) or torch.compiler.is_compiling():
+    if not y0.requires_grad or torch.compiler.is_compiling():
         return y0.requires_grad
+    if not _is_torchao(getattr(base, "weight", None)):
+        return True
     nodes, seen = [y0.grad_fn], {x.grad_fn, None}
     while nodes:
         node = nodes.pop()
