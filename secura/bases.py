@@ -35,7 +35,8 @@ class Stack:
         if stored is None or dense_weight(self) is None:
             raise ValueError(
                 f"{name} is no parameter of floating numbers in {type(owner).__name__}: quantised "
-                "or parametrised experts are not adapted; load the model in full precision"
+                "or parametrised experts are not adapted; load the model in full precision (MXFP4 "
+                "with quantization_config=Mxfp4Config(dequantize=True))"
             )
         if stored.dim() not in (2, 3) or not stored.numel():
             raise ValueError(
@@ -74,10 +75,31 @@ def check_linear(base: nn.Module) -> None:
     """Raise ``TypeError`` unless ``base`` is a linear layer SECURA can adapt."""
     if isinstance(base, nn.Linear) or is_conv1d(base) or _dequantizer(base) is not None:
         return
+    if is_packed(base):
+        raise TypeError(
+            f"{type(base).__name__} is a quantised layer that cannot be dequantised here, so its "
+            "rows and columns cannot be read: load the model in full precision, or quantised by "
+            "bitsandbytes, torchao or HQQ, or leave this layer out with exclude_modules"
+        )
     raise TypeError(
         f"{type(base).__name__} is no linear layer: SECURA adapts torch.nn.Linear, transformers' "
         "Conv1D and quantised linear layers that can be dequantised; name such layers in "
         "target_modules"
+    )
+
+
+def is_packed(base: Any) -> bool:
+    """Whether ``base`` is a linear layer of a class of its own that holds integers or 8-bit floats.
+
+    Such are the layers of GPTQ, AWQ and HQQ.
+    """
+    sizes = (getattr(base, name, None) for name in ("in_features", "out_features"))
+    if isinstance(base, nn.Linear) or not all(isinstance(size, int) for size in sizes):
+        return False
+    stored = [*base._parameters.values(), *base._buffers.values()]
+    return any(
+        one is not None and one.dim() > 1 and (not one.is_floating_point() or one.itemsize < 2)
+        for one in stored
     )
 
 
@@ -289,7 +311,7 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
         ValueError: where the gradient of ``x`` would be lost in it.
     """
     y0 = base(x)
-    if x.requires_grad and not y0.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
         kind = type(getattr(base, "weight", base)).__name__
         raise ValueError(
             f"{name}: the base layer ({kind}, which rounds its inputs) passes no gradient on to "
@@ -297,6 +319,24 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
             "multiplies by the dequantised weight, or quantise the weights alone"
         )
     return y0
+
+
+def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
+    """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
+    if not y0.requires_grad or torch.compiler.is_compiling():
+        return y0.requires_grad
+    if not _is_torchao(getattr(base, "weight", None)):
+        return True
+    nodes, seen = [y0.grad_fn], {x.grad_fn, None}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "NotImplemented" in node.name():
+            return False
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+    return True
 
 
 def make_writable(base: Any) -> None:
@@ -338,8 +378,8 @@ def _conv1d() -> Any:
 def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
     """What makes the weight ``[N, K]`` of a quantised base; None for any other."""
     stored: Any = getattr(base, "weight", None)
-    if isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize:
-        return stored.dequantize  # torchao's tensors, on a plain nn.Linear
+    if _is_torchao(stored):
+        return stored.dequantize
     if type(base) in (nn.Linear, Stack):
         return None
     if "weight_scale_inv" in base._parameters:
@@ -350,6 +390,11 @@ def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
 
     backend = resolve_quantization_backend(base)
     return None if backend is None else lambda: backend.get_base_weight(base)
+
+
+def _is_torchao(stored: Any) -> bool:
+    """Whether ``stored`` is a tensor of torchao's, the weight of a plain ``nn.Linear``."""
+    return isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize
 
 
 def _dequantized(base: Any) -> Tensor:
@@ -403,6 +448,7 @@ __all__ = [
     "is_conv1d",
     "is_dtensor",
     "is_elsewhere",
+    "is_packed",
     "is_split",
     "is_transposed",
     "make_writable",

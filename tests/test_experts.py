@@ -19,6 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import secura
 from secura import SecuraConfig, anchor, export_lora
@@ -223,6 +224,24 @@ def test_what_experts_do_not_take_is_refused_and_nothing_changed(settings, reaso
         ValueError, match=rf"^model\.layers\.0\.mlp\.experts\.gate_up_proj: {reason}"
     ):
         get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("modules", [None, ["q_proj"]])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_experts_that_stay_in_mxfp4_are_refused_and_nothing_changed(modules, loaded):
+    """Whose weights are bytes, and no parameters any more once transformers' kernels have them."""
+    model = made(gpt_oss)
+    for layer in model.model.layers:
+        layer.mlp.experts = experts = Mxfp4GptOssExperts(model.config)
+        for name in ("gate_up_proj", "down_proj") if loaded else ():
+            setattr(experts, name, (experts._parameters.pop(name),))
+    names = [name for name, _ in model.named_modules()]
+    reason = r"gate_up_proj is no parameter of floating.*Mxfp4Config\(dequantize=True\)"
+    with pytest.raises(
+        ValueError, match=rf"^model\.layers\.0\.mlp\.experts.gate_up_proj: {reason}"
+    ):
+        get_peft_model(model, SecuraConfig(r=4, target_parameters=TARGETS, target_modules=modules))
     assert [name for name, _ in model.named_modules()] == names
 
 

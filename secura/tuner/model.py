@@ -19,6 +19,7 @@ from . import saved
 from .config import SecuraConfig, without_wrappers
 from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
+from .overlooked import refuse_overlooked
 from .several import BASE
 
 
@@ -48,8 +49,8 @@ class SecuraModel(BaseTuner):
         """Put the adapter on every targeted layer, or on none where one of them refuses it.
 
         Raises:
-            ValueError: for a rank that does not fit, a weight that cannot be decomposed, or a
-                name that is also a tensor's.
+            ValueError: for a rank that does not fit, a weight that cannot be decomposed, a target
+                that PEFT would pass over, or a name that is also a tensor's.
             TypeError: for a target that is no linear layer.
         """
         if adapter_name in CABR.STATE:
@@ -57,6 +58,7 @@ class SecuraModel(BaseTuner):
                 f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
                 f"another than {CABR.STATE}"
             )
+        refuse_overlooked(model, self.peft_config[adapter_name])
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -242,12 +244,21 @@ class SecuraModel(BaseTuner):
 
 
 def _keep_dense(model: Any) -> None:
-    """Tell transformers which layers of a quantised model are dense when it is loaded again."""
+    """Have transformers save a merged model so that it finds the same one when it loads it again.
+
+    It is told which layers of a quantised model are dense. One that it dequantised while loading is
+    saved as it is: the way back of that conversion would write names and numbers of the quantised
+    checkpoint, under a config that says nothing of it.
+    """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if hasattr(config, name):
             linears = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear))
             setattr(config, name, [n for n, m in linears if bases.dense_weight(m) is not None])
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    steps = (step for one in conversions for step in getattr(one, "operations", ()))
+    if config is None and any(getattr(step, "hf_quantizer", None) for step in steps):
+        model._weight_conversions = None  # of no checkpoint: its class's own conversions are left
 
 
 def _check_before_loading(module: SecuraModel, state_dict: Any, prefix: str, *unused: Any) -> None:
