@@ -140,7 +140,8 @@ def test_every_figure_is_there(tiny_preset, tmp_path):
     assert result.complete and result.commit == "test" and result.machine["device"] == "cpu"
     assert {"torch", "python", "triton", "peft"} <= result.versions.keys()
     good = [row for row in result.rows if row.status == "ok"]
-    assert {row.provider for row in good} == {"frozen", "strong lora", "secura channel reference"}
+    ours = {"secura channel reference", "secura channel held"}
+    assert {row.provider for row in good} == {"frozen", "strong lora", *ours}
     for row in good:
         assert {"saved_mib", "peak_mib", "error_out", "error_dx"} <= row.figures.keys()
         for phase in layer.PHASES:
