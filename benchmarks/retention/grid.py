@@ -179,8 +179,8 @@ STAGES: dict[str, Stage] = {
         "Four tasks in turn, each method at its rate of equal learning of the first",
         Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0),
         (
-            *in_sequence(_DECIDING, "mlp", (2, 3, 4, 0, 1), 64),
-            *in_sequence(_BESIDE, "mlp", (2, 0, 1), 64),
+            *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
+            *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
         ),
     ),
 }
