@@ -206,6 +206,17 @@ def gap(found, expected):
     return (found - expected).norm() / expected.norm()
 
 
+def test_two_adapters_add_up_as_on_the_dequantised_weight(load):
+    quantised = load()
+    twin = dense_twin(quantised)
+    model, exact = (tiny.adapted(one, norm="none").train() for one in (quantised, twin))
+    for one in (model, exact):
+        one.add_adapter("second", tiny.config(norm="none", seed=1, r=6))
+        tiny.perturb(one, 1, "second")
+        one.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(exact), rtol=0, atol=2e-5)
+
+
 def test_the_gather_route_never_dequantises_in_forward(load, monkeypatch):
     model = tiny.adapted(load(), norm="channel")
 
