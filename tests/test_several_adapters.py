@@ -68,6 +68,28 @@ def test_dropout_of_one_of_two_active_adapters():
     assert torch.equal(tiny.logits(model), tiny.logits(model))
 
 
+def test_active_adapters_add_up_after_a_fold():
+    model = two_adapters()
+    model.base_model.set_adapter(["default", "second"])
+    before = tiny.logits(model)
+    secura.fold(model)
+    assert not any(part.trained.any() for part in tiny.parts(model, "second"))
+    torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_dropout_of_one_of_two_adapters_leaves_the_other_whole():
+    model = tiny.adapted(norm="none", dropout=0.5)
+    model.add_adapter("second", tiny.config(norm="none", seed=1, r=6))
+    tiny.perturb(model, 1, "second")
+    with torch.no_grad():
+        for part in tiny.parts(model):
+            part.B.zero_()
+    model.set_adapter("second")
+    alone = tiny.logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(tiny.logits(model.train()), alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("norm", "second"),
     [("channel", {}), ("weight", {}), ("activation", {}), ("none", {"stochastic_rounding": True})],
@@ -96,6 +118,14 @@ def test_rows_of_one_batch_with_adapters_of_their_own(build, norm):
     got = tiny.logits(model, ids, adapter_names=names)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(tiny.logits(model, ids), alone["second"])  # the next call has no names
+
+
+def test_the_base_runs_once_for_all_rows():
+    model, runs = two_adapters("channel"), []
+    for layer in tiny.layers(model).values():
+        layer.base_layer.register_forward_hook(lambda base, *_: runs.append(base))
+    tiny.logits(model, tiny.tokens(3), adapter_names=["second", "__base__", "default"])
+    assert runs == [layer.base_layer for layer in tiny.layers(model).values()]
 
 
 def test_rows_with_adapters_on_different_layers_and_of_different_norms():

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from secura import anchor, fold
+from secura import anchor, fold, sharding
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,70 @@ def test_layers_merge_one_by_one_into_their_shards(shard):
     for layer in tiny.layers(model).values():
         layer.unmerge()
     assert torch.equal(tiny.logits(model), before)
+
+
+def two_adapters(**second):
+    model = tiny.adapted(norm="none", train_bias=True)
+    model.add_adapter("second", tiny.config(norm="none", r=6, train_bias=True, **second))
+    tiny.perturb(model, 1, "second")
+    return model
+
+
+def test_two_adapters_and_their_biases_merge_into_shards(shard):
+    plain, model = two_adapters(), shard(two_adapters())
+    for one in (plain, model):
+        one.merge_adapter(["default", "second"])
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(plain), rtol=0, atol=1e-5)
+
+
+def test_one_of_two_active_adapters_ran_before_and_kept_its_columns(mesh, shard):
+    plain, model = two_adapters(), two_adapters()
+    for layer in tiny.layers(model).values():
+        fully_shard(layer.base_layer, mesh=mesh)
+    model = shard(model)
+    tiny.logits(model)
+    kept = [[part.columns is None for part in tiny.parts(model, n)] for n in ("default", "second")]
+    assert not any(kept[0]) and all(kept[1])
+    for one in (plain, model):
+        one.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(plain), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_chosen_in_a_forward_that_would_lose_it(shard):
+    with torch.device("meta"):
+        base = tiny.llama()
+    model = shard(tiny.adapted(base)).to_empty(device="cpu")
+    model.base_model.model.model.rotary_emb = tiny.llama().model.rotary_emb
+    with pytest.raises(ValueError, match=r"q_proj: the rows and columns were not chosen yet"):
+        tiny.logits(model)
+
+
+SENT = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+@pytest.mark.parametrize(
+    "names", [(), SENT[:1], SENT[1:], SENT], ids=["neither", "sharded", "sparing", "both"]
+)
+def test_the_first_process_chooses_alone_only_where_the_others_wait(names, mesh, monkeypatch):
+    for name in SENT:
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "true")
+    assert sharding.on_rank_0_alone() == (names == SENT)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_hears_of_a_choice_that_failed(rank, mesh, monkeypatch):
+    def make():
+        raise ValueError("the weight holds NaN")
+
+    for name in SENT:
+        monkeypatch.setenv(name, "true")
+    if rank:  # what the first process sends, as another one sees it
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(1))
+    with pytest.raises(ValueError, match="see there" if rank else "NaN"):
+        sharding.from_rank_0(make, {"rows": torch.zeros(2)})
 
 
 def test_anchoring(shard):
