@@ -45,11 +45,17 @@ Count = Callable[..., tuple[list[Launch], int]]
 """The launches of layers that are given one tensor, and how many of them are the forward's."""
 
 
-def ours(space: str, keep: str = "never", shares: bool = False, holds: bool = False) -> Count:
+def ours(
+    space: str,
+    keep: str = "never",
+    shares: bool = False,
+    holds: bool = False,
+    columns: bool = False,
+) -> Count:
     """What counts SECURA layers of bf16 in one norm space, of core A B.
 
     ``keep`` is for their W'; with ``shares`` ∂x is added up in place; with ``holds`` it is a
-    micro-batch between the first of an optimizer step and the last.
+    micro-batch between the first of an optimizer step and the last; with ``columns`` C is kept.
     """
     options = NormOptions(space)
 
@@ -60,6 +66,7 @@ def ours(space: str, keep: str = "never", shares: bool = False, holds: bool = Fa
             example = plain.draw("meta")
         held = Held(lambda: False) if holds else None
         layer = example.layer._replace(shares_input=shares, held=held)
+        layer = layer._replace(columns=_empty(case.N, case.m)) if columns else layer
         leaves = [t.requires_grad_() for t in (example.a, example.b) if t is not None]
         return lambda x: example._replace(x=x, layer=layer).output("triton"), leaves
 
@@ -121,11 +128,11 @@ def count_together(model: str, tokens: Sequence[int]) -> list[Row]:
     """A block's layers, those that are given one tensor together, inputs shared and not."""
     counters = {f"secura {space}": ours(space) for space in SPACES}
     for keep, kept, spaces in (("never", "", SPACES), ("always", ", W' kept", KEEPERS)):
-        counters |= {
-            f"secura {space}, ∂x in place{kept}{held}": ours(space, keep, True, bool(held))
-            for space in spaces
-            for held in ("", ", ∂P held")
-        }
+        for space in spaces:
+            name = f"secura {space}, ∂x in place{kept}"
+            counters[name] = ours(space, keep, shares=True)
+            counters[f"{name}, C kept"] = ours(space, keep, shares=True, columns=True)
+            counters[f"{name}, ∂P held"] = ours(space, keep, shares=True, holds=True)
     counters |= {name: rival(name) for name in RIVALS if "dora" not in name}
     rows = []
     for t in tokens:

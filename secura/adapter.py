@@ -344,7 +344,7 @@ class CABR(AdapterState):
             own = torch.cat((self.rows, self.cols))
             places = torch.arange(1, len(own) + 1, device=own.device)
             self._rounding_seed = config.seed + int((own * places).sum())
-        needs_columns = split or bases.dense_weight(base) is None
+        needs_columns = split or config.keep_columns or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
         weight = bases.weight(base, values=False)

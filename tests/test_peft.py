@@ -266,7 +266,7 @@ def test_config_round_trip(tmp_path):
         exclude_modules=["lm_head"], layers_to_transform=[0], layers_pattern="layers",
         modules_to_save=["lm_head"], rank_pattern={"q_proj": 3}, task_type="CAUSAL_LM",
         trainable_token_indices={"embed_tokens": [3, 5]}, merge_dequantized=True,
-        target_parameters=["experts.down_proj"], share_inputs=True,
+        target_parameters=["experts.down_proj"], share_inputs=True, keep_columns=True,
     )  # fmt: skip
     configs = (
         SecuraConfig(inner_r=9, **settings),

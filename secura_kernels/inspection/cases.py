@@ -39,6 +39,7 @@ class Recorded:
         transposed: whether W's rows are strided.
         merge: the merge of the layer instead of the layer.
         stochastic: whether W' is rounded stochastically.
+        columns: whether C is kept beside W.
         targets: names of the chips it is compiled for.
     """
 
@@ -54,6 +55,7 @@ class Recorded:
     transposed: bool = False
     merge: bool = False
     stochastic: bool = False
+    columns: bool = False
     targets: tuple[str, ...] = EVERY
 
     @property
@@ -72,7 +74,7 @@ class Recorded:
             for size in "tnkm"
             if getattr(self, size) != getattr(default, size)
         ]
-        names = ("full", "given", "transposed", "merge", "stochastic")
+        names = ("full", "given", "transposed", "merge", "stochastic", "columns")
         flags = [flag for flag in names if getattr(self, flag)]
         flags += ["8bit"] * (self.save == "8bit")
         dtype = str(self.dtype).removeprefix("torch.")
@@ -100,6 +102,9 @@ class Recorded:
         ).draw("meta")
         layer, a = example.layer, example.a
         assert layer.weight is not None
+        if self.columns:
+            layer = layer._replace(columns=layer.weight.new_empty(self.n, self.m))
+            example = example._replace(layer=layer)
         for dtype in (torch.float32, self.dtype):
             project(layer.weight, layer.cols, a, dtype, "triton")
         if self.merge:
@@ -125,6 +130,8 @@ def _cases() -> Iterator[Recorded]:
     for few in (none, channel, weight, activation):
         yield from (replace(few, t=64), replace(few, t=1, targets=SOME))
         yield replace(few, m=150, full=True, targets=SOME)  # the released code's rank
+    kept = replace(channel, columns=True, t=512)
+    yield from (kept, replace(kept, full=True, dtype=fp32), replace(kept, full=True, m=100))
     yield replace(channel, options=NormOptions("channel", "paper", "averaged"), full=True)
     yield replace(weight, options=NormOptions("weight", "calibrated", "averaged"))
     yield replace(weight, dtype=fp16, full=True)

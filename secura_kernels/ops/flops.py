@@ -44,8 +44,8 @@ def _project(weight: Tensor, u: Tensor) -> int:
     return _product(weight.shape[0], *u.shape)
 
 
-def _project_backward(dp: Tensor, cols: Tensor) -> int:
-    return _product(*dp.shape, cols.shape[0])
+def _project_backward(dp: Tensor) -> int:
+    return _product(*dp.shape, dp.shape[1])
 
 
 def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor, seed: int | None) -> int:

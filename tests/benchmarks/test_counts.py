@@ -58,6 +58,18 @@ def test_sums_of_one_inputs_gradient(space):
     assert moved[0] - moved[1] == pytest.approx(2 * (3 - 1) * size)
 
 
+def test_c_beside_the_weight_is_read_whole():
+    """Of the sectors that 128 columns of 4096 lie in, a sixteenth and no other byte."""
+    n, k, m = 1024, 4096, 128
+    moved = []
+    for kept in (False, True):
+        found, _ = counts.ours("none", columns=kept)(case(512, n, k))
+        moved.append(sum(of.cost.bytes for of in found if of.name.startswith("_project")))
+    indices = 2 * 8 * m
+    expected = 2 * (plan.sectors(n, k, m, 2) - n * m * 2) + indices
+    assert moved[0] - moved[1] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_a_micro_batch_between_others(space):
     """No column of W is read, nor is a product of A and B made, and ∂P is added to."""

@@ -57,3 +57,18 @@ def test_columns_that_w_does_not_have_read_as_zero(outside):
     torch.testing.assert_close(p, columns @ u)
     du = project_backward(dp, weight, cols, None, "triton")
     torch.testing.assert_close(du, columns.T @ dp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_c_itself(dtype, scaled):
+    """Without indices the weight is C: the same bits as of the columns of a W."""
+    torch.manual_seed(0)
+    weight, cols = torch.randn(131, 67).to(dtype), torch.randperm(67)[:33]
+    u, dp, scale = torch.randn(33, 33), torch.randn(131, 33), torch.randn(131) if scaled else None
+    c = weight[:, cols].contiguous()
+    for run in (
+        lambda w, at: project(w, at, u, torch.float32, "triton"),
+        lambda w, at: project_backward(dp, w, at, scale, "triton"),
+    ):
+        torch.testing.assert_close(run(c, None), run(weight, cols), rtol=0, atol=0)

@@ -9,8 +9,8 @@
 | U      | [m, m] | fp32 or wider, scaling in it |
 | P      | [N, m] | any; summed in U's           |
 
-Saved for backward: W itself and cols. A C kept beside them would be 4 N m bytes a layer, more than
-z at T ≤ 2 N. Bytes: at most a 32-byte sector of W an element of C, each way.
+Saved for backward: W itself and cols. Bytes: at most a 32-byte sector of W an element of C, each
+way; of a layer's own ``columns``, where it has them, the N m elements.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ def _kernels(impl: str | None, weight: Tensor, u: Tensor) -> Any:
 
 @op("project")
 def project(
-    weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
+    weight: Tensor, cols: Tensor | None, u: Tensor, dtype: torch.dtype, impl: str | None
 ) -> Tensor:
-    """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``."""
+    """``P = W[:, cols] U  [N, m]``, summed in U's dtype and rounded once to ``dtype``.
+
+    Without ``cols``, ``weight [N, m]`` is C.
+    """
     if impl != "reference" and (kernels := _kernels(impl, weight, u)):
         return kernels.forward(weight, cols, u, dtype)
     p = _columns(weight, cols, u) @ u
@@ -46,14 +49,14 @@ def project(
 
 @project.register_fake
 def _project_fake(
-    weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype, impl: str | None
+    weight: Tensor, cols: Tensor | None, u: Tensor, dtype: torch.dtype, impl: str | None
 ) -> Tensor:
     return u.new_empty(weight.shape[0], u.shape[1], dtype=dtype)
 
 
 @op("project_backward")
 def project_backward(
-    dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None, impl: str | None
+    dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor | None, impl: str | None
 ) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
     if impl != "reference" and (kernels := _kernels(impl, weight, dp)):
@@ -63,26 +66,23 @@ def project_backward(
     return _columns(weight, cols, dp).t() @ dp
 
 
-def _columns(weight: Tensor, cols: Tensor, like: Tensor) -> Tensor:
+def _columns(weight: Tensor, cols: Tensor | None, like: Tensor) -> Tensor:
     """``C = W[:, cols]  [N, m]`` in the dtype of ``like``."""
-    c = weight.index_select(1, cols)
+    c = weight if cols is None else weight.index_select(1, cols)
     return c if c.dtype == like.dtype else c.to(like.dtype)
 
 
 @project_backward.register_fake
 def _project_backward_fake(
-    dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None, impl: str | None
+    dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor | None, impl: str | None
 ) -> Tensor:
-    return dp.new_empty(cols.shape[0], dp.shape[1])
+    return dp.new_empty(dp.shape[1], dp.shape[1])
 
 
 def projection(call: Call, u: Tensor, dtype: torch.dtype) -> Tensor:
     """``P = C U [N, m]`` of a layer in ``dtype``."""
-    layer = call.layer
-    if layer.columns is not None:
-        return (layer.columns.to(u.dtype) @ u).to(dtype)
     run = project if call.watched else project.body
-    return run(layer.weight, layer.cols, u, dtype, call.impl)
+    return run(*_source(call), u, dtype, call.impl)
 
 
 def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -99,12 +99,14 @@ def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
-    layer = call.layer
-    if layer.columns is not None:
-        dp = dp if row_scale is None else dp * row_scale.unsqueeze(1)
-        return layer.columns.to(dp.dtype).t() @ dp
     run = project_backward if call.watched else project_backward.body
-    return run(dp, layer.weight, layer.cols, row_scale, call.impl)
+    return run(dp, *_source(call), row_scale, call.impl)
+
+
+def _source(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """What C is read from and its columns there, None where it is C itself."""
+    layer = call.layer
+    return (layer.weight, layer.cols) if layer.columns is None else (layer.columns, None)
 
 
 __all__ = ["backward", "project", "project_backward", "projection", "projections"]

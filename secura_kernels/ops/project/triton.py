@@ -45,10 +45,13 @@ FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(plan.ROWS_OF_A_SPLIT, 32, 4)
 
 @triton.jit
 def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk):
-    """A tile of C ``[n, i]``, fp32; columns that W does not have are 0."""
+    """A tile of C ``[n, i]``, fp32; columns that W does not have are 0. Without cols W is C."""
     mask_i = offs_i < M
-    cols = tl.load(cols_ptr + offs_i, mask=mask_i, other=0).to(tl.int64)
-    mask_i &= (cols >= 0) & (cols < K)
+    if cols_ptr is None:
+        cols = offs_i
+    else:
+        cols = tl.load(cols_ptr + offs_i, mask=mask_i, other=0).to(tl.int64)
+        mask_i &= (cols >= 0) & (cols < K)
     place = w_ptr + offs_n[:, None] * stride_wn + cols[None, :] * stride_wk
     return tl.load(place, mask=(offs_n < N)[:, None] & mask_i[None, :], other=0.0).to(tl.float32)
 
@@ -114,19 +117,20 @@ def _project_bwd_kernel(
     tl.store(place, acc, mask=mask_i[:, None] & mask_j[None, :])
 
 
-def forward(weight: Tensor, cols: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
-    """``P [N, m]`` in ``dtype`` of ``W [N, K]``, ``cols [m]`` and ``U [m, m]``."""
-    (n, m), u = (weight.shape[0], cols.numel()), u.contiguous()
+def forward(weight: Tensor, cols: Tensor | None, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``P [N, m]`` in ``dtype`` of ``W [N, K]``, ``cols [m]`` or None and ``U [m, m]``."""
+    (n, m), u = (weight.shape[0], u.shape[0]), u.contiguous()
+    cols = None if cols is None else cols.contiguous()
     p = u.new_empty(n, m, dtype=dtype)
     block_j = _block_j(weight, m)
     sizes = (n, weight.shape[1], m, *weight.stride())
     _project_fwd_kernel[(cdiv(n, FORWARD.n), cdiv(m, block_j))](
-        weight, cols.contiguous(), u, p, *sizes, **_options(weight, FORWARD, block_j)
+        weight, cols, u, p, *sizes, **_options(weight, FORWARD, block_j)
     )
     return p
 
 
-def backward(dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None) -> Tensor:
+def backward(dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` in fp32 of ``∂P [N, m]`` and ``row_scale [N]`` or None."""
     (n, m), dp = dp.shape, dp.contiguous()
     blocks = cdiv(n, BACKWARD.n)
@@ -134,12 +138,13 @@ def backward(dp: Tensor, weight: Tensor, cols: Tensor, row_scale: Tensor | None)
     splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
     scale = None if row_scale is None else row_scale.contiguous()
+    cols = None if cols is None else cols.contiguous()
     block_j = _block_j(weight, m)
     if scale is not None and not aligned(m):
         block_j = min(block_j, 64)  # of 128, addresses one by one beside the scale spilled on sm_80
     sizes = (n, weight.shape[1], m, rows, *weight.stride())
     _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
-        *(dp, scale, weight, cols.contiguous(), partial, *sizes),
+        *(dp, scale, weight, cols, partial, *sizes),
         HAS_SCALE=scale is not None,
         **_options(weight, BACKWARD, block_j),
     )
