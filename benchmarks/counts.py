@@ -68,7 +68,8 @@ def ours(
         layer = example.layer._replace(shares_input=shares, held=held)
         layer = layer._replace(columns=_empty(case.N, case.m)) if columns else layer
         leaves = [t.requires_grad_() for t in (example.a, example.b) if t is not None]
-        return lambda x: example._replace(x=x, layer=layer).output("triton"), leaves
+        a = example.a.view_as(example.a)  # of a leaf that is asked for nothing is held
+        return lambda x: example._replace(x=x, layer=layer, a=a).output("triton"), leaves
 
     def count(*cases: LayerCase) -> tuple[list[Launch], int]:
         with patch.dict(os.environ, SECURA_KEEP_WEIGHT=keep):

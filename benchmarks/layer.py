@@ -119,7 +119,10 @@ class Runner:
 
     def _gradients(self, out: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
         inputs = [self.problem.x, *oracle.trainable(self.layer).values()]
-        kwargs["allow_unused"] = self.provider.holds
+        if self.provider.holds:  # gradients that are to be returned are not held
+            self.problem.x.grad = None
+            out.backward(self.problem.grad, inputs=inputs, **kwargs)
+            return ()
         return torch.autograd.grad(out, inputs, self.problem.grad, **kwargs)
 
 

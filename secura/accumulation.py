@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from secura_kernels.held import Held
 
@@ -21,34 +28,87 @@ class Accumulation:
             set, where :func:`accumulate` was given no ``is_last``.
     """
 
-    def __init__(self, held: dict[str, Held]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, is_last: Callable[[], bool] | None
+    ) -> None:
         self.last = False
-        self._held = held
+        self._optimizer = optimizer
+        names = {module: name for name, module in model.named_modules()}
+        self._adapters = {
+            names[adapter]: adapter
+            for layer in secura_layers(model)
+            for adapter in layer.modules()
+            if isinstance(adapter, CABR)
+        }
+        ask = is_last or (lambda: self.last)
+        self._held = {name: Held(ask) for name in self._adapters}
+        for name, adapter in self._adapters.items():
+            adapter.held = self._held[name]
 
     def drop(self) -> None:
-        """Forget what is held: with ``optimizer.zero_grad()``, where a step is not to be taken."""
+        """Forget what is held, as the optimizer's ``zero_grad()`` does too."""
         for one in self._held.values():
-            one.forget()
+            one.drop()
 
-    def waiting(self) -> list[str]:
-        """The names of the layers that hold a part of a gradient."""
-        return [name for name, one in self._held.items() if one.waits]
+    def close(self) -> None:
+        """Hold nothing any more."""
+        for name, adapter in self._adapters.items():
+            self._held[name].close()
+            if adapter.held is self._held[name]:
+                adapter.held = None
+
+    def check_finished(self) -> None:
+        """Raise ``RuntimeError`` where a layer holds a part of its gradient."""
+        waiting = [name for name, one in self._held.items() if one.waits]
+        if waiting:
+            raise RuntimeError(
+                f"{len(waiting)} layers hold a part of their gradient ({waiting[0]} first), which "
+                "no last backward pass came for: set accumulation.last before it, let it reach "
+                "every layer, or drop() what is held; without secura.accumulate a step needs none "
+                "of that"
+            )
+
+    def before_step(self, optimizer: Any, *_: Any) -> None:
+        """Let no optimizer of the adapters take a step that lacks a part of a gradient."""
+        if not self._is_of_adapters(optimizer):
+            return
+        if optimizer is not self._optimizer:
+            raise RuntimeError(
+                "another optimizer than that of secura.accumulate takes a step, so a training that "
+                "was interrupted has left it open: call close() of its AccumulateCallback, or load "
+                "the model again"
+            )
+        self.check_finished()
+
+    def after_step(self, optimizer: Any, *_: Any) -> None:
+        """Take the parameters for what they are now."""
+        if self._is_of_adapters(optimizer):
+            for one in self._held.values():
+                one.renew()
+
+    def _is_of_adapters(self, optimizer: Any) -> bool:
+        own = {id(p) for adapter in self._adapters.values() for p in adapter.parameters()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
 
 @contextmanager
 def accumulate(
-    model: nn.Module, is_last: Callable[[], bool] | None = None
+    model: nn.Module, optimizer: Any, is_last: Callable[[], bool] | None = None
 ) -> Iterator[Accumulation]:
     """Within, compute what depends on the adapters alone once an optimizer step, not a micro-batch.
 
     A layer keeps P, and adds up ∂P ``[N, m]``; the step's last backward pass makes ∂A and ∂B (or
     ∂U) of the sum. They are what plain accumulation gives, up to rounding; until then the adapters'
-    ``.grad`` lacks them. It saves four to six launches a layer and micro-batch where batches are
-    small, for N m (4 + s) bytes a layer; with ``SECURA_KEEP_WEIGHT=always`` and ``norm="weight"``
-    also all but one forming of W'. Fused experts and tensor parallel layers do as without.
+    ``.grad`` lacks them, and hooks on A and B are called with None. It saves four to six launches a
+    layer and micro-batch where batches are small, for N m (4 + s) bytes a layer; with
+    ``SECURA_KEEP_WEIGHT=always`` and ``norm="weight"`` also all but one forming of W'.
+
+    Layers do as without it in passes of ``torch.autograd.grad`` or of ``backward(inputs=...)``
+    without A and B, under ``torch.compile`` and dispatch modes (selective checkpointing), as
+    ``DataParallel``'s replicas, fused experts, tensor parallel ones.
 
     Example:
-        >>> with secura.accumulate(model) as accumulation:
+        >>> with secura.accumulate(model, optimizer) as accumulation:
         ...     for index, batch in enumerate(batches):
         ...         accumulation.last = index % 8 == 7
         ...         model(**batch).loss.backward()
@@ -61,40 +121,55 @@ def accumulate(
 
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
+        optimizer: that of the adapters, accelerate's too. Its ``zero_grad()`` forgets what is held;
+            the model's does not: :meth:`Accumulation.drop` goes with that.
         is_last: whether the backward pass that asks is the step's last; None asks
             :attr:`Accumulation.last`.
 
     Raises:
-        ValueError: the model has no SECURA layer.
-        RuntimeError: on leaving, or at the next forward pass after the parameters were written to,
-            where a part of a gradient is held that no last backward pass came for.
+        TypeError: for an optimizer that is not torch's or made of it.
+        ValueError: the model has no SECURA layer, or is a ``DistributedDataParallel`` with
+            ``static_graph``, which takes a gradient that is held for one that never comes.
+        RuntimeError: before a step, or on leaving, where a layer holds a part of its gradient (the
+            last backward pass did not reach it, or none was the last); at a forward pass, where
+            the adapter is not the one whose gradient is held.
     """
-    layers = secura_layers(model)
-    if not layers:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(inner, "param_groups"):
+        raise TypeError(f"{type(optimizer).__name__} is no optimizer of torch's")
+    if not secura_layers(model):
         raise ValueError("the model has no SECURA layer to accumulate in: add an adapter first")
-    names = {module: name for name, module in model.named_modules()}
-    adapters = {
-        names[adapter]: adapter
-        for layer in layers
-        for adapter in layer.modules()
-        if isinstance(adapter, CABR)
-    }
-    held: dict[str, Held] = {}
-    accumulation = Accumulation(held)
-    ask = is_last or (lambda: accumulation.last)
-    for name, adapter in adapters.items():
-        adapter.held = held[name] = Held(ask)
-    try:
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        raise ValueError("static_graph of DistributedDataParallel takes a held gradient for none")
+    accumulation = Accumulation(model, inner, is_last)
+    with ExitStack() as stack:
+        stack.callback(accumulation.close)
+        stack.callback(register_optimizer_step_pre_hook(accumulation.before_step).remove)
+        stack.callback(register_optimizer_step_post_hook(accumulation.after_step).remove)
+        stack.enter_context(_dropping(inner, accumulation))
         yield accumulation
-        if waiting := accumulation.waiting():
-            raise RuntimeError(
-                f"{len(waiting)} layers hold a part of their gradient ({waiting[0]} first), and no "
-                "backward pass was the last: set accumulation.last before it, or drop() them"
-            )
+        accumulation.check_finished()
+
+
+@contextmanager
+def _dropping(optimizer: Any, accumulation: Accumulation) -> Iterator[None]:
+    """Within, ``optimizer.zero_grad()`` drops what is held too."""
+    plain = optimizer.zero_grad
+
+    @functools.wraps(plain)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        accumulation.drop()
+        plain(*args, **kwargs)
+
+    before = vars(optimizer).get("zero_grad")
+    optimizer.zero_grad = zero_grad
+    try:
+        yield
     finally:
-        for name, adapter in adapters.items():
-            if adapter.held is held[name]:
-                adapter.held = None
+        if before is None:
+            del optimizer.zero_grad
+        else:
+            optimizer.zero_grad = before
 
 
 __all__ = ["Accumulation", "accumulate"]

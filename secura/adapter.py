@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from secura_kernels import (
     Layer,
@@ -127,7 +128,7 @@ class CABR(AdapterState):
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
         self._refresh(base)
-        layer, mask = self._layer(base, weight, self.held and self._holding()), None
+        layer, mask = self._layer(base, weight, self.held and self._holding(weight)), None
         if self.training and self.config.dropout:
             mask = self.dropout_mask(x)
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
@@ -148,7 +149,7 @@ class CABR(AdapterState):
         weight = bases.weight(base, values=False) if self.columns is None else None
         if not self.config.replaces_product:
             y0 = bases.product(base, x, self.name) if y0 is None else y0
-            layer = self._layer(base, weight, self.held and self._holding())
+            layer = self._layer(base, weight, self.held and self._holding(None))
             return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):
@@ -158,17 +159,26 @@ class CABR(AdapterState):
                 )
             x = x.to(dense.device)
         weight = bases.weight(base, values=False)
-        layer = self._layer(base, weight, self.held and self._holding())
+        layer = self._layer(base, weight, self.held and self._holding(None))
         return secura_linear(x, layer, *self.factors(), **trained)
 
-    def _holding(self) -> Held | None:
-        """What is held over micro-batches, in a pass that a backward pass may follow."""
+    def _holding(self, weight: Tensor | None) -> Held | None:
+        """What is held over micro-batches, in a pass that a backward pass may follow.
+
+        ``weight`` is W where the module has it, and not made for this pass.
+        """
         held = self.held
         if held is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        tensors = (self.A, self.B, self.U, self.core)
-        versions = (0 if one.is_inference() else one._version for one in tensors if one is not None)
-        return held.of((self.scaling, *versions))
+        if is_in_torch_dispatch_mode() or getattr(self, "_is_replica", False):
+            return None
+        tensors = (self.A, self.B, self.U, self.core, self.left, self.right)
+        versions = [
+            one is not None and (one.is_inference() or one._version, one.requires_grad)
+            for one in (*tensors, weight)
+        ]
+        storage = None if weight is None else weight.untyped_storage()._cdata
+        return held.of(tensors, (self.scaling, versions, storage))
 
     def _layer(self, base: nn.Module, weight: Tensor | None, held: Held | None = None) -> Layer:
         """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""

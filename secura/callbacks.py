@@ -83,12 +83,21 @@ class AccumulateCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Hold gradients from here on, to the backward passes that accelerate calls the last."""
         assert model is not None
-        gradients = require("accelerate.state", "train").GradientState()
-        self._within = ExitStack()
-        self._within.enter_context(accumulate(model, lambda: gradients.sync_gradients))
+        gradients, optimizer = (
+            require("accelerate.state", "train").GradientState(),
+            kwargs["optimizer"],
+        )
+        self.close()
+        within = accumulate(model, optimizer, lambda: gradients.sync_gradients)
+        accumulation = self._within.enter_context(within)
+        self._within.callback(accumulation.drop)  # of a step that is not taken
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold none any more."""
+        self.close()
+
+    def close(self) -> None:
+        """Hold none any more, also where training was interrupted and never ended."""
         self._within.close()
 
 

@@ -339,6 +339,8 @@ class _SecuraLayer(torch.autograd.Function):
         # once_differentiable is for a second derivative; it costs the first one 5 µs
         twice = torch.is_grad_enabled()
         run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
+        if type(g) is not Tensor:  # compiled autograd, which adds up what it sees
+            total = None
         if is_alone(g):
             return run(ctx, g, total)
         with alone(g):
@@ -384,7 +386,7 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     flat, da, db = len(shape) == 2, None, None
     so_far = total.so_far() if total is not None else None
     dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
-    if wanted[1] and call.layer.held is not None:
+    if wanted[1] and call.layer.held is not None and _is_for_grad(ctx):
         dp = call.layer.held.add(dp)
     if wanted[1] and dp is not None:
         dtype = ctx.u_dtype
@@ -403,6 +405,18 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     else:
         dx = None if not needs[0] else dx if flat else dx.view(shape)
     return dx, da, db, dbias if needs[3] else None, None, None
+
+
+def _is_for_grad(ctx: Any) -> bool:
+    """Whether the pass at work adds to ``.grad`` of A or B (or to what they are made of).
+
+    In one that was not asked for them, or was to return them, nothing may be held.
+    """
+    node = next(node for node, _ in ctx.next_functions[1:3] if node is not None)
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf, in torch.autograd.grad
+        return False
 
 
 _gradients_once = once_differentiable(_gradients)

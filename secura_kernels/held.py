@@ -6,11 +6,15 @@ What depends on the parameters alone (P, the gains of ``channel``, a W' of ``wei
 is computed by the first and used again by the others; ∂P ``[N, m]`` is added up, and contracted
 with C by the last alone, whose ∂A and ∂B are those of all. It saves a layer and micro-batch four
 to six launches and the reading of C, N m scattered elements, both ways; it holds P and an fp32 ∂P.
+
+Parameters are not known to be the same by their versions: a fused optimizer and FSDP2 leave those
+as they are. So nothing is held from the last backward pass until :meth:`Held.renew`, which whoever
+sees the optimizer's step calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,32 +27,42 @@ class Held:
         is_last: whether the backward pass that asks is the last before the optimizer's step.
     """
 
-    __slots__ = ("_known", "_stamp", "_sum", "is_last")
+    __slots__ = ("_is_last", "_known", "_remembers", "_sum", "_tensors", "_values")
 
     def __init__(self, is_last: Callable[[], bool]) -> None:
-        self.is_last = is_last
+        self._is_last: Callable[[], bool] | None = is_last
         self._known: dict[Any, Any] = {}
         self._sum: Tensor | None = None
-        self._stamp: Any = None
+        self._remembers = True
+        self._tensors: Sequence[Tensor | None] = ()
+        self._values: Any = None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a layer holds nothing."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()
 
     @property
     def waits(self) -> bool:
         """Whether a part of a gradient is held."""
         return self._sum is not None
 
-    def of(self, stamp: Any) -> Held:
-        """Itself, for parameters of that ``stamp``, which is another once they are written to.
+    def of(self, tensors: Sequence[Tensor | None], values: Any) -> Held:
+        """Itself, for a layer of these tensors and of values that tell of changes to it.
 
         Raises:
-            RuntimeError: the parameters were written to while a part of their gradient was held.
+            RuntimeError: they are others, and a part of a gradient is held.
         """
-        if stamp != self._stamp:
+        same = len(tensors) == len(self._tensors) and values == self._values
+        if not same or any(new is not old for new, old in zip(tensors, self._tensors, strict=True)):
             if self.waits:
                 raise RuntimeError(
-                    "an optimizer's step was taken while gradients were held: no backward pass "
-                    "before it was said to be the last (secura.accumulate)"
+                    "the adapter is not the one whose gradient is held: it was written to, "
+                    "replaced, frozen or scaled between the micro-batches of a step, or is sharded "
+                    "by FSDP1, for which secura.accumulate is not made"
                 )
-            self._known, self._stamp = {}, stamp
+            self._known, self._tensors, self._values = {}, tensors, values
         return self
 
     def get(self, key: Any) -> Any:
@@ -56,22 +70,33 @@ class Held:
         return self._known.get(key)
 
     def put(self, key: Any, value: Any) -> None:
-        """Hold ``value``, which depends on the parameters alone, to the end of the step."""
-        self._known[key] = value
+        """Hold ``value``, which depends on the parameters alone, to the last backward pass."""
+        if self._remembers:
+            self._known[key] = value
 
     def add(self, dp: Tensor) -> Tensor | None:
         """Add ``∂P [N, m]``, which is written to later; all of it in the last backward pass."""
         if self._sum is not None:
             dp = self._sum.add_(dp)
-        if not self.is_last():
+        if self._is_last is not None and not self._is_last():
             self._sum = dp
             return None
-        self.forget()
+        self.drop()
+        self._remembers = False
         return dp
 
-    def forget(self) -> None:
-        """Hold nothing."""
+    def drop(self) -> None:
+        """Forget everything."""
         self._known, self._sum = {}, None
+
+    def renew(self) -> None:
+        """Begin a step: the parameters are now what they are until the next one."""
+        self._known, self._remembers = {}, True
+
+    def close(self) -> None:
+        """Forget everything, and hold nothing of a graph that is left: its passes are all last."""
+        self.drop()
+        self._is_last, self._remembers, self._tensors = None, False, ()
 
 
 __all__ = ["Held"]

@@ -8,41 +8,46 @@ addend (BLAS's beta), one pass. Under autocast x is also cast once, and its grad
 what the layers save of x is one tensor.
 
 The layers see it by x itself: the first that is given x puts a node of autograd between x and
-itself, and leaves it with x for the others. A layer that never runs backward adds nothing. With
+itself, which the others find. A layer that never runs backward adds nothing. With
 ``create_graph`` autograd adds the parts itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .plan import checkpoints
 
 
 class Total:
-    """``∂x [T, K]`` of a shared input, as far as this backward pass has added it up."""
+    """``∂x [T, K]`` of a shared input, as far as each backward pass at work has added it up."""
 
-    __slots__ = ("_sum", "_task")
+    __slots__ = ("_sums",)
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._task = -1
+        self._sums: dict[int, Tensor] = {}  # by autograd's number of the pass
 
     def so_far(self) -> Tensor | None:
         """The sum, to be added to in place; None before the first part of a backward pass."""
-        if self._task != torch._C._current_graph_task_id():
-            self._sum = None  # of a pass that did not ask for ∂x itself
-        return self._sum
+        return self._sums.get(torch._C._current_graph_task_id())
 
     def keep(self, dx: Tensor) -> None:
         """Take ``dx`` for the sum so far."""
-        self._sum, self._task = dx, torch._C._current_graph_task_id()
+        task = torch._C._current_graph_task_id()
+        if task not in self._sums:  # a pass that does not ask for ∂x never takes it
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._sums.pop(task, None))
+        self._sums[task] = dx
 
     def take(self) -> Tensor | None:
         """The sum, which is then forgotten."""
-        found, self._sum = self.so_far(), None
-        return found
+        return self._sums.pop(torch._C._current_graph_task_id(), None)
 
 
 class _Entrance(torch.autograd.Function):
@@ -65,37 +70,44 @@ class _Entrance(torch.autograd.Function):
 
 
 class _Shared(NamedTuple):
-    key: tuple[torch.dtype, int, int]
+    key: tuple[Any, ...]
     x: Tensor
     total: Total
 
 
-_ATTRIBUTE = "_secura_shared"
+_ENTERED: MutableMapping[Tensor, _Shared] = WeakIdKeyDictionary()
+"""By x itself, as long as that lives."""
 
 
 def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
     """``(x in dtype, total)``, the same for each layer that is given the same ``x [..., K]``.
 
     The total is None, and x cast for this layer alone, where there is no gradient to add up, where
-    x is a leaf of autograd's and where a compiler looks on, which fuses the additions itself. An x
-    that was written to, or that another stream works on, is another x.
+    x is a leaf of autograd's, where a compiler looks on, which fuses the additions itself, and in
+    selective checkpointing, whose passes have to run the same operators. An x that was written to,
+    or that another stream works on, is another x.
     """
     leaf = x.is_leaf  # which its own graph would keep alive, were it to keep the entrance
-    if leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _selects():
         return (x if x.dtype == dtype else x.to(dtype)), None
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
-    key = (dtype, x._version, stream)
-    found: _Shared | None = getattr(x, _ATTRIBUTE, None)
+    key = (dtype, x._version, x.untyped_storage()._cdata, stream)
+    found = _ENTERED.get(x)
     if found is None or found.key != key:
         total = Total()
         found = _Shared(key, _Entrance.apply(x, dtype, total), total)
-        setattr(x, _ATTRIBUTE, found)
+        _ENTERED[x] = found
     return found.x, found.total
+
+
+def _selects() -> bool:
+    """Whether checkpointing is at work, and a dispatch mode says what it keeps."""
+    return is_in_torch_dispatch_mode() and checkpoints()
 
 
 def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """``total + a @ b``, written to ``total``; a new tensor where there is none."""
-    return a @ b if total is None else total.addmm_(a, b)
+    return a @ b if total is None else torch.addmm(total, a, b, out=total)
 
 
 __all__ = ["Total", "added", "shared"]

@@ -1,5 +1,8 @@
 """Gradients of micro-batches, finished once a step: what plain accumulation gives."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import adapted, llama, tokens
@@ -24,6 +27,10 @@ def layer(norm="none", **settings):
     return made
 
 
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
 def batches(count=3):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, 5, 24, dtype=torch.float64, generator=generator)
@@ -32,7 +39,7 @@ def batches(count=3):
 def run(model, micro, lasts, runs=lambda model, x: model(x)):
     """Gradients by name after the micro-batches, those at which ``lasts`` is True finishing."""
     model.zero_grad()
-    with secura.accumulate(model) as accumulation:
+    with secura.accumulate(model, sgd(model)) as accumulation:
         for x, accumulation.last in zip(micro, lasts, strict=True):
             runs(model, x.clone().requires_grad_()).square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -122,8 +129,8 @@ def test_parameters_of_each_step():
     ends = []
     for held in (False, True):
         model, micro = layer(), batches(4)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        with secura.accumulate(model) as accumulation:
+        optimizer = sgd(model)
+        with secura.accumulate(model, optimizer) as accumulation:
             for index, x in enumerate(micro):
                 accumulation.last = index % 2 == 1 if held else True
                 model(x).square().mean().backward()
@@ -139,62 +146,239 @@ def test_parameters_of_each_step():
 
 
 def test_parameters_that_were_written_to():
-    """By their version; and past it, as ``p.data`` is, where only passes without gradient were."""
+    """By their version; and past it, as ``p.data`` is, once the last backward pass is over."""
     model, (x, *_) = layer(), batches()
-    with secura.accumulate(model) as accumulation:
+    with secura.accumulate(model, sgd(model)) as accumulation:
         model(x)
         with torch.no_grad():
             model.B.mul_(3)
         written = model(x)
         accumulation.last = True
         written.sum().backward()
-        with torch.no_grad():
-            model(x)
+        model(x)
         model.B.data.mul_(2)
         again = model(x)
+    torch.testing.assert_close(again, model(x), rtol=0, atol=0)
     model.B.data.div_(2)
     torch.testing.assert_close(written, model(x), rtol=0, atol=0)
-    model.B.data.mul_(2)
-    torch.testing.assert_close(again, model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_an_optimizer_that_leaves_versions_as_they_are(norm):
+    """A fused one does, and FSDP2; with a metric's forward between the last pass and the step."""
+    ends = []
+    for held in (False, True):
+        model, micro = layer(norm), batches(8)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+        with secura.accumulate(model, optimizer) as accumulation:
+            for index, x in enumerate(micro):
+                accumulation.last = not held or index % 2 == 1
+                model(x).square().mean().backward()
+                if index % 2:
+                    model(x)
+                    version = model.A._version
+                    optimizer.step()
+                    assert model.A._version == version
+                    optimizer.zero_grad()
+        ends.append(model.A.detach())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
 
 
 def test_a_gradient_that_is_not_finished_is_an_error():
+    """Before a step that would lack it, and on leaving."""
     model, (x, *_) = layer(), batches()
     with (
         pytest.raises(RuntimeError, match=r"1 layers hold a part .* set accumulation\.last"),
-        secura.accumulate(model),
+        secura.accumulate(model, sgd(model)),
     ):
         model(x).sum().backward()
     assert model.held is None
 
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    two = nn.ModuleList([layer(), layer()])
+    before, optimizer = two[0].A.detach().clone(), sgd(two)
     with (
-        pytest.raises(RuntimeError, match="step was taken while gradients were held"),
-        secura.accumulate(model),
+        pytest.raises(RuntimeError, match=r"\(1 first\), .* let it reach every layer"),
+        secura.accumulate(two, optimizer) as accumulation,
     ):
-        model(x).sum().backward()
-        model.A.grad = torch.zeros_like(model.A)
+        sum(one(x).sum() for one in two).backward()
+        accumulation.last = True
+        two[0](x).sum().backward()  # the other is not reached
         optimizer.step()
-        model(x)
-    with secura.accumulate(model) as accumulation:
-        model(x).sum().backward()
-        accumulation.drop()
-    with pytest.raises(KeyError), secura.accumulate(model):
+    assert torch.equal(two[0].A, before)
+    assert "zero_grad" not in vars(optimizer)
+    with pytest.raises(KeyError), secura.accumulate(model, optimizer):
         model(x).sum().backward()
         raise KeyError
     assert model.held is None
 
 
-def test_a_model_without_an_adapter():
-    with pytest.raises(ValueError, match="no SECURA layer"), secura.accumulate(nn.Linear(2, 2)):
-        pass
+def test_another_optimizer_than_the_one_named():
+    """Of other parameters it may take its steps; of these it is a training that was interrupted."""
+    model, other, (x, *_) = layer(), layer(), batches()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        accumulation.last = True
+        model(x).sum().backward()
+        sgd(other).step()
+        with pytest.raises(RuntimeError, match="another optimizer"):
+            sgd(model).step()
+
+
+def test_passes_that_do_not_add_to_the_gradients_of_a_and_b():
+    """What is asked of another tensor, or returned, neither takes from the sum nor adds to it."""
+    model, micro = layer(), batches()
+    expected = plainly(model, micro)
+    alone = torch.autograd.grad(model(micro[0]).sum(), model.A)[0]
+    model.zero_grad()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        for x, accumulation.last in zip(micro, [False, False, True], strict=True):
+            probe = x.clone().requires_grad_()
+            out = model(probe)
+            torch.autograd.grad(out.sum(), probe, retain_graph=True)
+            out.sum().backward(inputs=[probe], retain_graph=True)
+            if x is micro[0]:
+                found = torch.autograd.grad(out.sum(), model.A, retain_graph=True)[0]
+                torch.testing.assert_close(found, alone, rtol=1e-11, atol=1e-12)
+            out.square().sum().backward()
+    check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
+
+
+def test_a_backward_pass_after_it_is_left():
+    model, (x, *_) = layer(), batches()
+    expected = plainly(model, [x])
+    model.zero_grad()
+    with secura.accumulate(model, sgd(model)):
+        loss = model(x).square().sum()
+    loss.backward()
+    check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
+
+
+@pytest.mark.parametrize("whose", ["drop", "zero_grad"])
+def test_what_is_dropped(whose):
+    """A batch that is skipped after its backward pass broke off leaves nothing behind."""
+    model = nn.Sequential(layer(), nn.Linear(16, 24).double(), layer())
+    micro, optimizer = batches(), sgd(model)
+    expected = {n: g.clone() for n, g in plainly(model, micro).items()}
+    model.zero_grad()
+
+    def broken(grad):
+        raise ArithmeticError
+
+    with secura.accumulate(model, optimizer) as accumulation:
+        out = model[0](micro[0])
+        out.register_hook(broken)
+        with pytest.raises(ArithmeticError):
+            model[2](model[1](out)).sum().backward()
+        model.zero_grad()
+        (accumulation.drop if whose == "drop" else optimizer.zero_grad)()
+        for x, accumulation.last in zip(micro, [False, False, True], strict=True):
+            model(x).square().sum().backward()
+    check_equal({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected)
+
+
+@pytest.mark.parametrize("change", ["frozen", "replaced", "scaled", "base"])
+def test_an_adapter_that_changes_between_micro_batches(change):
+    model, (x, *_) = layer(), batches()
+
+    def changed():
+        if change == "frozen":
+            model.A.requires_grad_(False)
+        elif change == "replaced":
+            model.B = nn.Parameter(model.B.detach() * 2)
+        elif change == "scaled":
+            model.scaling = 0.5
+        else:
+            model.base.weight.data = model.base.weight.data * 2
+
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(x)
+        changed()
+        inside = model(x)  # nothing of a gradient was held yet
+        inside.sum().backward()
+        if change == "frozen":
+            model.A.requires_grad_(True)
+        elif change == "scaled":
+            model.scaling = 1.0
+        else:
+            changed()
+        with pytest.raises(RuntimeError, match="not the one whose gradient is held"):
+            model(x)
+        accumulation.drop()
+        last = model(x)
+    torch.testing.assert_close(last, model(x), rtol=0, atol=0)
+    changed()
+    if change in ("frozen", "scaled"):
+        torch.testing.assert_close(inside, model(x), rtol=0, atol=0)
+
+
+def test_a_copy_holds_nothing(tmp_path):
+    model, (x, *_) = layer(), batches()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(x).sum().backward()
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "whole.pt")
+        accumulation.drop()
+    assert twin.held is None
+    assert torch.load(tmp_path / "whole.pt", weights_only=False).held is None
+    twin.zero_grad()
+    check_equal(plainly(twin, [x]), plainly(model, [x]))
+
+
+def test_what_it_cannot_be_used_with():
+    with pytest.raises(ValueError, match="no SECURA layer"):
+        secura.accumulate(nn.Linear(2, 2), sgd(nn.Linear(2, 2))).__enter__()
+    with pytest.raises(TypeError, match="str is no optimizer"):
+        secura.accumulate(layer(), "adam").__enter__()
+
+
+def arguments(folder, steps, **more):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=steps,
+        max_grad_norm=0.01,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        **more,
+    )
+
+
+def test_a_trainer_that_stops_within_a_step(tmp_path):
+    """By its own callbacks it ends as ever; interrupted, no other optimizer may take its sums."""
+    from transformers import Trainer, TrainerCallback
+
+    class Stops(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.breaks:
+                raise KeyboardInterrupt
+            control.should_training_stop = True
+
+    stops, holding = Stops(), secura.AccumulateCallback()
+    rows = [{"input_ids": row, "labels": row} for row in tokens(7)]
+    for stops.breaks in (False, True):
+        model = adapted(llama())
+        trainer = Trainer(
+            model, arguments(tmp_path, 3), train_dataset=rows, callbacks=[holding, stops]
+        )
+        with pytest.raises(KeyboardInterrupt) if stops.breaks else nullcontext():
+            trainer.train()
+    own = sgd(model)
+    model(**{name: row[None] for name, row in rows[0].items()}).loss.backward()
+    with pytest.raises(RuntimeError, match=r"call close\(\) of its AccumulateCallback"):
+        own.step()
+    holding.close()
+    own.step()
 
 
 @pytest.mark.parametrize("steps", [5, 2])
 @pytest.mark.parametrize("norm", ["none", "channel"])
 def test_a_trainer(norm, steps, tmp_path, monkeypatch):
     """With clipping, and an epoch's last step of fewer micro-batches than the others."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     finished, add = [], Held.add
     monkeypatch.setattr(
@@ -205,19 +389,8 @@ def test_a_trainer(norm, steps, tmp_path, monkeypatch):
     ends = []
     for callbacks in ([], [secura.AccumulateCallback()]):
         model = adapted(llama(), norm=norm)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=steps,
-            num_train_epochs=2,
-            max_grad_norm=0.01,
-            learning_rate=1e-2,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        settings = arguments(tmp_path, steps, num_train_epochs=2)
+        trainer = Trainer(model, settings, train_dataset=rows, callbacks=callbacks)
         trainer.train()
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
         assert all(part.held is None for part in model.modules() if hasattr(part, "held"))

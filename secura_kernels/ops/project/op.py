@@ -81,8 +81,10 @@ def _project_backward_fake(
 
 def projection(call: Call, u: Tensor, dtype: torch.dtype) -> Tensor:
     """``P = C U [N, m]`` of a layer in ``dtype``."""
-    run = project if call.watched else project.body
-    return run(*_source(call), u, dtype, call.impl)
+    layer, run = call.layer, project if call.watched else project.body
+    if layer.columns is not None:
+        return run(layer.columns, None, u, dtype, call.impl)
+    return run(layer.weight, layer.cols, u, dtype, call.impl)
 
 
 def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -99,14 +101,10 @@ def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
-    run = project_backward if call.watched else project_backward.body
-    return run(dp, *_source(call), row_scale, call.impl)
-
-
-def _source(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """What C is read from and its columns there, None where it is C itself."""
-    layer = call.layer
-    return (layer.weight, layer.cols) if layer.columns is None else (layer.columns, None)
+    layer, run = call.layer, project_backward if call.watched else project_backward.body
+    if layer.columns is not None:
+        return run(dp, layer.columns, None, row_scale, call.impl)
+    return run(dp, layer.weight, layer.cols, row_scale, call.impl)
 
 
 __all__ = ["backward", "project", "project_backward", "projection", "projections"]
