@@ -122,6 +122,16 @@ def test_once_a_step(norm, ops, monkeypatch):
     plainly(model, micro)
     assert set(made.values()) == {4}
     assert model.held is None
+    optimizer = sgd(model)
+    with secura.accumulate(model, optimizer) as accumulation:
+        for x in micro:
+            accumulation.last = True
+            model(x).sum().backward()
+            optimizer.step()
+        made.update(dict.fromkeys(ops, 0))
+        for x, accumulation.last in zip(micro, [False, False, True], strict=True):
+            model(x).sum().backward()
+    assert set(made.values()) == {1}
 
 
 def test_parameters_of_each_step():
@@ -230,12 +240,13 @@ def test_passes_that_do_not_add_to_the_gradients_of_a_and_b():
     alone = torch.autograd.grad(model(micro[0]).sum(), model.A)[0]
     model.zero_grad()
     with secura.accumulate(model, sgd(model)) as accumulation:
-        for x, accumulation.last in zip(micro, [False, False, True], strict=True):
+        for index, x in enumerate(micro):
+            accumulation.last = index == 2
             probe = x.clone().requires_grad_()
             out = model(probe)
             torch.autograd.grad(out.sum(), probe, retain_graph=True)
             out.sum().backward(inputs=[probe], retain_graph=True)
-            if x is micro[0]:
+            if index == 0:
                 found = torch.autograd.grad(out.sum(), model.A, retain_graph=True)[0]
                 torch.testing.assert_close(found, alone, rtol=1e-11, atol=1e-12)
             out.square().sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -16,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from secura import anchor, fold, sharding
+from secura import accumulate, anchor, fold, sharding
+from secura.accumulation import Accumulation
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +219,27 @@ def test_anchoring(shard):
     fold(model)
     assert not full(tiny.parts(model)[0].U).any()
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("wrap", ["fsdp2", "ddp"])
+def test_gradients_held_over_micro_batches(wrap, mesh, shard):
+    """FSDP2's parameters keep their versions; a metric's forward stands before each step."""
+    ends, ids = [], tiny.tokens(9).unsqueeze(1)
+    for held in (False, True):
+        model = tiny.adapted(norm="channel").train()
+        run = shard(model) if wrap == "fsdp2" else DistributedDataParallel(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 1.0)
+        with accumulate(model, optimizer) if held else nullcontext(Accumulation) as accumulation:
+            for index, row in enumerate(ids):
+                accumulation.last = index % 3 == 2
+                run(input_ids=row, labels=row).loss.backward()
+                if index % 3 == 2:
+                    run(input_ids=row)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        ends.append([full(p.detach()) for p in trained])
+    before = [p for p in tiny.adapted(norm="channel").parameters() if p.requires_grad]
+    for start, plain, found in zip(before, *ends, strict=True):
+        assert (plain - start).abs().max() > 1e-4
+        torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5)

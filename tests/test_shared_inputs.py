@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from tiny import adapted as adapted_model
 from tiny import gradients as model_gradients
 from tiny import llama, perturb
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from secura import SECURALinear
 from secura_kernels import NormOptions
@@ -117,9 +122,12 @@ def test_the_sum_is_not_kept_longer_than_its_pass(monkeypatch):
         Total, "keep", lambda own, dx: (sums.append(weakref.ref(dx)), keep(own, dx))
     )
     leaf = layers[0].x.clone().requires_grad_()
-    loss = sum(out.sum() for out in outputs(layers, leaf * 1))
+    own = [one._replace(a=one.a.clone().requires_grad_()) for one in layers]
+    loss = sum(out.sum() for out in outputs(own, leaf * 1))
     torch.autograd.grad(loss, leaf, retain_graph=True)
     assert len(sums) == 3 and all(one() is None for one in sums)
+    torch.autograd.grad(loss, own[0].a, retain_graph=True)  # of which ∂x is a part, never taken
+    assert len(sums) > 3 and all(one() is None for one in sums)
 
 
 def test_in_another_dtype_it_is_another_input():
@@ -257,3 +265,54 @@ def test_a_compiler_is_left_to_it():
     plain = leaf.detach().clone().requires_grad_()
     sum(layer(x).sum() for x in [plain * 1] for layer in layers).backward()
     torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_pass_within_a_pass_has_a_sum_of_its_own(shares):
+    """A hook of one backward pass that asks the same graph for another gradient."""
+    layers, inner = examples("none"), []
+    leaf = layers[0].x.clone().requires_grad_()
+    x = leaf * 1
+    outs = outputs(layers, x, shares)
+    whole, part = sum(out.sum() for out in outs), 2 * outs[0].sum()
+    expected = torch.autograd.grad(whole, x, retain_graph=True)[0]
+
+    def asks(grad):
+        inner.append(torch.autograd.grad(part, x, retain_graph=True)[0])
+
+    outs[1].register_hook(asks)
+    found = torch.autograd.grad(whole, x, retain_graph=True)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    (alone,) = torch.autograd.grad(part, x)
+    torch.testing.assert_close(inner[0], alone, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kept", [torch.ops.aten._to_copy.default, torch.ops.aten.mm.default])
+def test_selective_checkpointing(kept):
+    """Of one that keeps the cast of x, which a layer that shares x would do once a step."""
+
+    def policy(context, op, *args, **kwargs):
+        keeps = CheckpointPolicy.MUST_SAVE if op == kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return keeps
+
+    found = []
+    for shares in (False, True):
+        layers, leaf = adapted(shares), torch.linspace(-1, 1, 120).view(5, 24).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = checkpoint(
+                lambda x, layers=layers: sum(layer(x).float().square().mean() for layer in layers),
+                leaf * 1,
+                use_reentrant=False,
+                context_fn=partial(create_selective_checkpoint_contexts, policy),
+            )
+        loss.backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-3)
+
+
+def test_an_input_can_be_saved_and_copied(tmp_path):
+    layers = examples("none", 2)
+    x = layers[0].x.clone().requires_grad_() * 1
+    outputs(layers, x)
+    torch.save(x, tmp_path / "x.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "x.pt", weights_only=True), x)
