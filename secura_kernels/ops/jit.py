@@ -88,7 +88,7 @@ def cast(x, DTYPE: tl.constexpr):
     if INTERPRET and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = bits.to(tl.float32, bitcast=True)
+        x = (bits >> 16 << 16).to(tl.float32, bitcast=True)  # of a subnormal it makes another
     return x.to(DTYPE)
 
 

@@ -72,3 +72,11 @@ def test_c_itself(dtype, scaled):
         lambda w, at: project_backward(dp, w, at, scale, "triton"),
     ):
         torch.testing.assert_close(run(c, None), run(weight, cols), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_times_something_is_nothing(dtype):
+    """Of P = 0 the largest ρ is 0, and of the smallest number that is not it is not."""
+    weight, cols = torch.randn(20, 9).to(dtype), torch.randperm(9)[:4]
+    p = project(weight, cols, torch.zeros(4, 4), dtype, "triton")
+    assert torch.equal(p, torch.zeros(20, 4, dtype=dtype))
