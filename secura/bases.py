@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import quantised
 from .sharding import gathered, is_partitioned, on_rank_0_alone, reshard
 
 _GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
@@ -73,9 +73,9 @@ def is_conv1d(base: nn.Module) -> bool:
 
 def check_linear(base: nn.Module) -> None:
     """Raise ``TypeError`` unless ``base`` is a linear layer SECURA can adapt."""
-    if isinstance(base, nn.Linear) or is_conv1d(base) or _dequantizer(base) is not None:
+    if isinstance(base, nn.Linear) or is_conv1d(base) or quantised.dequantizer(base) is not None:
         return
-    if is_packed(base):
+    if quantised.is_packed(base):
         raise TypeError(
             f"{type(base).__name__} is a quantised layer that cannot be dequantised here, so its "
             "rows and columns cannot be read: load the model in full precision, or quantised by "
@@ -88,21 +88,6 @@ def check_linear(base: nn.Module) -> None:
     )
 
 
-def is_packed(base: Any) -> bool:
-    """Whether ``base`` is a linear layer of a class of its own that holds integers or 8-bit floats.
-
-    Such are the layers of GPTQ, AWQ and HQQ.
-    """
-    sizes = (getattr(base, name, None) for name in ("in_features", "out_features"))
-    if isinstance(base, nn.Linear) or not all(isinstance(size, int) for size in sizes):
-        return False
-    stored = [*base._parameters.values(), *base._buffers.values()]
-    return any(
-        one is not None and one.dim() > 1 and (not one.is_floating_point() or one.itemsize < 2)
-        for one in stored
-    )
-
-
 def dense_weight(base: Any) -> Tensor | None:
     """The weight as a view ``[N, K]`` where it is stored as floating numbers, else None.
 
@@ -111,7 +96,7 @@ def dense_weight(base: Any) -> Tensor | None:
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    if weight.dtype.itemsize < 2 or _dequantizer(base) is not None:
+    if weight.dtype.itemsize < 2 or quantised.dequantizer(base) is not None:
         return None
     return oriented(base, weight)
 
@@ -152,9 +137,9 @@ def weight(base: Any, *, values: bool = True) -> Tensor:
     """
     dense = dense_weight(base)
     if dense is None or "quantization_status" in base.__dict__:
-        _check_decompressed(base)
+        quantised.check_decompressed(base)
     if dense is None:
-        return _dequantized(base)
+        return quantised.dequantized(base)
     detached = dense.detach()
     if type(detached) is Tensor and not detached.is_meta and detached.dim() > 1:
         return detached
@@ -325,7 +310,7 @@ def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
     """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
     if not y0.requires_grad or torch.compiler.is_compiling():
         return y0.requires_grad
-    if not _is_torchao(getattr(base, "weight", None)):
+    if not quantised.is_torchao(getattr(base, "weight", None)):
         return True
     nodes, seen = [y0.grad_fn], {x.grad_fn, None}
     while nodes:
@@ -375,68 +360,6 @@ def _conv1d() -> Any:
     return None if module is None else module.Conv1D
 
 
-def _dequantizer(base: Any) -> Callable[[], Tensor] | None:
-    """What makes the weight ``[N, K]`` of a quantised base; None for any other."""
-    stored: Any = getattr(base, "weight", None)
-    if _is_torchao(stored):
-        return stored.dequantize
-    if type(base) in (nn.Linear, Stack):
-        return None
-    if "weight_scale_inv" in base._parameters:
-        return None if stored.itemsize > 1 else lambda: _scaled(base, stored)
-    if "peft" not in sys.modules:
-        return None
-    from peft.utils import resolve_quantization_backend
-
-    backend = resolve_quantization_backend(base)
-    return None if backend is None else lambda: backend.get_base_weight(base)
-
-
-def _is_torchao(stored: Any) -> bool:
-    """Whether ``stored`` is a tensor of torchao's, the weight of a plain ``nn.Linear``."""
-    return isinstance(stored, Tensor) and type(stored).dequantize is not Tensor.dequantize
-
-
-def _dequantized(base: Any) -> Tensor:
-    """The weight ``[N, K]`` of a quantised base, detached."""
-    make, kind = _dequantizer(base), type(getattr(base, "weight", base)).__name__
-    if make is None:
-        raise ValueError(
-            f"{type(base).__name__} ({kind}) has no floating weight and no known quantisation, so "
-            "its rows and columns cannot be read: load it in full precision"
-        )
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes' layout for inference on a CPU: dequantising it gives another weight.
-        # Its state_dict() puts the ordinary one back.
-        base.state_dict()
-    try:
-        return make().detach()
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{type(base).__name__} ({kind}) cannot be dequantised ({error}), so its rows and "
-            "columns cannot be read: load it in full precision, or quantised otherwise"
-        ) from error
-
-
-def _scaled(base: Any, weight: Tensor) -> Tensor:
-    """The weight ``[N, K]``, fp32, of transformers' ``FP8Linear``: a scale a block, or one."""
-    scale = base.weight_scale_inv.float()
-    for dim, size in enumerate(base.block_size or ()):
-        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
-    return weight.float() * scale
-
-
-def _check_decompressed(base: Any) -> None:
-    """Raise ``ValueError`` where compressed-tensors holds another weight than it multiplies by."""
-    status = getattr(base.__dict__.get("quantization_status"), "value", "decompressed")
-    if status != "decompressed":
-        raise ValueError(
-            f"the weight is not dense yet (compressed-tensors, {status}): load the model with "
-            "CompressedTensorsConfig(dequantize=True), or run it once before it is adapted"
-        )
-
-
 __all__ = [
     "Stack",
     "bias",
@@ -448,7 +371,6 @@ __all__ = [
     "is_conv1d",
     "is_dtensor",
     "is_elsewhere",
-    "is_packed",
     "is_split",
     "is_transposed",
     "make_writable",

@@ -23,7 +23,6 @@ torch's dispatcher, else their bodies.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_call
 from .dispatch import (
     alone,
     as_dtype,
@@ -42,7 +42,7 @@ from .dispatch import (
     without_autocast,
 )
 from .layer import Layer, cores
-from .norm import SAVES, pack
+from .norm import pack
 from .ops import flops
 from .ops.activation import op as activation
 from .ops.channel import op as channel
@@ -173,7 +173,7 @@ def effective_weight(
         raise ValueError("the layer has no weight to make another of")
     dtype = dtype or w.dtype
     seed = rounding_seed(layer, dtype)
-    _check(w.shape[0], (), layer, a, b, None, None)
+    check_call(w.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
     with torch.no_grad(), without_autocast(w.device.type):
         p, p_base = _projections(call, a, b)
@@ -202,7 +202,7 @@ def additive_product(
         raise ValueError(f"norm={layer.options.norm!r} adds no product of low rank")
     source = layer.weight if layer.columns is None else layer.columns
     assert source is not None
-    _check(source.shape[0], (), layer, a, b, None, None)
+    check_call(source.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
     with without_autocast(a.device.type):
         p, p_base = _projections(call, a, b)
@@ -244,7 +244,7 @@ def _run(
     if not x.is_floating_point():
         raise TypeError(f"the input is {x.dtype}: the ops take floating numbers")
     lead = x.shape[:-1]
-    _check(n, lead, layer, a, b, delta_bias, z_scale)
+    check_call(n, lead, layer, a, b, delta_bias, z_scale)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
     total = None
     if layer.shares_input and not given:
@@ -257,57 +257,6 @@ def _run(
         impl = resolve(impl, x)
     call = _call(layer, given, watched, impl, total)
     return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
-
-
-def _check(
-    n: int,
-    lead: Sequence[int],
-    layer: Layer,
-    a: Tensor,
-    b: Tensor | None,
-    delta_bias: Tensor | None,
-    z_scale: Tensor | None,
-) -> None:
-    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens."""
-    rows, cols, columns = layer.rows, layer.cols, layer.columns
-    if rows.dim() != 1 or rows.shape != cols.shape:
-        raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
-    m = rows.shape[0]
-    inner = m if b is None else b.shape[0]
-    if a.shape != (m, inner) or (b is not None and b.shape[1:] != (m,)):
-        raise ValueError(
-            f"a {list(a.shape)} and b {None if b is None else list(b.shape)} must be [{m}, r] and "
-            f"[r, {m}] beside rows [{m}]; without b, a must be [{m}, {m}]"
-        )
-    important = None if layer.restrain is None else layer.restrain.important
-    for name, tensor, shape in (
-        ("bias", layer.bias, (n,)),
-        ("delta_bias", delta_bias, (n,)),
-        ("important", important, (n,)),
-        ("core", layer.core, (m, m)),
-        ("columns", columns, (n, m)),
-        ("z_scale", z_scale, (*lead, m)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
-    norm, draws = layer.options.norm, layer.rounding_seed is not None
-    if draws and norm == "activation":
-        raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")
-    if draws and z_scale is not None:
-        raise ValueError("W' has no z to scale: leave out z_scale, or rounding_seed")
-    if norm == "channel":
-        gram, norms = layer.gram, layer.base_norms
-        if gram is None or norms is None:
-            raise ValueError("the space 'channel' needs gram and base_norms, of row_norms()")
-        if gram.shape != (m, m) or norms.shape != (n,):
-            raise ValueError(
-                f"gram {list(gram.shape)} and base_norms {list(norms.shape)} must be {[m, m]} and "
-                f"{[n]}"
-            )
-    elif norm == "weight" and z_scale is not None:
-        raise ValueError("the space 'weight' has no z, so it takes no z_scale")
-    elif norm == "activation" and layer.save not in SAVES:
-        raise ValueError(f"unknown save {layer.save!r}: choose one of {SAVES}")
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import secura
-from secura import AdapterConfig, SECURALinear, anchor, bases, unanchor
+from secura import AdapterConfig, SECURALinear, anchor, quantised, unanchor
 
 TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
 
@@ -327,15 +327,15 @@ class Packed(nn.Linear):
 def test_a_quantised_base_is_anchored(monkeypatch):
     """Its statistics are those of the weight that it stands for."""
     kind = lambda base: base.dequantize if isinstance(base, Packed) else None  # noqa: E731
-    monkeypatch.setattr(bases, "_dequantizer", kind)
+    monkeypatch.setattr(quantised, "dequantizer", kind)
     models = []
-    for quantised in (True, False):
+    for packs in (True, False):
         model = tiny.llama(bias=False)
         for block in model.model.layers:
             packed = Packed(block.self_attn.q_proj)
             dense = nn.Linear(24, 24, bias=False)
             dense.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
-            block.self_attn.q_proj = packed if quantised else dense
+            block.self_attn.q_proj = packed if packs else dense
         models.append(tiny.adapted(model, core="u", norm="none", target_modules=["q_proj"]))
     for model in models:
         anchor(model, TEXTS)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from secura import SECURALinear, bases
+from secura import SECURALinear, bases, quantised
 
 N, K = 12, 16
 
@@ -163,7 +163,9 @@ class Quantised(nn.Module):
 
 def test_a_quantised_base_may_have_hooks_with_the_space_weight(monkeypatch):
     base = Quantised()
-    monkeypatch.setattr(bases, "_dequantizer", lambda one: base.dequantize if one is base else None)
+    monkeypatch.setattr(
+        quantised, "dequantizer", lambda one: base.dequantize if one is base else None
+    )
     layer = SECURALinear.from_linear(base, r=3, norm="weight", norm_combine="gated")
     base.register_forward_hook(lambda *_: None)
     x = torch.randn(5, K)
@@ -173,7 +175,9 @@ def test_a_quantised_base_may_have_hooks_with_the_space_weight(monkeypatch):
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_a_loaded_adapter_may_be_asked_in_inference_mode_and_then_trained(norm, monkeypatch):
     base = Quantised()
-    monkeypatch.setattr(bases, "_dequantizer", lambda one: base.dequantize if one is base else None)
+    monkeypatch.setattr(
+        quantised, "dequantizer", lambda one: base.dequantize if one is base else None
+    )
     layer = SECURALinear.from_linear(base, r=3, norm=norm)
     layer.load_state_dict(layer.state_dict())
     x = torch.randn(5, K)

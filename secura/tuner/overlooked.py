@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from secura import bases
+from secura import bases, quantised
 
 from .config import SecuraConfig
 
@@ -28,7 +28,7 @@ def refuse_overlooked(model: nn.Module, config: SecuraConfig) -> None:
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         for name, layer in _outside_adapters(model):
-            if bases.is_packed(layer) and _is_meant(model, config, name, layer):
+            if quantised.is_packed(layer) and _is_meant(model, config, name, layer):
                 _refuse_layer(name, layer)
     for name, owner in model.named_modules() if config.target_parameters else ():
         for target in config.target_parameters or ():

@@ -1,0 +1,64 @@
+"""What the door refuses: operands that do not fit their layer, settings that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .layer import Layer
+from .norm import SAVES
+
+
+def check_call(
+    n: int,
+    lead: Sequence[int],
+    layer: Layer,
+    a: Tensor,
+    b: Tensor | None,
+    delta_bias: Tensor | None,
+    z_scale: Tensor | None,
+) -> None:
+    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens."""
+    rows, cols, columns = layer.rows, layer.cols, layer.columns
+    if rows.dim() != 1 or rows.shape != cols.shape:
+        raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
+    m = rows.shape[0]
+    inner = m if b is None else b.shape[0]
+    if a.shape != (m, inner) or (b is not None and b.shape[1:] != (m,)):
+        raise ValueError(
+            f"a {list(a.shape)} and b {None if b is None else list(b.shape)} must be [{m}, r] and "
+            f"[r, {m}] beside rows [{m}]; without b, a must be [{m}, {m}]"
+        )
+    important = None if layer.restrain is None else layer.restrain.important
+    for name, tensor, shape in (
+        ("bias", layer.bias, (n,)),
+        ("delta_bias", delta_bias, (n,)),
+        ("important", important, (n,)),
+        ("core", layer.core, (m, m)),
+        ("columns", columns, (n, m)),
+        ("z_scale", z_scale, (*lead, m)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
+    norm, draws = layer.options.norm, layer.rounding_seed is not None
+    if draws and norm == "activation":
+        raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")
+    if draws and z_scale is not None:
+        raise ValueError("W' has no z to scale: leave out z_scale, or rounding_seed")
+    if norm == "channel":
+        gram, norms = layer.gram, layer.base_norms
+        if gram is None or norms is None:
+            raise ValueError("the space 'channel' needs gram and base_norms, of row_norms()")
+        if gram.shape != (m, m) or norms.shape != (n,):
+            raise ValueError(
+                f"gram {list(gram.shape)} and base_norms {list(norms.shape)} must be {[m, m]} and "
+                f"{[n]}"
+            )
+    elif norm == "weight" and z_scale is not None:
+        raise ValueError("the space 'weight' has no z, so it takes no z_scale")
+    elif norm == "activation" and layer.save not in SAVES:
+        raise ValueError(f"unknown save {layer.save!r}: choose one of {SAVES}")
+
+
+__all__ = ["check_call"]
