@@ -8,6 +8,7 @@ dropped or restrained, rows that begin aligned or not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from ..api import effective_weight
 from ..norm import NormOptions
 from ..ops.project.op import project
 from .layers import Case
-from .recorder import Launch, Rule, Target, record
+from .recorder import Launch, Rule, Target, inspect_launch, record
 
 EVERY = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 SOME = ("sm_80", "sm_90")
@@ -172,6 +173,16 @@ def launches(target: Target, match: str = "") -> Iterator[tuple[str, Launch, Rul
                 yield name, launch, rule(launch, case)
 
 
+def problems(case: Recorded, target: Target) -> dict[str, list[str]]:
+    """What :func:`rule` forbids and a chip's code of a case's launches does, by launch."""
+    with record(target) as found:
+        case.run()
+    return {launch.key: _inspect(launch, target).problems(rule(launch, case)) for launch in found}
+
+
+_inspect = functools.cache(inspect_launch)
+
+
 def rule(launch: Launch, case: Recorded) -> Rule:
     """What is asked of a launch's code: of one whose rows are not aligned no more than no spill."""
     unpadded = launch.kernel.__name__.startswith(("_channel", "_project"))
@@ -196,4 +207,4 @@ def rule(launch: Launch, case: Recorded) -> Rule:
     return Rule()
 
 
-__all__ = ["CASES", "Recorded", "launches", "rule"]
+__all__ = ["CASES", "Recorded", "launches", "problems", "rule"]
