@@ -288,8 +288,8 @@ class _SecuraLayer(torch.autograd.Function):
         # once_differentiable is for a second derivative; it costs the first one 5 µs
         twice = torch.is_grad_enabled()
         run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
-        if type(g) is not Tensor:  # compiled autograd, which adds up what it sees
-            total = None
+        if total is not None and torch.compiler.is_compiling():
+            total = None  # compiled autograd adds up what it sees
         if is_alone(g):
             return run(ctx, g, total)
         with alone(g):

@@ -62,7 +62,7 @@ class _Entrance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None, None]:
-        dx = ctx.total.take()
+        dx = None if torch.compiler.is_compiling() else ctx.total.take()
         if dx is not None:
             dx = dx.view(ctx.shape)
             g = dx if g is None else g + dx

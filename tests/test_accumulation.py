@@ -334,6 +334,17 @@ def test_a_copy_holds_nothing(tmp_path):
     check_equal(plainly(twin, [x]), plainly(model, [x]))
 
 
+def test_a_replica_holds_nothing():
+    """``DataParallel`` copies a module's attributes to other devices and threads."""
+    model, (x, *_) = layer(), batches()
+    expected = plainly(model, [x])
+    model.zero_grad()
+    with secura.accumulate(model, sgd(model)):
+        model._is_replica = True
+        model(x).square().sum().backward()
+    check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
+
+
 def test_what_it_cannot_be_used_with():
     with pytest.raises(ValueError, match="no SECURA layer"):
         secura.accumulate(nn.Linear(2, 2), sgd(nn.Linear(2, 2))).__enter__()

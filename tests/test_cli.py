@@ -38,6 +38,12 @@ def test_resuming_equals_an_uninterrupted_run(trained, base, data, tmp_path, cap
         assert torch.equal(tensor, got[name]), name
 
 
+def test_nothing_to_hold_is_said(base, data, tmp_path, capfd):
+    more = ("--max_steps", 1, "--save_strategy", "no", "--hold_gradients")
+    assert main(train_flags(base, data, tmp_path / "out", *more)) == 0
+    assert "--hold_gradients changes nothing with one backward pass" in capfd.readouterr().out
+
+
 def test_micro_batches_whose_gradients_are_held(trained, base, data, tmp_path):
     """The same rows a step, in two backward passes: the same adapter but for rounding."""
     output, micro = tmp_path / "held", ("--per_device_train_batch_size", 2)

@@ -7,8 +7,7 @@ import importlib
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig, CompressedTensorsConfig, LlamaForCausalLM
 from transformers.integrations import finegrained_fp8
@@ -376,75 +375,3 @@ def test_an_exported_lora_computes_the_same_on_the_quantised_base(load, tmp_path
     lora = PeftModel.from_pretrained(load(), tmp_path / "lora")
     error = (tiny.logits(lora) - adapted).abs().max()
     assert error <= 2 * noise + 1e-4 < (tiny.logits(load()) - adapted).abs().max()
-
-
-class QuantLinear(nn.Module):
-    """A layer as GPTQ and AWQ have it: packed integers, no weight, not of torch.nn.Linear."""
-
-    def __init__(self, linear):
-        super().__init__()
-        k, n = self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("qweight", torch.ones(k // 8, n, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.ones(k // 32, n // 8, dtype=torch.int32))
-        self.register_buffer("scales", torch.ones(k // 32, n, dtype=torch.float16))
-
-
-class Blocks(nn.Module):
-    """A layer that can be dequantised, but is not of torch.nn.Linear (HQQ's say)."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block_size = (HIDDEN, HIDDEN)
-        weight = linear.weight.data.to(torch.float8_e4m3fn)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale_inv = nn.Parameter(torch.ones(1, 1), requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.float())
-
-
-def partly(kind):
-    """A dense Llama with one projection of another kind, and its modules."""
-    model = dense()
-    attention = model.model.layers[1].self_attn
-    attention.q_proj = kind(attention.q_proj)
-    return model, kinds(model)
-
-
-def kinds(model):
-    return [(name, type(module)) for name, module in model.named_modules()]
-
-
-@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "q_proj"], "all-linear"], ids=str)
-@pytest.mark.parametrize("known", [False, True])
-def test_a_layer_that_cannot_be_dequantised_is_refused_and_nothing_changed(
-    targets, known, monkeypatch
-):
-    error, reason = TypeError, "is a quantised layer that cannot be.*precision.*exclude_modules"
-    if known:  # to PEFT, where its package is installed
-        error, reason = ValueError, r"\(QuantLinear\) cannot be dequantised.*gptq.*precision"
-        backend = ForwardOnlyQuantizationBackend("gptq")
-        monkeypatch.setattr("peft.utils.resolve_quantization_backend", lambda base: backend)
-    model, before = partly(QuantLinear)
-    with pytest.raises(error, match=rf"^model\.layers\.1\.self_attn\.q_proj: QuantLinear {reason}"):
-        get_peft_model(model, tiny.config(target_modules=targets))
-    assert kinds(model) == before and not hasattr(model, "peft_config")
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_all_linear_leaves_no_quantised_layer_out_unless_told_to():
-    model, before = partly(Blocks)
-    config = {"target_modules": "all-linear"}
-    with pytest.raises(ValueError, match=r"q_proj: target_modules='all-linear' passes over Blocks"):
-        get_peft_model(model, tiny.config(**config))
-    assert kinds(model) == before
-    named = get_peft_model(model, tiny.config())
-    assert len(tiny.layers(named)) == 4
-    named.add_adapter("more", tiny.config(**config))  # its layers are adapted already
-    for kind in (QuantLinear, Blocks):
-        left_out = tiny.config(**config, exclude_modules=["layers.1.self_attn.q_proj"])
-        assert len(tiny.layers(get_peft_model(partly(kind)[0], left_out))) == 13
-    headless = dense()
-    headless.lm_head = QuantLinear(headless.lm_head)
-    assert len(tiny.layers(get_peft_model(headless, tiny.config(**config)))) == 14

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import adapted as adapted_model
 from tiny import gradients as model_gradients
 from tiny import llama, perturb
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -316,3 +318,15 @@ def test_an_input_can_be_saved_and_copied(tmp_path):
     outputs(layers, x)
     torch.save(x, tmp_path / "x.pt")
     torch.testing.assert_close(torch.load(tmp_path / "x.pt", weights_only=True), x)
+
+
+def test_compiled_autograd_adds_up_what_it_sees():
+    layers, found = examples("none"), []
+    for compiles in (False, True):
+        leaf = layers[0].x.clone().requires_grad_()
+        loss = sum(out.sum() for out in outputs(layers, leaf * 1))
+        traced = compiled_autograd._enable(torch.compile(backend="eager"))
+        with traced if compiles else nullcontext():
+            loss.backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)

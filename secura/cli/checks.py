@@ -114,6 +114,17 @@ def check_targets(model: Any, config: Any) -> None:
             )
 
 
+def nothing_held(training: Any, *, holding: bool) -> str | None:
+    """Says that `--hold_gradients` has nothing to hold from one backward pass to another."""
+    several = training.gradient_accumulation_steps > 1 or training.gradient_checkpointing
+    if several or not holding:
+        return None
+    return (
+        "--hold_gradients changes nothing with one backward pass a step: give "
+        "--gradient_accumulation_steps above 1, or leave it out"
+    )
+
+
 def left_out(model: Any, config: Any) -> str | None:
     """Says which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
     if config.target_modules != "all-linear" or config.target_parameters:
@@ -144,4 +155,4 @@ def left_out(model: Any, config: Any) -> str | None:
     )
 
 
-__all__ = ["check_lengths", "check_targets", "left_out", "lost_rows", "number"]
+__all__ = ["check_lengths", "check_targets", "left_out", "lost_rows", "nothing_held", "number"]

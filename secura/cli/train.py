@@ -74,7 +74,11 @@ def run(
     )
     checks.check_targets(trainer.model, wanted)
     checks.check_lengths(trainer)
-    for note in (checks.lost_rows(trainer, train_set), checks.left_out(trainer.model, wanted)):
+    for note in (
+        checks.lost_rows(trainer, train_set),
+        checks.left_out(trainer.model, wanted),
+        checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
+    ):
         if note:
             trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
