@@ -43,7 +43,7 @@ demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo --output_dir $(DEMO_OUTPUT) --overwrite_output_dir $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layer $(ARGS)

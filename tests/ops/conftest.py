@@ -68,6 +68,11 @@ class InterpreterRun(pytest.Item):
         return self.path, 0, f"{self.path.name} under TRITON_INTERPRET=1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the child processes first: each takes minutes, and none can be shared out."""
+    items.sort(key=lambda item: not isinstance(item, InterpreterRun))
+
+
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
     if module_path.stem.endswith("_interpret") and not INTERPRETING:
         return InterpreterModule.from_parent(parent, path=module_path)
