@@ -99,7 +99,7 @@ def accumulate(
 
     A layer keeps P, and adds up ∂P ``[N, m]``; the step's last backward pass makes ∂A and ∂B (or
     ∂U) of the sum. They are what plain accumulation gives, up to rounding; until then the adapters'
-    ``.grad`` lacks them, and hooks on A and B are called with None. It saves four to six launches a
+    ``.grad`` lacks them, and hooks on A and B are called with None. It saves five or six launches a
     layer and micro-batch where batches are small, for N m (4 + s) bytes a layer; with
     ``SECURA_KEEP_WEIGHT=always`` and ``norm="weight"`` also all but one forming of W'.
 

@@ -4,8 +4,8 @@
 
 What depends on the parameters alone (P, the gains of ``channel``, a W' of ``weight`` that is kept)
 is computed by the first and used again by the others; ∂P ``[N, m]`` is added up, and contracted
-with C by the last alone, whose ∂A and ∂B are those of all. It saves a layer and micro-batch four
-to six launches and the reading of C, N m scattered elements, both ways; it holds P and an fp32 ∂P.
+with C by the last alone, whose ∂A and ∂B are those of all. It saves a layer and micro-batch five
+or six launches and the reading of C, N m scattered elements, both ways; it holds P and an fp32 ∂P.
 
 Parameters are not known to be the same by their versions: a fused optimizer and FSDP2 leave those
 as they are. So nothing is held from the last backward pass until :meth:`Held.renew`, which whoever
