@@ -135,6 +135,7 @@ _BESIDE = {
 }
 _SEEDS = (0, 1, 2, 3, 4)
 _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
+_IN_TURN = Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0)
 
 STAGES: dict[str, Stage] = {
     "screen": Stage(
@@ -177,10 +178,18 @@ STAGES: dict[str, Stage] = {
     ),
     "sequence": Stage(
         "Four tasks in turn, each method at its rate of equal learning of the first",
-        Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0),
+        _IN_TURN,
         (
             *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
             *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
+        ),
+    ),
+    "sequence-seeds": Stage(
+        "Four tasks in turn over three seeds, the methods that decide, on two cores",
+        replace(_IN_TURN, part=0.25),
+        (
+            *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
+            *in_sequence({"ewc": _BESIDE["ewc"]}, "mlp", (0, 1, 2), 64),
         ),
     ),
 }
