@@ -72,7 +72,7 @@ class Runner:
             oracle.check(found, problem.dtype)
             self.figures: dict[str, Any] = {f"error_{name}": of for name, of in found.items()}
             if provider.holds:
-                layer.held = Held(lambda: False)
+                layer.held = Held(lambda: False, in_graphs=True)
             self.both()
             self.backward_call()()
             known = [*layer.parameters(), *layer.buffers(), weight]

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import (
+    Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
@@ -62,27 +62,28 @@ class Accumulation:
         waiting = [name for name, one in self._held.items() if one.waits]
         if waiting:
             raise RuntimeError(
-                f"{len(waiting)} layers hold a part of their gradient ({waiting[0]} first), which "
-                "no last backward pass came for: set accumulation.last before it, let it reach "
-                "every layer, or drop() what is held; without secura.accumulate a step needs none "
-                "of that"
+                f"{len(waiting)} layers hold a part of their gradient "
+                f"({waiting[0] or 'the model itself'} first), which no last backward pass came "
+                "for: set accumulation.last before it, let it reach every layer, or drop() what is "
+                "held; without secura.accumulate a step needs none of that"
             )
 
     def before_step(self, optimizer: Any, *_: Any) -> None:
         """Let no optimizer of the adapters take a step that lacks a part of a gradient."""
-        if not self._is_of_adapters(optimizer):
-            return
-        if optimizer is not self._optimizer:
+        if optimizer is self._optimizer:
+            self.check_finished()
+        elif self._is_of_adapters(optimizer):
             raise RuntimeError(
-                "another optimizer than that of secura.accumulate takes a step, so a training that "
-                "was interrupted has left it open: call close() of its AccumulateCallback, or load "
-                "the model again"
+                "another optimizer than that of secura.accumulate takes a step: it has to be given "
+                "the one that steps itself, not one that is made of it; or a training that was "
+                "interrupted has left it open: call close() of its AccumulateCallback, or load the "
+                "model again"
             )
-        self.check_finished()
 
     def after_step(self, optimizer: Any, *_: Any) -> None:
-        """Take the parameters for what they are now."""
-        if self._is_of_adapters(optimizer):
+        """Take the parameters for what they are now; a closure's passes must be finished too."""
+        if optimizer is self._optimizer:
+            self.check_finished()
             for one in self._held.values():
                 one.renew()
 
@@ -104,8 +105,9 @@ def accumulate(
     ``SECURA_KEEP_WEIGHT=always`` and ``norm="weight"`` also all but one forming of W'.
 
     Layers do as without it in passes of ``torch.autograd.grad`` or of ``backward(inputs=...)``
-    without A and B, under ``torch.compile`` and dispatch modes (selective checkpointing), as
-    ``DataParallel``'s replicas, fused experts, tensor parallel ones.
+    without all that A and B are made of, while a CUDA graph is captured, under ``torch.compile``
+    and dispatch modes (selective checkpointing), as ``DataParallel``'s replicas, fused experts,
+    tensor parallel ones.
 
     Example:
         >>> with secura.accumulate(model, optimizer) as accumulation:
@@ -127,20 +129,23 @@ def accumulate(
             :attr:`Accumulation.last`.
 
     Raises:
-        TypeError: for an optimizer that is not torch's or made of it.
-        ValueError: the model has no SECURA layer, or is a ``DistributedDataParallel`` with
-            ``static_graph``, which takes a gradient that is held for one that never comes.
-        RuntimeError: before a step, or on leaving, where a layer holds a part of its gradient (the
-            last backward pass did not reach it, or none was the last); at a forward pass, where
-            the adapter is not the one whose gradient is held.
+        TypeError: for an optimizer that is not torch's or made of it, such as DeepSpeed's.
+        ValueError: the model has no SECURA layer, or the optimizer is another's already; at a
+            forward pass of ``DistributedDataParallel`` with ``static_graph``.
+        RuntimeError: before a step, after one with a closure, or on leaving, where a layer holds a
+            part of its gradient (the last backward pass did not reach it, or none was the last); at
+            a forward pass, where the adapter is not the one whose gradient is held.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(inner, "param_groups"):
-        raise TypeError(f"{type(optimizer).__name__} is no optimizer of torch's")
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"{type(inner).__name__} is no torch.optim.Optimizer, whose steps can be watched: "
+            "leave out secura.accumulate (AccumulateCallback, --hold_gradients)"
+        )
     if not secura_layers(model):
         raise ValueError("the model has no SECURA layer to accumulate in: add an adapter first")
-    if isinstance(model, DistributedDataParallel) and model.static_graph:
-        raise ValueError("static_graph of DistributedDataParallel takes a held gradient for none")
+    if isinstance(getattr(inner.zero_grad, "drops", None), Accumulation):
+        raise ValueError("the optimizer is in another secura.accumulate: leave that one first")
     accumulation = Accumulation(model, inner, is_last)
     with ExitStack() as stack:
         stack.callback(accumulation.close)
@@ -162,6 +167,7 @@ def _dropping(optimizer: Any, accumulation: Accumulation) -> Iterator[None]:
         plain(*args, **kwargs)
 
     before = vars(optimizer).get("zero_grad")
+    zero_grad.drops = accumulation  # type: ignore[attr-defined]
     optimizer.zero_grad = zero_grad
     try:
         yield

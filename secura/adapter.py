@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from secura_kernels import (
@@ -146,10 +147,11 @@ class CABR(AdapterState):
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if self.columns is None and bases.is_elsewhere(base):
             self._keep_columns(base)
-        weight = bases.weight(base, values=False) if self.columns is None else None
+        held = self.held and self._holding(bases.weight_between(base))
         if not self.config.replaces_product:
+            weight = bases.weight(base, values=False) if self.columns is None else None
             y0 = bases.product(base, x, self.name) if y0 is None else y0
-            layer = self._layer(base, weight, self.held and self._holding(None))
+            layer = self._layer(base, weight, held)
             return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):
@@ -158,27 +160,32 @@ class CABR(AdapterState):
                     f"product, so {skipped} would be skipped: use norm='channel' without rounding"
                 )
             x = x.to(dense.device)
-        weight = bases.weight(base, values=False)
-        layer = self._layer(base, weight, self.held and self._holding(None))
+        layer = self._layer(base, bases.weight(base, values=False), held)
         return secura_linear(x, layer, *self.factors(), **trained)
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.
 
-        ``weight`` is W where the module has it, and not made for this pass.
+        ``weight`` is W where it stays what it is from one pass to the next.
         """
         held = self.held
-        if held is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        assert held is not None
+        if torch.compiler.is_compiling():
+            return None
+        whole = DistributedDataParallel._active_ddp_module
+        if whole is not None and whole.static_graph:
+            raise ValueError(
+                "static_graph of DistributedDataParallel takes a gradient that is held for one "
+                "that never comes: leave out static_graph, or secura.accumulate"
+            )
+        if not torch.is_grad_enabled():
             return None
         if is_in_torch_dispatch_mode() or getattr(self, "_is_replica", False):
             return None
+        if self.core.is_cuda and not held.in_graphs and torch.cuda.is_current_stream_capturing():
+            return None
         tensors = (self.A, self.B, self.U, self.core, self.left, self.right)
-        versions = [
-            one is not None and (one.is_inference() or one._version, one.requires_grad)
-            for one in (*tensors, weight)
-        ]
-        storage = None if weight is None else weight.untyped_storage()._cdata
-        return held.of(tensors, (self.scaling, versions, storage))
+        return held.of(tensors, (self.scaling, *map(_state, (*tensors, weight))))
 
     def _layer(self, base: nn.Module, weight: Tensor | None, held: Held | None = None) -> Layer:
         """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""
@@ -215,8 +222,8 @@ class CABR(AdapterState):
         """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
         return update(*self.factors(), self.scaling)
 
-    def whole_core(self, base: nn.Module) -> Tensor:
-        """``U_acc + s · A B [m, m]``, fp32 or wider."""
+    def core_and_update(self, base: nn.Module) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
         self._refresh(base)
         return self.update() + self.core if self.folded else self.update()
 
@@ -224,6 +231,10 @@ class CABR(AdapterState):
         """:meth:`factors`, gathered where the parameters are sharded."""
         a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
         return factors(a, b, u, self.left, self.right)
+
+    def whole_update(self) -> Tensor:
+        """:meth:`update`, gathered where the parameters are sharded."""
+        return update(*self.whole_factors(), self.scaling)
 
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
@@ -248,9 +259,7 @@ class CABR(AdapterState):
         """
         self.core.add_(self.whole_update())
         self.trained.zero_()
-        self.folded = True
-        self._core_version = 0 if self.core.is_inference() else self.core._version
-        self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
+        self._note_core(folded=True)  # most likely, and looking would wait for the device
 
     @torch.no_grad()
     def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
@@ -267,10 +276,6 @@ class CABR(AdapterState):
         self.left = self.right = None
         put(self, "U", whole)
         self.config.anchored = False
-
-    def whole_update(self) -> Tensor:
-        """:meth:`update`, gathered where the parameters are sharded."""
-        return update(*self.whole_factors(), self.scaling)
 
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
@@ -384,6 +389,14 @@ class CABR(AdapterState):
             f"the input is {x.dtype} and the base weight {weight.dtype}: cast one of them, or run "
             "under torch.autocast"
         )
+
+
+def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What tells that a tensor was written to, given other numbers (``.data``) or frozen."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.untyped_storage()._cdata, tensor.requires_grad
 
 
 __all__ = ["CABR"]

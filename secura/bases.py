@@ -206,6 +206,15 @@ def weight_here(base: Any) -> Tensor | None:
     return detached if here else None
 
 
+def weight_between(base: Any) -> Tensor | None:
+    """The weight ``[N, K]``, detached, where what is stored stays from one forward to the next.
+
+    None where it is quantised, not here, or gathered for a forward by FSDP2.
+    """
+    managed = getattr(base, "_is_fsdp_managed_module", False)
+    return None if managed else weight_here(base)
+
+
 def check_at_hand(base: Any) -> None:
     """Raise ``ValueError`` where the weight of ``base`` is kept elsewhere between its forwards."""
     stored = getattr(base, "weight", None)
@@ -381,6 +390,7 @@ __all__ = [
     "product_weight",
     "shape",
     "weight",
+    "weight_between",
     "weight_here",
     "why_not_product",
 ]

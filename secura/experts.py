@@ -67,8 +67,11 @@ class Experts(CABR):
 
     def weights(self, base: Any) -> Tensor:
         """``W' [E, N, K]`` in W's dtype; gradients reach A and B, or U."""
+        return self._weights(base, self.update())
+
+    def _weights(self, base: Any, u: Tensor) -> Tensor:
         self._refresh(base)
-        u, u_base = self.update(), None
+        u_base = None
         if self.folded and self.config.norm_reference == "folded" and self.config.norm != "none":
             u_base = self.core
         elif self.folded:
@@ -84,12 +87,14 @@ class Experts(CABR):
     @torch.no_grad()
     def effective_of(self, base: Any, *, allow_inexact: bool = False) -> Tensor:
         """The weights ``[E, N, K]``, in W's dtype, that the experts multiply by."""
-        return self.weights(base)
+        return self._weights(base, self.whole_update())
 
     @torch.no_grad()
     def delta_of(self, base: Any) -> Tensor:
         """``ΔW_e = C_e (U_acc + s · A_e B_e) R_e  [E, N, K]``, fp32, before any norm."""
-        return self._change(bases.weight(base), self.update() + self.core, self.rows, self.cols)
+        return self._change(
+            bases.weight(base), self.whole_update() + self.core, self.rows, self.cols
+        )
 
     def _change(self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         rows, cols = _within(weight, rows, cols)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,7 +20,8 @@ def dequantizer(base: Any) -> Callable[[], Tensor] | None:
         return None
     if "weight_scale_inv" in base._parameters:
         return None if stored.itemsize > 1 else lambda: _scaled(base, stored)
-    if "peft" not in sys.modules:
+    dense = isinstance(stored, Tensor) and stored.is_floating_point() and stored.itemsize > 1
+    if "peft" not in sys.modules and (dense or importlib.util.find_spec("peft") is None):
         return None
     from peft.utils import resolve_quantization_backend
 
@@ -36,7 +39,10 @@ def is_packed(base: Any) -> bool:
         return False
     stored = [*base._parameters.values(), *base._buffers.values()]
     return any(
-        one is not None and one.dim() > 1 and (not one.is_floating_point() or one.itemsize < 2)
+        one is not None
+        and one.dim() > 1
+        and one.dtype != torch.bool  # a mask
+        and (not one.is_floating_point() or one.itemsize < 2)
         for one in stored
     )
 

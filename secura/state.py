@@ -113,10 +113,10 @@ class AdapterState(nn.Module):
         self._stale, self._assigned, self._awaits_file = True, self.waits, False
         self.waits = False
 
-    def _note_core(self) -> None:
-        """Look whether ``core`` holds anything, after it was changed."""
+    def _note_core(self, folded: bool | None = None) -> None:
+        """Note that ``core`` was changed, and whether it holds anything: looked at if not given."""
         core = self.core
-        self.folded = not core.is_meta and bool(core.any())
+        self.folded = (not core.is_meta and bool(core.any())) if folded is None else folded
         self._core_version = 0 if core.is_inference() else core._version
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 

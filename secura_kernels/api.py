@@ -319,6 +319,7 @@ def _output(
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs[1] or needs[2])
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
+    ctx.layers = None if held is None else held.layers
     ctx.save_for_backward(a, b, *saved)
     return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
 
@@ -335,8 +336,8 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     flat, da, db = len(shape) == 2, None, None
     so_far = total.so_far() if total is not None else None
     dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
-    if wanted[1] and call.layer.held is not None and _is_for_grad(ctx):
-        dp = call.layer.held.add(dp)
+    if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
+        dp = call.layer.held.add(dp, ctx.layers)
     if wanted[1] and dp is not None:
         dtype = ctx.u_dtype
         du = project.backward(call, as_dtype(dp, dtype), scale)
@@ -357,14 +358,22 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
 
 
 def _is_for_grad(ctx: Any) -> bool:
-    """Whether the pass at work adds to ``.grad`` of A or B (or to what they are made of).
+    """Whether the pass at work adds to ``.grad`` of all that A and B are made of.
 
-    In one that was not asked for them, or was to return them, nothing may be held.
+    In one that was asked for a part of it, or is to return it, nothing may be held.
     """
-    node = next(node for node, _ in ctx.next_functions[1:3] if node is not None)
+    nodes = [node for node, _ in ctx.next_functions[1:3] if node is not None]
+    leaves, seen = [], set(nodes)
+    while nodes:
+        node = nodes.pop()
+        before = {one for one, _ in node.next_functions if one is not None}
+        nodes += before - seen
+        seen |= before
+        if not before:
+            leaves.append(node)
     try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of a leaf, in torch.autograd.grad
+        return all(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:  # in torch.autograd.grad
         return False
 
 

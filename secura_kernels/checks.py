@@ -41,6 +41,8 @@ def check_call(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
+    if layer.weight is not None and layer.weight.shape[0] != n:
+        raise ValueError(f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs")
     norm, draws = layer.options.norm, layer.rounding_seed is not None
     if draws and norm == "activation":
         raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")

@@ -25,17 +25,32 @@ class Held:
 
     Args:
         is_last: whether the backward pass that asks is the last before the optimizer's step.
+        in_graphs: whether a CUDA graph that is captured may use what is held: its replays then use
+            the same, whatever the parameters are by then.
+
+    Attributes:
+        layers: how many different layers it was of, as :meth:`of` tells them apart.
     """
 
-    __slots__ = ("_is_last", "_known", "_remembers", "_sum", "_tensors", "_values")
+    __slots__ = (
+        "_is_last",
+        "_known",
+        "_remembers",
+        "_sum",
+        "_tensors",
+        "_values",
+        "in_graphs",
+        "layers",
+    )
 
-    def __init__(self, is_last: Callable[[], bool]) -> None:
+    def __init__(self, is_last: Callable[[], bool], *, in_graphs: bool = False) -> None:
         self._is_last: Callable[[], bool] | None = is_last
         self._known: dict[Any, Any] = {}
         self._sum: Tensor | None = None
         self._remembers = True
         self._tensors: Sequence[Tensor | None] = ()
         self._values: Any = None
+        self.in_graphs, self.layers = in_graphs, 0
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a layer holds nothing."""
@@ -63,6 +78,7 @@ class Held:
                     "by FSDP1, for which secura.accumulate is not made"
                 )
             self._known, self._tensors, self._values = {}, tensors, values
+            self.layers += 1
         return self
 
     def get(self, key: Any) -> Any:
@@ -74,8 +90,14 @@ class Held:
         if self._remembers:
             self._known[key] = value
 
-    def add(self, dp: Tensor) -> Tensor | None:
-        """Add ``∂P [N, m]``, which is written to later; all of it in the last backward pass."""
+    def add(self, dp: Tensor, layers: int) -> Tensor | None:
+        """Add ``∂P [N, m]``, which is written to later; all of it in the last backward pass.
+
+        ``layers`` is what :attr:`layers` was in the forward pass: a ∂P of another layer than the
+        present one goes back as it came.
+        """
+        if layers != self.layers:
+            return dp
         if self._sum is not None:
             dp = self._sum.add_(dp)
         if self._is_last is not None and not self._is_last():

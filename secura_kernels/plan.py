@@ -258,12 +258,22 @@ def keeps_weight(watched: bool = False) -> bool:
     Raises:
         ValueError: for anything else that the variable says.
     """
-    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
-    if said not in KEEPS:
-        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
+    said = _keep_weight()
     if said != "auto":
         return said == "always" and not (watched and torch.compiler.is_compiling())
     return not watched and checkpoints()
+
+
+def holds_weight() -> bool:
+    """Whether a W' is held from one micro-batch to the next too: ``SECURA_KEEP_WEIGHT=always``."""
+    return _keep_weight() == "always"
+
+
+def _keep_weight() -> str:
+    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
+    if said not in KEEPS:
+        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
+    return said
 
 
 def checkpoints() -> bool:

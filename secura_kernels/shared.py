@@ -14,6 +14,7 @@ itself, which the others find. A layer that never runs backward adds nothing. Wi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class _Entrance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, total: Total) -> Tensor:
-        ctx.total, ctx.shape = total, x.shape
+        ctx.total, ctx.shape, ctx.entered = total, x.shape, weakref.ref(x)
         ctx.set_materialize_grads(False)
         # x itself as no view of it: a view would keep its base alive
         return x.detach() if x.dtype == dtype else x.to(dtype)
@@ -66,6 +67,9 @@ class _Entrance(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(ctx.shape)
             g = dx if g is None else g + dx
+        x = ctx.entered()
+        if x is not None:  # whose own graph may keep it alive, were it to be kept here
+            _ENTERED.pop(x, None)
         return g, None, None
 
 
@@ -76,7 +80,7 @@ class _Shared(NamedTuple):
 
 
 _ENTERED: MutableMapping[Tensor, _Shared] = WeakIdKeyDictionary()
-"""By x itself, as long as that lives."""
+"""By x itself, until its backward pass, or as long as it lives."""
 
 
 def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:

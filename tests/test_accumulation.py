@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,6 +254,116 @@ def test_passes_that_do_not_add_to_the_gradients_of_a_and_b():
     check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
 
 
+def test_a_part_of_what_a_pass_may_be_asked_for():
+    """Of A alone, or of what an anchored core is made of: nothing is held, nothing is taken."""
+    model, micro = layer(), batches(2)
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(micro[0]).square().sum().backward(inputs=[model.A])
+        accumulation.last = True
+        model(micro[1]).square().sum().backward()
+    found = {"A": model.A.grad, "B": model.B.grad}
+    model.zero_grad()
+    model(micro[0]).square().sum().backward(inputs=[model.A])
+    model(micro[1]).square().sum().backward()
+    check_equal(found, {"A": model.A.grad, "B": model.B.grad})
+
+    anchored, eye = layer(core="u"), torch.eye(4, dtype=torch.float64)
+    anchored.set_anchor(eye + 0.1, eye - 0.2, anchored.U.detach().clone())
+    expected, alone = plainly(anchored, micro), plainly(anchored, micro[:1])
+    anchored.zero_grad()
+    with secura.accumulate(anchored, sgd(anchored)) as accumulation:
+        for index, x in enumerate(micro):
+            accumulation.last = index == 1
+            out = anchored(x).square().sum()
+            found = torch.autograd.grad(out, anchored.U, retain_graph=True)[0]
+            if index == 0:
+                check_equal({"U": found}, alone)
+            out.backward()
+    check_equal({"U": anchored.U.grad}, expected, rtol=1e-5)
+
+
+def test_the_last_pass_of_another_layer_than_the_present():
+    """Two graphs, scaled in between, before either's backward pass."""
+    model, micro = layer(), batches()
+
+    def run(last):
+        first = model(micro[0]).square().sum()
+        model.scaling = 0.5
+        (first + model(micro[1]).square().sum()).backward()
+        last()
+        model(micro[2]).square().sum().backward()
+        model.scaling = 1.0
+        return {"A": model.A.grad, "B": model.B.grad}
+
+    expected = run(lambda: None)
+    model.zero_grad()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        check_equal(run(lambda: setattr(accumulation, "last", True)), expected)
+
+
+def test_a_closure_has_to_finish_what_it_begins():
+    model, (x, *_) = layer(), batches()
+    optimizer = sgd(model)
+
+    def closure():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with (
+        pytest.raises(RuntimeError, match=r"1 layers hold .*\(the model itself first\)"),
+        secura.accumulate(model, optimizer),
+    ):
+        optimizer.step(closure)
+    with secura.accumulate(model, optimizer) as accumulation:
+        accumulation.last = True
+        optimizer.step(closure)
+
+
+def test_an_optimizer_of_master_copies_is_watched_too():
+    model, (x, *_) = layer(), batches()
+    masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    with (
+        pytest.raises(RuntimeError, match="hold a part"),
+        secura.accumulate(model, torch.optim.SGD(masters, 0.1)) as accumulation,
+    ):
+        model(x).sum().backward()
+        accumulation._optimizer.step()
+
+
+def test_a_base_that_is_hooked_is_watched_too():
+    model, (x, *_) = layer(), batches()
+    model.base.register_forward_hook(lambda *_: None)
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(x).sum().backward()
+        with torch.no_grad():
+            model.base.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="not the one whose gradient is held"):
+            model(x)
+        accumulation.drop()
+
+
+def test_static_graph_is_refused_wherever_it_stands(monkeypatch):
+    model, (x, *_) = layer(), batches()
+    whole = SimpleNamespace(static_graph=True)
+    with secura.accumulate(model, sgd(model)):
+        monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", whole)
+        with pytest.raises(ValueError, match="leave out static_graph"):
+            model(x)
+
+
+def test_a_weight_is_held_over_a_step_only_where_that_was_asked_for(monkeypatch):
+    """Checkpointing, which keeps W' of a block for its backward pass, does not hold all blocks'."""
+    model, (x, *_) = layer("weight"), batches()
+    for said in ("auto", "always"):
+        monkeypatch.setenv("SECURA_KEEP_WEIGHT", said)
+        with secura.accumulate(model, sgd(model)) as accumulation:
+            accumulation.last = True
+            out = checkpoint(model, x, use_reentrant=False)
+            assert (model.held.get(("W'", x.dtype)) is not None) == (said == "always")
+            out.sum().backward()
+
+
 def test_a_backward_pass_after_it_is_left():
     model, (x, *_) = layer(), batches()
     expected = plainly(model, [x])
@@ -286,7 +397,7 @@ def test_what_is_dropped(whose):
     check_equal({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected)
 
 
-@pytest.mark.parametrize("change", ["frozen", "replaced", "scaled", "base"])
+@pytest.mark.parametrize("change", ["frozen", "replaced", "scaled", "base", "data"])
 def test_an_adapter_that_changes_between_micro_batches(change):
     model, (x, *_) = layer(), batches()
 
@@ -297,6 +408,8 @@ def test_an_adapter_that_changes_between_micro_batches(change):
             model.B = nn.Parameter(model.B.detach() * 2)
         elif change == "scaled":
             model.scaling = 0.5
+        elif change == "data":
+            nn.utils.vector_to_parameters(model.B.detach().flatten() * 2, [model.B])
         else:
             model.base.weight.data = model.base.weight.data * 2
 
@@ -348,8 +461,16 @@ def test_a_replica_holds_nothing():
 def test_what_it_cannot_be_used_with():
     with pytest.raises(ValueError, match="no SECURA layer"):
         secura.accumulate(nn.Linear(2, 2), sgd(nn.Linear(2, 2))).__enter__()
-    with pytest.raises(TypeError, match="str is no optimizer"):
+    with pytest.raises(TypeError, match=r"str is no torch\.optim\.Optimizer, .* leave out"):
         secura.accumulate(layer(), "adam").__enter__()
+    model = layer()
+    optimizer = sgd(model)
+    with (
+        secura.accumulate(model, optimizer),
+        pytest.raises(ValueError, match=r"in another secura\.accumulate"),
+    ):
+        secura.accumulate(model, optimizer).__enter__()
+    assert "zero_grad" not in vars(optimizer)
 
 
 def arguments(folder, steps, **more):
@@ -404,7 +525,7 @@ def test_a_trainer(norm, steps, tmp_path, monkeypatch):
 
     finished, add = [], Held.add
     monkeypatch.setattr(
-        Held, "add", lambda own, dp: (finished.append(add(own, dp)), finished[-1])[1]
+        Held, "add", lambda own, *dp: (finished.append(add(own, *dp)), finished[-1])[1]
     )
 
     rows = [{"input_ids": row, "labels": row} for row in tokens(7)]

@@ -242,6 +242,16 @@ def test_a_part_of_the_layer_that_does_not_fit_is_refused(name, door):
         getattr(secura_kernels, door)(*first, layer, example.a)
 
 
+@pytest.mark.parametrize("norm", ["none", "activation"])
+def test_an_output_of_another_width_than_the_weights_is_refused(norm):
+    example = Case(NormOptions(norm), **WIDE, given=True).draw()
+    for n in (1, 12, 14):
+        with pytest.raises(ValueError, match=rf"weight \[13, .* must be \[{n}, K\]"):
+            secura_kernels.secura_add(
+                torch.ones(5, n), example.layer._replace(bias=None), example.a
+            )
+
+
 @pytest.mark.parametrize("y0_given", [False, True])
 @pytest.mark.parametrize("name", ["x", "a", "b", "delta_bias", "z_scale", "important"])
 def test_an_argument_that_does_not_fit_is_refused(name, y0_given):

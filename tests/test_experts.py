@@ -10,6 +10,7 @@ import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from transformers import (
     GptOssConfig,
@@ -165,6 +166,32 @@ def test_trains_saves_loads_merges(model, norm, tmp_path):
     plain = one.merge_and_unload()
     assert type(plain) is type(made(model)) and not tiny.layers(plain)
     torch.testing.assert_close(tiny.logits(plain), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_sharded_experts_are_the_same(model, norm, mesh):
+    """FSDP2 by decoder layer: outputs, ΔW, a fold and a merge, and back bit for bit."""
+    plain, sharded = (adapted(model, norm=norm) for _ in range(2))
+    for layer in sharded.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for _ in range(2):
+        assert torch.equal(tiny.logits(sharded), tiny.logits(plain))
+        both = zip(tiny.layers(sharded).values(), tiny.layers(plain).values(), strict=True)
+        for one, other in both:
+            deltas = (each.get_delta_weight("default") for each in (one, other))
+            assert torch.equal(*deltas)
+        before = tiny.logits(sharded)
+        for one in (sharded, plain):
+            one.merge_adapter()
+        assert torch.equal(tiny.logits(sharded), tiny.logits(plain))
+        assert not torch.equal(tiny.logits(sharded), tiny.logits(made(model)))
+        for one in (sharded, plain):
+            one.unmerge_adapter()
+        assert torch.equal(tiny.logits(sharded), before)
+        for one in (sharded, plain):
+            secura.fold(one)
 
 
 def test_adapters_come_and_go():

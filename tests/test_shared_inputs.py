@@ -187,6 +187,28 @@ def test_an_input_is_freed(is_leaf):
         gc.enable()
 
 
+def test_an_input_that_its_own_graph_keeps_is_freed_with_that():
+    """After its backward pass nothing here keeps the two alive."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.out = 2 * x
+            return ctx.out
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    layers = examples("none", 2)
+    x = Doubled.apply(layers[0].x.clone().requires_grad_())
+    seen = weakref.ref(x)
+    sum(out.sum() for out in outputs(layers, x)).backward()
+    del x
+    gc.collect()
+    assert seen() is None
+
+
 def test_a_second_derivative_is_an_error():
     layers = examples("none", 2)
     leaf = layers[0].x.clone().requires_grad_()

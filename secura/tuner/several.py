@@ -71,7 +71,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     return secura_add(
         bases.product(base, x, adapters[0].name),
         layer,
-        torch.block_diag(*(adapter.whole_core(base) for adapter in adapters)),
+        torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters)),
         delta_bias=sum_biases(adapters),
         z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
     )

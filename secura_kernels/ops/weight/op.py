@@ -244,7 +244,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     terms = Terms(*projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
     keep = seed is None and plan.keeps_weight(call.watched)
-    held = layer.held if keep else None
+    held = layer.held if keep and plan.holds_weight() else None
     known = None if held is None else held.get(("W'", x.dtype))
     if known is not None:
         fused, *found = known
