@@ -25,7 +25,7 @@ from secura_kernels.held import Held
 from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
-from . import bases, parallel
+from . import bases, tensor_parallel
 from .choosing import choose, choose_late
 from .config import AdapterConfig
 from .integrity import SKETCH
@@ -140,7 +140,7 @@ class CABR(AdapterState):
         ``y0 [..., N]`` is what it made of ``x [..., K]`` already, if it did.
         """
         if bases.is_split(base):
-            return parallel.forward(self, base, x, y0)
+            return tensor_parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
         self._refresh(base)
@@ -353,7 +353,7 @@ class CABR(AdapterState):
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
         if split:
-            parallel.check(self, base)
+            tensor_parallel.check(self, base)
         self._stale, self.columns = False, None
         if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
             own = torch.cat((self.rows, self.cols))
@@ -373,7 +373,7 @@ class CABR(AdapterState):
                 p_base = project(weight, self.cols, self.core, self.core.dtype, None)
             self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
         if split:
-            parallel.keep_rows(self, base, weight)
+            tensor_parallel.keep_rows(self, base, weight)
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():

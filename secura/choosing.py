@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secura_kernels import init_a, select
 
-from . import bases, parallel
+from . import bases, tensor_parallel
 from .integrity import fingerprint
 from .sharding import from_rank_0, on_rank_0_alone, put
 
@@ -31,7 +31,7 @@ def choose(adapter: CABR, base: nn.Module) -> None:
     adapter.waits, adapter._stale = False, True
     adapter._note_core()
     if bases.is_split(base):
-        parallel.share_start(adapter, base)
+        tensor_parallel.share_start(adapter, base)
     if not on_rank_0_alone():
         adapter._derive(base)
 

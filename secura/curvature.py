@@ -69,14 +69,19 @@ def curvature(
         )
     else:
         batches = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
-        batches = _share(batches, rank, world, device)
-    sums, handles = {}, []
+        batches = batches[rank::world] if world > 1 else batches
+    sums, handles, watches = {}, [], []
     for name, (adapter, layer) in adapters.items():
         sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
-        handles.append(layer.register_forward_hook(_Watch(adapter, sums[name])))
+        watches.append(_Watch(adapter, sums[name]))
+        handles.append(layer.register_forward_hook(watches[-1]))
     try:
         for batch in batches:
             _read(model, batch.to(device), generator)
+        for watch in watches:
+            watch.counts = False
+        for _ in range(_most(len(batches), device) - len(batches)):  # sharded ones wait
+            _read(model, torch.zeros(1, 2, dtype=torch.long, device=device), generator)
     finally:
         for handle in handles:
             handle.remove()
@@ -207,21 +212,22 @@ def _batches(pieces: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     ]
 
 
-def _share(batches: list[Tensor], rank: int, world: int, device: torch.device) -> list[Tensor]:
-    """This process's share of the batches, as many as every other's: sharded ones wait."""
-    if world == 1:
-        return batches
-    own = batches[rank::world] or batches
-    count = torch.tensor(len(own), device=device)
-    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
-    return own[: int(count)]
+def _most(count: int, device: torch.device) -> int:
+    """The largest ``count`` of all processes."""
+    most = torch.tensor(count, device=device)
+    if _processes()[1] > 1:
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 class _Watch:
-    """A forward hook that adds a layer's z zᵀ and h hᵀ to its sums once its gradient is there."""
+    """A forward hook that adds a layer's z zᵀ and h hᵀ to its sums once its gradient is there.
+
+    Where nothing ``counts``, it adds nothing.
+    """
 
     def __init__(self, adapter: CABR, sums: Statistics) -> None:
-        self.adapter, self.sums = adapter, sums
+        self.adapter, self.sums, self.counts = adapter, sums, True
 
     def __call__(self, layer: Any, inputs: tuple, out: Tensor) -> None:
         if not out.requires_grad:
@@ -239,6 +245,8 @@ class _Watch:
             squares = z.t() @ z
 
         def add(gradient: Tensor) -> None:
+            if not self.counts:
+                return
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                 h = (_flat(gradient).to(columns.dtype) @ columns).float()
                 self.sums.sigma.add_(squares)

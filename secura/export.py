@@ -130,6 +130,8 @@ def check_exportable(config: Any) -> None:
         reason = "norm='weight' gives each weight a gain of its own, which has no low rank"
     elif options.norm == "channel" and options.combine == "averaged":
         reason = "norm_combine='averaged' scales the base weight too"
+    elif config.stochastic_rounding:
+        reason = "stochastic_rounding multiplies by a rounded W', whose mean alone is a LoRA"
     elif config.restrain:
         reason = "restrain scales the base weight too"
     elif getattr(config, "target_parameters", None):

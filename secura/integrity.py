@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -73,21 +72,6 @@ def checksum(tensors: Mapping[str, Tensor], settings: str = "") -> Tensor:
     return torch.tensor(int.from_bytes(values.digest() + rest.digest(), "big", signed=True))
 
 
-def _older_checksum(tensors: Mapping[str, Tensor]) -> int:
-    """The sum of formats 1 and 2, which leaves the settings out."""
-    total = torch.zeros((), dtype=torch.int64)
-    for name, tensor in sorted(tensors.items()):
-        header = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
-        for data in (
-            torch.frombuffer(bytearray(header), dtype=torch.uint8),
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8),
-        ):
-            position = torch.arange(1, data.numel() + 1)
-            factor = position * 2_654_435_761 % 65_521 + 1
-            total = total * 1_000_003 + (data.long() * factor).sum()
-    return int(total)
-
-
 def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     """Raise ``ValueError`` where a layer's tensors or settings are not those that were saved.
 
@@ -99,13 +83,15 @@ def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     if not stored or was_cast(own):
         return
     found = int(checksum(own, settings))
-    if stored == found or stored == _older_checksum(own):
+    if stored == found:
         return
     if stored >> 32 == found >> 32:
         raise ValueError(
-            f"{layer}: the adapter was saved with other settings than its adapter_config.json (or "
-            "the config given) has: the scaling, the norm, restrain or the tokens were changed. "
-            "Restore it; set_scale() changes the scaling of an adapter once it is loaded"
+            f"{layer}: the adapter was saved for a weight of another shape than this layer's, or "
+            "with other settings than its adapter_config.json (or the config given) has (the "
+            "scaling, the norm, restrain, the tokens): load it on the model it was trained on, "
+            "with the config it was saved with; set_scale() changes the scaling of an adapter "
+            "once it is loaded"
         )
     raise ValueError(
         f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
@@ -131,11 +117,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """A tensor's bytes, without numpy, which torch can do without."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    view: Any = (ctypes.c_char * (flat.numel() * flat.itemsize)).from_address(flat.data_ptr())
-    view.tensor = flat  # to outlive the view
-    return view
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -167,9 +167,10 @@ class AdapterState(nn.Module):
             state_dict[prefix + "checksum"] = checksum(own, self._settings(own))
 
     def _settings(self, own: Mapping[str, Tensor]) -> str:
-        """What of the settings a sum over the tensors ``own`` counts in."""
+        """What a sum over the tensors ``own`` counts in: settings, and the weight's shape."""
         core = own.get("core")
-        return self.config.fixed_settings(core is not None and bool(core.any()))
+        settings = self.config.fixed_settings(core is not None and bool(core.any()))
+        return f"{settings} of [{self.out_features}, {self.in_features}]"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)

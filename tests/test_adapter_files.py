@@ -12,12 +12,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import secura
 from secura import SecuraConfig
-from secura.integrity import _older_checksum, checksum, digest
+from secura.integrity import checksum, digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NEW_IN_3 = ("base_tensors", "checksum", "how_to_load", "init_weights", "layer_replication")
-FIRST = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
+LAYER = "model.layers.0.self_attn.q_proj"
+FIRST = f"base_model.model.{LAYER}.secura_adapter."
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def rewrite(folder, change, *, fix_checksum=False) -> None:
         own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
         own.pop("checksum")
         settings = SecuraConfig.from_pretrained(folder).fixed_settings(bool(own["core"].any()))
+        settings += f" of {list(tiny.llama().get_submodule(LAYER).weight.shape)}"
         state[FIRST + "checksum"] = checksum(own, settings)
         edit(folder, checksum=digest(state.values()))
     (folder / WEIGHTS).unlink()
@@ -54,6 +56,11 @@ def refused(folder, message: str, *, error: type[Exception] = ValueError) -> Non
     with pytest.raises(error, match=message):
         PeftModel.from_pretrained(base, folder)
     tiny.assert_same(tiny.base_weights(base), before)
+    base = tiny.llama()
+    with pytest.raises(error, match=message):
+        secura.from_pretrained(base, folder)
+    tiny.assert_same(base.state_dict(), before)
+    assert not hasattr(base, "peft_config")
     model = tiny.adapted(norm="channel", train_bias=True, seed=5)
     before = tiny.snapshot(model)
     with pytest.raises(error, match=message):
@@ -75,7 +82,7 @@ def test_contents(folder):
         "fingerprint": (8, 8), "checksum": (),
     }  # fmt: skip
     config = json.loads((folder / CONFIG).read_text())
-    assert (config["peft_type"], config["format_version"]) == ("SECURA", 3)
+    assert (config["peft_type"], config["format_version"]) == ("SECURA", 1)
 
 
 @pytest.mark.parametrize("norm", ["channel", "activation"])
@@ -261,35 +268,21 @@ def test_another_shape(folder):
     refused(folder, r"the file has A \[4, 7\], this layer takes A \[4, 8\]: .*inner_r")
 
 
+@pytest.mark.parametrize("check_base", [True, False])
+def test_a_base_of_another_shape(check_base, tmp_path):
+    """Into which the rows and columns would fit, so that nothing else tells."""
+    tiny.adapted(norm="none").save_pretrained(tmp_path)
+    edit(tmp_path, check_base=check_base)
+    with pytest.raises(ValueError, match=r"q_proj.*: .* for a weight of another shape than this"):
+        PeftModel.from_pretrained(tiny.llama(hidden=48), tmp_path)
+
+
 def test_a_newer_format(folder):
-    edit(folder, format_version=4, gate="a setting this version does not know")
-    with pytest.raises(ValueError, match=r"format 4.*reads up to 3: upgrade"):
+    edit(folder, format_version=2, gate="a setting this version does not know")
+    with pytest.raises(ValueError, match=r"format 2.*reads up to 1: upgrade"):
         PeftModel.from_pretrained(tiny.llama(), folder)
-    with pytest.raises(ValueError, match="format 4"):
+    with pytest.raises(ValueError, match="format 2"):
         SecuraConfig.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("norm", tiny.NORMS)
-def test_an_older_format_keeps_what_its_default_meant(norm, tmp_path):
-    averaged = "averaged" if norm == "weight" else None
-    before = tiny.adapted(norm=norm, norm_combine=averaged)
-    before.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    old = {name: value for name, value in config.items() if name not in NEW_IN_3}
-    old |= {"format_version": 1, "norm_combine": None}
-    (tmp_path / CONFIG).write_text(json.dumps(old))
-    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / WEIGHTS).items()}
-    for name in [name for name in state if name.endswith(".checksum")]:
-        layer = name.removesuffix("checksum")
-        own = {n.removeprefix(layer): t for n, t in state.items() if n.startswith(layer)}
-        own.pop("checksum")
-        state[name] = torch.tensor(_older_checksum(own))
-    save_file(state, tmp_path / WEIGHTS)
-    after = PeftModel.from_pretrained(tiny.llama(), tmp_path)
-    assert torch.equal(tiny.logits(after.eval()), tiny.logits(before))
-    after.save_pretrained(tmp_path / "again")
-    again = json.loads((tmp_path / "again" / CONFIG).read_text())
-    assert (again["format_version"], again["norm_combine"]) == (3, averaged)
 
 
 @pytest.mark.parametrize("value", ["1", None, 1.5, True, 0])

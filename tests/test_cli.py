@@ -38,10 +38,12 @@ def test_resuming_equals_an_uninterrupted_run(trained, base, data, tmp_path, cap
         assert torch.equal(tensor, got[name]), name
 
 
-def test_nothing_to_hold_is_said(base, data, tmp_path, capfd):
-    more = ("--max_steps", 1, "--save_strategy", "no", "--hold_gradients")
-    assert main(train_flags(base, data, tmp_path / "out", *more)) == 0
-    assert "--hold_gradients changes nothing with one backward pass" in capfd.readouterr().out
+def test_flags_that_change_nothing_are_named(base, data, tmp_path, capfd):
+    more = ("--save_strategy", "no", "--hold_gradients", "--stochastic_rounding")
+    assert main(train_flags(base, data, tmp_path / "out", *more, "--max_steps", 1)) == 0
+    said = capfd.readouterr().out
+    assert "--hold_gradients changes nothing with one backward pass" in said
+    assert "--stochastic_rounding changes nothing in float32" in said
 
 
 def test_micro_batches_whose_gradients_are_held(trained, base, data, tmp_path):

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from secura.cli import main
 from secura.cli.folders import sole_use
-from secura.cli.resume import digest, published_step
+from secura.cli.resume import digest, saved_step
 
 NO_CHECKPOINTS = ("--save_strategy", "no", "--max_steps", 1)
 
@@ -116,7 +116,19 @@ def test_a_finished_run_takes_no_further_step(trained, base, data, tmp_path, cap
     assert main(argv) == 0
     assert "checkpoint-4 is in" in capfd.readouterr().out
     tiny.assert_same(load_file(output / files[0]), load_file(trained / files[0]))
-    assert published_step(output) == 4
+    assert saved_step(output) == 4
+
+
+def test_settings_of_speed_alone_may_change_in_a_resumed_run(trained, base, data, tmp_path, capfd):
+    output = tmp_path / "out"
+    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
+    more = ("--share_inputs", "--keep_columns", "--resume_from_checkpoint")
+    assert main(train_flags(base, data, output, "--save_steps", 2, *more)) == 0
+    assert "secura: 2 steps in" in capfd.readouterr().out
+    found, expected = (load_file(at / "adapter_model.safetensors") for at in (output, trained))
+    for name in (name for name in expected if name.endswith((".A", ".B"))):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    fails(train_flags(base, data, output, "--norm", "none", *more), capfd, "norm was 'weight'")
 
 
 def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd):
@@ -131,6 +143,14 @@ def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd
     ("flags", "parts"),
     [
         ("--target_modules q_proj vproj", ["--target_modules: 'vproj'", "did you mean v_proj?"]),
+        ("--target_modules qproj", ["--target_modules: 'qproj'", "did you mean q_proj?"]),
+        (
+            r"--target_modules .*\.qq_(proj|x)",
+            ["matches no layer of this model", "down_proj", "name those to take"],
+        ),
+        ("--layers_to_transform 1", ["layers_to_transform needs names", "'all-linear' is a"]),
+        ("--max_steps 0", ["--max_steps 0 must be 1 or more"]),
+        ("--eval_strategy steps", ["Unknown split", "'train[90%:]'"]),
         ("--exclude_modules o_prj", ["--exclude_modules: 'o_prj'", "did you mean o_proj?"]),
         ("--target_parameters experts.down", ["'experts.down' matches no parameter"]),
         ("--target_modules q_proj --layers_to_transform 0 7", ["--layers_to_transform: 7"]),

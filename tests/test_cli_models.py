@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from cli_fixtures import fails, train_flags
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secura import SecuraModel
@@ -88,6 +89,27 @@ def test_a_merge_that_fails_leaves_nothing(trained, tmp_path, capfd, monkeypatch
     argv = ["merge", "--adapter", trained, "--output_dir", tmp_path / "merged"]
     fails(argv, capfd, "no space left")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_is_not_taken_for_an_adapter_of_securas(base, data, tmp_path, capfd):
+    adapter, lora = tmp_path / "adapter", tmp_path / "lora"
+    assert main(train_flags(base, data, adapter, "--max_steps", 1, "--norm", "channel")) == 0
+    assert main(["export_lora", "--adapter", str(adapter), "--output_dir", str(lora)]) == 0
+    for command in (["generate", "--prompt", PROMPT], ["merge", "--output_dir", tmp_path / "m"]):
+        fails([*command, "--adapter", lora], capfd, "is a LORA adapter", "peft.PeftModel")
+
+
+def test_a_base_of_another_width_is_refused_whatever_is_asked(base, tmp_path, capfd):
+    """Rows and columns of the narrower model would fit into it."""
+    narrow = get_peft_model(tiny.llama(), tiny.config(norm="none"))
+    narrow.save_pretrained(tmp_path / "adapter")
+    tiny.llama(hidden=48).save_pretrained(tmp_path / "wide")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "wide")
+    argv = ["merge", "--adapter", tmp_path / "adapter", "--model", tmp_path / "wide"]
+    for flags in ([], ["--no_check_base"]):
+        out = ["--output_dir", tmp_path / "merged", *flags]
+        fails([*argv, *out], capfd, "q_proj", "a weight of another shape")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_bad_merges(trained, base, tmp_path, capfd):
@@ -193,7 +215,9 @@ def test_sampling_is_seeded(base, capfd):
         ("--model {base} --prompt=", "--prompt is empty"),
         ("--model {base} --prompt hi --max_new_tokens 0", "--max_new_tokens"),
         ("--model {base} --prompt hi --temperature -1", "--temperature"),
-        ("--model {base} --prompt hi --device hyper", "device"),
+        ("--model {base} --prompt hi --device hyper", "--device hyper: torch cannot use it here"),
+        ("--model {base} --prompt hi --device xpu:7", "--device xpu:7: torch cannot use it here"),
+        ("--adapter adapter --prompt hi", "adapter 'adapter': no such folder; give"),
         ("--model {base} --prompt hi --sed 1", "did you mean --seed?"),
     ],
 )
@@ -275,6 +299,8 @@ def test_doctor_counts_what_a_layer_takes(capfd):
         (f"{LAYER} h100 --norm wheight", "--norm wheight: choose one of none"),
         (f"{LAYER} h100 --layer 4096", "e.g. 4096x14336"),
         (f"{LAYER} h100 --tokens 0", "sizes of 1 or more"),
+        (f"{LAYER} h100 --layer 64x32 --r 33", "--r 33 must be at most 32"),
+        ("doctor --tokens 100", "--tokens goes with --layer"),
     ],
 )
 def test_bad_layers_of_doctor(flags, part, capfd):

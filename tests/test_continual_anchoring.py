@@ -89,7 +89,8 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
     more = ("--anchor_tokens", 256, "--save_steps", 2)
     assert main(train_flags(base, data, output, *flags, *more)) == 0
     said = capfd.readouterr().out
-    assert "secura: anchored 6 layers by" in said
+    assert "secura: anchored 6 layers by" in said and "secura: anchoring by" in said
+    assert ("these are few for r=4" in said) == (source == "none")
     assert ("the model's own samples" if source == "self" else str(by)) in said
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["core"] == "u" and config["anchored"] and config["anchor_damping"] == 0.01

@@ -212,13 +212,16 @@ def test_anchoring(shard):
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("wrap", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("wrap", ["fsdp2", "linears", "ddp"])
 def test_gradients_held_over_micro_batches(wrap, mesh, shard):
     """FSDP2's parameters keep their versions; a metric's forward stands before each step."""
     ends, ids = [], tiny.tokens(9).unsqueeze(1)
     for held in (False, True):
         model = tiny.adapted(norm="channel").train()
-        run = shard(model) if wrap == "fsdp2" else DistributedDataParallel(model)
+        if wrap == "linears":  # each gathered by itself, and left so until its backward pass
+            for layer in tiny.layers(model).values():
+                fully_shard(layer.base_layer, mesh=mesh, reshard_after_forward=False)
+        run = DistributedDataParallel(model) if wrap == "ddp" else shard(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, 1.0)
         with accumulate(model, optimizer) if held else nullcontext(Accumulation) as accumulation:

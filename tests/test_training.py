@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from secura import FoldCallback, fold
-from secura.callbacks import DivergedError, FiniteCallback, trained_tensors
+from secura.cli.callbacks import DivergedError, FiniteCallback, trained_tensors
 
 STEPS = 6
 

@@ -44,8 +44,11 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
     import secura.tuner  # noqa: F401  it registers the method
 
     path = Path(adapter).expanduser()
-    if not path.is_dir() and (path.exists() or adapter.startswith((".", "/", "~"))):
-        raise UserError(f"adapter {adapter!r}: no such folder")
+    named = "/" in adapter and not adapter.startswith((".", "/", "~"))
+    if not path.is_dir() and (path.exists() or not named):
+        raise UserError(
+            f"adapter {adapter!r}: no such folder; give an adapter's, or a hub name (owner/name)"
+        )
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"adapter {adapter!r}: the folder has no adapter_config.json; give the --output_dir of "
@@ -58,6 +61,12 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
     except (*_MISFITS, ValueError) as error:
         place = "" if ADAPTER_WEIGHTS in str(error) else f"{ADAPTER_CONFIG}: "
         raise UserError(f"adapter {adapter!r}: {place}{one_line(error)}") from error
+    if config.peft_type != "SECURA":
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(
+            f"adapter {adapter!r} is a {kind} adapter, not one of SECURA's: load it with "
+            "peft.PeftModel.from_pretrained, or give the SECURA adapter it was made of"
+        )
     if not isinstance(config.base_model_name_or_path, str | None):
         raise UserError(
             f"adapter {adapter!r}: {ADAPTER_CONFIG}: base_model_name_or_path "

@@ -41,6 +41,12 @@ def check(arguments: Any, config: Any) -> None:
         )
 
 
+def announce(arguments: Any) -> str:
+    """One line before what takes minutes on a CPU."""
+    source = "the model's own samples" if arguments.anchor == SELF else arguments.anchor
+    return f"secura: anchoring by {source} …"
+
+
 def anchor(trainer: Any, arguments: Any, seed: int) -> str:
     """Anchors the trainer's model, and says in one line by what.
 
@@ -48,6 +54,7 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
         UserError: the text or the model cannot serve; the model is left as it was.
     """
     from secura.anchoring import anchor as anchor_model
+    from secura.anchoring import anchored_adapters
 
     texts = None if arguments.anchor == SELF else read_texts(arguments.anchor)
     model = trainer.model.to(trainer.args.device)
@@ -63,9 +70,11 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
         raise UserError(f"--anchor {arguments.anchor}: {one_line(error)}") from error
     source = "the model's own samples" if report.sampled else arguments.anchor
     unseen = f"; {len(report.unseen)} of them saw none" if report.unseen else ""
+    rank = max(len(adapter.core) for adapter, _ in anchored_adapters(model).values())
+    few = f"; these are few for r={rank}" if report.tokens < rank else ""
     return (
         f"secura: anchored {report.layers} layers by {report.tokens:,} tokens of {source} in "
-        f"{report.seconds:.0f} s{unseen}"
+        f"{report.seconds:.0f} s{unseen}{few}"
     )
 
 

@@ -156,13 +156,19 @@ def _targeting() -> list[tuple[str, Any, Any]]:
 
     everything = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the layers to adapt, one regular expression, or all-linear."},
+        metadata={
+            "help": "Names of the layers to adapt, one regular expression, or all-linear. "
+            "[all-linear]"
+        },
     )
     return [
         ("target_modules", list[str], everything),
         ("target_parameters", *optional(list[str], "Names of experts' weights to adapt besides.")),
         ("exclude_modules", *optional(list[str], "Names of layers to leave out.")),
-        ("layers_to_transform", *optional(list[int], "Indices of the decoder layers to adapt.")),
+        (
+            "layers_to_transform",
+            *optional(list[int], "Decoder layers to adapt, with names in --target_modules."),
+        ),
         ("layers_pattern", *optional(list[str], "Name of the list of decoder layers.")),
         ("modules_to_save", *optional(list[str], "Modules to train in full and to save.")),
         ("rank_pattern", *optional(str, 'r by layer name, in JSON: {"down_proj": 128}.')),
@@ -303,6 +309,11 @@ def settle(parsed: Any) -> None:
     missing = [f"--{name}" for name in REQUIRED if not getattr(parsed, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; give flags, or keys of a --config file")
+    if parsed.max_steps == 0 or parsed.max_steps < -1:
+        raise UserError(
+            f"--max_steps {parsed.max_steps} must be 1 or more; leave it out to train for "
+            "--num_train_epochs"
+        )
     import torch
 
     if not torch.accelerator.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from secura._extras import require
@@ -76,8 +77,30 @@ def _longest(dataset: Any) -> int:
     return longest
 
 
-def check_targets(model: Any, config: Any) -> None:
-    """Refuses names and indices that match no layer, which PEFT passes over beside others.
+def check_names(model: Any, config: Any) -> None:
+    """Refuses names of layers and parameters that the model, without adapter, has none of.
+
+    Raises:
+        UserError: names them, and the nearest name there is.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for field, among in (
+        ("target_modules", modules),
+        ("target_parameters", parameters),
+        ("exclude_modules", modules),
+        ("modules_to_save", modules),
+    ):
+        names = getattr(config, field)
+        if isinstance(names, str):
+            _check_pattern(field, names, model)
+            continue
+        for name in sorted(names or ()):
+            _check_match(field, name, rf"(.*\.)?{re.escape(name)}", among)
+
+
+def check_layers(model: Any, config: Any) -> None:
+    """Refuses settings of layers that are not adapted, which PEFT passes over.
 
     Args:
         model: the model with the adapter on it.
@@ -86,32 +109,46 @@ def check_targets(model: Any, config: Any) -> None:
     Raises:
         UserError: names them, and the nearest name there is.
     """
+    adapted = list(_adapted(model))
+    for index in config.layers_to_transform or ():
+        _check_match("layers_to_transform", index, rf".*\.{index}\..*", adapted)
+    for name in config.rank_pattern:
+        _check_match("rank_pattern", name, rf"(.*\.)?({name})", adapted)
+
+
+def adapted_kinds(model: Any) -> list[str]:
+    """Last names of the layers that a model's adapter is on, such as ``down_proj``."""
+    return sorted({name.rpartition(".")[2] for name in _adapted(model)})
+
+
+def _adapted(model: Any) -> Iterator[str]:
     from secura.tuner import SecuraLayer
 
-    named = list(model.get_base_model().named_modules())
-    modules = [name.replace(".base_layer", "") for name, _ in named]
-    adapted = [name for name, module in named if isinstance(module, SecuraLayer)]
-    own = model.get_base_model().named_parameters()
-    parameters = [name.replace(".base_layer", "") for name, _ in own]
-    asked = (
-        ("target_modules", config.target_modules, modules, r"(.*\.)?{}"),
-        ("target_parameters", config.target_parameters, parameters, r"(.*\.)?{}"),
-        ("exclude_modules", config.exclude_modules, modules, r"(.*\.)?{}"),
-        ("modules_to_save", config.modules_to_save, modules, r"(.*\.)?{}"),
-        ("layers_to_transform", config.layers_to_transform, adapted, r".*\.{}\..*"),
-        ("rank_pattern", config.rank_pattern, adapted, None),
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, SecuraLayer):
+            yield name
+
+
+def _check_match(field: str, name: Any, pattern: str, among: list[str]) -> None:
+    if any(re.fullmatch(pattern, full) for full in among):
+        return
+    known = {full.rpartition(".")[2] for full in among}
+    kind = "parameter" if field == "target_parameters" else "layer"
+    raise UserError(
+        f"--{field}: {name!r} matches no {kind}; correct it or leave it out"
+        f"{suggest(str(name), known)}"
     )
-    for field, names, among, pattern in asked:
-        for name in () if isinstance(names, str) else sorted(names or ()):
-            wanted = pattern.format(re.escape(str(name))) if pattern else rf"(.*\.)?({name})"
-            if any(re.fullmatch(wanted, full) for full in among):
-                continue
-            known = {full.rpartition(".")[2] for full in among}
-            kind = "parameter" if among is parameters else "layer"
-            raise UserError(
-                f"--{field}: {name!r} matches no {kind}; correct it or leave it out"
-                f"{suggest(str(name), known)}"
-            )
+
+
+def _check_pattern(field: str, pattern: str, model: Any) -> None:
+    if pattern == "all-linear" or any(re.fullmatch(pattern, n) for n, _ in model.named_modules()):
+        return
+    linear = require("torch", "train").nn.Linear
+    found = {n.rpartition(".")[2] for n, module in model.named_modules() if type(module) is linear}
+    raise UserError(
+        f"--{field}: {pattern!r} matches no layer of this model, whose linear layers are "
+        f"{', '.join(sorted(found)) or 'none'}: name those to take in --{field}"
+    )
 
 
 def nothing_held(training: Any, *, holding: bool) -> str | None:
@@ -155,4 +192,25 @@ def left_out(model: Any, config: Any) -> str | None:
     )
 
 
-__all__ = ["check_lengths", "check_targets", "left_out", "lost_rows", "nothing_held", "number"]
+def not_rounded(training: Any, config: Any, model: Any) -> str | None:
+    """Says that `--stochastic_rounding` acts in bf16 alone."""
+    dtype = require("torch", "train").bfloat16
+    if not config.stochastic_rounding or training.bf16 or model.dtype == dtype:
+        return None
+    return (
+        f"--stochastic_rounding changes nothing in {str(model.dtype).removeprefix('torch.')}: it "
+        "rounds W' to bfloat16, in training with --bf16 and in a merge to it"
+    )
+
+
+__all__ = [
+    "adapted_kinds",
+    "check_layers",
+    "check_lengths",
+    "check_names",
+    "left_out",
+    "lost_rows",
+    "not_rounded",
+    "nothing_held",
+    "number",
+]

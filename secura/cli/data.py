@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,19 @@ def load_split(name: str, config: str | None, split: str) -> Any:
     except StopIteration:  # the JSON reader's answer to a file without a line
         dataset = ()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"data set {name!r}, split {split!r}: {one_line(cause)}") from error
+        raise UserError(f"data set {name!r}, split {split!r}: {_said(error)}") from error
     if len(dataset) == 0:
         raise UserError(f"data set {name!r}, split {split!r} has no rows")
     return dataset
+
+
+def _said(error: BaseException) -> str:
+    """What a reader of data says, lines counted from 1, and what to do about a split."""
+    text = one_line(error.__cause__ or error)
+    text = re.sub(r" in row (\d+)$", lambda found: f" in line {int(found[1]) + 1}", text)
+    if "Unknown split" in text:
+        text += "; name another, or a part of one, such as 'train[90%:]' of a single file"
+    return text
 
 
 def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
@@ -53,7 +62,8 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _load_saved(datasets, path, split)
         return datasets.load_dataset(str(path), config, split=split)
-    if path.suffix.lower() in FORMATS or name.startswith((".", "/", "~")):
+    is_file = path.suffix.lower() in FORMATS or ("/" not in name and path.suffix)
+    if is_file or name.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file or folder")
     return datasets.load_dataset(name, config, split=split)
 

@@ -55,20 +55,33 @@ def make_parser() -> Parser:
         "as JSON: each step's MiB, GFLOP and least time, and what it adds to the frozen layer",
     )
     layer = parser.add_argument_group("with --layer")
-    layer.add_argument("--tokens", type=int, default=8192, help="default 8192")
-    layer.add_argument("--r", type=int, default=64, help="CUR rank, default 64")
-    layer.add_argument("--norm", default="weight", help="S-MagNorm's space, default weight")
+    layer.add_argument("--tokens", type=int, help="default 8192")
+    layer.add_argument("--r", type=int, help="CUR rank, default 64")
+    layer.add_argument("--norm", help="S-MagNorm's space, default weight")
     layer.add_argument(
         "--chip",
-        default="h100",
         help="h100 (default), h200, or its copy rate in TB/s and matrix rate in TFLOP/s: 3.0,798",
     )
     return parser
 
 
+def settle(options: Namespace) -> None:
+    """Fills in what `--layer` takes where nothing is given.
+
+    Raises:
+        UserError: it is given without `--layer`.
+    """
+    for name, usual in (("tokens", 8192), ("r", 64), ("norm", "weight"), ("chip", "h100")):
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+        elif options.layer is None:
+            raise UserError(f"--{name} goes with --layer: give the layer's sizes, or leave it out")
+
+
 def main(argv: list[str]) -> int:
     """Prints the findings; 1 if an op fails its check."""
     options = make_parser().parse_args(argv)
+    settle(options)
     if options.kernels is not None:
         return print_kernels(options.kernels)
     if options.layer is not None:
@@ -156,6 +169,8 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
         chip = plan.Chip(float(rates[1]) * 1e12, float(rates[2]) * 1e12)
     assert chip is not None
     k, n = map(int, sizes.groups())
+    if options.r > min(n, k):
+        raise UserError(f"--r {options.r} must be at most {min(n, k)} on --layer {options.layer}")
     shape = plan.Shape(options.tokens, n, k, options.r)
     norm, kept = unpack(pack(NormOptions(options.norm))), plan.keeps_weight()
     passes = dict(zip(("forward", "backward"), layer_steps(shape, norm, kept, chip), strict=True))

@@ -8,8 +8,8 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
-from secura.cli.errors import Parser, UserError
-from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer, set_seed
+from secura.cli.errors import Parser, UserError, one_line
+from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer
 
 
 def make_parser() -> Parser:
@@ -87,7 +87,13 @@ def load(args: Any) -> tuple[Any, Any]:
     import torch
 
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(args.device or best or "cpu")
+    try:
+        device = torch.empty(0, device=args.device or best or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {args.device}: torch cannot use it here ({one_line(error)}); leave --device "
+            f"out to take {best or 'the CPU'}"
+        ) from error
     dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
     adapter, base, revision = (
         args.adapter_name_or_path,
@@ -146,7 +152,8 @@ def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool =
     }
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-        set_seed(args.seed)
+        torch.manual_seed(args.seed)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         with torch.inference_mode():
@@ -154,7 +161,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool =
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),
                 max_new_tokens=args.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                pad_token_id=pad,
                 streamer=streamer if stream else None,
                 **sampling,
             )

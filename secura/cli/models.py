@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +117,3 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
             "be random; give one that was saved whole as a causal language model"
         )
     return model
-
-
-def set_seed(seed: int) -> None:
-    """Seeds Python's and torch's generators."""
-    import torch
-
-    random.seed(seed)
-    torch.manual_seed(seed)

@@ -25,20 +25,17 @@ KEPT = (
 )
 """Fields of `SFTConfig` that a resumed run takes from its checkpoint, or that change its data."""
 
-_NOT_LEARNT = {
-    "allow_inexact_merge",
-    "anchored",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "check_base",
-    "format_version",
-    "inference_mode",
-    "merge_dequantized",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
+_NO_MATTER = {
+    *("allow_inexact_merge", "anchored", "check_base", "merge_dequantized"),
+    *("keep_columns", "share_inputs"),
 }
+"""Fields of `AdapterConfig` that change nothing of what is learned, but for rounding."""
+
+_PLACES = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_parameters", "modules_to_save", "trainable_token_indices", "rank_pattern"),
+}
+"""Fields of `SecuraConfig` that say where an adapter is."""
 STATE = "trainer_state.json"
 _DATA = "data set"
 
@@ -88,7 +85,7 @@ def settings(training: Any, config: Any, dataset: Any, data: Any) -> dict[str, A
         dataset: the training rows.
         data: the `DataArguments`, to name them.
     """
-    adapter = {name: value for name, value in config.to_dict().items() if name not in _NOT_LEARNT}
+    adapter = {name: getattr(config, name) for name in _learnt() | _PLACES}
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     name = f"{data.dataset_name} ({data.dataset_train_split}, {len(dataset)} rows)"
     return {
@@ -101,6 +98,12 @@ def settings(training: Any, config: Any, dataset: Any, data: Any) -> dict[str, A
         "batch size": batch * training.world_size,
         _DATA: [name, digest(dataset)],
     }
+
+
+def _learnt() -> set[str]:
+    from secura.config import AdapterConfig
+
+    return {entry.name for entry in fields(AdapterConfig)} - _NO_MATTER
 
 
 def digest(dataset: Any) -> str:
@@ -119,15 +122,13 @@ def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
     Raises:
         UserError: names each setting, its former value and the new one.
     """
-    from secura.callbacks import recorded_settings
-    from secura.config import AdapterConfig
+    from secura.cli.callbacks import recorded_settings
 
     folder = Path(checkpoint)
     before = recorded_settings(json.loads((folder / STATE).read_text(encoding="utf-8")))
     if not before:
         saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        own = {entry.name for entry in fields(AdapterConfig)} - _NOT_LEARNT
-        before = {name: saved[name] for name in own & saved.keys()}
+        before = {name: saved[name] for name in _learnt() & saved.keys()}
     changes = [
         _change(name, before[name], now[name])
         for name in sorted(before.keys() & now.keys())
@@ -151,13 +152,13 @@ def _change(name: str, before: Any, now: Any) -> str:
     return f"{name} was {before!r} and is now {now!r}"
 
 
-def published_step(output: Path) -> int:
-    """The step at which the adapter in `output` was published; -1 where there is none."""
+def saved_step(folder: Path) -> int:
+    """The step at which the adapter in a folder was saved; -1 where there is none."""
     try:
-        (output / ADAPTER_CONFIG).stat()
-        return int(json.loads((output / STATE).read_text(encoding="utf-8"))["global_step"])
+        (folder / ADAPTER_CONFIG).stat()
+        return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 
-__all__ = ["check_settings", "digest", "published_step", "resume_point", "settings"]
+__all__ = ["check_settings", "digest", "resume_point", "saved_step", "settings"]

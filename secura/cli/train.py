@@ -60,6 +60,7 @@ def run(
         attn_implementation=model_args.attn_implementation,
         **loading,
     )
+    checks.check_names(model, config)
     wanted = copy.deepcopy(config)  # putting it on the model changes its target_modules
     trainer = make_trainer(
         model=model,
@@ -72,17 +73,19 @@ def run(
             config, anchor_args.anchor_decay, settings, holding=model_args.hold_gradients
         ),
     )
-    checks.check_targets(trainer.model, wanted)
+    checks.check_layers(trainer.model, wanted)
     checks.check_lengths(trainer)
     for note in (
         checks.lost_rows(trainer, train_set),
         checks.left_out(trainer.model, wanted),
         checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
+        checks.not_rounded(trainer.args, config, trainer.model),
     ):
         if note:
             trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
     if anchor_args.anchor and resume is None:
+        trainer.accelerator.print(anchoring.announce(anchor_args))
         trainer.accelerator.print(anchoring.anchor(trainer, anchor_args, training.seed))
     elif config.core == "u" and resume is None:
         trainer.accelerator.print(
@@ -103,14 +106,15 @@ def train(trainer: Any, resume: str | None) -> str:
     Raises:
         UserError: training diverged; nothing is published, and the checkpoints before stay.
     """
-    from secura.callbacks import DivergedError, FinishedError
+    from secura.cli.callbacks import DivergedError, FinishedError
 
     output = Path(trainer.args.output_dir)
+    before = resuming.saved_step(Path(resume)) if resume else 0
     try:
         with closed_progress(trainer):
             result = trainer.train(resume_from_checkpoint=resume)
     except FinishedError as finished:
-        if resuming.published_step(output) >= trainer.state.global_step:
+        if resuming.saved_step(output) >= trainer.state.global_step:
             return f"secura: {finished}; the adapter in {output} stays as it is"
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
@@ -125,8 +129,9 @@ def train(trainer: Any, resume: str | None) -> str:
         ) from error
     save(trainer)
     seconds = result.metrics.get("train_runtime", 0.0)
+    steps = trainer.state.global_step - before
     return (
-        f"secura: {trainer.state.global_step} steps in {seconds:.0f} s, mean training loss "
+        f"secura: {steps} steps in {seconds:.0f} s, mean training loss "
         f"{result.training_loss:.4f}; the adapter is in {output}"
     )
 
@@ -174,12 +179,13 @@ def callbacks(
     config: Any, anchor_decay: float, settings: dict[str, Any], *, holding: bool = False
 ) -> list[Any]:
     """What runs beside the trainer: decay, fold and the like where asked for, then the checks."""
-    from secura import callbacks as own
+    from secura import AccumulateCallback, FoldCallback
+    from secura.cli import callbacks as own
     from secura.continual import AnchorDecayCallback
 
     decay = [AnchorDecayCallback(anchor_decay)] if anchor_decay else []
-    folding = [own.FoldCallback()] if config.fold_every else []
-    accumulating = [own.AccumulateCallback()] if holding else []
+    folding = [FoldCallback()] if config.fold_every else []
+    accumulating = [AccumulateCallback()] if holding else []
     return [
         own.FinishedCallback(),
         *decay,
@@ -195,7 +201,8 @@ def describe(trainer: Any, config: Any) -> str:
     trainable, total = trainer.model.get_nb_trainable_parameters()
     return (
         f"secura: training {trainable:,} of {total:,} parameters on {trainer.args.device} "
-        f"(r={config.r}, norm={config.norm}, {len(trainer.train_dataset):,} rows)"
+        f"(r={config.r}, norm={config.norm}, on {' '.join(checks.adapted_kinds(trainer.model))}; "
+        f"{len(trainer.train_dataset):,} rows)"
     )
 
 

@@ -16,12 +16,8 @@ from secura.integrity import check_file, digest, read_file
 
 from .registration import peft_type
 
-FORMAT = 3
-"""Version of the adapter files this package writes.
-
-In 1 ``norm="weight"`` averaged by default; checksums count the settings, and there is one over the
-whole file, from 3 on.
-"""
+FORMAT = 1
+"""Version of the adapter files this package writes."""
 
 _HOW_TO_LOAD = "import secura.tuner first: PEFT knows SECURA from then on"
 
@@ -86,8 +82,6 @@ class SecuraConfig(AdapterConfig, PeftConfig):
                 f"the adapter was written in format {self.format_version}, this version of secura "
                 f"reads up to {FORMAT}: upgrade with pip install -U secura"
             )
-        if self.format_version == 1 and self.norm == "weight" and self.norm_combine is None:
-            self.norm_combine = "averaged"
         self.format_version = FORMAT
         self.how_to_load = _HOW_TO_LOAD
         if self.id2label is not None:  # JSON's keys are text
@@ -115,7 +109,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
                 setattr(self, name, set(value))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                "layers_to_transform needs target_modules to be a list of names, not a pattern"
+                f"layers_to_transform needs names in target_modules, such as q_proj v_proj, and "
+                f"{self.target_modules!r} is a pattern"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")

@@ -1,7 +1,9 @@
-"""Loading an adapter without a thought for what PEFT has to know first."""
+"""Load a saved adapter, with SECURA registered, or leave the model as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
 
     Raises:
         ValueError: for a file that was cut short or damaged, or belongs to another model; the
-            message names the file or the layer.
+            message names the file or the layer, and the model is as it was.
     """
     path = Path(folder, kwargs.get("subfolder") or "")
     check_file(path / SAFETENSORS_WEIGHTS_NAME)
@@ -34,7 +36,30 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
             PeftConfig.from_json_file(str(path / CONFIG_NAME))
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path / CONFIG_NAME} is no JSON ({error}): save it again") from error
-    return PeftModel.from_pretrained(model, str(folder), **kwargs)
+    with _as_it_was(model):
+        return PeftModel.from_pretrained(model, str(folder), **kwargs)
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Take what was put into a model out of it again, where that fails."""
+    names, adapters = set(vars(model)), dict(getattr(model, "peft_config", {}))
+    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    trained = [(value, value.requires_grad) for value in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, training in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            module.training = training
+        for value, was_trained in trained:
+            value.requires_grad = was_trained
+        for name in set(vars(model)) - names:
+            delattr(model, name)
+        if hasattr(model, "peft_config"):
+            model.peft_config = adapters
+        raise
 
 
 __all__ = ["from_pretrained"]

@@ -171,8 +171,8 @@ class SecuraModel(BaseTuner):
             layer.model_dtype = getattr(self.model, "dtype", None)
         except ValueError as error:
             raise ValueError(
-                f"{current_key}: {error}; for this layer alone set rank_pattern, or leave it out "
-                "with exclude_modules"
+                f"{current_key}: {error}; lower r, or for this layer alone set rank_pattern or "
+                "leave it out with exclude_modules"
             ) from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -40,9 +40,7 @@ from torch import Tensor
 
 from ... import plan
 from ...dispatch import absent, op, supported, wide
-from ...norm import (
-    unpack,
-)
+from ...norm import Norm, unpack
 from ...shared import added
 from ..common import (
     Call,
@@ -96,16 +94,11 @@ def weight(
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
     how, named = unpack(norm), Terms._make(terms)
-    if impl != "reference" and supported(impl, x, w) == "triton":
-        kernels = _kernels()
-        multiplied = x.dtype if seed is None else torch.float32
-        tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, multiplied)
-        scalars, factor = kernels.measure(tiles, important, how)
-        fused = kernels.fused_weight(tiles, scalars, factor, how, x.dtype, seed)
-    else:
-        chunks = plain.Chunks(w, rows, named)
-        scalars, factor = plain.measure(chunks, important, how)
-        fused = plain.fused(chunks, (scalars, factor), how, x.dtype, seed)
+    on_gpu = impl != "reference" and supported(impl, x, w) == "triton"
+    multiplied = x.dtype if seed is None else torch.float32
+    fused, scalars, factor = _normed(
+        w, rows, named, important, how, x.dtype, multiplied, seed, on_gpu=on_gpu
+    )
     out = F.linear(x, fused, summed_bias(bias, named.delta_bias, x.dtype))
     return out, fused if keep else absent(x), *measured(x, scalars, factor)
 
@@ -190,14 +183,33 @@ def normed_weight(
 
     To nearest, or stochastically from ``seed`` (bf16).
     """
-    how, terms = unpack(norm), Terms(p, p_base)
-    if supported(impl, w, absent(w, dtype)) == "triton":
+    on_gpu = supported(impl, w, absent(w, dtype)) == "triton"
+    terms, how = Terms(p, p_base), unpack(norm)
+    fused, *_ = _normed(w, rows, terms, important, how, dtype, torch.float32, seed, on_gpu=on_gpu)
+    return fused
+
+
+def _normed(
+    w: Tensor,
+    rows: Tensor,
+    terms: Terms,
+    important: Tensor | None,
+    how: Norm,
+    dtype: torch.dtype,
+    multiplied: torch.dtype,
+    seed: int | None,
+    *,
+    on_gpu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(W' [N, K] in dtype, scalars, factor)``; kernels multiply P by R in ``multiplied``."""
+    if on_gpu:
         kernels = _kernels()
-        tiles = kernels.Tiles.whole(w, rows, p, p_base, torch.float32)
+        tiles = kernels.Tiles.whole(w, rows, terms.p, terms.p_base, multiplied)
         found = kernels.measure(tiles, important, how)
-        return kernels.fused_weight(tiles, *found, how, dtype, seed)
+        return kernels.fused_weight(tiles, *found, how, dtype, seed), *found
     chunks = plain.Chunks(w, rows, terms)
-    return plain.fused(chunks, plain.measure(chunks, important, how), how, dtype, seed)
+    found = plain.measure(chunks, important, how)
+    return plain.fused(chunks, found, how, dtype, seed), *found
 
 
 @normed_weight.register_fake

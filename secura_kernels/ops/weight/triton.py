@@ -149,7 +149,7 @@ def weight_stat_kernel(
 def weight_scalars_kernel(
     peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Slope and offset of the gain (see ``gain.coefficients``) after ε; one program."""
+    """Slope and offset of the gain (see ``norm.coefficients``) after ε; one program."""
     slope, offset = scale, 0.0
     if FORM != "calibrated":
         peak = tl.zeros((BLOCK,), tl.float32)
