@@ -21,17 +21,12 @@ from .folding import secura_layers
 
 
 class Accumulation:
-    """What :func:`accumulate` is told and asks.
-
-    Attributes:
-        last: whether the next backward pass is the last before the optimizer's step; for a loop to
-            set, where :func:`accumulate` was given no ``is_last``.
-    """
+    """The state of one :func:`accumulate` block."""
 
     def __init__(
         self, model: nn.Module, optimizer: Any, is_last: Callable[[], bool] | None
     ) -> None:
-        self.last = False
+        self._last, self._asks = False, is_last
         self._optimizer = optimizer
         names = {module: name for name, module in model.named_modules()}
         self._adapters = {
@@ -40,10 +35,24 @@ class Accumulation:
             for adapter in layer.modules()
             if isinstance(adapter, CABR)
         }
-        ask = is_last or (lambda: self.last)
-        self._held = {name: Held(ask) for name in self._adapters}
+        self._held = {name: Held(lambda: self.last) for name in self._adapters}
         for name, adapter in self._adapters.items():
             adapter.held = self._held[name]
+
+    @property
+    def last(self) -> bool:
+        """Whether the next backward pass is the last before the optimizer's step; a loop sets it.
+
+        Raises:
+            AttributeError: set where :func:`accumulate` was given ``is_last``, which says it.
+        """
+        return self._last if self._asks is None else self._asks()
+
+    @last.setter
+    def last(self, value: bool) -> None:
+        if self._asks is not None:
+            raise AttributeError("is_last was given to accumulate, and says it: leave one of them")
+        self._last = value
 
     def drop(self) -> None:
         """Forget what is held, as the optimizer's ``zero_grad()`` does too."""
@@ -62,7 +71,7 @@ class Accumulation:
         waiting = [name for name, one in self._held.items() if one.waits]
         if waiting:
             raise RuntimeError(
-                f"{len(waiting)} layers hold a part of their gradient "
+                f"{len(waiting)} layer(s) hold a part of their gradient "
                 f"({waiting[0] or 'the model itself'} first), which no last backward pass came "
                 "for: set accumulation.last before it, let it reach every layer, or drop() what is "
                 "held; without secura.accumulate a step needs none of that"

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import quantised
-from .sharding import gathered, is_partitioned, on_rank_0_alone, reshard
+from .sharding import (
+    gathered,
+    is_dtensor,
+    is_partitioned,
+    is_zero3,
+    on_rank_0_alone,
+    reshard,
+)
 
 _GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """Modules whose hooks gather a weight for a forward."""
@@ -168,12 +175,7 @@ def comes_later(base: nn.Module) -> bool:
 def is_elsewhere(base: nn.Module) -> bool:
     """Whether the weight is sharded now: its layer's own hooks gather it for its own forward."""
     stored: Any = getattr(base, "weight", None)
-    return hasattr(stored, "full_tensor") or hasattr(stored, "ds_numel")
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether ``tensor`` is a DTensor, of which every process has a part."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+    return is_dtensor(stored) or is_zero3(stored)
 
 
 def is_split(base: Any) -> bool:
@@ -340,10 +342,10 @@ def make_writable(base: Any) -> None:
         ValueError: where what a merge wrote into the weight would be lost.
     """
     managed = getattr(base, "_is_fsdp_managed_module", False)
-    if managed and not hasattr(base.weight, "full_tensor"):
+    if managed and not is_dtensor(base.weight):
         reshard(base)
-    lost = "partitioned by ZeRO-3" if hasattr(base.weight, "ds_numel") else None
-    if managed and not hasattr(base.weight, "full_tensor"):
+    lost = "partitioned by ZeRO-3" if is_zero3(base.weight) else None
+    if managed and not is_dtensor(base.weight):
         lost = "a copy or a part that FSDP holds"
     if lost:
         raise ValueError(
@@ -378,7 +380,6 @@ __all__ = [
     "comes_later",
     "dense_weight",
     "is_conv1d",
-    "is_dtensor",
     "is_elsewhere",
     "is_split",
     "is_transposed",

@@ -21,7 +21,7 @@ def gathered(tensor: Any) -> Any:
     """
     if type(tensor) in _WHOLE and tensor.numel():
         return tensor
-    if hasattr(tensor, "full_tensor"):
+    if is_dtensor(tensor):
         return tensor.full_tensor()
     if is_partitioned(tensor):
         deepspeed: Any = sys.modules["deepspeed"]
@@ -30,14 +30,24 @@ def gathered(tensor: Any) -> Any:
     return tensor
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, of which every process has a part."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+def is_zero3(tensor: Any) -> bool:
+    """Whether ``tensor`` is a parameter that ZeRO-3 gathers for its layer's forward."""
+    return hasattr(tensor, "ds_numel")
+
+
 def is_partitioned(tensor: Any) -> bool:
     """Whether ZeRO-3 has left of ``tensor`` a part that is elsewhere."""
-    return hasattr(tensor, "ds_numel") and tensor.numel() != tensor.ds_numel
+    return is_zero3(tensor) and tensor.numel() != tensor.ds_numel
 
 
 def part_of(value: Tensor, own: Any) -> Tensor:
     """Of ``value``, whole and equal on all processes, what this one has of ``own``."""
-    if not hasattr(own, "full_tensor"):
+    if not is_dtensor(own):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -50,7 +60,7 @@ def exchange(parameter: Any, value: Tensor) -> Tensor:
 
     Of a DTensor both are this process's part, which is written in place: FSDP2 gathers from there.
     """
-    if hasattr(parameter, "full_tensor"):
+    if is_dtensor(parameter):
         held = parameter._local_tensor.clone()
         parameter._local_tensor.copy_(value)
         return held
@@ -70,7 +80,7 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
     if name in module._buffers:
         module._buffers[name] = value
         return
-    if hasattr(own, "full_tensor"):
+    if is_dtensor(own):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, own.device_mesh, own.placements)
@@ -138,7 +148,9 @@ __all__ = [
     "exchange",
     "from_rank_0",
     "gathered",
+    "is_dtensor",
     "is_partitioned",
+    "is_zero3",
     "on_rank_0_alone",
     "part_of",
     "put",

@@ -41,6 +41,7 @@ from secura_kernels.norm import (
 )
 
 from . import bases
+from .sharding import is_dtensor
 
 if TYPE_CHECKING:
     from .adapter import CABR
@@ -64,12 +65,12 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         with _weight_of(adapter, base, _SumOfGradients.apply(core, group), group):
             y0 = base(x)
     laid: Any = base(x) if y0 is None else y0
-    y0 = laid.to_local() if bases.is_dtensor(laid) else laid
+    y0 = laid.to_local() if is_dtensor(laid) else laid
     assert y0 is not None
     whole = y0.shape[-1] == adapter.out_features
     lead, m = y0.shape[:-1], adapter.rows.numel()
     given: Any = x
-    tokens = given.to_local() if bases.is_dtensor(x) else x
+    tokens = given.to_local() if is_dtensor(x) else x
     some_tokens = whole and lead.numel() < tokens.shape[:-1].numel()
     if not whole or some_tokens:
         core = _SumOfGradients.apply(core, group)
@@ -89,7 +90,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         torch.distributed.broadcast(mask, group=group, group_src=0)
     layer = adapter._layer(base, None)
     bias: Any = bases.bias(base)
-    if bases.is_dtensor(bias):
+    if is_dtensor(bias):
         bias = bias.full_tensor() if whole else bias.to_local()
     if whole:
         out = secura_add(y0, layer._replace(bias=bias), core, delta_bias=delta_bias, z_scale=mask)
@@ -112,7 +113,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
 
 def _laid_as(laid: Any, out: Tensor) -> Tensor:
     """``out``, this process's part, as a DTensor where ``laid`` is one."""
-    if not bases.is_dtensor(laid):
+    if not is_dtensor(laid):
         return out
     like: Any = {"run_check": False, "shape": laid.shape, "stride": laid.stride()}
     return type(laid).from_local(out, laid.device_mesh, laid.placements, **like)

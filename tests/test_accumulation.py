@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finished_is_an_error():
     """Before a step that would lack it, and on leaving."""
     model, (x, *_) = layer(), batches()
     with (
-        pytest.raises(RuntimeError, match=r"1 layers hold a part .* set accumulation\.last"),
+        pytest.raises(RuntimeError, match=r"1 layer\(s\) hold a part .* set accumulation\.last"),
         secura.accumulate(model, sgd(model)),
     ):
         model(x).sum().backward()
@@ -311,7 +311,7 @@ def test_a_closure_has_to_finish_what_it_begins():
         return loss
 
     with secura.accumulate(model, optimizer) as accumulation:
-        with pytest.raises(RuntimeError, match=r"1 layers hold .*\(the model itself first\)"):
+        with pytest.raises(RuntimeError, match=r"1 layer\(s\) hold .*\(the model itself first\)"):
             optimizer.step(closure)
         accumulation.drop()
         accumulation.last = True
@@ -463,6 +463,10 @@ def test_what_it_cannot_be_used_with():
         secura.accumulate(layer(), "adam").__enter__()
     model = layer()
     optimizer = sgd(model)
+    with secura.accumulate(model, optimizer, lambda: True) as accumulation:
+        assert accumulation.last
+        with pytest.raises(AttributeError, match="is_last was given"):
+            accumulation.last = False
     with (
         secura.accumulate(model, optimizer),
         pytest.raises(ValueError, match=r"in another secura\.accumulate"),

@@ -134,12 +134,8 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def frozen(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """``(W [N, K], b [N])`` of a layer in ``dtype``, W None where y0 is given, b where none is."""
-    weight, bias = None if call.given else call.layer.weight, call.layer.bias
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    return weight, bias
+    weight = None if call.given else call.layer.weight
+    return cast(weight, dtype), cast(call.layer.bias, dtype)
 
 
 def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
