@@ -147,9 +147,9 @@ class CABR(AdapterState):
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if self.columns is None and bases.is_elsewhere(base):
             self._keep_columns(base)
+        weight = bases.weight(base, values=False) if self.columns is None else None
         held = self.held and self._holding(bases.weight_between(base))
         if not self.config.replaces_product:
-            weight = bases.weight(base, values=False) if self.columns is None else None
             y0 = bases.product(base, x, self.name) if y0 is None else y0
             layer = self._layer(base, weight, held)
             return secura_add(y0, layer, *self.factors(), **trained)
