@@ -58,34 +58,37 @@ def curvature(
         ValueError: no text, one of fewer than two tokens, strings without a tokenizer, a model that
             cannot sample, or logits that are not finite.
     """
+    for _, layer in adapters.values():
+        bases.check_whole(_base(layer))
     device = next(iter(adapters.values()))[0].rows.device
     rank, world = _processes()
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
     length = min(length, tokens, _limit(model))
     if texts is None:
         count = max(1, tokens // (length * world))
-        batches = _batches(
+        own = every = _batches(
             _sample(model, tokenizer, count, length, batch_size, generator), batch_size
         )
     else:
-        batches = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
-        batches = batches[rank::world] if world > 1 else batches
+        every = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
+        own = every[rank::world]
     sums, handles, watches = {}, [], []
     for name, (adapter, layer) in adapters.items():
         sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
         watches.append(_Watch(adapter, sums[name]))
         handles.append(layer.register_forward_hook(watches[-1]))
+    # all processes read as often, for sharded ones wait for one another, and fail together
+    most = _most(len(own), device)
     try:
-        for batch in batches:
+        for index in range(most):
+            for watch in watches:
+                watch.counts = index < len(own)
+            batch = own[index] if index < len(own) else every[0]
             _read(model, batch.to(device), generator)
-        for watch in watches:
-            watch.counts = False
-        for _ in range(_most(len(batches), device) - len(batches)):  # sharded ones wait
-            _read(model, torch.zeros(1, 2, dtype=torch.long, device=device), generator)
     finally:
         for handle in handles:
             handle.remove()
-    read = torch.tensor(sum(batch.numel() for batch in batches), device=device)
+    read = torch.tensor(sum(batch.numel() for batch in own), device=device)
     if world > 1:
         for tensor in (read, *(side for one in sums.values() for side in (one.sigma, one.gamma))):
             torch.distributed.all_reduce(tensor)
@@ -232,8 +235,7 @@ class _Watch:
     def __call__(self, layer: Any, inputs: tuple, out: Tensor) -> None:
         if not out.requires_grad:
             return
-        base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
-        bases.check_whole(base)
+        base = _base(layer)
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             weight = bases.weight(base)
             rows = weight.index_select(0, self.adapter.rows)
@@ -253,6 +255,10 @@ class _Watch:
                 self.sums.gamma.add_(h.t() @ h)
 
         out.register_hook(add)
+
+
+def _base(layer: Any) -> Any:
+    return layer.base_layer if hasattr(layer, "base_layer") else layer.base
 
 
 def _flat(tensor: Tensor) -> Tensor:

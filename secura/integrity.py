@@ -87,11 +87,11 @@ def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
         return
     if stored >> 32 == found >> 32:
         raise ValueError(
-            f"{layer}: the adapter was saved for a weight of another shape than this layer's, or "
-            "with other settings than its adapter_config.json (or the config given) has (the "
-            "scaling, the norm, restrain, the tokens): load it on the model it was trained on, "
-            "with the config it was saved with; set_scale() changes the scaling of an adapter "
-            "once it is loaded"
+            f"{layer}: the adapter was saved with other settings than its adapter_config.json (or "
+            "the config given) has, or for a weight of another shape than this layer's: the "
+            "scaling, the norm, restrain or the tokens were changed, or this is another model. "
+            "Restore it, or load it on the model it was trained on; set_scale() changes the "
+            "scaling of an adapter once it is loaded"
         )
     raise ValueError(
         f"{layer}: the adapter's tensors do not match their checksum: the file (or its "

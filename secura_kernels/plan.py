@@ -258,22 +258,17 @@ def keeps_weight(watched: bool = False) -> bool:
     Raises:
         ValueError: for anything else that the variable says.
     """
-    said = _keep_weight()
+    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
+    if said not in KEEPS:
+        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
     if said != "auto":
         return said == "always" and not (watched and torch.compiler.is_compiling())
     return not watched and checkpoints()
 
 
 def holds_weight() -> bool:
-    """Whether a W' is held from one micro-batch to the next too: ``SECURA_KEEP_WEIGHT=always``."""
-    return _keep_weight() == "always"
-
-
-def _keep_weight() -> str:
-    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
-    if said not in KEEPS:
-        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
-    return said
+    """Whether a W' that is kept is held over the micro-batches of a step too: with ``always``."""
+    return os.environ.get("SECURA_KEEP_WEIGHT") == "always"
 
 
 def checkpoints() -> bool:

@@ -99,8 +99,8 @@ def test_a_rank_too_large_for_one_layer_names_it_and_leaves_the_model_alone():
     settings = {"r": 13, "inner_r": 8, "target_modules": ["q_proj", "k_proj"]}
     with pytest.raises(
         ValueError,
-        match=r"layers\.0\.self_attn\.k_proj: r=13 .*min\(N, K\)=12.*; for this layer alone set "
-        r"rank_pattern, or leave it out with exclude_modules$",
+        match=r"layers\.0\.self_attn\.k_proj: r=13 .*min\(N, K\)=12.*; lower r, or for this "
+        r"layer alone set rank_pattern or leave it out with exclude_modules$",
     ):
         get_peft_model(base, tiny.config(**settings))
     assert [type(module) for module in base.modules()] == types

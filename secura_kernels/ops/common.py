@@ -140,6 +140,8 @@ def frozen(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
 
 def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``b + δb`` in ``dtype``, rounded once; None where neither is there."""
+    if bias is None and delta is None:
+        return None
     if bias is None or delta is None:
         return cast(delta if bias is None else bias, dtype)
     return (bias.to(wide(dtype)) + delta).to(dtype)
