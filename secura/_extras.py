@@ -1,4 +1,4 @@
-"""Optional packages: imported where used, missed with the name of the extra that has them."""
+"""Import an optional package, or say which extra installs it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .state import MERGED, refuse_merged
 
 
 class MergedState:
-    """What a merge put in the place of: enough to undo it bit for bit.
+    """The numbers that a merge swaps with the base's; swapped again, those are back bit for bit.
 
     Args:
         base: the linear layer, or experts.

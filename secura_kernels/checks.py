@@ -1,4 +1,4 @@
-"""What the door refuses: operands that do not fit their layer, settings that do not go together."""
+"""Refuse operands that do not fit their layer, and settings that do not go together."""
 
 from __future__ import annotations
 

@@ -105,11 +105,11 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     the tensors are real and no compiler looks on. The first argument must be a tensor. An op has no
     gradient of its own: :mod:`secura_kernels.api` pairs it with its backward op.
 
-    Called where nothing watches (:func:`is_watched`), the body runs at once: an operator's way
-    through the dispatcher takes the host about as long as all the body's own launches
-    (benchmarks/LOG.md). Who has seen to watchers, device, autocast and autograd already calls
-    ``.body``. Parameters of the body that go by name alone are not the operator's, which may not
-    write to its inputs: where one is given, the body runs.
+    Outside compilers, dispatch modes and tensor subclasses (:func:`is_watched`) the body runs at
+    once: an operator's way through the dispatcher takes the host about as long as all the body's
+    own launches (benchmarks/LOG.md). Callers that have set device, autocast and autograd call
+    ``.body``. Keyword-only parameters are not in the operator's schema, which may not write to its
+    inputs: where one is given, the body runs.
     """
 
     def register(body: Callable[..., Any]) -> Any:

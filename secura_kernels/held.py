@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Held:
-    """One layer's, between the first micro-batch of a step and the last.
+    """What one layer holds between the first micro-batch of a step and the last.
 
     Args:
         is_last: whether the backward pass that asks is the last before the optimizer's step.

@@ -1,4 +1,4 @@
-"""Targets that PEFT passes over without a word, though the config means them."""
+"""Refuse quantised layers that the config means and PEFT would skip in silence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which launches ``secura doctor --kernels`` and the tests compile: the door on a table of layers.
+"""Which launches ``secura doctor --kernels`` and the tests compile: those of a table of layers.
 
 A :class:`Recorded` is one layer forward and backward on tensors of the ``meta`` device, so the
 launchers themselves say what they would start on a chip; nothing of it is written down a second

@@ -1,4 +1,4 @@
-"""A self-check of the door against the oracle, with the implementation it takes on a machine.
+"""Check the public functions against the oracle, with the implementation a machine takes.
 
 Small random layers, the same numbers for op and oracle (which sees them in fp64), forward and every
 gradient. An error is ``‖got − exact‖ / ‖exact‖`` in the Frobenius norm, the largest over the output

@@ -1,4 +1,4 @@
-"""What the spaces share: a call as the door hands it on, the terms of base and Δ, wide products."""
+"""What the spaces share: a call as :mod:`secura_kernels.api` hands it on, terms, wide products."""
 
 from __future__ import annotations
 
