@@ -99,7 +99,7 @@ def command_lines(page: Path) -> Iterator[str]:
     lines = [line for part in shell for line in part.replace("\\\n", " ").splitlines()]
     lines += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
     for line in lines:
-        line = line.strip().removeprefix("accelerate launch -m secura ").strip()
+        line = line.strip().removeprefix("accelerate launch -m secura.cli ").strip()
         if re.match(r"secura (?!.*COMMAND)|python -m benchmarks\.", line):
             yield line
 
