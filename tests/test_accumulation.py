@@ -324,9 +324,11 @@ def test_an_optimizer_of_master_copies_is_watched_too():
     optimizer = torch.optim.SGD(masters, 0.1)
     with secura.accumulate(model, optimizer) as accumulation:
         model(x).sum().backward()
+        masters[0].grad = torch.ones_like(masters[0])
         with pytest.raises(RuntimeError, match="hold a part"):
             optimizer.step()
         accumulation.drop()
+    assert torch.equal(masters[0], next(model.parameters()))
 
 
 def test_a_base_that_is_hooked_is_watched_too():

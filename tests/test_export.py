@@ -200,6 +200,7 @@ def test_the_rank_that_vllm_is_started_with(r, needed):
         ({"norm": "channel", "norm_combine": "averaged"}, "norm_combine='averaged' scales"),
         ({"norm": "channel", "restrain": True}, "restrain scales the base"),
         ({"norm": "none", "train_bias": True}, "train_bias=True adds a bias"),
+        ({"norm": "none", "stochastic_rounding": True}, "whose mean alone is a LoRA"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
