@@ -1,40 +1,19 @@
 """Gradients of micro-batches, finished once a step: what plain accumulation gives."""
 
 import copy
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import adapted, llama, tokens
+from micro_batches import batches, check_equal, layer, plainly, sgd
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import secura
-from secura import SECURALinear
-from secura_kernels.held import Held
 from secura_kernels.ops.channel import op as channel
 from secura_kernels.ops.project import op as project
 from secura_kernels.ops.weight import op as weight
 
 SPACES = ("none", "channel", "activation", "weight")
-
-
-def layer(norm="none", **settings):
-    torch.manual_seed(0)
-    made = SECURALinear.from_linear(nn.Linear(24, 16).double(), r=4, norm=norm, **settings)
-    made = made.double()
-    nn.init.normal_(made.B if made.U is None else made.U)
-    return made
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), 0.1)
-
-
-def batches(count=3):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 5, 24, dtype=torch.float64, generator=generator)
 
 
 def run(model, micro, lasts, runs=lambda model, x: model(x)):
@@ -44,19 +23,6 @@ def run(model, micro, lasts, runs=lambda model, x: model(x)):
         for x, accumulation.last in zip(micro, lasts, strict=True):
             runs(model, x.clone().requires_grad_()).square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def plainly(model, micro):
-    model.zero_grad()
-    for x in micro:
-        model(x).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def check_equal(found, expected, rtol=1e-11):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=rtol, atol=rtol / 10)
 
 
 @pytest.mark.parametrize("settings", [{}, {"core": "u"}, {"train_bias": True, "scaling": 0.5}])
@@ -195,45 +161,6 @@ def test_an_optimizer_that_leaves_versions_as_they_are(norm):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
 
 
-def test_a_gradient_that_is_not_finished_is_an_error():
-    """Before a step that would lack it, and on leaving."""
-    model, (x, *_) = layer(), batches()
-    with (
-        pytest.raises(RuntimeError, match=r"1 layer\(s\) hold a part .* set accumulation\.last"),
-        secura.accumulate(model, sgd(model)),
-    ):
-        model(x).sum().backward()
-    assert model.held is None
-
-    two = nn.ModuleList([layer(), layer()])
-    before, optimizer = two[0].A.detach().clone(), sgd(two)
-    with (
-        pytest.raises(RuntimeError, match=r"\(1 first\), .* let it reach every layer"),
-        secura.accumulate(two, optimizer) as accumulation,
-    ):
-        sum(one(x).sum() for one in two).backward()
-        accumulation.last = True
-        two[0](x).sum().backward()  # the other is not reached
-        optimizer.step()
-    assert torch.equal(two[0].A, before)
-    assert "zero_grad" not in vars(optimizer)
-    with pytest.raises(KeyError), secura.accumulate(model, optimizer):
-        model(x).sum().backward()
-        raise KeyError
-    assert model.held is None
-
-
-def test_another_optimizer_than_the_one_named():
-    """Of other parameters it may take its steps; of these it is a training that was interrupted."""
-    model, other, (x, *_) = layer(), layer(), batches()
-    with secura.accumulate(model, sgd(model)) as accumulation:
-        accumulation.last = True
-        model(x).sum().backward()
-        sgd(other).step()
-        with pytest.raises(RuntimeError, match="another optimizer"):
-            sgd(model).step()
-
-
 def test_passes_that_do_not_add_to_the_gradients_of_a_and_b():
     """What is asked of another tensor, or returned, neither takes from the sum nor adds to it."""
     model, micro = layer(), batches()
@@ -301,57 +228,6 @@ def test_the_last_pass_of_another_layer_than_the_present():
         check_equal(run(lambda: setattr(accumulation, "last", True)), expected)
 
 
-def test_a_closure_has_to_finish_what_it_begins():
-    model, (x, *_) = layer(), batches()
-    optimizer = sgd(model)
-
-    def closure():
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
-    with secura.accumulate(model, optimizer) as accumulation:
-        with pytest.raises(RuntimeError, match=r"1 layer\(s\) hold .*\(the model itself first\)"):
-            optimizer.step(closure)
-        accumulation.drop()
-        accumulation.last = True
-        optimizer.step(closure)
-
-
-def test_an_optimizer_of_master_copies_is_watched_too():
-    model, (x, *_) = layer(), batches()
-    masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    optimizer = torch.optim.SGD(masters, 0.1)
-    with secura.accumulate(model, optimizer) as accumulation:
-        model(x).sum().backward()
-        masters[0].grad = torch.ones_like(masters[0])
-        with pytest.raises(RuntimeError, match="hold a part"):
-            optimizer.step()
-        accumulation.drop()
-    assert torch.equal(masters[0], next(model.parameters()))
-
-
-def test_a_base_that_is_hooked_is_watched_too():
-    model, (x, *_) = layer(), batches()
-    model.base.register_forward_hook(lambda *_: None)
-    with secura.accumulate(model, sgd(model)) as accumulation:
-        model(x).sum().backward()
-        with torch.no_grad():
-            model.base.weight.mul_(2)
-        with pytest.raises(RuntimeError, match="not the one whose gradient is held"):
-            model(x)
-        accumulation.drop()
-
-
-def test_static_graph_is_refused_wherever_it_stands(monkeypatch):
-    model, (x, *_) = layer(), batches()
-    whole = SimpleNamespace(static_graph=True)
-    with secura.accumulate(model, sgd(model)):
-        monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", whole)
-        with pytest.raises(ValueError, match="leave out static_graph"):
-            model(x)
-
-
 def test_a_weight_is_held_over_a_step_only_where_that_was_asked_for(monkeypatch):
     """Checkpointing, which keeps W' of a block for its backward pass, does not hold all blocks'."""
     model, (x, *_) = layer("weight"), batches()
@@ -372,66 +248,6 @@ def test_a_backward_pass_after_it_is_left():
         loss = model(x).square().sum()
     loss.backward()
     check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
-
-
-@pytest.mark.parametrize("whose", ["drop", "zero_grad"])
-def test_what_is_dropped(whose):
-    """A batch that is skipped after its backward pass broke off leaves nothing behind."""
-    model = nn.Sequential(layer(), nn.Linear(16, 24).double(), layer())
-    micro, optimizer = batches(), sgd(model)
-    expected = {n: g.clone() for n, g in plainly(model, micro).items()}
-    model.zero_grad()
-
-    def broken(grad):
-        raise ArithmeticError
-
-    with secura.accumulate(model, optimizer) as accumulation:
-        out = model[0](micro[0])
-        out.register_hook(broken)
-        with pytest.raises(ArithmeticError):
-            model[2](model[1](out)).sum().backward()
-        model.zero_grad()
-        (accumulation.drop if whose == "drop" else optimizer.zero_grad)()
-        for x, accumulation.last in zip(micro, [False, False, True], strict=True):
-            model(x).square().sum().backward()
-    check_equal({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, expected)
-
-
-@pytest.mark.parametrize("change", ["frozen", "replaced", "scaled", "base", "data"])
-def test_an_adapter_that_changes_between_micro_batches(change):
-    model, (x, *_) = layer(), batches()
-
-    def changed():
-        if change == "frozen":
-            model.A.requires_grad_(False)
-        elif change == "replaced":
-            model.B = nn.Parameter(model.B.detach() * 2)
-        elif change == "scaled":
-            model.scaling = 0.5
-        elif change == "data":
-            nn.utils.vector_to_parameters(model.B.detach().flatten() * 2, [model.B])
-        else:
-            model.base.weight.data = model.base.weight.data * 2
-
-    with secura.accumulate(model, sgd(model)) as accumulation:
-        model(x)
-        changed()
-        inside = model(x)  # nothing of a gradient was held yet
-        inside.sum().backward()
-        if change == "frozen":
-            model.A.requires_grad_(True)
-        elif change == "scaled":
-            model.scaling = 1.0
-        else:
-            changed()
-        with pytest.raises(RuntimeError, match="not the one whose gradient is held"):
-            model(x)
-        accumulation.drop()
-        last = model(x)
-    torch.testing.assert_close(last, model(x), rtol=0, atol=0)
-    changed()
-    if change in ("frozen", "scaled"):
-        torch.testing.assert_close(inside, model(x), rtol=0, atol=0)
 
 
 def test_a_copy_holds_nothing(tmp_path):
@@ -456,94 +272,3 @@ def test_a_replica_holds_nothing():
         model._is_replica = True
         model(x).square().sum().backward()
     check_equal({"A": model.A.grad, "B": model.B.grad}, expected)
-
-
-def test_what_it_cannot_be_used_with():
-    with pytest.raises(ValueError, match="no SECURA layer"):
-        secura.accumulate(nn.Linear(2, 2), sgd(nn.Linear(2, 2))).__enter__()
-    with pytest.raises(TypeError, match=r"str is no torch\.optim\.Optimizer, .* leave out"):
-        secura.accumulate(layer(), "adam").__enter__()
-    model = layer()
-    optimizer = sgd(model)
-    with secura.accumulate(model, optimizer, lambda: True) as accumulation:
-        assert accumulation.last
-        with pytest.raises(AttributeError, match="is_last was given"):
-            accumulation.last = False
-    with (
-        secura.accumulate(model, optimizer),
-        pytest.raises(ValueError, match=r"in another secura\.accumulate"),
-    ):
-        secura.accumulate(model, optimizer).__enter__()
-    assert "zero_grad" not in vars(optimizer)
-
-
-def arguments(folder, steps, **more):
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=steps,
-        max_grad_norm=0.01,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        **more,
-    )
-
-
-def test_a_trainer_that_stops_within_a_step(tmp_path):
-    """By its own callbacks it ends as ever; interrupted, no other optimizer may take its sums."""
-    from transformers import Trainer, TrainerCallback
-
-    class Stops(TrainerCallback):
-        def on_substep_end(self, args, state, control, **kwargs):
-            if self.breaks:
-                raise KeyboardInterrupt
-            control.should_training_stop = True
-
-    stops, holding = Stops(), secura.AccumulateCallback()
-    rows = [{"input_ids": row, "labels": row} for row in tokens(7)]
-    for stops.breaks in (False, True):
-        model = adapted(llama())
-        trainer = Trainer(
-            model, arguments(tmp_path, 3), train_dataset=rows, callbacks=[holding, stops]
-        )
-        with pytest.raises(KeyboardInterrupt) if stops.breaks else nullcontext():
-            trainer.train()
-    own = sgd(model)
-    model(**{name: row[None] for name, row in rows[0].items()}).loss.backward()
-    with pytest.raises(RuntimeError, match=r"call close\(\) of its AccumulateCallback"):
-        own.step()
-    holding.close()
-    own.step()
-
-
-@pytest.mark.parametrize("steps", [5, 2])
-@pytest.mark.parametrize("norm", ["none", "channel"])
-def test_a_trainer(norm, steps, tmp_path, monkeypatch):
-    """With clipping, and an epoch's last step of fewer micro-batches than the others."""
-    from transformers import Trainer
-
-    finished, add = [], Held.add
-    monkeypatch.setattr(
-        Held, "add", lambda own, *dp: (finished.append(add(own, *dp)), finished[-1])[1]
-    )
-
-    rows = [{"input_ids": row, "labels": row} for row in tokens(7)]
-    ends = []
-    for callbacks in ([], [secura.AccumulateCallback()]):
-        model = adapted(llama(), norm=norm)
-        settings = arguments(tmp_path, steps, num_train_epochs=2)
-        trainer = Trainer(model, settings, train_dataset=rows, callbacks=callbacks)
-        trainer.train()
-        ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-        assert all(part.held is None for part in model.modules() if hasattr(part, "held"))
-    lasts = 2 * -(-7 // steps)  # two epochs
-    assert sum(dp is not None for dp in finished) * 2 * 7 == lasts * len(finished)
-    before = adapted(llama(), norm=norm).state_dict()
-    for name, value in ends[0].items():
-        assert (value - before[name]).abs().max() > 1e-3
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-5)
