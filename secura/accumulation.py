@@ -83,10 +83,10 @@ class Accumulation:
             self.check_finished()
         elif self._is_of_adapters(optimizer):
             raise RuntimeError(
-                "another optimizer than that of secura.accumulate takes a step: it has to be given "
-                "the one that steps itself, not one that is made of it; or a training that was "
-                "interrupted has left it open: call close() of its AccumulateCallback, or load the "
-                "model again"
+                "another optimizer than that of secura.accumulate takes a step: give it the "
+                "optimizer whose step changes the adapters (of a wrapper, the one within); or a "
+                "training that was interrupted has left it open: call close() of its "
+                "AccumulateCallback, or load the model again"
             )
 
     def after_step(self, optimizer: Any, *_: Any) -> None:

@@ -1,5 +1,6 @@
 """Layers that are given the same x: the gradient that autograd adds up, added up in place."""
 
+import copy
 import gc
 import weakref
 from contextlib import nullcontext
@@ -252,6 +253,35 @@ def test_autocast_casts_once_and_saves_one_tensor():
     assert saved == {False: 3, True: 1}
     assert found[True].dtype == torch.float32
     torch.testing.assert_close(found[True], found[False], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("count", "most"), [(3, 1.5), (48, 7)])
+@pytest.mark.parametrize("alike", [False, True])
+def test_under_autocast_the_sum_is_rounded_to_its_dtype(count, most, alike):
+    """So that ∂x errs more than autograd's sum in fp32 of parts that are rounded once each."""
+    torch.manual_seed(0)
+    layers = [SECURALinear.from_linear(nn.Linear(64, 64), r=4, norm="none") for _ in range(count)]
+    for one in layers:
+        nn.init.normal_(one.B)
+        if alike:
+            one.load_state_dict(layers[0].state_dict())
+    x, g, found = torch.randn(32, 64), torch.randn(32, 64), []
+    for way in ("exact", "autograd", "shared"):
+        used = [copy.deepcopy(one).double() if way == "exact" else one for one in layers]
+        for one in used:
+            one.config.share_inputs = way == "shared"
+        dtype = torch.float64 if way == "exact" else torch.float32
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+            outs, entered = [], leaf * 1
+            for one in used:
+                outs.append(one(entered))
+        torch.autograd.backward(outs, [g.to(out.dtype) for out in outs])
+        found.append(leaf.grad.double())
+    exact, plain, shared = found
+    assert (plain - exact).norm() < 4e-3 * exact.norm()
+    assert not torch.equal(plain, shared)
+    assert (shared - exact).norm() < most * (plain - exact).norm()
 
 
 def test_a_hook_on_a_layer_sees_its_own_part():
