@@ -143,8 +143,15 @@ def _check_match(field: str, name: Any, pattern: str, among: list[str]) -> None:
 def _check_pattern(field: str, pattern: str, model: Any) -> None:
     if pattern == "all-linear" or any(re.fullmatch(pattern, n) for n, _ in model.named_modules()):
         return
-    linear = require("torch", "train").nn.Linear
-    found = {n.rpartition(".")[2] for n, module in model.named_modules() if type(module) is linear}
+    import torch
+
+    from secura.bases import is_conv1d
+
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or is_conv1d(module)
+    }
     raise UserError(
         f"--{field}: {pattern!r} matches no layer of this model, whose linear layers are "
         f"{', '.join(sorted(found)) or 'none'}: name those to take in --{field}"
@@ -194,8 +201,9 @@ def left_out(model: Any, config: Any) -> str | None:
 
 def not_rounded(training: Any, config: Any, model: Any) -> str | None:
     """Says that `--stochastic_rounding` acts in bf16 alone."""
-    dtype = require("torch", "train").bfloat16
-    if not config.stochastic_rounding or training.bf16 or model.dtype == dtype:
+    import torch
+
+    if not config.stochastic_rounding or training.bf16 or model.dtype == torch.bfloat16:
         return None
     return (
         f"--stochastic_rounding changes nothing in {str(model.dtype).removeprefix('torch.')}: it "
