@@ -82,7 +82,7 @@ def test_contents(folder):
         "fingerprint": (8, 8), "checksum": (),
     }  # fmt: skip
     config = json.loads((folder / CONFIG).read_text())
-    assert (config["peft_type"], config["format_version"]) == ("SECURA", 1)
+    assert (config["peft_type"], config["format_version"]) == ("SECURA", 4)
 
 
 @pytest.mark.parametrize("norm", ["channel", "activation"])
@@ -277,11 +277,12 @@ def test_a_base_of_another_shape(check_base, tmp_path):
         PeftModel.from_pretrained(tiny.llama(hidden=48), tmp_path)
 
 
-def test_a_newer_format(folder):
-    edit(folder, format_version=2, gate="a setting this version does not know")
-    with pytest.raises(ValueError, match=r"format 2.*reads up to 1: upgrade"):
+@pytest.mark.parametrize(("version", "advice"), [(5, "upgrade"), (3, "train it again")])
+def test_another_format(version, advice, folder):
+    edit(folder, format_version=version, gate="a setting this version does not know")
+    with pytest.raises(ValueError, match=rf"format {version}.*reads 4: {advice}"):
         PeftModel.from_pretrained(tiny.llama(), folder)
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match=f"format {version}"):
         SecuraConfig.from_pretrained(folder)
 
 

@@ -16,8 +16,8 @@ from secura.integrity import check_file, digest, read_file
 
 from .registration import peft_type
 
-FORMAT = 1
-"""Version of the adapter files this package writes."""
+FORMAT = 4
+"""Version of the adapter files this package writes and reads; none before it was released."""
 
 _HOW_TO_LOAD = "import secura.tuner first: PEFT knows SECURA from then on"
 
@@ -57,7 +57,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         how_to_load: a note in ``adapter_config.json`` for whoever finds it.
 
     Raises:
-        ValueError: for a setting out of range, or a file a newer version wrote.
+        ValueError: for a setting out of range, or a file of another format.
     """
 
     target_modules: list[str] | str | None = None
@@ -77,12 +77,13 @@ class SecuraConfig(AdapterConfig, PeftConfig):
 
     def __post_init__(self) -> None:
         check_rank("format_version", self.format_version)
-        if self.format_version > FORMAT:
+        if self.format_version != FORMAT:
+            newer = self.format_version > FORMAT
             raise ValueError(
                 f"the adapter was written in format {self.format_version}, this version of secura "
-                f"reads up to {FORMAT}: upgrade with pip install -U secura"
+                f"reads {FORMAT}: "
+                + ("upgrade with pip install -U secura" if newer else "train it again")
             )
-        self.format_version = FORMAT
         self.how_to_load = _HOW_TO_LOAD
         if self.id2label is not None:  # JSON's keys are text
             self.id2label = {int(label): name for label, name in self.id2label.items()}
