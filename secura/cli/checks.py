@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from secura._extras import require
-from secura.cli.errors import UserError, suggest
+from secura.cli.errors import UserError
 from secura.cli.rows import listed
 
 _NUMBER = "secura_row"
@@ -77,85 +75,13 @@ def _longest(dataset: Any) -> int:
     return longest
 
 
-def check_names(model: Any, config: Any) -> None:
-    """Refuses names of layers and parameters that the model, without adapter, has none of.
-
-    Raises:
-        UserError: names them, and the nearest name there is.
-    """
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for field, among in (
-        ("target_modules", modules),
-        ("target_parameters", parameters),
-        ("exclude_modules", modules),
-        ("modules_to_save", modules),
-    ):
-        names = getattr(config, field)
-        if isinstance(names, str):
-            _check_pattern(field, names, model)
-            continue
-        for name in sorted(names or ()):
-            _check_match(field, name, rf"(.*\.)?{re.escape(name)}", among)
-
-
-def check_layers(model: Any, config: Any) -> None:
-    """Refuses settings of layers that are not adapted, which PEFT passes over.
-
-    Args:
-        model: the model with the adapter on it.
-        config: the adapter's config as it was asked for.
-
-    Raises:
-        UserError: names them, and the nearest name there is.
-    """
-    adapted = list(_adapted(model))
-    for index in config.layers_to_transform or ():
-        _check_match("layers_to_transform", index, rf".*\.{index}\..*", adapted)
-    for name in config.rank_pattern:
-        _check_match("rank_pattern", name, rf"(.*\.)?({name})", adapted)
-
-
 def adapted_kinds(model: Any) -> list[str]:
     """Last names of the layers that a model's adapter is on, such as ``down_proj``."""
-    return sorted({name.rpartition(".")[2] for name in _adapted(model)})
-
-
-def _adapted(model: Any) -> Iterator[str]:
     from secura.tuner import SecuraLayer
 
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, SecuraLayer):
-            yield name
-
-
-def _check_match(field: str, name: Any, pattern: str, among: list[str]) -> None:
-    if any(re.fullmatch(pattern, full) for full in among):
-        return
-    known = {full.rpartition(".")[2] for full in among}
-    kind = "parameter" if field == "target_parameters" else "layer"
-    raise UserError(
-        f"--{field}: {name!r} matches no {kind}; correct it or leave it out"
-        f"{suggest(str(name), known)}"
-    )
-
-
-def _check_pattern(field: str, pattern: str, model: Any) -> None:
-    if pattern == "all-linear" or any(re.fullmatch(pattern, n) for n, _ in model.named_modules()):
-        return
-    import torch
-
-    from secura.bases import is_conv1d
-
-    found = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or is_conv1d(module)
-    }
-    raise UserError(
-        f"--{field}: {pattern!r} matches no layer of this model, whose linear layers are "
-        f"{', '.join(sorted(found)) or 'none'}: name those to take in --{field}"
-    )
+    modules = model.get_base_model().named_modules()
+    names = [name for name, module in modules if isinstance(module, SecuraLayer)]
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def nothing_held(training: Any, *, holding: bool) -> str | None:
@@ -213,9 +139,7 @@ def not_rounded(training: Any, config: Any, model: Any) -> str | None:
 
 __all__ = [
     "adapted_kinds",
-    "check_layers",
     "check_lengths",
-    "check_names",
     "left_out",
     "lost_rows",
     "not_rounded",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from secura._extras import require
-from secura.cli.errors import UserError, one_line, suggest
+from secura.cli.errors import UserError, one_line
+from secura.wording import did_you_mean
 
 
 def takes_bool(action: Any) -> bool:
@@ -98,7 +99,7 @@ def as_defaults(config: dict[str, Any], name: str, parser: Any) -> dict[str, Any
     found = {}
     for key, value in config.items():
         if key not in known:
-            raise UserError(f"{name}: unknown key {key!r}{suggest(key, known)}")
+            raise UserError(f"{name}: unknown key {key!r}{did_you_mean(key, known)}")
         try:
             found[key] = as_written(value, known[key], hints[key])
         except (TypeError, ValueError) as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from secura._extras import MissingExtraError
+from secura.wording import did_you_mean
 
 
 class UserError(Exception):
@@ -46,13 +46,7 @@ def refuse_unknown(unknown: list[str], known: Iterable[str], prog: str) -> None:
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if not flags:
         raise UserError(f"unexpected argument {unknown[0]!r} (see '{prog} --help')")
-    raise UserError(f"unknown flag {flags[0]}{suggest(flags[0], known)} (see '{prog} --help')")
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean ...?"` for the entry of `known` nearest to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown flag {flags[0]}{did_you_mean(flags[0], known)} (see '{prog} --help')")
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -60,7 +61,6 @@ def run(
         attn_implementation=model_args.attn_implementation,
         **loading,
     )
-    checks.check_names(model, config)
     wanted = copy.deepcopy(config)  # putting it on the model changes its target_modules
     trainer = make_trainer(
         model=model,
@@ -73,7 +73,6 @@ def run(
             config, anchor_args.anchor_decay, settings, holding=model_args.hold_gradients
         ),
     )
-    checks.check_layers(trainer.model, wanted)
     checks.check_lengths(trainer)
     for note in (
         checks.lost_rows(trainer, train_set),
@@ -168,9 +167,15 @@ def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
 
 def make_trainer(**kwargs: Any) -> Any:
     """TRL's `SFTTrainer`; what it cannot take of layers and rows is the user's to mend."""
+    from secura.tuner.unmatched import UnmatchedWarning
+
     trl, jinja2 = require("trl", "train"), require("jinja2", "train")
     try:
-        return trl.SFTTrainer(**kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnmatchedWarning)
+            return trl.SFTTrainer(**kwargs)
+    except UnmatchedWarning as error:
+        raise UserError(f"--{error}") from error
     except (TypeError, jinja2.TemplateError) as error:
         raise UserError(one_line(error)) from error
 

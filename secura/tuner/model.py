@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
 from .overlooked import refuse_overlooked
 from .several import BASE
+from .unmatched import unmatched_layers, unmatched_names, warn_unmatched
 
 
 class SecuraModel(BaseTuner):
@@ -48,6 +50,8 @@ class SecuraModel(BaseTuner):
     ) -> None:
         """Put the adapter on every targeted layer, or on none where one of them refuses it.
 
+        Settings that name nothing of the model are told by an :class:`UnmatchedWarning` each.
+
         Raises:
             ValueError: for a rank that does not fit, a weight that cannot be decomposed, a target
                 that PEFT would pass over, or a name that is also a tensor's.
@@ -58,7 +62,9 @@ class SecuraModel(BaseTuner):
                 f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
                 f"another than {CABR.STATE}"
             )
-        refuse_overlooked(model, self.peft_config[adapter_name])
+        config = copy.copy(self.peft_config[adapter_name])  # as given: PEFT fills in its targets
+        refuse_overlooked(model, config)
+        warn_unmatched(unmatched_names(model, config))
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -69,6 +75,7 @@ class SecuraModel(BaseTuner):
                 else:
                     model.set_submodule(name, layer.base_layer)
             raise
+        warn_unmatched(unmatched_layers(model, config, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

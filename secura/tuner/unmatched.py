@@ -1,0 +1,109 @@
+"""Settings that name nothing of a model, each of which PEFT passes over."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from secura.bases import is_conv1d
+from secura.wording import did_you_mean
+
+from .config import SecuraConfig, without_wrappers
+from .layer import SecuraLayer
+
+_ADDED = {"classifier", "score", "qa_outputs"}  # by PEFT, whichever of them a model has
+
+
+class UnmatchedWarning(UserWarning):
+    """A setting names nothing of the model, so it has no effect."""
+
+
+def warn_unmatched(found: list[str]) -> None:
+    """Warn of what :func:`unmatched_names` or :func:`unmatched_layers` found."""
+    for message in found:
+        warnings.warn(message, UnmatchedWarning, stacklevel=3)
+
+
+def unmatched_names(model: nn.Module, config: SecuraConfig) -> list[str]:
+    """Say of each name of a layer or parameter in a config that the model has none of that name.
+
+    Args:
+        model: the model before the config's adapter is put on it.
+        config: the adapter's settings.
+    """
+    modules = [_bare(name) for name, _ in model.named_modules()]
+    parameters = [_bare(name) for name, _ in model.named_parameters()]
+    saved = set(config.modules_to_save or ()) - _ADDED
+    found: list[str] = []
+    for field, names, among in (
+        ("target_modules", config.target_modules, modules),
+        ("target_parameters", config.target_parameters, parameters),
+        ("exclude_modules", config.exclude_modules, modules),
+        ("modules_to_save", saved, modules),
+    ):
+        if isinstance(names, str):
+            found += _unmatched_pattern(field, names, model, modules)
+        else:
+            patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in names or ()}
+            found += _unmatched(field, patterns, among)
+    return found
+
+
+def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> list[str]:
+    """Say of each setting for one layer alone that no adapted layer is meant.
+
+    Args:
+        model: the model with the adapter on it, without PEFT's wrapper.
+        config: the adapter's settings as they were given.
+        adapter: its name.
+    """
+    adapted = [
+        _bare(name)
+        for name, layer in model.named_modules()
+        if isinstance(layer, SecuraLayer) and adapter in layer.secura_adapter
+    ]
+    chosen = config.layers_to_transform
+    indices = [chosen] if isinstance(chosen, int) else chosen or ()
+    return [
+        *_unmatched("layers_to_transform", {i: rf".*\.{i}\..*" for i in indices}, adapted),
+        *_unmatched("rank_pattern", {n: rf"(.*\.)?({n})" for n in config.rank_pattern}, adapted),
+    ]
+
+
+def _bare(name: str) -> str:
+    """A name as it is without the adapters that are there already."""
+    return without_wrappers(name).replace(".base_layer", "")
+
+
+def _unmatched(field: str, patterns: dict[Any, str], among: list[str]) -> list[str]:
+    """A sentence for each name whose pattern fits none of ``among``, with the nearest there is."""
+    kind = "parameter" if field == "target_parameters" else "layer"
+    known = {full.rpartition(".")[2] for full in among}
+    return [
+        f"{field}: {name!r} matches no {kind}; correct it or leave it out"
+        f"{did_you_mean(str(name), known)}"
+        for name, pattern in sorted(patterns.items())
+        if not any(re.fullmatch(pattern, full) for full in among)
+    ]
+
+
+def _unmatched_pattern(field: str, pattern: str, model: nn.Module, modules: list[str]) -> list[str]:
+    shorthand = pattern.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if shorthand or any(re.fullmatch(pattern, name) for name in modules):
+        return []
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+    return [
+        f"{field}: {pattern!r} matches no layer of this model, whose linear layers are "
+        f"{', '.join(sorted(linears)) or 'none'}: name those to take in {field}"
+    ]
+
+
+__all__ = ["UnmatchedWarning", "unmatched_layers", "unmatched_names", "warn_unmatched"]
