@@ -18,7 +18,7 @@ help:
 	@echo "make demo     fine-tune a real model with SECURA and LoRA, report in $(DEMO_OUTPUT)/"
 	@echo "make test     the tests (those that need a GPU are skipped where there is none)"
 	@echo "make bench    one layer on this machine: SECURA, LoRA, DoRA, the released way; 2 minutes"
-	@echo "make table    the tables of docs/results.md and the plots, from benchmarks/results/"
+	@echo "make table    the tables of README and docs, and the plots, from benchmarks/results/"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make install  only the environment, in $(VENV)"

@@ -1,4 +1,4 @@
-"""SECURA: fine-tuning with a CUR adapter and a norm that holds important weights back.
+"""SECURA: fine-tuning with a CUR adapter and a norm that halves small changes.
 
 Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, the callbacks,
 ``export_lora`` and ``from_pretrained``, which load PEFT and transformers, need torch alone.
