@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from secura._extras import how_to_install
+
 from .schema import Result
 from .tables import groups, headline_t, summed
 
@@ -40,7 +42,7 @@ def draw_all(results: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is missing (pip install 'secura[bench]'): no plots", file=sys.stderr)
+        print(f"matplotlib is missing ({how_to_install('bench')}): no plots", file=sys.stderr)
         return []
     drawn = []
     style = {"svg.hashsalt": "secura", "svg.fonttype": "none", "font.size": 9}

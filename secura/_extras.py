@@ -10,6 +10,11 @@ class MissingExtraError(ImportError):
     """A package that one of SECURA's extras brings is not installed."""
 
 
+def how_to_install(extra: str) -> str:
+    """How to get an extra of the distribution, which is on no package index."""
+    return f"pip install '.[{extra}]' in a clone of secura"
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Imports an optional module.
 
@@ -31,9 +36,9 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingExtraError(
-            f"{package} is not installed; get it with: pip install 'secura[{extra}]'",
+            f"{package} is not installed; get it with: {how_to_install(extra)}",
             name=error.name,
         ) from error
 
 
-__all__ = ["MissingExtraError", "require"]
+__all__ = ["MissingExtraError", "how_to_install", "require"]

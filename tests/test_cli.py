@@ -207,7 +207,7 @@ def test_help_and_unknown_commands(capfd, monkeypatch):
 
 def test_a_missing_package_names_the_extra(base, data, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    fails(train_flags(base, data, tmp_path / "out"), capfd, "pip install 'secura[train]'")
+    fails(train_flags(base, data, tmp_path / "out"), capfd, "pip install '.[train]' in a clone")
 
 
 def test_traceback_on_request(capfd):

@@ -113,7 +113,7 @@ assert main(["train", "--help"]) == 0
 assert main(["doctor"]) == 0
 """
     )
-    assert "SecuraConfig peft is not installed; get it with: pip install 'secura[train]'" in said
+    assert "SecuraConfig peft is not installed; get it with: pip install '.[train]' in a" in said
     assert "FoldCallback transformers is not installed" in said
     assert "21 of 21 checks passed" in said
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from secura._extras import how_to_install
 from secura.cli.errors import Parser, UserError, one_line
 
 ANCHOR_LIMIT = 1e-4
@@ -202,7 +203,7 @@ def versions() -> list[tuple[str, str, str]]:
         try:
             rows.append((package, importlib.metadata.version(package), ""))
         except importlib.metadata.PackageNotFoundError:
-            hint = f"pip install 'secura[{extra}]'" if extra else ""
+            hint = how_to_install(extra) if extra else ""
             rows.append((package, "-", hint))
     return rows
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from secura._extras import MissingExtraError
+from secura._extras import MissingExtraError, how_to_install
 from secura.wording import did_you_mean
 
 
@@ -57,5 +57,5 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
         extra = next((extra for package, extra in EXTRAS.items() if package in text), None)
-        return text + (f" (pip install 'secura[{extra}]')" if extra else "")
+        return text + (f" ({how_to_install(extra)})" if extra else "")
     return text
