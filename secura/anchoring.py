@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from .adapter import CABR
 from .config import check_damping
-from .curvature import Statistics, Texts, curvature
-from .folding import secura_layers
+from .curvature import Statistics, Texts, curvature, listed
+from .folding import active_adapters
 from .sharding import gathered, reshard
 
 
@@ -99,21 +99,17 @@ def anchor(
         RuntimeError: while an adapter is merged.
     """
     start = time.perf_counter()
-    adapters = anchored_adapters(model)
+    adapters = u_adapters(model)
+    check_anchorable(adapters)
+    given = None if texts is None else listed(texts)
+    check_reading(given, tokenizer, tokens=tokens, length=length, batch_size=batch_size)
     if damping is not None:
-        check_damping(damping)
-    for name, value, least in (
-        ("tokens", tokens, 2),
-        ("length", length, 2),
-        ("batch_size", batch_size, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-    with _still(model):
+        check_damping("damping", damping)
+    with _still(model, adapters):
         sums, read = curvature(
             model,
             adapters,
-            texts,
+            given,
             tokenizer,
             tokens=tokens,
             length=length,
@@ -121,11 +117,14 @@ def anchor(
             seed=seed,
         )
     unseen = tuple(name for name, one in sums.items() if not bool(one.sigma.any()))
-    made = {}
+    made = {
+        name: _solve(name, adapter, sums[name], damping, add)
+        for name, (adapter, _) in adapters.items()
+        if not (add and name in unseen and adapter.left is not None)  # it says nothing new of these
+    }
     for name, (adapter, _) in adapters.items():
-        made[name] = _solve(name, adapter, sums[name], damping, add)
-    for name, (adapter, _) in adapters.items():
-        adapter.set_anchor(*made[name])
+        if name in made:
+            adapter.set_anchor(*made[name])
         if damping is not None:
             adapter.config.anchor_damping = float(damping)
     return AnchorReport(len(adapters), read, time.perf_counter() - start, texts is None, unseen)
@@ -140,47 +139,62 @@ def unanchor(model: nn.Module) -> int:
     Returns:
         How many layers had an anchor.
     """
-    found = [one for one, _ in anchored_adapters(model).values() if one.left is not None]
+    found = [one for one, _ in u_adapters(model).values() if one.left is not None]
     for adapter in found:
         adapter.drop_anchor()
     return len(found)
 
 
-def anchored_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
-    """The active adapters with ``core="u"`` and the layers they are on, by name.
+def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
+    """The active adapters with ``core="u"`` and the layers they are on, by the adapters' names.
 
     Raises:
         ValueError: there is none.
         RuntimeError: one is merged.
     """
-    names = {module: name for name, module in model.named_modules()}
-    found = {}
-    for layer in secura_layers(model):
-        for adapter in layer.active_cabr():
-            if adapter.config.core != "u":
-                continue
-            if layer.merged:
-                raise RuntimeError("an adapter is merged into the base weight: unmerge it first")
-            if adapter.rows.dim() > 1:
-                raise ValueError(
-                    f"{names[layer]}: experts cannot be anchored, for an anchor is measured at a "
-                    "layer's own output: leave target_parameters out, or train without an anchor"
-                )
-            found[names[adapter]] = (adapter, layer)
+    active = active_adapters(model).items()
+    found = {name: pair for name, pair in active if pair[0].config.core == "u"}
     if not found:
         raise ValueError(
             "the model has no active adapter with core='u': only that core is anchored, so make "
             "the adapter with SecuraConfig(core='u')"
         )
+    if any(layer.merged for _, layer in found.values()):
+        raise RuntimeError("an adapter is merged into the base weight: unmerge it first")
     return found
 
 
+def check_anchorable(adapters: dict[str, tuple[CABR, nn.Module]]) -> None:
+    """Raise ``ValueError`` where one of :func:`u_adapters` is on experts."""
+    for name, (adapter, _) in adapters.items():
+        if adapter.rows.dim() > 1:
+            raise ValueError(
+                f"{name}: experts cannot be anchored, for an anchor is measured at a layer's own "
+                "output: leave target_parameters out, or train without an anchor"
+            )
+
+
+def check_reading(
+    texts: list[Any] | None, tokenizer: Any, *, tokens: int, length: int, batch_size: int
+) -> None:
+    """Raise ``ValueError`` for a number out of range, or strings without a tokenizer."""
+    for name, value, least in (
+        ("tokens", tokens, 2),
+        ("length", length, 2),
+        ("batch_size", batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    if tokenizer is None and any(isinstance(text, str) for text in texts or ()):
+        raise ValueError("texts are strings: give the tokenizer, or token ids")
+
+
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def _still(model: nn.Module, adapters: dict[str, tuple[CABR, nn.Module]]) -> Iterator[None]:
     """Eval mode, with gradients through the cores; modes, flags and gradients as before after."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    cores: list[Any] = [one.U for one, _ in anchored_adapters(model).values()]
+    cores: list[Any] = [one.U for one, _ in adapters.values()]
     frozen = [core for core in cores if not core.requires_grad]
     model.eval()
     try:
@@ -270,4 +284,4 @@ def _undamped(root: Tensor, damping: float, mean: Tensor | None = None) -> Tenso
     return inverse - share * torch.eye(len(wide)).to(wide)
 
 
-__all__ = ["AnchorReport", "anchor", "anchored_adapters", "unanchor"]
+__all__ = ["AnchorReport", "anchor", "check_anchorable", "check_reading", "u_adapters", "unanchor"]

@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
 def curvature(
     model: nn.Module,
     adapters: Mapping[str, tuple[CABR, nn.Module]],
-    texts: Texts | None,
+    texts: list[Any] | None,
     tokenizer: Any,
     *,
     tokens: int,
@@ -55,8 +55,8 @@ def curvature(
         texts, tokenizer, tokens, length, batch_size, seed: see :func:`secura.anchor`.
 
     Raises:
-        ValueError: no text, one of fewer than two tokens, strings without a tokenizer, a model that
-            cannot sample, or logits that are not finite.
+        ValueError: no text, one of fewer than two tokens, a model that cannot sample, or logits
+            that are not finite.
     """
     for _, layer in adapters.values():
         bases.check_whole(_base(layer))
@@ -117,18 +117,18 @@ def _read(model: Any, ids: Tensor, generator: Any) -> None:
         parameter.grad = None
 
 
-def _pieces(texts: Any, tokenizer: Any, tokens: int, length: int) -> list[Tensor]:
+def listed(texts: Texts) -> list[Any]:
+    """Texts as a list: a string or a tensor alone is one text."""
+    return [texts] if isinstance(texts, str | Tensor) else list(texts)
+
+
+def _pieces(texts: list[Any], tokenizer: Any, tokens: int, length: int) -> list[Tensor]:
     """Texts cut into pieces of 2 to ``length`` token ids, ``tokens`` in all at most."""
-    if isinstance(texts, str | Tensor):
-        texts = [texts]
-    texts = list(texts)
     if not texts:
         raise ValueError("there is no text to anchor by: give some, or texts=None to sample")
     ids = []
     for number, text in enumerate(texts):
         if isinstance(text, str):
-            if tokenizer is None:
-                raise ValueError("texts are strings: give the tokenizer, or token ids")
             text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
         if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() != 1:
             raise ValueError(f"text {number} is neither a string nor a 1-D tensor of token ids")
@@ -273,4 +273,4 @@ def _processes() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-__all__ = ["Statistics", "Texts", "curvature"]
+__all__ = ["Statistics", "Texts", "curvature", "listed"]

@@ -81,7 +81,7 @@ class Experts(CABR):
         return expert_weights(weight, rows, cols, u, self.config.norm_options, u_base=u_base)
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        """Not there: experts are multiplied by the module that holds them."""
+        """Raise ``NotImplementedError``: the module that holds the experts multiplies by them."""
         raise NotImplementedError("experts have weights(), and no product of their own")
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ def _one(
     try:
         return CABR(config, linear, r=r, dtype=dtype)
     except ValueError as error:
-        raise ValueError(f"expert {number}: {error}") from error
+        raise type(error)(f"expert {number}: {error}") from error
 
 
 def _within(weight: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,9 @@ def export_lora(
 
     ``lora_A = R [m, K]`` and ``lora_B = Q [N, m]``, rank and alpha m: one rank for all layers, for
     llama.cpp, TGI and LoRAX know one. So layers with fewer rows than others are filled up with
-    zeros, with a warning. Modules saved in full (``modules_to_save``) and trained tokens are
-    carried over; vLLM takes neither. A base quantised to few bits is dequantised for R, and the
-    LoRA then belongs to that base.
+    zeros, with a warning. Modules saved in full (``modules_to_save``), trained tokens and resized
+    embeddings are carried over; vLLM takes none of them. A base quantised to few bits is
+    dequantised for R, and the LoRA then belongs to that base.
 
     Example:
         >>> export_lora(PeftModel.from_pretrained(base, "adapter"), "lora")
@@ -96,14 +96,19 @@ def export_lora(
         lacking = rank - a.shape[0]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
-    if config.modules_to_save or config.trainable_token_indices:
-        tensors |= _saved_in_full(model, adapter_name)
+    tensors |= _saved_in_full(model, adapter_name)
     modules = [without_wrappers(name) for name, _ in model.get_base_model().named_modules()]
     lora = _lora_config(config, rank, set(layers), modules)
     lora.fan_in_fan_out = any(bases.is_conv1d(layer.base_layer) for layer in layers.values())
     with complete_folder(Path(folder)) as made:
         save_file(tensors, made / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         lora.save_pretrained(str(made))
+    if config.id2label:
+        warnings.warn(
+            f"a LoRA has no place for the labels' names {config.id2label}: give them as id2label "
+            "where its base is loaded",
+            stacklevel=2,
+        )
     if fewer := sum(r < rank for r in ranks):
         warnings.warn(
             f"{fewer} of {len(ranks)} layers have fewer rows than {rank}: filled up with zeros to "
@@ -168,9 +173,9 @@ def _factors(
 
 
 def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    state = require("peft", "train").get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=False
-    )
+    """What PEFT would save beside the adapter: modules, trained tokens, resized embeddings."""
+    peft = require("peft", "train")
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {
         name: tensor.detach().clone().contiguous().cpu()
         for name, tensor in state.items()

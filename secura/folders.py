@@ -6,6 +6,7 @@ import ctypes
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def _exchange(source: Path, target: Path) -> bool:
         for file in source.iterdir():
             clear(made / file.name)
         _link_all(source, made)
+        made.chmod(stat.S_IMODE(target.stat().st_mode))
         here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         exchanged = rename(here, os.fsencode(made), here, os.fsencode(target), swap) == 0
     except OSError:

@@ -52,10 +52,19 @@ def check_foldable(model: nn.Module) -> list[Any]:
     return layers
 
 
+def active_adapters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The model's active SECURA adapters and the layers they are on, by the adapters' names."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[adapter]: (adapter, layer)
+        for layer in secura_layers(model)
+        for adapter in layer.active_cabr()
+    }
+
+
 def fold_periods(model: nn.Module) -> set[int]:
     """What the model's active SECURA adapters say of ``fold_every``."""
-    adapters = (adapter for layer in secura_layers(model) for adapter in layer.active_cabr())
-    return {adapter.config.fold_every for adapter in adapters}
+    return {adapter.config.fold_every for adapter, _ in active_adapters(model).values()}
 
 
-__all__ = ["check_foldable", "fold", "fold_periods", "secura_layers"]
+__all__ = ["active_adapters", "check_foldable", "fold", "fold_periods", "secura_layers"]

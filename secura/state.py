@@ -91,7 +91,8 @@ class AdapterState(nn.Module):
             raise ValueError(
                 f"{self.name}: nothing of the adapter's file reached this layer: the file was "
                 "damaged, or is of a model whose layers have other names (compiled, or part of "
-                "another); PeftModel.from_pretrained says which"
+                "another); PeftModel.from_pretrained says which. Where its settings alone were "
+                "given, give get_peft_model a SecuraConfig of your own"
             )
         self._check_assigned_sum()
         weight, state = bases.weight(base), self._tensors()

@@ -52,10 +52,14 @@ def select(
     )
 
 
+class RankError(ValueError):
+    """A weight has no CUR decomposition of the rank that was asked for."""
+
+
 def check_fits(r: int, n: int, k: int) -> None:
-    """Raise ``ValueError`` where a weight ``[n, k]`` has no CUR decomposition of rank ``r``."""
+    """Raise :class:`RankError` where a weight ``[n, k]`` has no CUR decomposition of rank ``r``."""
     if not 1 <= r <= min(n, k):
-        raise ValueError(
+        raise RankError(
             f"r={r} must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] weight"
         )
 

@@ -277,7 +277,7 @@ def test_a_base_of_another_shape(check_base, tmp_path):
         PeftModel.from_pretrained(tiny.llama(hidden=48), tmp_path)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(5, "upgrade"), (3, "train it again")])
+@pytest.mark.parametrize(("version", "advice"), [(5, "get a newer secura"), (3, "train it again")])
 def test_another_format(version, advice, folder):
     edit(folder, format_version=version, gate="a setting this version does not know")
     with pytest.raises(ValueError, match=rf"format {version}.*reads 4: {advice}"):

@@ -222,12 +222,26 @@ def test_a_layer_that_no_token_reached_is_named():
     assert torch.isfinite(tiny.parts(model)[3].left).all()
 
 
+def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
+    model = cored()
+    anchor(model, TEXTS)
+    part = tiny.parts(model)[3]
+    left, right = part.left.clone(), part.right.clone()
+    model.base_model.model.model.layers[1].self_attn.v_proj.forward = lambda x: x.new_zeros(
+        *x.shape[:-1], 12
+    )
+    assert anchor(model, TEXTS, add=True).unseen
+    assert torch.equal(part.left, left) and torch.equal(part.right, right)
+    assert not torch.equal(tiny.parts(model)[1].left, left)
+
+
 BAD = {
     "there is no text": {"texts": []},
     "text 1 has 1 token": {"texts": [torch.arange(3, 9), torch.tensor([3])]},
     "give the tokenizer": {"texts": ["some text"]},
     "neither a string nor": {"texts": [torch.rand(5)]},
-    "damping=0": {"texts": TEXTS, "damping": 0},
+    "damping=0 must be above 0 and at most 1e6": {"texts": TEXTS, "damping": 0},
+    "damping=10000000.0 must be": {"texts": TEXTS, "damping": 1e7},
     "damping=nan": {"texts": TEXTS, "damping": float("nan")},
     "tokens=1": {"texts": TEXTS, "tokens": 1},
     "length=1.5": {"texts": TEXTS, "length": 1.5},

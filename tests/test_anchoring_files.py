@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-from secura import anchor, unanchor
+from secura import SecuraConfig, anchor, unanchor
 
 
 def anchored(**settings):
@@ -62,6 +62,16 @@ def test_a_config_that_was_anchored_anchors_nothing_new(tmp_path):
     assert "without an anchor" in (tmp_path / "README.md").read_text()
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     assert not loaded.peft_config["default"].anchored and anchors(loaded)[0] == (None, None)
+
+
+def test_settings_read_from_a_folder_are_no_adapter(tmp_path):
+    """PEFT's ``get_peft_model`` takes them and reads no tensors, so every use is an error."""
+    anchored().save_pretrained(tmp_path)
+    for inference in (True, False):
+        config = SecuraConfig.from_pretrained(tmp_path)
+        config.inference_mode = inference
+        with pytest.raises(ValueError, match="its settings alone were given"):
+            tiny.logits(get_peft_model(tiny.llama(), config))
 
 
 def test_the_small_file_needs_no_anchor(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from cli_fixtures import fails, train_flags
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -186,22 +186,21 @@ def test_added_tokens_that_nothing_holds(command, base, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_an_adapter_file_holds_undeclared_are_not_dropped(base, tmp_path, capfd):
+def test_resized_embeddings_that_the_file_holds_are_carried_on(base, tmp_path, capfd):
     model, tokenizer, ids = grown(base)
     model = adapter_on(model, base, tmp_path / "adapter", tokenizer)
-    file = tmp_path / "adapter/adapter_model.safetensors"
-    if "base_model.model.lm_head.weight" not in load_file(file):
-        pytest.skip("embeddings that were resized alone are not written beside the adapter")
-    out = ("--output_dir", tmp_path / "lora")
-    parts = ("2 tensors", "modules_to_save", "would be lost")
-    fails(argv("export_lora", tmp_path / "adapter", *out), capfd, *parts)
-    assert not (tmp_path / "lora").exists()
-    flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
-    if main(flags) == 0:
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
-    else:
-        assert "would be lost" in capfd.readouterr().err
+    assert "base_model.model.lm_head.weight" in load_file(
+        tmp_path / "adapter/adapter_model.safetensors"
+    )
+    for command in ("export_lora", "merge"):
+        assert main(argv(command, tmp_path / "adapter", "--output_dir", tmp_path / command)) == 0
+    assert "vLLM takes no modules_to_save, trained tokens or resized" in capfd.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merge")
+    torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora = PeftModel.from_pretrained(larger, tmp_path / "export_lora")
+    torch.testing.assert_close(logits(lora, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):

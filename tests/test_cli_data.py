@@ -118,6 +118,8 @@ def test_suffixes_in_capitals_and_numbers_in_csv_files(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\nhow many,007\nhow much,2.50\n")
     assert [row["completion"] for row in rows_of(path)] == ["007", "2.50"]
+    path.write_text("question,answer\nhow many,007\n", encoding="utf-8-sig")  # as Excel writes it
+    assert rows_of(path)[0]["completion"] == "007"
 
 
 def test_a_chat_template_that_refuses_a_row(base, tmp_path, capfd):

@@ -306,6 +306,11 @@ def test_yaml_words_and_the_flag_rank(base, data, tmp_path, capfd):
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
     assert main([*argv, "--config", str(config), "--rank", "2", "--overwrite_output_dir"]) == 0
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
-    for text, parts in (("r: 4.5", ["r", "'4.5'"]), ("max_steps: no", ["max_steps", "'no'"])):
+    for text, parts in (
+        ("r: 4.5", ["r", "'4.5'"]),
+        ("max_steps: no", ["max_steps", "'no'"]),
+        ("rank: 3\nr: 4", ["'r' gives 'r' a second time"]),
+        ("model: a\nmodel_name_or_path: b", ["'model_name_or_path' a second time"]),
+    ):
         config.write_text(text)
         fails([*argv, "--config", config, "--overwrite_output_dir"], capfd, *parts)

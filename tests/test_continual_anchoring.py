@@ -67,6 +67,20 @@ def test_decay_that_is_none(value):
         AnchorDecayCallback(value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"texts": ["a text"]}, "give the tokenizer"),
+        ({"tokens": 1}, "tokens=1 must be"),
+        ({"length": 1.5}, "length=1.5"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_training(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AnchorCallback(**settings)
+
+
 def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = trainer(tmp_path / "whole", cored(), [AnchorDecayCallback(1.0)], **settings)
@@ -161,10 +175,18 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
         assert (adapter.core, adapter.r, anchor.anchor_decay) == ("ab", 64, 0)
 
 
-def test_an_empty_file_of_old_text_is_one_line(base, data, tmp_path, capfd):  # noqa: F811
-    (tmp_path / "empty.txt").write_text("\n\n")
-    flags = ("--core", "u", "--norm", "none", "--anchor", tmp_path / "empty.txt")
-    fails(train_flags(base, data, tmp_path / "out", *flags), capfd, "holds no text")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("old.txt", "\n\n", "holds no text"),
+        ("old.jsonl", '{"text": null}\n{"text": "a"}\n', "1 of 2 rows have no 'text' (row 1)"),
+        ("OLD.JSONL", '{"words": "a"}\n', "wanted a column text"),
+    ],
+)
+def test_a_file_of_no_old_text_is_one_line(name, text, message, base, data, tmp_path, capfd):  # noqa: F811
+    (tmp_path / name).write_text(text)
+    flags = ("--core", "u", "--norm", "none", "--anchor", tmp_path / name)
+    fails(train_flags(base, data, tmp_path / "out", *flags), capfd, message)
 
 
 def test_public_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path):
     assert seen == sorted(seen, reverse=True, key=lambda found: found == {"old"})
     assert seen[0] == {"old"}
     assert seen[-1] == {"new"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.parametrize("mode", [0o700, 0o2775])
+def test_a_folder_keeps_its_mode(mode, tmp_path):
+    output = fill(tmp_path / "adapter")
+    output.chmod(mode)
+    folders.move_out(output / folders.SCRATCH, output)
+    assert content(output) == {"new"}
+    assert stat.S_IMODE(output.stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("kind", ["current", "linked", "no links"])

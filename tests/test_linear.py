@@ -374,6 +374,12 @@ def test_leading_dimensions_empty_ones_included(norm, shape):
         ({"fold_every": -1}, "must be 0 or more"),
         ({"fold_every": 1.5}, "must be an integer"),
         ({"restrain": True, "norm": "none"}, "restrain needs a gain"),
+        ({"restrain_decay": float("nan")}, "restrain_decay=nan must lie in"),
+        ({"restrain_percent": 7}, "restrain_percent=7 must lie in"),
+        ({"restrain_edge": 0.5}, "restrain_edge=0.5 must lie in"),
+        ({"scaling": True}, "scaling=True must be a finite number"),
+        ({"dropout": "0.1", "norm": "none"}, "dropout='0.1' must lie in"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
     ],
     ids=str,
 )

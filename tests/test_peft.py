@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from secura import SecuraConfig, SECURALinear
+from secura.tuner.unmatched import UnmatchedWarning
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -84,13 +85,24 @@ def test_conv1d_of_gpt2():
 
 
 def test_target_that_matches_nothing():
-    with pytest.raises(ValueError, match="nowhere"):
+    with (
+        pytest.warns(UnmatchedWarning, match="'nowhere' matches no layer"),
+        pytest.raises(ValueError, match="nowhere"),
+    ):
         get_peft_model(tiny.llama(), tiny.config(target_modules=["nowhere"]))
 
 
 def test_a_target_that_is_not_linear_names_the_layer():
     with pytest.raises(TypeError, match=r"model\.embed_tokens: Embedding is no linear layer"):
         get_peft_model(tiny.llama(), tiny.config(target_modules=["embed_tokens"]))
+
+
+def test_what_a_lower_rank_would_not_mend_does_not_advise_one():
+    base = tiny.llama()
+    base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"q_proj: .*NaN or inf") as raised:
+        get_peft_model(base, tiny.config())
+    assert "lower r" not in str(raised.value)
 
 
 def test_a_rank_too_large_for_one_layer_names_it_and_leaves_the_model_alone():

@@ -56,6 +56,31 @@ def test_two_active_additive_adapters_add_up():
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in grads} == {"default", "second"}
 
 
+def test_a_sum_takes_the_columns_that_were_loaded_last():
+    model, other = two_adapters(keep_columns=True), two_adapters(keep_columns=True)
+    other.peft_config["default"].seed = 9
+    for layer in tiny.layers(other).values():
+        layer.secura_adapter["default"].cols = layer.secura_adapter["default"].cols.flip(0) // 2
+    for one in (model, other):
+        one.base_model.set_adapter(["default", "second"])
+        for part in tiny.parts(one):
+            part.config.keep_columns = True
+        tiny.logits(one)
+    state = {name: value for name, value in other.state_dict().items() if "default" in name}
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(tiny.logits(model), tiny.logits(other))
+
+
+def test_adapters_on_different_layers_load_with_little_memory(tmp_path):
+    for name, targets in (("first", ["q_proj"]), ("second", ["v_proj"])):
+        tiny.adapted(norm="none", target_modules=targets).save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", "second", low_cpu_mem_usage=True)
+    model.set_adapter("second")
+    alone = PeftModel.from_pretrained(tiny.llama(), tmp_path / "second")
+    assert torch.equal(tiny.logits(model), tiny.logits(alone))
+
+
 def test_dropout_of_one_of_two_active_adapters():
     model = two_adapters(dropout=0.5).train()
     model.base_model.set_adapter(["default", "second"])

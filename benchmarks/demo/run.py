@@ -38,7 +38,8 @@ from benchmarks.retention.rows import batch_loss, pack
 from benchmarks.retention.runner import Runner
 from benchmarks.retention.score import write
 from secura.cli.errors import UserError
-from secura.cli.folders import check_output_folder, complete_folder
+from secura.cli.folders import check_output_folder
+from secura.folders import complete_folder
 
 METHODS = {"lora": ("lora", "LoRA r=8"), "secura": ("secura-weight-gated", "SECURA")}
 FILES = ("settings.json", "plan.json", "results.json", "report.md", "curves.png")

@@ -174,10 +174,10 @@ def undeclared(model: Any, file: Path) -> list[str]:
     Of a resized embedding in `modules_to_save`, PEFT writes a second copy and the untrained one
     beside it; they are not counted.
     """
-    peft, safetensors = require("peft", "train"), require("safetensors", "train")
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    with safetensors.safe_open(file, framework="pt") as tensors:
-        return [name for name in _foreign(tensors.keys()) if _COPY.sub("", name) not in own]
+    if not (names := list(_shapes(file))):
+        return []
+    own = require("peft", "train").get_peft_model_state_dict(model, save_embedding_layers=False)
+    return [name for name in names if _COPY.sub("", name) not in own]
 
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
@@ -194,22 +194,11 @@ def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
             or not torch.equal(state[name].cpu(), tensors.get_tensor(name).to(state[name].dtype))
         ]
     if lost:
-        raise UserError(_undeclared(adapter, lost))
-
-
-def refuse_undeclared(model: Any, adapter: str) -> None:
-    """Refuses, for a format that carries `modules_to_save` alone, an adapter with more."""
-    file = weights_file(adapter)
-    if file is not None and (names := undeclared(model, file)):
-        raise UserError(_undeclared(adapter, names))
-
-
-def _undeclared(adapter: str, names: list[str]) -> str:
-    return (
-        f"adapter {adapter!r}: its file holds {len(names)} tensors, such as {names[0]}, that are "
-        "neither SECURA's nor of its modules_to_save, and would be lost: where tokens were added, "
-        "train with --modules_to_save embed_tokens lm_head"
-    )
+        raise UserError(
+            f"adapter {adapter!r}: its file holds {len(lost)} tensors, such as {lost[0]}, that are "
+            "neither SECURA's nor of its modules_to_save, and would be lost: where tokens were "
+            "added, train with --modules_to_save embed_tokens lm_head"
+        )
 
 
 def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) -> Any:
@@ -314,7 +303,6 @@ __all__ = [
     "load_adapted",
     "load_adapter_config",
     "refuse_left_out",
-    "refuse_undeclared",
     "settle_tokens",
     "tokenizer_for",
     "undeclared",

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from secura.cli.data import load_split
+from secura.cli.data import FORMATS, load_split
 from secura.cli.errors import UserError, one_line
+from secura.cli.rows import check_rows
 
 SELF = "self"
-_TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def check(arguments: Any, config: Any) -> None:
@@ -54,7 +54,7 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
         UserError: the text or the model cannot serve; the model is left as it was.
     """
     from secura.anchoring import anchor as anchor_model
-    from secura.anchoring import anchored_adapters
+    from secura.anchoring import u_adapters
 
     texts = None if arguments.anchor == SELF else read_texts(arguments.anchor)
     model = trainer.model.to(trainer.args.device)
@@ -70,7 +70,7 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
         raise UserError(f"--anchor {arguments.anchor}: {one_line(error)}") from error
     source = "the model's own samples" if report.sampled else arguments.anchor
     unseen = f"; {len(report.unseen)} of them saw none" if report.unseen else ""
-    rank = max(len(adapter.core) for adapter, _ in anchored_adapters(model).values())
+    rank = max(len(adapter.core) for adapter, _ in u_adapters(model).values())
     few = f"; these are few for r={rank}" if report.tokens < rank else ""
     return (
         f"secura: anchored {report.layers} layers by {report.tokens:,} tokens of {source} in "
@@ -84,11 +84,12 @@ def read_texts(name: str) -> list[str]:
     Raises:
         UserError: it holds none.
     """
-    if Path(name).suffix in _TABLES:
+    if Path(name).suffix.lower() in FORMATS:
         rows = load_split(name, None, "train")
         if "text" not in rows.column_names:
             raise UserError(f"--anchor {name}: wanted a column text, found {rows.column_names}")
-        texts = [str(text) for text in rows["text"]]
+        check_rows(rows, name, ("text",))
+        texts = list(rows["text"])
     else:
         try:
             content = Path(name).read_text(encoding="utf-8")

@@ -31,7 +31,6 @@ ANCHORED: dict[str, Any] = {
 }
 """Defaults with `--anchor`: those that kept most in docs/results.md."""
 
-ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "rank": "r"}
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 COMMON_TRAINER_FLAGS = (
     "max_steps",
@@ -291,13 +290,25 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     parser = make_parser()
     argv, config_file = take_config_flag(argv)
     read = {} if config_file is None else read_config(config_file)
-    config = {ALIASES.get(key, key): value for key, value in read.items()}
+    config = _by_field(read, config_file, parser)
     flagged = any(word.partition("=")[0] == "--anchor" for word in argv)
     if flagged or config.get("anchor") is not None:
         parser.set_defaults(**ANCHORED)
     if config_file is not None:
         parser.set_defaults_with_config(**as_defaults(config, config_file, parser))
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+
+
+def _by_field(read: dict[str, Any], name: str | None, parser: Any) -> dict[str, Any]:
+    """A file's values by the flags' fields, which some keys are other names of."""
+    known = {word.lstrip("-"): a.dest for a in parser._actions for word in a.option_strings}
+    found: dict[str, Any] = {}
+    for key, value in read.items():
+        dest = known.get(key, key)
+        if dest in found:
+            raise UserError(f"{name}: {key!r} gives {dest!r} a second time: leave one of them out")
+        found[dest] = value
+    return found
 
 
 def settle(parsed: Any) -> None:

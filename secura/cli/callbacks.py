@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.folding import secura_layers
+from secura.folding import active_adapters
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 ExportableState = require("transformers.trainer_callback", "train").ExportableState
@@ -106,10 +106,8 @@ class FinishedCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: the parameters that require gradients, and the folded cores."""
     found = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    names = {layer: name for name, layer in model.named_modules()}
-    for layer in secura_layers(model):
-        for adapter in layer.active_cabr():
-            found[f"{names[adapter]}.core"] = adapter.core
+    for name, (adapter, _) in active_adapters(model).items():
+        found[f"{name}.core"] = adapter.core
     local = {  # of a sharded tensor, this process's part
         name.removeprefix("module.").removeprefix("base_model.model."): getattr(
             value.detach(), "to_local", value.detach

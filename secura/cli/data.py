@@ -1,4 +1,4 @@
-"""Training data from the hub, a local folder or file, or a package; and the columns it needs."""
+"""Training data from the hub, a local folder or file; and the columns it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def load_split(name: str, config: str | None, split: str) -> Any:
         name: a local file (`.jsonl`, `.json`, `.csv`, `.parquet`), a local folder, or a
             data set of the hub; looked for in this order.
         config: the data set's configuration, such as `main`, or None.
-        split: a split's name, or a slice of one, such as `train[:90%]`.
+        split: a split's name, or a slice of one, such as `train[:90%]` (of a folder that
+            `save_to_disk` wrote, a name alone).
 
     Returns:
         A `datasets.Dataset`.
@@ -57,7 +58,7 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
     if path.is_file():
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"unknown kind of file; {', '.join(FORMATS)} are read")
-        return _load_file(datasets, path, "train", split)
+        return _load_file(datasets, path, split)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _load_saved(datasets, path, split)
@@ -68,8 +69,8 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
     return datasets.load_dataset(name, config, split=split)
 
 
-def _load_file(datasets: Any, path: Path, base: str, split: str) -> Any:
-    files, kind = {base: str(path)}, FORMATS[path.suffix.lower()]
+def _load_file(datasets: Any, path: Path, split: str) -> Any:
+    files, kind = {"train": str(path)}, FORMATS[path.suffix.lower()]
     if kind != "parquet":
         _check_utf8(path)
     more = {"features": _as_text_columns(datasets, path)} if kind == "csv" else {}
@@ -93,7 +94,7 @@ def _as_text_columns(datasets: Any, path: Path) -> Any:
 
     The reader would make numbers of an answer such as 007.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
     if not all(names) or len(set(names)) != len(names):
         return None

@@ -12,12 +12,12 @@ from secura.cli.adapters import (
     has_tokenizer,
     load_adapted,
     load_adapter_config,
-    refuse_undeclared,
     tokenizer_for,
 )
 from secura.cli.errors import Parser
 from secura.cli.folders import check_output_folder, sole_use
 from secura.cli.models import add_adapter_flags, add_loading_flags
+from secura.folders import complete_folder
 
 
 def make_parser() -> Parser:
@@ -53,19 +53,16 @@ def export(args: Any, output: Path, adapter: str) -> None:
     base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
     loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
-    refuse_undeclared(model, adapter)
     config.base_model_name_or_path, config.revision = base, revision
     tokenizer = tokenizer_for(model, adapter, base, loading)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted:
-        export_lora(model, output, dtype=dtype)
-    if has_tokenizer(adapter):
-        tokenizer.save_pretrained(output)
-    if config.id2label:
-        print(
-            f"secura: note: a LoRA has no place for the labels' names {config.id2label}: give them "
-            "as id2label where its base is loaded"
-        )
+    with (
+        warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted,
+        complete_folder(output) as folder,
+    ):
+        export_lora(model, folder, dtype=dtype)
+        if has_tokenizer(adapter):
+            tokenizer.save_pretrained(folder)
     for note in noted:
         print(f"secura: note: {note.message}")
     print(
@@ -77,8 +74,8 @@ def _for_vllm(output: Path, config: Any) -> str:
     """What vLLM must be told to take the exported adapter, or why it does not."""
     from secura.export import VLLM_RANKS, vllm_rank
 
-    if config.modules_to_save or config.trainable_token_indices:
-        return "vLLM takes no modules_to_save or trained tokens"
+    if config.modules_to_save or config.trainable_token_indices or config.base_tensors:
+        return "vLLM takes no modules_to_save, trained tokens or resized embeddings"
     r = require("peft", "train").PeftConfig.from_pretrained(str(output)).r
     needed = vllm_rank(r)
     if needed is None:

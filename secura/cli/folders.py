@@ -11,7 +11,6 @@ from pathlib import Path
 from secura._extras import require
 from secura.cli.errors import UserError
 from secura.folders import LOCK, OWN
-from secura.folders import complete_folder as complete_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -7,8 +7,9 @@ from typing import Any
 
 from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
 from secura.cli.errors import Parser, UserError
-from secura.cli.folders import check_output_folder, complete_folder, sole_use
+from secura.cli.folders import check_output_folder, sole_use
 from secura.cli.models import add_adapter_flags, add_loading_flags
+from secura.folders import complete_folder
 
 
 def make_parser() -> Parser:

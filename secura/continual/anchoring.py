@@ -13,24 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.anchoring import AnchorReport, anchor, anchored_adapters
+from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
+from secura.curvature import listed
 from secura.folding import fold
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
 
-class _CoreCallback(TrainerCallback):  # type: ignore[misc, valid-type]
-    """What a callback for ``core="u"`` needs before the first step is paid for."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        """Raise ``ValueError`` where the model has no such core."""
-        assert model is not None
-        anchored_adapters(model)
-
-
-class AnchorCallback(_CoreCallback):
+class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """At the end of a task, fold what was learned and add the task's texts to the anchor.
 
     The next task then starts at U = 0, in coordinates in which what the earlier tasks taught costs
@@ -45,13 +35,17 @@ class AnchorCallback(_CoreCallback):
         texts: of the task: strings or 1-D tensors of token ids; None takes those it trained on.
         tokenizer: for strings.
         fold: whether the core is folded first.
-        **settings: of :func:`secura.anchor`: ``tokens``, ``length``, ``batch_size``, ``seed``.
+        tokens: how many to read at most.
+        length: tokens of a piece; texts are cut into such.
+        batch_size: pieces read at once.
+        seed: of the sampled labels.
 
     Attributes:
         report: of the last anchoring.
 
     Raises:
-        ValueError: when training begins, for a model with no ``core="u"``; at its end as
+        ValueError: strings without a tokenizer, or a number out of range. When training begins, for
+            a model with no ``core="u"``, or with one on experts; at its end as
             :func:`secura.anchor`.
     """
 
@@ -61,11 +55,23 @@ class AnchorCallback(_CoreCallback):
         *,
         tokenizer: Any = None,
         fold: bool = True,
-        **settings: Any,
+        tokens: int = 8192,
+        length: int = 128,
+        batch_size: int = 8,
+        seed: int = 0,
     ) -> None:
-        self.texts, self.tokenizer = texts, tokenizer
-        self.fold, self.settings = fold, settings
+        self.texts = None if texts is None else listed(texts)
+        check_reading(self.texts, tokenizer, tokens=tokens, length=length, batch_size=batch_size)
+        self.tokenizer, self.fold, self.tokens = tokenizer, fold, tokens
+        self.length, self.batch_size, self.seed = length, batch_size, seed
         self.report: AnchorReport | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse a model that cannot be anchored before the first step is paid for."""
+        assert model is not None
+        check_anchorable(u_adapters(model))
 
     def on_train_end(
         self,
@@ -78,15 +84,22 @@ class AnchorCallback(_CoreCallback):
     ) -> None:
         """Fold, and add the statistics."""
         assert model is not None
-        texts = self.texts
-        if texts is None:
-            texts = _read(train_dataloader, self.settings.get("tokens", 8192))
+        texts = _read(train_dataloader, self.tokens) if self.texts is None else self.texts
         if self.fold:
             fold(model)
-        self.report = anchor(model, texts, tokenizer=self.tokenizer, add=True, **self.settings)
+        self.report = anchor(
+            model,
+            texts,
+            tokenizer=self.tokenizer,
+            tokens=self.tokens,
+            length=self.length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            add=True,
+        )
 
 
-class AnchorDecayCallback(_CoreCallback):
+class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
     On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
@@ -107,6 +120,13 @@ class AnchorDecayCallback(_CoreCallback):
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
         self.anchor_decay = anchor_decay
 
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse a model with no such core before the first step is paid for."""
+        assert model is not None
+        u_adapters(model)
+
     @torch.no_grad()
     def on_pre_optimizer_step(
         self,
@@ -119,7 +139,7 @@ class AnchorDecayCallback(_CoreCallback):
     ) -> None:
         """Decay every core that the optimizer trains, at the rate of its group."""
         assert model is not None
-        cores = {id(adapter.U) for adapter, _ in anchored_adapters(model).values()}
+        cores = {id(adapter.U) for adapter, _ in u_adapters(model).values()}
         pairs = [(group["lr"], one) for group in optimizer.param_groups for one in group["params"]]
         found = [(rate, one) for rate, one in pairs if id(one) in cores]
         if not found:

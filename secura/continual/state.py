@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.folders import use_umask
 from secura.folding import fold_periods
 from secura.integrity import check_file
 
@@ -97,6 +98,7 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         made = Path(scratch) / path.name
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made)
+        use_umask(Path(scratch))
         os.replace(made, path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from secura._extras import how_to_install
 from secura.config import AdapterConfig, check_rank
 from secura.integrity import check_file, digest, read_file
 
@@ -81,8 +82,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             newer = self.format_version > FORMAT
             raise ValueError(
                 f"the adapter was written in format {self.format_version}, this version of secura "
-                f"reads {FORMAT}: "
-                + ("upgrade with pip install -U secura" if newer else "train it again")
+                f"reads {FORMAT}: " + ("get a newer secura" if newer else "train it again")
             )
         self.how_to_load = _HOW_TO_LOAD
         if self.id2label is not None:  # JSON's keys are text
@@ -249,7 +249,7 @@ def describe_loading(card: Path, core: str) -> None:
         return
     heading = "## How to Get Started with the Model"
     lines = (
-        f"{core} PEFT knows this adapter's method once `secura` (`pip install 'secura[train]'`) is "
+        f"{core} PEFT knows this adapter's method once `secura` ({how_to_install('train')}) is "
         "imported:\n\n```python\nimport secura.tuner  # before peft loads it\n"
         "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
     )

@@ -108,7 +108,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         adapter.name = name
         if config.anchored and config.checksum is not None:  # of a file, whose tensors come next
             adapter.expect_anchor()
-        if config.inference_mode and config.checksum is not None:
+        if config.checksum is not None and (config.inference_mode or config.anchored):
             adapter.await_file()
         self.secura_adapter[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -195,6 +195,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
+        self.base_loaded = prefix + self._weight_key in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_loadable(self, state_dict: Any, prefix: str, *, whole: bool = False) -> None:
@@ -203,8 +204,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         ``whole`` says that every tensor of an adapter has to be there, if one is.
         """
         refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
-        self.base_loaded = prefix + self._weight_key in state_dict
-        base = None if self.base_loaded else self.adapted
+        base = None if prefix + self._weight_key in state_dict else self.adapted
         for name, adapter in self.secura_adapter.items():
             own = f"{prefix}secura_adapter.{name}."
             cast(CABR, adapter).check_loadable(state_dict, own, base, whole=whole)
@@ -355,11 +355,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        (adapter,) = self._named([adapter_name])
         if device is None:
             device = next(self.get_base_layer().parameters()).device
-        if device.type != "meta" and not any(value.is_meta for value in adapter.parameters()):
-            adapter.to(device)
+        for adapter in self._named([adapter_name]):
+            if device.type != "meta" and not any(value.is_meta for value in adapter.parameters()):
+                adapter.to(device)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()

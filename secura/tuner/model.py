@@ -15,6 +15,7 @@ from torch import nn
 
 from secura import bases
 from secura.adapter import CABR
+from secura_kernels.cur import RankError
 
 from . import saved
 from .config import SecuraConfig, without_wrappers
@@ -177,10 +178,12 @@ class SecuraModel(BaseTuner):
             layer.train(target.training)
             layer.model_dtype = getattr(self.model, "dtype", None)
         except ValueError as error:
-            raise ValueError(
-                f"{current_key}: {error}; lower r, or for this layer alone set rank_pattern or "
-                "leave it out with exclude_modules"
-            ) from error
+            advice = (
+                "; lower r, or for this layer alone set rank_pattern or leave it out with "
+                "exclude_modules"
+            )
+            lower = advice if isinstance(error, RankError) else ""
+            raise ValueError(f"{current_key}: {error}{lower}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -48,6 +48,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     Raises:
         ValueError: for a tensor parallel base.
     """
+    core = torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters))  # up to date
     masks = [adapter.dropout_mask(x) for adapter in adapters]
     if any(mask is not None for mask in masks):
         shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
@@ -71,7 +72,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     return secura_add(
         bases.product(base, x, adapters[0].name),
         layer,
-        torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters)),
+        core,
         delta_bias=sum_biases(adapters),
         z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
     )
