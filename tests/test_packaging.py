@@ -142,7 +142,7 @@ def test_a_failure_inside_an_installed_package_is_not_a_missing_extra(tmp_path, 
     with pytest.raises(ModuleNotFoundError) as raised:
         require("has_a_hole", "train")
     assert not isinstance(raised.value, MissingExtraError)
-    with pytest.raises(MissingExtraError, match=r"secura\[bench\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[bench\]"):
         require("a_package_that_is_not_there.at_all", "bench")
 
 
