@@ -129,10 +129,9 @@ class CABR(AdapterState):
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
         self._refresh(base)
-        layer, mask = self._layer(base, weight, self.held and self._holding(weight)), None
-        if self.training and self.config.dropout:
-            mask = self.dropout_mask(x)
-        return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
+        layer = self._layer(base, weight, self.held and self._holding(weight))
+        trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
+        return secura_linear(x, layer, *self.factors(), **trained)
 
     def beside(self, base: nn.Module, x: Tensor, y0: Tensor | None = None) -> Tensor:
         """The layer where the base is more than a frozen dense product: it makes y0 itself.
@@ -192,22 +191,22 @@ class CABR(AdapterState):
         config = self.config
         own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
         return Layer(
-            weight,
-            bases.bias(base),
-            own["rows"],
-            own["cols"],
-            config.norm_options,
-            self.scaling,
-            own["core"] if self.folded else None,
-            config.norm_reference == "folded",
-            own["gram"],
-            own["base_norms"],
-            None if own["important"] is None else self._restrain(),
-            config.norm_save,
-            own["columns"],
-            self._rounding_seed,
-            config.share_inputs,
-            held,
+            weight=weight,
+            bias=bases.bias(base),
+            rows=own["rows"],
+            cols=own["cols"],
+            options=config.norm_options,
+            scaling=self.scaling,
+            core=own["core"] if self.folded else None,
+            core_is_base=config.norm_reference == "folded",
+            gram=own["gram"],
+            base_norms=own["base_norms"],
+            restrain=self._restrain(),
+            save=config.norm_save,
+            columns=own["columns"],
+            rounding_seed=self._rounding_seed,
+            shares_input=config.share_inputs,
+            held=held,
         )
 
     def factors(self) -> tuple[Tensor, Tensor | None]:

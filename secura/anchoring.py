@@ -145,7 +145,7 @@ def unanchor(model: nn.Module) -> int:
     return len(found)
 
 
-def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
+def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, Any]]:
     """The active adapters with ``core="u"`` and the layers they are on, by the adapters' names.
 
     Raises:
@@ -164,7 +164,7 @@ def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, nn.Module]]:
     return found
 
 
-def check_anchorable(adapters: dict[str, tuple[CABR, nn.Module]]) -> None:
+def check_anchorable(adapters: dict[str, tuple[CABR, Any]]) -> None:
     """Raise ``ValueError`` where one of :func:`u_adapters` is on experts."""
     for name, (adapter, _) in adapters.items():
         if adapter.rows.dim() > 1:
@@ -190,7 +190,7 @@ def check_reading(
 
 
 @contextmanager
-def _still(model: nn.Module, adapters: dict[str, tuple[CABR, nn.Module]]) -> Iterator[None]:
+def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[None]:
     """Eval mode, with gradients through the cores; modes, flags and gradients as before after."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

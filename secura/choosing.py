@@ -59,7 +59,7 @@ def choose_loaded(layer: Any, incompatible: Any) -> None:
     A hook of such layers, after their parts have been loaded.
     """
     del incompatible
-    base = layer.base_layer if hasattr(layer, "base_layer") else layer.base
+    base = layer.adapted
     for adapter in [layer, *getattr(layer, "secura_adapter", {}).values()]:
         if layer.base_loaded and getattr(adapter, "waits", False) and not bases.comes_later(base):
             choose(adapter, base)

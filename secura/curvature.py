@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
 def curvature(
     model: nn.Module,
-    adapters: Mapping[str, tuple[CABR, nn.Module]],
+    adapters: Mapping[str, tuple[CABR, Any]],
     texts: list[Any] | None,
     tokenizer: Any,
     *,
@@ -59,7 +59,7 @@ def curvature(
             that are not finite.
     """
     for _, layer in adapters.values():
-        bases.check_whole(_base(layer))
+        bases.check_whole(layer.adapted)
     device = next(iter(adapters.values()))[0].rows.device
     rank, world = _processes()
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
@@ -235,7 +235,7 @@ class _Watch:
     def __call__(self, layer: Any, inputs: tuple, out: Tensor) -> None:
         if not out.requires_grad:
             return
-        base = _base(layer)
+        base = layer.adapted
         with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
             weight = bases.weight(base)
             rows = weight.index_select(0, self.adapter.rows)
@@ -255,10 +255,6 @@ class _Watch:
                 self.sums.gamma.add_(h.t() @ h)
 
         out.register_hook(add)
-
-
-def _base(layer: Any) -> Any:
-    return layer.base_layer if hasattr(layer, "base_layer") else layer.base
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from . import bases
 from ._extras import require
 from .config import AdapterConfig
 from .folders import complete_folder
-
-_PREFIX = "base_model.model."
+from .names import PREFIX, bare, is_own, without_wrappers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What a LoRA can be written in."""
@@ -75,14 +74,9 @@ def export_lora(
         raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
     config = model.peft_config[adapter_name]
     check_exportable(config)
-    from .tuner import SecuraLayer
-    from .tuner.config import without_wrappers
+    from .tuner.saved import adapted_layers
 
-    layers = {
-        without_wrappers(name).removeprefix(_PREFIX): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SecuraLayer) and adapter_name in layer.secura_adapter
-    }
+    layers = {bare(name): layer for name, layer in adapted_layers(model, adapter_name).items()}
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
     adapters: dict[str, Any] = {
@@ -94,8 +88,8 @@ def export_lora(
     for name, layer in layers.items():
         a, b = _factors(name, layer.base_layer, adapters[name], dtype)
         lacking = rank - a.shape[0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, lacking))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, lacking))
     tensors |= _saved_in_full(model, adapter_name)
     modules = [without_wrappers(name) for name, _ in model.get_base_model().named_modules()]
     lora = _lora_config(config, rank, set(layers), modules)
@@ -179,7 +173,7 @@ def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
     return {
         name: tensor.detach().clone().contiguous().cpu()
         for name, tensor in state.items()
-        if ".secura_adapter." not in name
+        if not is_own(name)
     }
 
 

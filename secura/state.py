@@ -14,9 +14,6 @@ from . import bases
 from .config import AdapterConfig
 from .integrity import check_state, check_sum, checksum, fingerprint, sketch
 
-MERGED = "secura_merged"
-"""Name of the mark in a ``state_dict`` that was taken while an adapter was merged."""
-
 _SAME = 1e-5
 _ALIKE = 0.6
 
@@ -51,12 +48,12 @@ class AdapterState(nn.Module):
     )
     """Names of the tensors an adapter file may hold for one layer."""
 
-    CHOSEN = (*("A", "B", "U", "bias"), *("rows", "cols", "core", "fingerprint", "checksum"))
+    CHOSEN = tuple(name for name in STATE if name not in ("left", "right"))
     """Those that an adapter starts with, once the base weight is there."""
 
     name = "layer"
     _KEEP_FP32 = ("core", "fingerprint", "left", "right", "gram", "base_norms")
-    _INDICES = ("rows", "cols", "core", "fingerprint", "left", "right")
+    _FIXED = ("rows", "cols", "core", "fingerprint", "left", "right")
     waits = base_loaded = False
     _assigned = _awaits_file = False
     _before_meta: dict[str, Tensor] | None = None
@@ -124,14 +121,14 @@ class AdapterState(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterState:
         self._check_assigned_sum()
         kept = {name: getattr(self, name) for name in self._KEEP_FP32}
-        indices, was_meta = {name: getattr(self, name) for name in self._INDICES}, self.rows.is_meta
+        fixed, was_meta = {name: getattr(self, name) for name in self._FIXED}, self.rows.is_meta
         super()._apply(fn, recurse)
         if self.rows.is_meta != was_meta:
             self._stale = True
             if was_meta:
                 self._come_back(())
             elif not self.waits:
-                self._before_meta = indices
+                self._before_meta = fixed
         for name, tensor in kept.items():
             moved = getattr(self, name)
             if tensor is not None and moved.dtype != tensor.dtype:
@@ -140,7 +137,7 @@ class AdapterState(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._INDICES if self._before_meta else ():  # they come back by themselves
+        for name in self._FIXED if self._before_meta else ():  # they come back by themselves
             destination.pop(prefix + name, None)
         self._add_checksum(destination, prefix)
 
@@ -185,7 +182,7 @@ class AdapterState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._before_meta and not self.trained.is_meta:
             self._come_back(loaded)
-            came = {prefix + name for name in self._INDICES}
+            came = {prefix + name for name in self._FIXED}
             args[2][:] = [name for name in args[2] if name not in came]
         if loaded and self.waits <= ({"rows", "cols"} <= loaded):
             self._note_loaded()
@@ -287,18 +284,4 @@ def factors(
     return (u, None) if left is None else (update(left, u, 1.0), right)
 
 
-def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> None:
-    """Raise ``ValueError`` where a merged layer's state is loaded, or one into a merged layer."""
-    if prefix + MERGED in state_dict:
-        raise ValueError(
-            f"{layer}: this state was taken while the adapter was merged into the base weight, "
-            "and would act twice: unmerge before state_dict()"
-        )
-    if merged and any(name.startswith(prefix) for name in state_dict):
-        raise ValueError(
-            f"{layer}: the adapter is merged into the base weight, so what is loaded would not "
-            "act: unmerge it to load"
-        )
-
-
-__all__ = ["MERGED", "AdapterState", "factors", "refuse_merged"]
+__all__ = ["AdapterState", "factors"]

@@ -11,6 +11,7 @@ from secura._extras import require
 from secura.cli import models
 from secura.cli.errors import UserError, one_line
 from secura.cli.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from secura.names import PREFIX, is_own
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -24,7 +25,6 @@ CLASSES = {
 
 _HEAD = re.compile(r"\.(score|classifier|classifier\.out_proj)\.weight")
 _COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
-_PREFIX = "base_model.model."
 _MISFITS = (
     TypeError,
     LookupError,
@@ -88,6 +88,25 @@ def base_of(config: Any, adapter: str, model: str | None, revision: str | None) 
     if Path(name).expanduser().is_dir():
         name = models.resolve_model(name)
     return name, revision or recorded or "main"
+
+
+def load(args: Any, config: Any, dtype: str) -> tuple[Any, Any]:
+    """The adapter that flags name on its base, a `PeftModel` in eval mode, and the tokenizer.
+
+    Args:
+        args: parsed flags, `add_loading_flags`' among them.
+        config: the adapter's config, from `load_adapter_config`; it then names the base loaded.
+        dtype: of the base.
+
+    Raises:
+        UserError: the adapter, its base and its tokenizer do not fit each other.
+    """
+    adapter = args.adapter_name_or_path
+    base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
+    loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    model = load_adapted(adapter, config, base, dtype=dtype, **loading)
+    config.base_model_name_or_path, config.revision = base, revision
+    return model, tokenizer_for(model, adapter, base, loading)
 
 
 def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
@@ -164,7 +183,7 @@ def fit_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], adapter: str)
 
 def _stored(shapes: dict[str, Any], name: str) -> Any:
     """The shape in which a file holds an embedding: as it is, or under its trained rows."""
-    own = f"{_PREFIX}{name}."
+    own = f"{PREFIX}{name}."
     return shapes.get(f"{own}weight", shapes.get(f"{own}token_adapter.base_layer.weight"))
 
 
@@ -286,7 +305,7 @@ def _shapes(file: Path | None) -> dict[str, tuple[int, ...]]:
 
 
 def _foreign(names: Any) -> list[str]:
-    return sorted(name for name in names if ".secura_adapter." not in name)
+    return sorted(name for name in names if not is_own(name))
 
 
 def _embeddings(model: Any) -> tuple[Any, Any]:
@@ -300,6 +319,7 @@ __all__ = [
     "class_of",
     "fit_vocabulary",
     "has_tokenizer",
+    "load",
     "load_adapted",
     "load_adapter_config",
     "refuse_left_out",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.folding import active_adapters
+from secura.names import PREFIX
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 ExportableState = require("transformers.trainer_callback", "train").ExportableState
@@ -109,7 +110,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, (adapter, _) in active_adapters(model).items():
         found[f"{name}.core"] = adapter.core
     local = {  # of a sharded tensor, this process's part
-        name.removeprefix("module.").removeprefix("base_model.model."): getattr(
+        name.removeprefix("module.").removeprefix(PREFIX): getattr(
             value.detach(), "to_local", value.detach
         )()
         for name, value in found.items()

@@ -7,6 +7,7 @@ from typing import Any
 from secura._extras import require
 from secura.cli.errors import UserError
 from secura.cli.rows import listed
+from secura.names import is_own
 
 _NUMBER = "secura_row"
 
@@ -104,7 +105,7 @@ def left_out(model: Any, config: Any) -> str | None:
     stacked = {
         name: value
         for name, value in model.get_base_model().named_parameters()
-        if value.dim() == 3 and ".secura_adapter." not in name
+        if value.dim() == 3 and not is_own(name)
     }
     owners = dict(model.get_base_model().named_modules())
     conv = torch.nn.modules.conv._ConvNd

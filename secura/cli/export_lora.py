@@ -7,15 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli.adapters import (
-    base_of,
-    has_tokenizer,
-    load_adapted,
-    load_adapter_config,
-    tokenizer_for,
-)
+from secura.cli.adapters import has_tokenizer, load, load_adapter_config
 from secura.cli.errors import Parser
-from secura.cli.folders import check_output_folder, sole_use
+from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
 from secura.folders import complete_folder
 
@@ -35,26 +29,22 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Exports, and leaves the LoRA adapter in `--output_dir`, complete or not at all."""
     args = make_parser().parse_args(argv)
-    output, adapter = Path(args.output_dir), args.adapter_name_or_path
-    check_output_folder(output, hint="choose another --output_dir")
-    with sole_use(output):
-        export(args, output, adapter)
+    output = Path(args.output_dir)
+    with fresh_folder(output):
+        export(args, output)
     return 0
 
 
-def export(args: Any, output: Path, adapter: str) -> None:
+def export(args: Any, output: Path) -> None:
     """Exports with parsed flags, with the tokenizer where the adapter brings its own."""
+    adapter = args.adapter_name_or_path
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     import torch
 
     from secura.export import check_exportable, export_lora
 
     check_exportable(config)
-    base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
-    loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-    model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
-    config.base_model_name_or_path, config.revision = base, revision
-    tokenizer = tokenizer_for(model, adapter, base, loading)
+    model, tokenizer = load(args, config, args.dtype)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with (
         warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted,

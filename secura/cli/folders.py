@@ -14,6 +14,7 @@ from secura.folders import LOCK, OWN
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -35,6 +36,18 @@ def refuse_no_folder(path: Path) -> None:
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         what = "a file" if path.exists() else "a link to nothing"
         raise UserError(f"{path} is {what}, not a folder; choose another --output_dir")
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[None]:
+    """Keeps an output folder, which has to be empty or not there, for this run alone.
+
+    Raises:
+        UserError: it is neither, or another run holds it.
+    """
+    check_output_folder(path, hint="choose another --output_dir")
+    with sole_use(path):
+        yield
 
 
 @contextmanager
@@ -86,7 +99,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
 
     if not checkpoint.is_dir():
         return "no such folder"
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "trainer_state.json"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_STATE):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     if not any(any(checkpoint.glob(name)) for name in _OPTIMIZER):
@@ -96,7 +109,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
             pass
     except SafetensorError as error:
         return f"{ADAPTER_WEIGHTS} is damaged ({error})"
-    for name in (ADAPTER_CONFIG, "trainer_state.json"):
+    for name in (ADAPTER_CONFIG, TRAINER_STATE):
         try:
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
         except ValueError as error:

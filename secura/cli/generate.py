@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from secura._extras import require
-from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
+from secura.cli import adapters
 from secura.cli.errors import Parser, UserError, one_line
 from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer
 
@@ -95,36 +95,32 @@ def load(args: Any) -> tuple[Any, Any]:
             f"out to take {best or 'the CPU'}"
         ) from error
     dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
-    adapter, base, revision = (
-        args.adapter_name_or_path,
-        args.model_name_or_path,
-        args.model_revision,
-    )
-    loading = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
+    adapter, base = args.adapter_name_or_path, args.model_name_or_path
     if not adapter:
+        loading = {
+            "revision": args.model_revision or "main",
+            "trust_remote_code": args.trust_remote_code,
+        }
         model = load_model(base, dtype=dtype, **loading).eval()
         return model.to(device), load_tokenizer(base, **loading)
-    config = load_adapter_config(adapter, check_base=not args.no_check_base)
+    config = adapters.load_adapter_config(adapter, check_base=not args.no_check_base)
     task = getattr(config.task_type, "value", config.task_type)
     if task not in (None, "CAUSAL_LM"):
         raise UserError(
             f"adapter {adapter!r} was trained for {task}: there is no text to generate; 'secura "
             "merge' makes a plain checkpoint of it"
         )
-    base, loading["revision"] = base_of(config, adapter, base, revision)
-    model = load_adapted(adapter, config, base, dtype=dtype, **loading)
-    tokenizer = tokenizer_for(model, adapter, base, loading)
+    model, tokenizer = adapters.load(args, config, dtype)
     return model.to(device), tokenizer
 
 
 def settle(model: Any) -> Any:
-    """The model that answers soonest from now on: merged, where `norm="weight"` can be.
+    """The model that answers soonest from now on: merged, where it would form W' for each token.
 
-    Unmerged it would form W' anew for each token. What cannot be merged (a quantised base, a weight
-    shared by two modules) is left as it was.
+    What cannot be merged (a quantised base, a weight shared by two modules) is left as it was.
     """
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "norm", None) != "weight":
+    if not getattr(config, "replaces_product", False):
         return model
     with suppress(ValueError):
         return model.merge_and_unload()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secura.cli.adapters import base_of, load_adapted, load_adapter_config, tokenizer_for
+from secura.cli.adapters import load, load_adapter_config
 from secura.cli.errors import Parser, UserError
-from secura.cli.folders import check_output_folder, sole_use
+from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
 from secura.folders import complete_folder
+from secura.names import bare
 
 
 def make_parser() -> Parser:
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> int:
     """Merges, and leaves the checkpoint in `--output_dir`, complete or not at all."""
     args = make_parser().parse_args(argv)
     output = Path(args.output_dir)
-    check_output_folder(output, hint="choose another --output_dir")
-    with sole_use(output):
+    with fresh_folder(output):
         merge(args, output)
     return 0
 
@@ -43,10 +43,7 @@ def merge(args: Any, output: Path) -> None:
     adapter = args.adapter_name_or_path
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     allow_inexact(config, adapter, allow=args.allow_inexact)
-    base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
-    loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-    model = load_adapted(adapter, config, base, dtype=args.dtype, **loading)
-    tokenizer = tokenizer_for(model, adapter, base, loading)
+    model, tokenizer = load(args, config, args.dtype)
     refuse_lost_biases(model, adapter)
     merged = model.merge_and_unload(progressbar=True)
     with complete_folder(output) as folder:
@@ -74,7 +71,7 @@ def refuse_lost_biases(model: Any, adapter: str) -> None:
     from secura.tuner import SecuraLayer
 
     layers = [
-        name.removeprefix("base_model.model.")
+        bare(name)
         for name, layer in model.named_modules()
         if isinstance(layer, SecuraLayer)
         and bases.bias(layer.base_layer) is None

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from secura.cli.errors import UserError
-from secura.cli.folders import ADAPTER_CONFIG, check_output_folder, checkpoints, why_incomplete
+from secura.cli.folders import (
+    ADAPTER_CONFIG,
+    TRAINER_STATE,
+    check_output_folder,
+    checkpoints,
+    why_incomplete,
+)
 
 KEPT = (
     "learning_rate",
@@ -36,7 +42,6 @@ _PLACES = {
     *("target_parameters", "modules_to_save", "trainable_token_indices", "rank_pattern"),
 }
 """Fields of `SecuraConfig` that say where an adapter is."""
-STATE = "trainer_state.json"
 _DATA = "data set"
 
 
@@ -125,7 +130,7 @@ def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
     from secura.cli.callbacks import recorded_settings
 
     folder = Path(checkpoint)
-    before = recorded_settings(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    before = recorded_settings(json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")))
     if not before:
         saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         before = {name: saved[name] for name in _learnt() & saved.keys()}
@@ -156,7 +161,7 @@ def saved_step(folder: Path) -> int:
     """The step at which the adapter in a folder was saved; -1 where there is none."""
     try:
         (folder / ADAPTER_CONFIG).stat()
-        return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])
+        return int(json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 

@@ -15,7 +15,7 @@ from secura.cli import anchoring, arguments, checks
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
-from secura.cli.folders import checkpoints, sole_use
+from secura.cli.folders import TRAINER_STATE, checkpoints, sole_use
 from secura.cli.models import load_model, load_tokenizer, refuse_adapter
 from secura.cli.resume import resume_point
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
@@ -223,5 +223,5 @@ def save(trainer: Any) -> None:
     if not trainer.is_world_process_zero():
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)
-    trainer.state.save_to_json(str(scratch / resuming.STATE))
+    trainer.state.save_to_json(str(scratch / TRAINER_STATE))
     move_out(scratch, output)

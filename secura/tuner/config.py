@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from secura._extras import how_to_install
 from secura.config import AdapterConfig, check_rank
 from secura.integrity import check_file, digest, read_file
+from secura.names import INNER, PREFIX, is_own, without_wrappers
 
 from .registration import peft_type
 
@@ -163,7 +164,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             tensors = read_file(folder / SAFETENSORS_WEIGHTS_NAME)
             written = json.loads((folder / CONFIG_NAME).read_text())
-            anchored = any(name.endswith(".secura_adapter.left") for name in tensors)
+            anchored = any(name.endswith(f"{INNER}left") for name in tensors)
             written["checksum"] = digest(tensors.values())
             written["anchored"] = anchored
             written["base_tensors"] = self._base_tensors(tensors) or None
@@ -180,7 +181,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
 
     def _base_tensors(self, names: Iterable[str]) -> list[str]:
         """Of an adapter file's tensors, those of the base that PEFT added: resized embeddings."""
-        rest = (n.removeprefix("base_model.model.") for n in names if ".secura_adapter." not in n)
+        rest = (n.removeprefix(PREFIX) for n in names if not is_own(n))
         own = [f".{module}." for module in self.modules_to_save or ()] + [".trainable_tokens_delta"]
         copies = (".modules_to_save.", ".original_module.")  # of embeddings that are saved in full
         return sorted(
@@ -233,11 +234,6 @@ def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
-def without_wrappers(name: str) -> str:
-    """A module's or tensor's name without what ``torch.compile`` and FSDP1 add to it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
-
-
 def describe_loading(card: Path, core: str) -> None:
     """Add to a folder's model card, where there is one, what its adapter is and how it is loaded.
 
@@ -260,4 +256,4 @@ def describe_loading(card: Path, core: str) -> None:
     )
 
 
-__all__ = ["FORMAT", "SecuraConfig", "describe_loading", "without_wrappers"]
+__all__ = ["FORMAT", "SecuraConfig", "describe_loading"]

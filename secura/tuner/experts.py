@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secura import bases
 from secura.experts import Experts
-from secura.linear import check_not_training
+from secura.merging import check_not_training
 
 from .layer import SecuraLayer
 

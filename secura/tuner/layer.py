@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from secura import bases
 from secura.adapter import CABR
 from secura.choosing import choose_loaded
-from secura.linear import (
+from secura.merging import (
+    MERGED,
     MergedState,
     check_finite,
     check_mergeable,
     check_not_training,
+    refuse_merged,
     weight_before,
 )
-from secura.state import MERGED, refuse_merged
 
 from . import several
 from .config import SecuraConfig

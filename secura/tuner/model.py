@@ -15,10 +15,11 @@ from torch import nn
 
 from secura import bases
 from secura.adapter import CABR
+from secura.names import INNER, without_wrappers
 from secura_kernels.cur import RankError
 
 from . import saved
-from .config import SecuraConfig, without_wrappers
+from .config import SecuraConfig
 from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
 from .overlooked import refuse_overlooked
@@ -99,7 +100,7 @@ class SecuraModel(BaseTuner):
         )
         config.id2label = saved.named_labels(model)
         for name, layer in saved.adapted_layers(model, adapter_name).items():
-            layer.renew_saved(found, f"{name}.secura_adapter.{adapter_name}.", adapter_name)
+            layer.renew_saved(found, f"{name}{INNER}{adapter_name}.", adapter_name)
         return found
 
     @classmethod

@@ -10,16 +10,9 @@ from torch import Tensor
 
 from secura.adapter import CABR
 from secura.integrity import digest, was_cast
+from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
 
-from .config import without_wrappers
 from .layer import SecuraLayer
-
-_PREFIX = "base_model.model."
-
-
-def _bare(name: str) -> str:
-    """A name as it is in the model that PEFT was given."""
-    return without_wrappers(name).removeprefix(_PREFIX)
 
 
 def adapted_layers(model: Any, adapter: str) -> dict[str, SecuraLayer]:
@@ -59,7 +52,7 @@ def for_loading(
             any is loaded.
     """
     state_dict = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
-    found = {n: t for n, t in state_dict.items() if f".{SecuraLayer.adapter_layer_names[0]}." in n}
+    found = {name: tensor for name, tensor in state_dict.items() if is_own(name)}
     if not found:
         raise ValueError(
             f"the file of adapter {adapter!r} holds no tensor of SECURA's: it was damaged "
@@ -67,8 +60,8 @@ def for_loading(
         )
     mapped = remap(model=model, config=config, adapter_name=adapter, state_dict=state_dict)
     layers = adapted_layers(model, adapter)
-    bare = {_bare(name): name for name in layers}
-    mapped = {_full_name(name, bare, adapter): tensor for name, tensor in mapped.items()}
+    by_name = {bare(name): name for name in layers}
+    mapped = {_full_name(name, by_name, adapter): tensor for name, tensor in mapped.items()}
     _check_names(model, config, adapter, mapped, layers)
     for name, layer in layers.items():
         layer.check_loadable(mapped, f"{name}.", whole=True)
@@ -76,15 +69,15 @@ def for_loading(
     return mapped
 
 
-def _full_name(name: str, bare: dict[str, str], adapter: str) -> str:
+def _full_name(name: str, layers: dict[str, str], adapter: str) -> str:
     """A tensor's name in the model, of one that the model has not yet (an anchor's) too.
 
     PEFT finds no name for those, nor for a checksum where the model's tensors are elsewhere.
     """
-    layer, _, tensor = name.removeprefix(_PREFIX).rpartition(".secura_adapter.")
-    if layer not in bare or tensor not in ("checksum", "left", "right"):
+    layer, _, tensor = name.removeprefix(PREFIX).rpartition(INNER)
+    if layer not in layers or tensor not in ("checksum", "left", "right"):
         return name
-    return f"{bare[layer]}.secura_adapter.{adapter}.{tensor}"
+    return f"{layers[layer]}{INNER}{adapter}.{tensor}"
 
 
 def _check_names(
@@ -94,29 +87,29 @@ def _check_names(
     mapped: Mapping[str, Tensor],
     layers: dict[str, SecuraLayer],
 ) -> None:
-    owners = {name: f"{name}.secura_adapter.{adapter}." for name in layers}
+    owners = {name: f"{name}{INNER}{adapter}." for name in layers}
     taken = {own + tensor for own in owners.values() for tensor in CABR.STATE}
     filled = {name.rpartition(".")[0] + "." for name in mapped if name in taken}
     others = _saved_in_full(model, adapter) | set(config.base_tensors or ())
     if not config.checksum:  # then the config does not say what PEFT saved beside the adapter
         embeddings = _embeddings(model, adapter)
-        resized = embeddings.keys() <= {_bare(name) for name in mapped}
+        resized = embeddings.keys() <= {bare(name) for name in mapped}
         others |= {name for name, own in embeddings.items() if resized or _equal(mapped, name, own)}
-    left = [n for n in mapped if n not in taken and _bare(n) not in others]
-    homeless = [name for name in left if ".secura_adapter." in name]
+    left = [n for n in mapped if n not in taken and bare(n) not in others]
+    homeless = [name for name in left if is_own(name)]
     if homeless:
-        where = sorted({name.partition(".secura_adapter.")[0] for name in homeless})
-        here = _bare(next(iter(layers), "none"))
+        where = sorted({name.partition(INNER)[0] for name in homeless})
+        here = bare(next(iter(layers), "none"))
         raise ValueError(
             f"the file of adapter {adapter!r} holds {len(where)} layer(s) that the model or its "
-            f"adapter_config.json has not, such as {where[0].removeprefix(_PREFIX)} (adapted here: "
+            f"adapter_config.json has not, such as {where[0].removeprefix(PREFIX)} (adapted here: "
             f"{here}{', …' if len(layers) > 1 else ''}): load it on the model it was trained "
             "on, with the adapter_config.json it was saved with"
         )
     if left:
         raise ValueError(
             f"the file of adapter {adapter!r} holds {len(left)} tensor(s) that are no adapter's, "
-            f"such as {left[0].removeprefix(_PREFIX)}, and would overwrite the model's: take them "
+            f"such as {left[0].removeprefix(PREFIX)}, and would overwrite the model's: take them "
             "out, or name their modules in modules_to_save of adapter_config.json"
         )
     lacking = [name for name, own in owners.items() if own not in filled]
@@ -131,7 +124,7 @@ def _check_names(
 def _saved_in_full(model: Any, adapter: str) -> set[str]:
     """Names of the tensors of ``modules_to_save`` and the like, without PEFT's prefix."""
     return {
-        _bare(f"{name}.{key}")
+        bare(f"{name}.{key}")
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter).values()
@@ -144,17 +137,17 @@ def _embeddings(model: Any, adapter: str) -> dict[str, Tensor]:
         return {}
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return {
-        _bare(f"{name}.{key}".replace(f".modules_to_save.{adapter}.", ".modules_to_save.")): tensor
+        bare(f"{name}.{key}".replace(f".modules_to_save.{adapter}.", ".modules_to_save.")): tensor
         for name, module in model.named_modules()
         if id(module) in ends
         for key, tensor in module.named_parameters()
-        if ".secura_adapter." not in f".{key}"
+        if not is_own(key)
     }
 
 
 def _equal(mapped: Mapping[str, Tensor], name: str, own: Tensor) -> bool:
     """Whether the file's tensor of that name is the model's already."""
-    found = next((mapped[full] for full in (name, _PREFIX + name) if full in mapped), None)
+    found = next((mapped[full] for full in (name, PREFIX + name) if full in mapped), None)
     return found is not None and found.shape == own.shape and bool((found.to(own) == own).all())
 
 

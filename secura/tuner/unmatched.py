@@ -10,9 +10,10 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from secura.bases import is_conv1d
+from secura.names import without_wrappers
 from secura.wording import did_you_mean
 
-from .config import SecuraConfig, without_wrappers
+from .config import SecuraConfig
 from .layer import SecuraLayer
 
 _ADDED = {"classifier", "score", "qa_outputs"}  # by PEFT, whichever of them a model has
@@ -35,8 +36,8 @@ def unmatched_names(model: nn.Module, config: SecuraConfig) -> list[str]:
         model: the model before the config's adapter is put on it.
         config: the adapter's settings.
     """
-    modules = [_bare(name) for name, _ in model.named_modules()]
-    parameters = [_bare(name) for name, _ in model.named_parameters()]
+    modules = [_without_adapters(name) for name, _ in model.named_modules()]
+    parameters = [_without_adapters(name) for name, _ in model.named_parameters()]
     saved = set(config.modules_to_save or ()) - _ADDED
     found: list[str] = []
     for field, names, among in (
@@ -62,7 +63,7 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         adapter: its name.
     """
     adapted = [
-        _bare(name)
+        _without_adapters(name)
         for name, layer in model.named_modules()
         if isinstance(layer, SecuraLayer) and adapter in layer.secura_adapter
     ]
@@ -74,7 +75,7 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
     ]
 
 
-def _bare(name: str) -> str:
+def _without_adapters(name: str) -> str:
     """A name as it is without the adapters that are there already."""
     return without_wrappers(name).replace(".base_layer", "")
 

@@ -1,0 +1,128 @@
+"""What a merge into a base layer writes, how it is undone, and where it is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import bases, sharding
+
+if TYPE_CHECKING:
+    from .adapter import CABR
+
+MERGED = "secura_merged"
+"""Name of the mark in a ``state_dict`` that was taken while an adapter was merged."""
+
+
+class MergedState:
+    """The numbers that a merge swaps with the base's; swapped again, those are back bit for bit.
+
+    Args:
+        base: the linear layer, or experts.
+        weight: ``[N, K]``, to be put in the base, each process its part where it is sharded; in the
+            place of a quantised base comes a plain layer.
+        delta_bias: ``[N]``, to be added to the bias, or None.
+
+    Attributes:
+        other: of a quantised and a plain layer the one that is not in use; None for a dense base.
+        held: the numbers that a dense base does not have now, by name.
+    """
+
+    def __init__(self, base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
+        self.other: nn.Module | None = None
+        self.held: dict[str, Tensor] = {}
+        self.added_bias: nn.Parameter | None = None
+        if bases.dense_weight(base) is None:
+            self.other = bases.plain_linear(base, weight, delta_bias)
+            return
+        stored = weight.mT if bases.is_transposed(base) else weight
+        dtype, bias = base.weight.dtype, bases.bias(base)
+        values = {"weight": stored.to(dtype).reshape(base.weight.shape).contiguous()}
+        if bias is not None and delta_bias is not None:
+            values["bias"] = (bias + delta_bias).to(dtype)
+        elif delta_bias is not None:
+            self.added_bias = nn.Parameter(delta_bias.to(dtype), requires_grad=False)
+        self.held = {n: sharding.part_of(v, getattr(base, n)) for n, v in values.items()}
+
+    def exchange(self, base: Any) -> Any:
+        """Exchange what the base has and what is held here; returns the layer to use from now on.
+
+        Numbers come back in the base's present dtype and device.
+
+        Raises:
+            ValueError: for a base whose weight cannot be written; it is left as it was.
+        """
+        if self.other is not None:
+            put, self.other = self.other.to(base.weight.device), base
+            return put
+        bases.make_writable(base)
+        for name, value in self.held.items():
+            self.held[name] = sharding.exchange(getattr(base, name), value)
+        if self.added_bias is not None:
+            base.bias = self.added_bias if base.bias is None else None
+        return base
+
+
+def weight_before(merged: MergedState | None, base: Any) -> Tensor | None:
+    """The base weight ``[N, K]`` without what was merged into it, or None where it is not here."""
+    if merged is not None and merged.other is not None:
+        return bases.weight_here(merged.other)
+    here = bases.weight_here(base)
+    return here if merged is None or here is None else bases.oriented(base, merged.held["weight"])
+
+
+def check_mergeable(base: Any, adapters: list[CABR]) -> None:
+    """Raise ``ValueError`` where a merge into ``base`` would be lost, or may not dequantise it."""
+    if bases.dense_weight(base) is not None:
+        bases.make_writable(base)
+        return
+    if not all(adapter.config.merge_dequantized for adapter in adapters):
+        raise ValueError(
+            "a quantised weight takes no merge: load the model in full precision, or set "
+            "merge_dequantized=True in the config, which puts a plain layer in its place"
+        )
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ``ValueError`` for a merged weight with NaN or inf."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "the merged weight would hold NaN or inf, so nothing was merged: training diverged, or "
+            "the adapter file is damaged"
+        )
+
+
+def check_not_training(module: nn.Module) -> None:
+    """Raise ``RuntimeError`` where a merged adapter would be trained in vain."""
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "the adapter is merged into the base weight, so training would not reach it: unmerge() "
+            "first, or call eval()"
+        )
+
+
+def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> None:
+    """Raise ``ValueError`` where a merged layer's state is loaded, or one into a merged layer."""
+    if prefix + MERGED in state_dict:
+        raise ValueError(
+            f"{layer}: this state was taken while the adapter was merged into the base weight, "
+            "and would act twice: unmerge before state_dict()"
+        )
+    if merged and any(name.startswith(prefix) for name in state_dict):
+        raise ValueError(
+            f"{layer}: the adapter is merged into the base weight, so what is loaded would not "
+            "act: unmerge it to load"
+        )
+
+
+__all__ = [
+    "MERGED",
+    "MergedState",
+    "check_finite",
+    "check_mergeable",
+    "check_not_training",
+    "refuse_merged",
+    "weight_before",
+]
