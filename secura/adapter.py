@@ -22,18 +22,17 @@ from secura_kernels import (
 from secura_kernels.api import additive_product
 from secura_kernels.cur import check_fits
 from secura_kernels.held import Held
-from secura_kernels.layer import update
 from secura_kernels.ops.project.op import project
 
 from . import bases, tensor_parallel
-from .choosing import choose, choose_late
+from .choosing import choose
 from .config import AdapterConfig
+from .core import Core
 from .integrity import SKETCH
-from .sharding import gathered, on_rank_0_alone, put
-from .state import AdapterState, factors
+from .sharding import on_rank_0_alone
 
 
-class CABR(AdapterState):
+class CABR(Core):
     """ΔW = s · C A B R on one frozen linear layer, with S-MagNorm (docs/design.md).
 
     The module holds no weight of the base: methods take the base layer. C and R are gathered from
@@ -209,32 +208,6 @@ class CABR(AdapterState):
             held=held,
         )
 
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
-        own: Any = self._parameters
-        if "A" in own and "B" in own:
-            return own["A"], own["B"]
-        fixed = self._buffers
-        return factors(self.A, self.B, self.U, fixed["left"], fixed["right"])
-
-    def update(self) -> Tensor:
-        """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
-        return update(*self.factors(), self.scaling)
-
-    def core_and_update(self, base: nn.Module) -> Tensor:
-        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
-        self._refresh(base)
-        return self.update() + self.core if self.folded else self.update()
-
-    def whole_factors(self) -> tuple[Tensor, Tensor | None]:
-        """:meth:`factors`, gathered where the parameters are sharded."""
-        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
-        return factors(a, b, u, self.left, self.right)
-
-    def whole_update(self) -> Tensor:
-        """:meth:`update`, gathered where the parameters are sharded."""
-        return update(*self.whole_factors(), self.scaling)
-
     def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
         bases.check_whole(base)
@@ -248,33 +221,6 @@ class CABR(AdapterState):
             return None
         ones = x.new_ones(*x.shape[:-1], self.rows.numel())
         return nn.functional.dropout(ones, self.config.dropout)
-
-    @torch.no_grad()
-    def fold_core(self) -> None:
-        """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not touched.
-
-        With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
-        are sharded, every process has to call this: it gathers them.
-        """
-        self.core.add_(self.whole_update())
-        self.trained.zero_()
-        self._note_core(folded=True)  # most likely, and looking would wait for the device
-
-    @torch.no_grad()
-    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
-        """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
-        assert self.U is not None
-        self.left, self.right = left.to(self.core), right.to(self.core)
-        put(self, "U", u)
-        self.config.anchored = True
-
-    @torch.no_grad()
-    def drop_anchor(self) -> None:
-        """``U ← κ L Ũ S``: the same core in plain coordinates."""
-        whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
-        self.left = self.right = None
-        put(self, "U", whole)
-        self.config.anchored = False
 
     @torch.no_grad()
     def delta_of(self, base: nn.Module) -> Tensor:
@@ -309,16 +255,6 @@ class CABR(AdapterState):
         self._refresh(base)
         return effective_weight(self._layer(base, bases.weight(base)), *self.whole_factors())
 
-    def extra_repr(self) -> str:
-        """The adapter in one line."""
-        config = self.config
-        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[-1]}"
-        inner += "" if self.left is None else ", anchored"
-        parts = [f"r={self.rows.shape[-1]}", inner, f"norm={config.norm!r}"]
-        if config.norm != "none":
-            parts.append(f"form={config.norm_form or 'default'}")
-        return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
-
     def _restrain(self) -> Restrain | None:
         config = self.config
         important: Any = self._buffers["important"]
@@ -327,18 +263,6 @@ class CABR(AdapterState):
         return Restrain(
             important, config.restrain_percent, config.restrain_edge, config.restrain_decay
         )
-
-    def _refresh(self, base: nn.Module) -> None:
-        if self.waits:
-            choose_late(self, base)
-        if self._assigned:
-            self.check_assigned(base)
-        if not torch.compiler.is_compiling():  # which cannot ask for a version
-            core: Any = self._buffers["core"]
-            if self._core_version != (0 if core.is_inference() else core._version):
-                self._note_core()
-        if self._stale:
-            self._derive(base)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -14,10 +14,10 @@ from .integrity import fingerprint
 from .sharding import from_rank_0, on_rank_0_alone, put
 
 if TYPE_CHECKING:
-    from .adapter import CABR
+    from .core import Core
 
 
-def choose(adapter: CABR, base: nn.Module) -> None:
+def choose(adapter: Core, base: nn.Module) -> None:
     """Choose rows and columns and start A, B or U, now that the weight of ``base`` is there.
 
     Every process has to call this where the weight is sharded, or on the first process alone.
@@ -36,7 +36,7 @@ def choose(adapter: CABR, base: nn.Module) -> None:
         adapter._derive(base)
 
 
-def choose_late(adapter: CABR, base: nn.Module) -> None:
+def choose_late(adapter: Core, base: nn.Module) -> None:
     """Choose at the first use, where no ``load_state_dict`` did.
 
     Raises:
@@ -66,8 +66,8 @@ def choose_loaded(layer: Any, incompatible: Any) -> None:
 
 
 @torch.no_grad()
-def _chosen(adapter: CABR, base: nn.Module) -> dict[str, Tensor]:
-    """The first value of every tensor of ``CABR.CHOSEN`` that the adapter has."""
+def _chosen(adapter: Core, base: nn.Module) -> dict[str, Tensor]:
+    """The first value of every tensor of ``Core.CHOSEN`` that the adapter has."""
     config, weight, m = adapter.config, bases.weight(base), adapter.rows.numel()
     generator = torch.Generator().manual_seed(config.seed)
     rows, cols = select(weight, m, config.selection, generator)

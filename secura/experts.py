@@ -12,11 +12,11 @@ from secura_kernels.experts import expert_weights
 from . import bases
 from .adapter import CABR
 from .config import AdapterConfig
+from .core import Core
 from .integrity import fingerprint
-from .state import AdapterState
 
 
-class Experts(CABR):
+class Experts(Core):
     """ΔW_e = s · C_e A_e B_e R_e for every expert e of a stack, with S-MagNorm.
 
     Each expert has the rows, columns and start that a layer with its weight would have. Tensors are
@@ -43,7 +43,7 @@ class Experts(CABR):
         r: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        AdapterState.__init__(self)
+        super().__init__()
         check_settings(config)
         weight = bases.weight(base)
         count, n, k = weight.shape
@@ -79,10 +79,6 @@ class Experts(CABR):
         weight = bases.weight(base)
         rows, cols = _within(weight, self.rows, self.cols)
         return expert_weights(weight, rows, cols, u, self.config.norm_options, u_base=u_base)
-
-    def forward(self, base: Any, x: Tensor) -> Tensor:
-        """Raise ``NotImplementedError``: the module that holds the experts multiplies by them."""
-        raise NotImplementedError("experts have weights(), and no product of their own")
 
     @torch.no_grad()
     def effective_of(self, base: Any, *, allow_inexact: bool = False) -> Tensor:

@@ -45,6 +45,7 @@ from .sharding import is_dtensor
 
 if TYPE_CHECKING:
     from .adapter import CABR
+    from .core import Core
 
 
 def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None) -> Tensor:
@@ -163,7 +164,7 @@ def keep_rows(adapter: CABR, base: nn.Module, weight: Tensor) -> None:
     adapter.here = (adapter.rows.unsqueeze(1) == own).nonzero().t().contiguous()
 
 
-def share_start(adapter: CABR, base: nn.Module) -> None:
+def share_start(adapter: Core, base: nn.Module) -> None:
     """Give every process of the group the first one's A, B, U and bias, which may be random."""
     for parameter in adapter.parameters():
         torch.distributed.broadcast(parameter.data, group=_group(base), group_src=0)

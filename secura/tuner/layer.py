@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secura import bases
 from secura.adapter import CABR
 from secura.choosing import choose_loaded
+from secura.core import Core
 from secura.merging import (
     MERGED,
     MergedState,
@@ -44,7 +45,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ()
     is_secura_layer = True
     secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
-    adapter_class: type[CABR] = CABR
+    adapter_class: type[Core] = CABR
     parameter_name: str | None = None
     model_dtype: torch.dtype | None = None
     """Of the plain layer that a merge puts in the place of a quantised one; None: its own."""

@@ -1,0 +1,112 @@
+"""The core of an adapter: what of it is trained, what was folded, and its anchor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secura_kernels.layer import update
+
+from .choosing import choose_late
+from .sharding import gathered, put
+from .state import AdapterState, factors
+
+
+class Core(AdapterState):
+    """``U_acc + s · U [m, m]`` between C and R, whatever they are columns and rows of.
+
+    :class:`secura.adapter.CABR` has one on a linear layer, :class:`secura.experts.Experts` one for
+    each weight of a stack.
+    """
+
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
+        own: Any = self._parameters
+        if "A" in own and "B" in own:
+            return own["A"], own["B"]
+        fixed = self._buffers
+        return factors(self.A, self.B, self.U, fixed["left"], fixed["right"])
+
+    def update(self) -> Tensor:
+        """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
+        return update(*self.factors(), self.scaling)
+
+    def core_and_update(self, base: Any) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
+        self._refresh(base)
+        return self.update() + self.core if self.folded else self.update()
+
+    def whole_factors(self) -> tuple[Tensor, Tensor | None]:
+        """:meth:`factors`, gathered where the parameters are sharded."""
+        a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
+        return factors(a, b, u, self.left, self.right)
+
+    def whole_update(self) -> Tensor:
+        """:meth:`update`, gathered where the parameters are sharded."""
+        return update(*self.whole_factors(), self.scaling)
+
+    @torch.no_grad()
+    def fold_core(self) -> None:
+        """U_acc ← U_acc + s · A B, B ← 0: the additive weight stays, W is not touched.
+
+        With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
+        are sharded, every process has to call this: it gathers them.
+        """
+        self.core.add_(self.whole_update())
+        self.trained.zero_()
+        self._note_core(folded=True)  # most likely, and looking would wait for the device
+
+    @torch.no_grad()
+    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
+        """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
+        assert self.U is not None
+        self.left, self.right = left.to(self.core), right.to(self.core)
+        put(self, "U", u)
+        self.config.anchored = True
+
+    @torch.no_grad()
+    def drop_anchor(self) -> None:
+        """``U ← κ L Ũ S``: the same core in plain coordinates."""
+        whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
+        self.left = self.right = None
+        put(self, "U", whole)
+        self.config.anchored = False
+
+    def extra_repr(self) -> str:
+        """The adapter in one line."""
+        config = self.config
+        inner = "core='u'" if self.A is None else f"inner_r={self.A.shape[-1]}"
+        inner += "" if self.left is None else ", anchored"
+        parts = [f"r={self.rows.shape[-1]}", inner, f"norm={config.norm!r}"]
+        if config.norm != "none":
+            parts.append(f"form={config.norm_form or 'default'}")
+        return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
+
+    def _refresh(self, base: Any) -> None:
+        if self.waits:
+            choose_late(self, base)
+        if self._assigned:
+            self.check_assigned(base)
+        if not torch.compiler.is_compiling():  # which cannot ask for a version
+            core: Any = self._buffers["core"]
+            if self._core_version != (0 if core.is_inference() else core._version):
+                self._note_core()
+        if self._stale:
+            self._derive(base)
+
+    def _derive(self, base: Any) -> None:
+        """Form what follows from the base weight and the indices but is not worth saving."""
+        raise NotImplementedError
+
+    def delta_of(self, base: Any) -> Tensor:
+        """``ΔW``, as the weight's shape is, fp32, before any norm."""
+        raise NotImplementedError
+
+    def effective_of(self, base: Any, *, allow_inexact: bool = False) -> Tensor:
+        """The weight with which the base computes what the adapter makes of it."""
+        raise NotImplementedError
+
+
+__all__ = ["Core"]
