@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from secura import SecuraConfig, SECURALinear
-from secura.tuner.unmatched import UnmatchedWarning
+from secura.tuner import UnmatchedWarning
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

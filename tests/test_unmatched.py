@@ -8,7 +8,7 @@ import pytest
 import tiny
 from peft import PeftModel, get_peft_model
 
-from secura.tuner.unmatched import UnmatchedWarning
+from secura.tuner import UnmatchedWarning
 
 
 def told(model, **settings) -> list[str]:

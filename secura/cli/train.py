@@ -167,7 +167,7 @@ def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
 
 def make_trainer(**kwargs: Any) -> Any:
     """TRL's `SFTTrainer`; what it cannot take of layers and rows is the user's to mend."""
-    from secura.tuner.unmatched import UnmatchedWarning
+    from secura.tuner import UnmatchedWarning
 
     trl, jinja2 = require("trl", "train"), require("jinja2", "train")
     try:

@@ -11,7 +11,8 @@ from .layer import SecuraLayer  # noqa: E402
 from .loading import from_pretrained  # noqa: E402
 from .model import SecuraModel  # noqa: E402
 from .registration import register  # noqa: E402
+from .unmatched import UnmatchedWarning  # noqa: E402
 
 register(SecuraConfig, SecuraModel)
 
-__all__ = ["SecuraConfig", "SecuraLayer", "SecuraModel", "from_pretrained"]
+__all__ = ["SecuraConfig", "SecuraLayer", "SecuraModel", "UnmatchedWarning", "from_pretrained"]
