@@ -47,10 +47,10 @@ def unmatched_names(model: nn.Module, config: SecuraConfig) -> list[str]:
         ("modules_to_save", saved, modules),
     ):
         if isinstance(names, str):
-            found += _unmatched_pattern(field, names, model, modules)
+            found += _told_of_pattern(field, names, model, modules)
         else:
-            patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in names or ()}
-            found += _unmatched(field, patterns, among)
+            ends = _ends(among)
+            found += _told(field, [name for name in names or () if name not in ends], among)
     return found
 
 
@@ -69,9 +69,15 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
     ]
     chosen = config.layers_to_transform
     indices = [chosen] if isinstance(chosen, int) else chosen or ()
+    numbers = {part for name in adapted for part in name.split(".")}
+    unranked = [
+        name
+        for name in config.rank_pattern
+        if not any(re.fullmatch(rf"(.*\.)?({name})", layer) for layer in adapted)
+    ]
     return [
-        *_unmatched("layers_to_transform", {i: rf".*\.{i}\..*" for i in indices}, adapted),
-        *_unmatched("rank_pattern", {n: rf"(.*\.)?({n})" for n in config.rank_pattern}, adapted),
+        *_told("layers_to_transform", [i for i in indices if str(i) not in numbers], adapted),
+        *_told("rank_pattern", unranked, adapted),
     ]
 
 
@@ -80,19 +86,25 @@ def _without_adapters(name: str) -> str:
     return without_wrappers(name).replace(".base_layer", "")
 
 
-def _unmatched(field: str, patterns: dict[Any, str], among: list[str]) -> list[str]:
-    """A sentence for each name whose pattern fits none of ``among``, with the nearest there is."""
+def _ends(names: list[str]) -> set[str]:
+    """Every name, and what is left of it where it begins at one of its dots."""
+    parts = [name.split(".") for name in names]
+    return {".".join(one[start:]) for one in parts for start in range(len(one))}
+
+
+def _told(field: str, unmatched: list[Any], among: list[str]) -> list[str]:
+    """A sentence for each name that matches none of ``among``, with the nearest there is."""
     kind = "parameter" if field == "target_parameters" else "layer"
     known = {full.rpartition(".")[2] for full in among}
     return [
         f"{field}: {name!r} matches no {kind}; correct it or leave it out"
         f"{did_you_mean(str(name), known)}"
-        for name, pattern in sorted(patterns.items())
-        if not any(re.fullmatch(pattern, full) for full in among)
+        for name in sorted(unmatched)
     ]
 
 
-def _unmatched_pattern(field: str, pattern: str, model: nn.Module, modules: list[str]) -> list[str]:
+def _told_of_pattern(field: str, pattern: str, model: nn.Module, modules: list[str]) -> list[str]:
+    """The same for one pattern in the place of names."""
     shorthand = pattern.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if shorthand or any(re.fullmatch(pattern, name) for name in modules):
         return []
