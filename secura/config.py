@@ -21,8 +21,8 @@ class AdapterConfig:
         core: what of the core ``U [m, m]`` is trained: ``"ab"``, the factors of U = A B (the
             paper's), or ``"u"``, U itself, 0 at first. ``"u"`` is meant to be anchored before it is
             trained, by :func:`secura.anchor`. On the MLP of a 135M model, where both had learned
-            90% of LoRA's best, it drifted 7.0 times as far from the base model as LoRA without an
-            anchor, 0.56 with one, 0.42 with r=128 and a decay of 30 (docs/results.md).
+            96% of LoRA's best, it drifted 5.1 times as far from the base model as LoRA without an
+            anchor, 0.60 with one, 0.37 with r=128 and a decay of 30 (docs/results.md).
         inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m. With ``core="ab"``
             alone.
         scaling: s of ΔW = s · C A B R.

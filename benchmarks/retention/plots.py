@@ -7,12 +7,12 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.retention.grid import BEST
-from benchmarks.retention.methods import get_method
-from benchmarks.retention.summary import Front, kl_of, learned, unseen
+from benchmarks.retention.summary import REFERENCE, SCALED, Front, kl_of, learned, unseen
 from secura._extras import require
 
 _LOOKS: dict[str, tuple[str, str]] = {
     "lora": ("#E08A00", "o"),
+    REFERENCE + SCALED: ("#D4694A", "<"),
     "dora": ("#B5421B", "p"),
     "replay-self": ("#9C6B00", "P"),
     "ewc-self": ("#C9A227", "v"),
@@ -34,8 +34,9 @@ _OTHER = ("#999999", ".")
 def draw_front(front: Front, title: str) -> Any:
     """A figure of a method's ends at each rate, means over seeds.
 
-    On the left all of it, joined from the untouched model at the origin; on the right, with the KL
-    on a logarithmic scale, where most was learned. Of variations there are those with a look.
+    On the left all of it, with a dotted line from the untouched model at the origin, between which
+    and the first end no run ended; on the right, with the KL on a logarithmic scale, where
+    most was learned. Of variations there are those with a look.
     """
     figure_class = require("matplotlib.figure", "bench").Figure
     figure = figure_class(figsize=(11, 4.6), dpi=150, layout="constrained")
@@ -46,7 +47,8 @@ def draw_front(front: Front, title: str) -> Any:
         colour, marker = _LOOKS.get(name, _OTHER)
         look = {"color": colour, "marker": marker, "markersize": 5}
         xs, ys = zip((0.0, 0.0), *points, strict=True)
-        whole.plot(xs, ys, **look, label=get_method(name).title)
+        whole.plot(xs[:2], ys[:2], color=colour, linestyle=":", linewidth=1)
+        whole.plot(xs[1:], ys[1:], **look, label=front.title(name))
         near.plot(xs[1:], ys[1:], **look)
         tops.append(xs[-1])
     whole.plot(0, 0, color="black", marker="o", markersize=7, clip_on=False)
@@ -62,14 +64,14 @@ def draw_front(front: Front, title: str) -> Any:
 
 
 def _points(front: Front, method: str) -> list[tuple[float, float]]:
-    """(learned, KL on old text) at a method's rates, means over seeds, the least learned first."""
+    """(learned, KL on old text) by a method's rates or scales, means over seeds, sorted."""
     value = kl_of(*unseen(front.some(method)))
     return sorted(
         (
             fmean(learned(record.end, record.task) for record in records),
             fmean(value(record.end) for record in records),
         )
-        for records in _by_rate(front, method).values()
+        for records in _alike(front, method).values()
     )
 
 
@@ -78,11 +80,11 @@ def write_front(front: Front, path: Path, title: str) -> None:
     draw_front(front, title).savefig(path, metadata={"Software": None})
 
 
-def _by_rate(front: Front, method: str) -> dict[float, list[Any]]:
-    found: dict[float, list[Any]] = {}
+def _alike(front: Front, method: str) -> dict[tuple[str, float], list[Any]]:
+    found: dict[tuple[str, float], list[Any]] = {}
     for records in front.runs[method].values():
         for record in records:
-            found.setdefault(record.cell.rate, []).append(record)
+            found.setdefault((record.cell.method, record.cell.rate), []).append(record)
     return found
 
 

@@ -16,19 +16,23 @@ from benchmarks.retention.summary import (
     LEVELS,
     MAIN,
     REFERENCE,
+    SCALED,
     Estimate,
     Front,
+    difference,
     estimate,
     learned,
+    ratio,
     sequences,
 )
 
-ROWS = 8
+ROWS = 9
 REPORT = "report.md"
 _PREFERRED = (
     "lora",
     BEST,
     "lora-whitened",
+    REFERENCE + SCALED,
     "ewc-self",
     "full",
     "replay-self",
@@ -37,10 +41,15 @@ _PREFERRED = (
     "core-u",
 )
 _NOTHING = "–"
+_INTERVALS = (
+    "Intervals are of 95% over the seeds of training, paired, on fixed texts; (3 of 5): of the "
+    "seeds on which the level is reached, alone."
+)
+_ABOVE = "LoRA ends above this level at every rate it was run at: what it pays here is too much."
 
 
 def write_report(folder: Path) -> Path:
-    """Writes report.md and a picture for each stage and place from the records in a folder.
+    """Writes report.md, and a picture for each stage of one task and place, from the records.
 
     Raises:
         ValueError: there are none.
@@ -51,15 +60,10 @@ def write_report(folder: Path) -> Path:
     parts = ["# What fine-tuning keeps", ""]
     for stage, records in sorted(stages.items()):
         parts += [f"## {stage}", "", *_about(records), ""]
-        for targets in sorted({r.cell.targets for r in records} - {"all"}):
-            front = Front(records, targets)
-            if REFERENCE in front.runs:
-                picture = f"{stage}-{targets}.png"
-                write_front(front, folder / picture, f"{stage}: adapters on {targets}")
-                parts += [f"![Learned and drifted, {targets}]({picture})", ""]
-                parts += [main_table(front), "", *_levels(front), ""]
-        if in_turn := sequence_table(records):
-            parts += [in_turn, ""]
+        if any(len(record.cell.tasks) > 1 for record in records):
+            parts += [sequence_table(records), ""]
+        else:
+            parts += _fronts(stage, records, folder)
         parts += [
             "<details><summary>Every cell</summary>",
             "",
@@ -73,6 +77,19 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
+    """A picture and the tables of each place of a stage of one task."""
+    parts = []
+    for targets in sorted({record.cell.targets for record in records} - {"all"}):
+        front = Front(records, targets)
+        if REFERENCE in front.runs:
+            picture = f"{stage}-{targets}.png"
+            write_front(front, folder / picture, f"{stage}: adapters on {targets}")
+            parts += [f"![Learned and drifted, {targets}]({picture})", ""]
+            parts += [main_table(front), "", *_levels(front), ""]
+    return parts
+
+
 def main_table(front: Front, *, brief: bool = False) -> str:
     """The methods of most interest, each where it learned nearly what LoRA does at its best rate.
 
@@ -84,61 +101,82 @@ def main_table(front: Front, *, brief: bool = False) -> str:
     level = front.levels()[MAIN]
     kinds = front.some(REFERENCE).settings.texts
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
-    more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "seconds"]
+    more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept"]
     table = []
     for name in rows[:ROWS]:
         some = front.some(name)
-        cells = [get_method(name).title, f"{some.trained / 1e3:,.0f}k"]
+        cells = [front.title(name), f"{some.trained / 1e3:,.0f}k"]
         cells.append(_plain(estimate(list(front.best(name).values()))))
         cells += [_ratio(front, name, level, kind) for kind in kinds]
         table.append(cells if brief else [*cells, *_costs(front, name, level, some.task)])
     caption = (
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
         f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
-        "as a multiple of what LoRA pays for that, paired by seed, with the 95% interval; below 1 "
-        f"drifts less. {_NOTHING}: it does not learn as much at any rate."
+        "as a multiple of what LoRA pays for that; below 1 drifts less. Read between the ends of "
+        f"runs at different rates. {_INTERVALS} {_NOTHING}: it does not learn as much at any rate."
     )
+    if front.above(level):
+        caption += f" {_ABOVE}"
     if not brief:
         caption += (
-            " Rise of loss: mean over the kinds of old text; this, the probes (accuracy as a share "
-            "of the base model's) and the seconds are of the run that ends nearest above that "
-            "level. An anchor by given news has seen the source of the kind news, which its column "
-            "of all kinds leaves out."
+            " Rise of loss, mean over the kinds of old text, and probes, accuracy as a share of "
+            "the base model's, are of the run that ends nearest above that level. An anchor by "
+            "given news has seen the source of the kind news, which its column of all kinds leaves "
+            "out."
         )
     return f"{_table(head if brief else [*head, *more], table)}\n\n{caption}"
 
 
 def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
-    kept = [value for value in front.ends(name, level, _kept) if not math.isnan(value)]
+    ends = front.ends(name, level)
+    note = _partly(front, len(ends))
+    kept = [share for end in ends.values() if not math.isnan(share := _kept(end))]
     return [
         _ratio(front, name, level),
         _ratio(front, name, level, task),
-        _plain(estimate(front.ends(name, level, _rise)), sign=True),
-        f"{fmean(kept):.0%}" if kept else _NOTHING,
-        f"{fmean(front.ends(name, level, lambda r: r.seconds['total'])):.0f}",
+        _plain(estimate([_rise(end) for end in ends.values()]), sign=True) + note
+        if ends
+        else _NOTHING,
+        _percent(estimate(kept)) + note if kept else _NOTHING,
     ]
 
 
 def sequence_table(records: Iterable[Record]) -> str:
     """What became of tasks learned in turn; empty where no sequence was run."""
     found = sequences(records)
-    rows = [
-        [
-            get_method(name).title,
-            *(
-                _plain(estimate(list(values.values())), sign=place == 1)
-                for place, values in enumerate((run.loss, run.forgetting, run.kl))
-            ),
-        ]
-        for name, run in sorted(found.items())
-    ]
-    if not rows:
+    if not found:
         return ""
+    rows = []
+    for run in found:
+        plain = [r for r in found if r.method == REFERENCE and r.targets == run.targets]
+        other = min(plain, key=lambda r: fmean(r.loss.values()), default=run)
+        parts = (
+            (run.loss, difference(run.loss, other.loss)),
+            (run.forgetting, difference(run.forgetting, other.forgetting)),
+            (run.kl, ratio(run.kl, other.kl)),
+        )
+        row = [get_method(run.method).title, run.targets, f"{run.rate:g}", str(len(run.loss))]
+        for own, paired in parts:
+            row.append(_plain(estimate(list(own.values()))))
+            row.append(_NOTHING if run is other else _paired(paired, len(own)))
+        rows.append(row)
+    head = ["method", "on", "rate", "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL"]
     caption = (
         "After the last task: mean held-out loss of all of them; rise of the earlier ones' loss "
-        "above the least it was; KL on old texts, geometric mean over the kinds."
+        "above the least it was; KL on old texts, geometric mean over the kinds but for news where "
+        "XSum, the same collection, is trained on. n: seeds of training; ±: half a 95% interval "
+        f"over them. Beside each figure what it is against LoRA's, paired by seed; {_NOTHING}: on "
+        "fewer than two."
     )
-    return f"{_table(['method', 'loss', 'forgetting', 'KL'], rows)}\n\n{caption}"
+    return f"{_table([*head, 'KL over LoRA'], rows)}\n\n{caption}"
+
+
+def _paired(found: Estimate | None, count: int) -> str:
+    """A figure against the reference's, with its interval; of `count` seeds of its own."""
+    if found is None or found.count < 2:
+        return _NOTHING
+    note = f" ({found.count} of {count})" if found.count < count else ""
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]{note}"
 
 
 def every_cell(records: Iterable[Record]) -> str:
@@ -192,14 +230,20 @@ def _about(records: Sequence[Record]) -> list[str]:
 def _levels(front: Front) -> list[str]:
     """The KL over all kinds at three levels of learning."""
     levels = front.levels()
-    head = ["method", *(f"{share:.0%} ({x:.3f})" for share, x in zip(LEVELS, levels, strict=True))]
+    above = [" †" * front.above(level) for level in levels]
+    heads = zip(LEVELS, levels, above, strict=True)
+    head = ["method", *(f"{share:.0%} ({x:.3f}){mark}" for share, x, mark in heads)]
     rows = [
-        [get_method(name).title, *(_ratio(front, name, level) for level in levels)]
+        [front.title(name), *(_ratio(front, name, level) for level in levels)]
         for name in front.methods
         if name != REFERENCE and front.ratio(name, levels[0])
     ]
-    note = "KL over all kinds as a multiple of LoRA's, at shares of what LoRA learns at its best."
-    return ["", _table(head, rows), "", note]
+    note = (
+        "KL over all kinds as a multiple of LoRA's, at shares of what LoRA learns at its best, "
+        f"between the ends of runs at different rates. {_INTERVALS} A method whose runs all end "
+        "above a level is taken at the one that drifted least: it may pay less than is shown."
+    )
+    return ["", _table(head, rows), "", f"{note} †: {_ABOVE}" if any(above) else note]
 
 
 def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
@@ -208,17 +252,27 @@ def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
     found = front.ratio(method, level, *kinds)
     if found is None:
         return _NOTHING
-    missing = len(front.runs[method]) - found.count
-    note = f" ({found.count} of {found.count + missing})" if missing else ""
+    note = _partly(front, found.count)
     if math.isnan(found.low):
         return f"{found.mean:.2f}{note}"
-    mark = "**" if found.high < 1 or found.low > 1 else ""
+    mark = "**" if not note and (found.high < 1 or found.low > 1) else ""
     return f"{mark}{found.mean:.2f}{mark} [{found.low:.2f}, {found.high:.2f}]{note}"
+
+
+def _partly(front: Front, count: int) -> str:
+    """Of how many of the reference's seeds a figure is, where it is not of all."""
+    seeds = len(front.runs[REFERENCE])
+    return f" ({count} of {seeds})" if count < seeds else ""
 
 
 def _plain(found: Estimate, *, sign: bool = False) -> str:
     mean = f"{found.mean:+.3f}" if sign else f"{found.mean:.3f}"
     return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.3f}"
+
+
+def _percent(found: Estimate) -> str:
+    mean = f"{found.mean:.0%}"
+    return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.0%}"
 
 
 def _rise(record: Record) -> float:

@@ -1,8 +1,8 @@
 """Figures out of records: what is kept where as much is learned, and how sure that is.
 
-A method's curve at a seed is made of lines: at each rate from the untouched model through the
-quarters to the end, and through the ends of all rates. What a method pays for a level of learning
-is the least KL on these lines where it has learned that much or more, so that it grows with the
+A method's curve at a seed joins the ends of its rates, the KL in logarithms. Runs that have not
+ended are no part of it: their rate has not decayed yet. What a method pays for a level of learning
+is the least KL on the curve where it has learned that much or more, so that it grows with the
 level.
 """
 
@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean
 
+from benchmarks.retention.cells import Cell
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Measure, Record
 
 REFERENCE = "lora"
-LEVELS = (0.9, 0.98, 1.0)  # shares of what the reference learns at its best rate
+SCALED = ", scaled down after training"  # follows the name of what was trained whole
+LEVELS = (0.96, 0.98, 1.0)  # of what the reference learns at its best; below, no run of it ends
 MAIN = 1  # the one that is shown by kinds: the last few hundredths few methods reach
 
 # Student's t, 97.5%, by degrees of freedom.
@@ -71,13 +73,20 @@ def kl_of(*kinds: str) -> Value:
 
 
 def unseen(record: Record) -> tuple[str, ...]:
-    """The kinds of old text whose source no statistic of the record's method saw."""
-    news = get_method(record.cell.method).anchor == "text"
+    """The kinds of old text whose source the record's method neither trained on nor anchored by.
+
+    The news are of the same collection as the task ``xsum``, if other articles.
+    """
+    cell = record.cell
+    news = get_method(cell.method).anchor == "text" or "xsum" in cell.tasks
     return tuple(kind for kind in record.settings.texts if not (news and kind == "news"))
 
 
 class Front:
     """What methods learn and pay in records of one stage and one place, first task alone.
+
+    What was scaled down after training is one method, whatever the scale: its curve joins the
+    scales of a rate, the whole at the end.
 
     Args:
         records: of any stage; those that failed or learned several tasks are left out.
@@ -86,15 +95,27 @@ class Front:
 
     def __init__(self, records: Iterable[Record], targets: str) -> None:
         self.runs: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
-        for record in records:
-            cell = record.cell
-            if record.status != "done" or len(cell.tasks) > 1:
-                continue
-            if cell.targets in (targets, "all"):
+        used = [
+            record
+            for record in records
+            if record.status == "done"
+            and len(record.cell.tasks) == 1
+            and record.cell.targets in (targets, "all")
+        ]
+        scaled = {
+            replace(record.cell, method=get_method(record.cell.method).trained_as)
+            for record in used
+            if _scale(record) != 1
+        }
+        for record in used:
+            cell, whole = record.cell, get_method(record.cell.method).trained_as
+            if _scale(record) == 1:
                 self.runs[cell.method][cell.seed].append(record)
+            if _scale(record) != 1 or cell in scaled:
+                self.runs[whole + SCALED][cell.seed].append(record)
         for seeds in self.runs.values():
             for found in seeds.values():
-                found.sort(key=lambda record: record.cell.rate)
+                found.sort(key=lambda record: (record.cell.rate, _scale(record)))
 
     @property
     def methods(self) -> list[str]:
@@ -102,11 +123,12 @@ class Front:
         return sorted(self.runs, key=lambda name: (name != REFERENCE, name))
 
     def lines(self, method: str, seed: int, value: Value) -> list[Line]:
-        """The curve's lines of (learned, value)."""
-        found = self.runs[method][seed]
-        lines = [_trajectory(record, value) for record in found]
-        ends = [(learned(record.end, record.task), value(record.end)) for record in found]
-        return [*lines, ends] if len(ends) > 1 else lines
+        """The curve's lines of (learned, value): one through all rates, or one a rate's scales."""
+        lines: dict[float, Line] = defaultdict(list)
+        for record in self.runs[method][seed]:
+            own = record.cell.rate if method.endswith(SCALED) else 0.0
+            lines[own].append((learned(record.end, record.task), value(record.end)))
+        return list(lines.values())
 
     def best(self, method: str) -> dict[int, float]:
         """The most it learns at any rate, by seed."""
@@ -119,6 +141,11 @@ class Front:
         """Levels of learning to compare at: shares of what the reference reaches at every seed."""
         reached = self.best(REFERENCE)
         return [share * min(reached.values()) for share in LEVELS] if reached else []
+
+    def above(self, level: float) -> bool:
+        """Whether the reference has learned more than a level at every rate and seed."""
+        found = (record for seeds in self.runs[REFERENCE].values() for record in seeds)
+        return all(learned(record.end, record.task) > level for record in found)
 
     def paid(self, method: str, level: float, value: Value) -> dict[int, float]:
         """The least value where a method has learned `level` or more, by seed that reached it."""
@@ -137,19 +164,22 @@ class Front:
         """Any record of a method."""
         return next(iter(self.runs[method].values()))[0]
 
-    def ends(self, method: str, level: float, value: Callable[[Record], float]) -> list[float]:
-        """A figure of the run that ends nearest above a level, or else learned most, by seed."""
-        found = []
-        for records in self.runs[method].values():
-            above = [r for r in records if learned(r.end, r.task) >= level]
-            found.append(
-                value(
-                    min(above, key=lambda r: learned(r.end, r.task))
-                    if above
-                    else max(records, key=lambda r: learned(r.end, r.task))
-                )
-            )
-        return found
+    def title(self, method: str) -> str:
+        """A method's name for people."""
+        whole = method.removesuffix(SCALED)
+        return get_method(whole).title + method[len(whole) :]
+
+    def ends(self, method: str, level: float) -> dict[int, Record]:
+        """The run that ends nearest above a level, by seed that reached it."""
+        above = {
+            seed: [r for r in found if learned(r.end, r.task) >= level]
+            for seed, found in self.runs[method].items()
+        }
+        return {
+            seed: min(found, key=lambda r: learned(r.end, r.task))
+            for seed, found in above.items()
+            if found
+        }
 
 
 def learned(measure: Measure, task: str) -> float:
@@ -158,59 +188,51 @@ def learned(measure: Measure, task: str) -> float:
 
 
 def least(lines: Iterable[Line], level: float) -> float | None:
-    """The least second coordinate on the lines where the first is `level` or more; None nowhere."""
+    """The least second coordinate on the lines where the first is `level` or more; None nowhere.
+
+    Between two points it is interpolated in logarithms.
+    """
     found: list[float] = []
     for line in lines:
         found += [y for x, y in line if x >= level]
         for (x, y), (next_x, next_y) in pairwise(line):
             if min(x, next_x) < level < max(x, next_x):
-                found.append(y + (level - x) / (next_x - x) * (next_y - y))
+                found.append(y * (next_y / y) ** ((level - x) / (next_x - x)))
     return min(found, default=None)
 
 
-def _trajectory(record: Record, value: Value) -> Line:
-    """From the untouched model through the quarters to the end.
-
-    The quarters are scored on a part of the texts; they are scaled as the end's part is to its
-    whole.
-    """
-    task, end = record.task, record.end
-    parts = [measure for measure in record.measures if measure.part]
-    last = next((m for m in parts if m.step == end.step), None)
-    scale_x = _over(learned(end, task), learned(last, task)) if last else 1.0
-    scale_y = _over(value(end), value(last)) if last else 1.0
-    points = [(scale_x * learned(m, task), scale_y * value(m)) for m in parts if m.step < end.step]
-    return [(0.0, 0.0), *points, (learned(end, task), value(end))]
-
-
-def _over(whole: float, part: float) -> float:
-    return whole / part if part > 0 and whole > 0 else 1.0
+def _scale(record: Record) -> float:
+    return get_method(record.cell.method).scale
 
 
 @dataclass(frozen=True)
 class InTurn:
-    """What became of tasks learned in turn, by seed.
+    """What became of tasks learned in turn by a method at a place and rate, by seed.
 
     Args:
         loss: mean held-out loss of the tasks at the end.
         forgetting: mean over earlier tasks of the loss at the end less the least it was.
-        kl: geometric mean of the KL on old texts at the end.
+        kl: geometric mean of the KL at the end, on old texts whose source was not trained on.
     """
 
-    loss: dict[int, float]
-    forgetting: dict[int, float]
-    kl: dict[int, float]
+    method: str
+    targets: str
+    rate: float
+    loss: dict[int, float] = field(default_factory=dict)
+    forgetting: dict[int, float] = field(default_factory=dict)
+    kl: dict[int, float] = field(default_factory=dict)
 
 
-def sequences(records: Iterable[Record]) -> dict[str, InTurn]:
-    """The figures of each method whose whole sequence was run, of the longest there is."""
-    runs: dict[tuple[str, int], dict[int, Record]] = defaultdict(dict)
+def sequences(records: Iterable[Record]) -> list[InTurn]:
+    """The figures of the whole sequences that were run, of the longest there is; LoRA's first."""
+    runs: dict[Cell, dict[int, Record]] = defaultdict(dict)
     for record in records:
         if record.status == "done":
-            runs[record.cell.method, record.cell.seed][len(record.cell.tasks)] = record
+            cell = record.cell
+            runs[replace(cell, tasks=cell.tasks[:1])][len(cell.tasks)] = record
     longest = max((max(run) for run in runs.values()), default=0)
-    found: dict[str, InTurn] = {}
-    for (method, seed), run in runs.items():
+    found: dict[tuple[str, str, float], InTurn] = {}
+    for cell, run in sorted(runs.items()):
         if longest < 2 or len(run) < longest:
             continue
         last = run[longest]
@@ -219,22 +241,32 @@ def sequences(records: Iterable[Record]) -> dict[str, InTurn]:
             for count in range(1, longest + 1)
         ]
         tasks = last.cell.tasks
-        own = found.setdefault(method, InTurn({}, {}, {}))
-        own.loss[seed] = fmean(losses[-1][task] for task in tasks)
-        own.forgetting[seed] = fmean(
+        key = cell.method, cell.targets, cell.rate
+        own = found.setdefault(key, InTurn(*key))
+        own.loss[cell.seed] = fmean(losses[-1][task] for task in tasks)
+        own.forgetting[cell.seed] = fmean(
             losses[-1][task] - min(each[task] for each in losses[place:-1])
             for place, task in enumerate(tasks[:-1])
         )
-        own.kl[seed] = kl_of()(last.end)
-    return found
+        own.kl[cell.seed] = kl_of(*unseen(last))(last.end)
+    return sorted(found.values(), key=lambda run: run.method != REFERENCE)
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """The mean of ours - theirs, paired by seed; None where they share no seed."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return estimate([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
 __all__ = [
     "LEVELS",
     "MAIN",
     "REFERENCE",
+    "SCALED",
     "Estimate",
     "Front",
+    "InTurn",
+    "difference",
     "estimate",
     "kl_of",
     "learned",

@@ -10,7 +10,16 @@ from benchmarks.retention import record as records
 from benchmarks.retention import report
 from benchmarks.retention.cells import Cell, Settings
 from benchmarks.retention.record import Measure, Probe, Record, Score
-from benchmarks.retention.summary import Front, estimate, kl_of, least, ratio, sequences
+from benchmarks.retention.summary import (
+    SCALED,
+    Front,
+    difference,
+    estimate,
+    kl_of,
+    least,
+    ratio,
+    sequences,
+)
 
 SETTINGS = Settings(texts=("news", "code"))
 
@@ -36,34 +45,46 @@ def made(method="lora", rate=1e-3, seed=0, path=((0.3, 0.01), (0.6, 0.04)), **mo
     return Record("screen", cell, SETTINGS, measures=measures, probes=probes, **(fields | more))
 
 
-def test_the_least_on_a_line_is_interpolated_and_grows_with_the_level():
-    line = [(0.0, 0.0), (0.4, 0.2), (0.6, 0.1), (0.8, 0.5)]
+def test_the_least_on_a_line_is_interpolated_in_logarithms_and_grows_with_the_level():
+    line = [(0.2, 0.1), (0.4, 0.4), (0.6, 0.1), (0.8, 0.9)]
     assert least([line], 0.2) == pytest.approx(0.1)
     assert least([line], 0.4) == pytest.approx(0.1)
     assert least([line], 0.7) == pytest.approx(0.3)
+    assert least([line[:2]], 0.3) == pytest.approx(0.2)
     assert least([line], 0.9) is None
     values = [least([line], level / 100) for level in range(1, 80)]
     assert values == sorted(values)
 
 
-def test_a_front_joins_quarters_and_the_ends_of_rates():
-    front = Front([made(), made(rate=3e-3, path=((0.6, 0.5), (0.8, 0.08)))], "mlp")
-    paid = front.paid("lora", 0.7, kl_of("news"))
-    assert paid == {0: pytest.approx(0.06)}  # between the two ends, not along the second's quarter
-    assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.005)}
+def test_a_front_joins_the_ends_of_rates_and_no_run_that_has_not_ended():
+    front = Front([made(), made(rate=3e-3, path=((0.7, 0.001), (0.8, 0.16)))], "mlp")
+    assert front.paid("lora", 0.7, kl_of("news")) == {0: pytest.approx(0.08)}
+    assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.04)}
     assert front.paid("lora", 0.9, kl_of("news")) == {}
-    assert front.levels() == pytest.approx([0.72, 0.784, 0.8])
+    assert front.levels() == pytest.approx([0.768, 0.784, 0.8])
+    assert front.above(0.55) and not front.above(0.65)
 
 
-def test_quarters_are_scaled_as_the_ends_part_is_to_its_whole():
-    record = made(path=((0.2, 0.02), (0.4, 0.04)))
-    whole = record.measures.pop()
-    part = Measure(2, True, {"gsm8k": score(0.2, 0.02)}, {"news": score(0, 0.01)})
-    record.measures += [part, whole]
-    front = Front([record], "mlp")
-    line = front.lines("lora", 0, kl_of("news"))[0]
-    assert [x for x, _ in line] == pytest.approx([0.0, 0.4, 0.4])
-    assert [y for _, y in line] == pytest.approx([0.0, 0.08, 0.04])
+def test_the_scales_of_a_rate_are_one_curve_that_ends_in_the_whole():
+    records = [
+        made(path=((0.5, 0.05),)),
+        made(rate=3e-3, path=((0.8, 0.16),)),
+        made("lora@scale=0.5", rate=3e-3, path=((0.4, 0.04),)),
+        made("lora@scale=0.25", rate=3e-3, path=((0.2, 0.03),)),
+    ]
+    front = Front(records, "mlp")
+    scaled = "lora" + SCALED
+    assert front.methods == ["lora", scaled] and front.title(scaled) == "LoRA" + SCALED
+    (line,) = front.lines(scaled, 0, kl_of("news"))
+    assert [y for _, y in line] == pytest.approx([0.03, 0.04, 0.16])
+    assert front.paid(scaled, 0.6, kl_of("news")) == {0: pytest.approx(0.08)}
+    assert [len(line) for line in front.lines("lora", 0, kl_of("news"))] == [2]
+
+
+def test_ends_are_of_seeds_that_reach_the_level_alone():
+    runs = [made(), made(seed=1), made(seed=1, rate=3e-3, path=((0.9, 0.2),))]
+    ends = Front(runs, "mlp").ends("lora", 0.7)
+    assert {seed: end.cell.rate for seed, end in ends.items()} == {1: 3e-3}
 
 
 def test_kl_over_kinds_is_the_geometric_mean_of_unseen_ones():
@@ -83,21 +104,52 @@ def test_intervals_are_students():
     pairs = ratio({0: 1.0, 1: 2.0, 2: 9.0}, {0: 2.0, 1: 4.0})
     assert (pairs.mean, pairs.low, pairs.high, pairs.count) == (0.5, 0.5, 0.5, 2)
     assert ratio({0: 1.0}, {1: 1.0}) is None
+    assert difference({0: 1.0, 1: 4.0}, {0: 2.0, 1: 3.0, 2: 9.0}).mean == 0
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def in_turn(count, first=1.0, second=1.0, method="er", seed=0, rate=1e-3, tasks=("gsm8k", "xsum")):
+    """The cell after `count` tasks, whose losses are given; KL is 0.04 on news, 0.08 on code."""
+    record = made(method)
+    record.cell = Cell(method, "mlp", rate, seed, tasks[:count], 2)
+    scores = {tasks[0]: score(2 - first, 0.1), tasks[1]: score(2 - second, 0.1)}
+    record.measures[-1] = Measure(2, False, scores, record.end.texts)
+    return record
 
 
 def test_forgetting_is_the_rise_above_the_least_loss():
-    def cell(count, first, second):
-        record = made("er")
-        tasks = ("gsm8k", "csqa")[:count]
-        record.cell = Cell("er", "mlp", 1e-3, 0, tasks, 2)
-        end = record.measures[-1]
-        scores = {"gsm8k": score(2 - first, 0.1), "csqa": score(2 - second, 0.1)}
-        record.measures[-1] = Measure(2, False, scores, end.texts)
-        return record
-
-    found = sequences([cell(1, 1.0, 1.9), cell(2, 1.3, 0.7)])["er"]
+    (found,) = sequences([in_turn(1, 1.0, 1.9), in_turn(2, 1.3, 0.7)])
     assert found.forgetting == {0: pytest.approx(0.3)} and found.loss == {0: pytest.approx(1.0)}
-    assert sequences([cell(1, 1.0, 1.9)]) == {}
+    assert sequences([in_turn(1)]) == []
+
+
+def test_news_are_not_old_text_where_their_source_is_trained_on():
+    (found,) = sequences([in_turn(1), in_turn(2)])
+    assert found.kl == {0: pytest.approx(0.08)}
+    (found,) = sequences([in_turn(n, tasks=("gsm8k", "csqa")) for n in (1, 2)])
+    assert found.kl == {0: pytest.approx(0.04 * math.sqrt(2))}
+
+
+def test_sequences_of_several_rates_are_apart():
+    found = sequences([in_turn(n, n, rate=rate) for n in (1, 2) for rate in (1e-3, 3e-3)])
+    assert [(run.method, run.rate, len(run.loss)) for run in found] == [
+        ("er", 1e-3, 1),
+        ("er", 3e-3, 1),
+    ]
+
+
+def test_a_sequence_has_its_paired_difference_from_two_seeds_on():
+    def records(method, seeds, loss):
+        return [in_turn(n, loss + seed, loss, method, seed) for seed in seeds for n in (1, 2)]
+
+    plain, kept = records("lora", (0, 1, 2), 1.0), records("er", (0, 1), 0.5)
+    row = report.sequence_table([*plain, *kept]).splitlines()[3]
+    assert row.startswith("| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 0.750")
+    assert "| -0.50 [-0.50, -0.50] |" in row
+    row = report.sequence_table([*plain, *kept[:2]]).splitlines()[3]
+    assert row == (
+        "| LoRA + replay of earlier tasks | mlp | 0.001 | 1 | 0.500 | – | 0.000 | – | 0.080 | – |"
+    )
 
 
 def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
@@ -113,12 +165,20 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     text = report.write_report(tmp_path).read_text()
     row = next(line for line in text.splitlines() if line.startswith("| anchored, no data |"))
     assert "**0." in row and "[0." in row
-    assert "| U alone | 1k | 0.500 ± 0.000 | – |" in text
+    assert "| U alone | 1k | 0.500 ± 0.000 | – |" in text and "125% ± 0%" in text
     assert "1 of them failed" in text and "the loss became nan" in text
     assert (tmp_path / "screen-mlp.png").read_bytes().startswith(b"\x89PNG")
     first = (tmp_path / "screen-mlp.png").read_bytes()
     report.write_report(tmp_path)
     assert (tmp_path / "screen-mlp.png").read_bytes() == first
+
+
+def test_what_not_every_seed_reaches_says_so_and_is_never_bold():
+    plain = [made(seed=seed, path=((0.6, 0.04 + 0.001 * seed),)) for seed in (0, 1, 2)]
+    short = [made("er", seed=seed, path=((0.7, 0.02 + 0.001 * seed),)) for seed in (0, 1)]
+    row = report.main_table(Front([*plain, *short], "mlp")).splitlines()[3]
+    assert row.startswith("| LoRA + replay of earlier tasks | 1k | 0.700")
+    assert row.count("(2 of 3)") == 6 and "**" not in row
 
 
 def test_an_empty_folder_says_what_to_run(tmp_path):
