@@ -83,9 +83,18 @@ class Method:
     @property
     def trained_as(self) -> str:
         """The method whose training this one's is: what is scaled afterwards was trained whole."""
-        name, _, text = self.name.partition("@")
-        rest = [part for part in text.split(",") if part and not part.startswith("scale=")]
-        return f"{name}@{','.join(rest)}" if rest else name
+        return self._named(self.name.partition("@")[0], without="scale")
+
+    @property
+    def first_as(self) -> str:
+        """The method that learns a first task as this one does, which then has nothing to keep."""
+        keeps = self.against in ("er", "ewc")
+        return self._named("lora", without="strength") if keeps else self.name
+
+    def _named(self, base: str, *, without: str) -> str:
+        parts = self.name.partition("@")[2].split(",")
+        rest = ",".join(part for part in parts if part and part.partition("=")[0] != without)
+        return f"{base}@{rest}" if rest else base
 
 
 _U = {"core": "u", "norm": "none"}

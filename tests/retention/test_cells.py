@@ -63,6 +63,24 @@ def test_every_method_learns_and_is_scored(runner, name):
     assert all(len(norms) == 8 for norms in record.gradient_norms.values())
 
 
+@pytest.mark.parametrize("name", ["er", "ewc@strength=9"])
+def test_a_first_task_with_nothing_to_keep_is_taken_from_lora(runner, tmp_path, monkeypatch, name):
+    lora, own = (small.cell(short(method), steps=2) for method in ("lora", name))
+    trained = runner(tmp_path / "trained")
+    trained.run([own])
+    taken = runner(tmp_path / "taken")
+    taken.run([lora])
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "train", None)
+        taken.run([own])
+    assert figures(read(taken, own)) == figures(read(trained, own))
+    assert read(taken, own).seconds == {}
+    after = replace(own, tasks=small.TASKS)
+    for one in (trained, taken):
+        one.run([after])
+    assert figures(read(taken, after)) == figures(read(trained, after))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_under_autocast(runner, name):
     cell = small.cell(short(name), "all" if name == "full" else "qv", 1e-3, steps=2)
@@ -302,6 +320,8 @@ def test_a_wrong_method_is_named_with_the_nearest():
     varied = get_method("anchored-self@damping=0.1,selection=inverse_sampling")
     assert varied.damping == 0.1 and varied.make_config("qv", 0).selection == "inverse_sampling"
     assert get_method("lora@rank=2,scale=0.5").trained_as == "lora@rank=2"
+    assert get_method("ewc@strength=9,rank=2").first_as == "lora@rank=2"
+    assert get_method("er").first_as == "lora" and get_method("i-lora").first_as == "i-lora"
 
 
 def test_whitened_inputs_are_white(runner):
