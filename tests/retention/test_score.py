@@ -52,6 +52,16 @@ def test_scores_are_those_of_each_row_alone(models, monkeypatch):
     assert found.learned == pytest.approx(-found.rise)
 
 
+def test_logits_are_not_rounded_under_autocast(models):
+    _, tuned, _ = models
+    head = tuned.get_output_embeddings().weight
+    exact, rounding = Evaluator(head), Evaluator(head, autocast=True)
+    states = torch.randn(9, head.shape[1]) * 8
+    with rounding._scoring(tuned):
+        found = rounding._log_probs(states, head)
+    torch.testing.assert_close(found, exact._log_probs(states, head), rtol=0, atol=0)
+
+
 def test_scoring_leaves_the_model_as_it_was(models):
     base, tuned, tokenizer = models
     tuned.train()
