@@ -3,15 +3,15 @@
     python -m benchmarks.anchor --preset quick --out benchmarks/results/anchor-cpu.json
 
 ``quick`` is the whole packaged SmolLM2-135M, CUR rank 64 on its MLP, ``tiny`` a model of two layers
-with random weights, for tests. The pass writes its own text. Steps are forward, backward and AdamW
-on 4 × 128 tokens, with and without in turns.
+with random weights, for tests. The pass writes its own text; its memory is that of a second pass.
+Steps are forward, backward and AdamW on 4 × 128 tokens, with and without in turns.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,8 +56,8 @@ def adapted(base: nn.Module, m: int) -> Any:
     return get_peft_model(copy.deepcopy(base), config).train()
 
 
-def step_of(model: nn.Module, seed: int) -> Callable[[], None]:
-    """One training step on random tokens, which the optimizer's state outlasts."""
+def steps_of(model: nn.Module, seed: int) -> measure.Task:
+    """Training steps on random tokens, one already taken, which the optimizer's state outlasts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     device = trained[0].device
@@ -70,7 +70,8 @@ def step_of(model: nn.Module, seed: int) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    step()
+    return measure.Task(lambda: step, nullcontext)
 
 
 def run(options: Any) -> Result:
@@ -82,37 +83,27 @@ def run(options: Any) -> Result:
     m = 64 if quick else 8
     case = {"model": "smollm2-135m" if quick else "tiny", "m": m}
     model, tokens = adapted(base, m), TOKENS[options.preset]
-    reports: list[Any] = []
-    peak = measure.peak_mib(
-        lambda: reports.append(anchor(model, tokens=tokens, seed=options.seed)), device
-    )
-    figures = {"seconds": reports[0].seconds, "peak_mib": peak, "tokens": reports[0].tokens}
-    recorder.add([Row(case | {"layers": reports[0].layers}, "anchoring", figures=figures)])
+    report = anchor(model, tokens=tokens, seed=options.seed)
+    again = adapted(base, m)
+    peak = measure.peak_mib(lambda: anchor(again, tokens=tokens, seed=options.seed), device)
+    figures = {"seconds": report.seconds, "peak_mib": peak, "tokens": report.tokens}
+    recorder.add([Row(case | {"layers": report.layers}, "anchoring", figures=figures)])
     shape = case | {"batch": BATCH, "sequence": LENGTH}
     if time.monotonic() >= session.end:
         recorder.add([Row(shape, name, "skipped", SPENT) for name in (PLAIN, ANCHORED)])
     else:
-        steps = {PLAIN: step_of(adapted(base, m), options.seed)}
-        steps[ANCHORED] = step_of(model.train(), options.seed)
-        for step in steps.values():
-            step()
-        times = paired(steps, device, session.end)
+        steps = {
+            PLAIN: steps_of(adapted(base, m), options.seed),
+            ANCHORED: steps_of(model.train(), options.seed),
+        }
+        times, failures = measure.interleaved(
+            steps, device, timer=measure.stopwatch, rounds=ROUNDS, deadline=session.end
+        )
+        for failure in failures.values():
+            raise failure
         recorder.add([Row(shape, name, figures={"step_ms": times[name]}) for name in steps])
     recorder.close()
     return session.result
-
-
-def paired(
-    steps: dict[str, Callable[[], None]], device: torch.device, end: float
-) -> dict[str, dict[str, float]]:
-    """Times of the steps in turns, the order turned about each round, until the time is spent."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    while (done := len(samples[names[0]])) < 3 or (time.monotonic() < end and done < ROUNDS):
-        for name in names:
-            samples[name] += measure.stopwatch(steps[name], device)
-        names.reverse()
-    return {name: measure.timing(found) for name, found in samples.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -73,18 +73,18 @@ def interleaved(
     timer: Callable[[Callable[[], Any], torch.device], list[float]] = sample,
     rounds: int,
     deadline: float = float("inf"),
-    least: int = 2,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[Any, dict[str, float]], dict[Any, Exception]]:
     """Time the tasks in turns, so that a machine that slows down slows all of them.
+
+    Each round goes the other way about, so that none always follows the same one.
 
     Args:
         tasks: what to time.
         device: where it runs.
         timer: :func:`sample`, or :func:`stopwatch` for what takes long.
         rounds: turns at most.
-        deadline: ``time.monotonic()`` after which no further turn begins.
-        least: turns taken whatever the time.
+        deadline: ``time.monotonic()`` after which no further turn begins but the first two.
         progress: is told which turn it is.
 
     Returns:
@@ -93,11 +93,12 @@ def interleaved(
     """
     samples: dict[Any, list[float]] = {key: [] for key in tasks}
     failures: dict[Any, Exception] = {}
+    order = list(tasks.items())
     for number in range(rounds):
-        if number >= least and time.monotonic() > deadline:
+        if number >= 2 and time.monotonic() > deadline:
             break
         progress(f"round {number + 1}/{rounds}")
-        for key, task in tasks.items():
+        for key, task in order:
             if key in failures:
                 continue
             try:
@@ -105,6 +106,7 @@ def interleaved(
                     samples[key] += timer(task.prepare(), device)
             except Exception as error:  # one task's failure must not end the others' turns
                 failures[key] = _without_frames(error)
+        order.reverse()
     times = {key: timing(of) for key, of in samples.items() if of and key not in failures}
     return times, failures
 

@@ -122,7 +122,8 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step_call(self) -> Callable[[], None]:
-        """What to time."""
+        """What to time, after a step that is not: the one before was another contender's."""
+        self.step()
         return self.step
 
 
@@ -154,6 +155,7 @@ def run_case(
 ) -> list[Row]:
     """Check every provider and time their training steps in turns; one row each.
 
+    A turn takes two steps, of which the second is timed: count both against a GPU's budget.
     The memory of a step is measured on CUDA once the optimizer has its state and kernels are
     compiled; elsewhere, where a step takes long, of the first: its peak comes before the state.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from .schema import Result, Row
 from .session import Session, Turn, command, in_turns, parser
 from .shapes import MODELS
 from .tables import startup_table
+
+REPEATS = 3
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -49,9 +52,9 @@ def svd_init(weight: Tensor, m: int, r: int) -> Tensor:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """``(seconds, peak MiB)`` of a call, which is made once for each."""
-    (time_ms,) = measure.stopwatch(call, device)
-    return time_ms / 1e3, measure.peak_mib(call, device)
+    """``(seconds, peak MiB)`` of a call: the median of ``REPEATS``, and of one more."""
+    times_ms = [time for _ in range(REPEATS) for time in measure.stopwatch(call, device)]
+    return statistics.median(times_ms) / 1e3, measure.peak_mib(call, device)
 
 
 def svd_row(case: dict[str, Any], layers: list[nn.Linear], device: torch.device) -> Row:

@@ -197,7 +197,7 @@ def test_rounds_are_interleaved_and_stop_in_time():
         for name in "ab"
     }
     found, failures = measure.interleaved(tasks, CPU, rounds=3)
-    assert order == list("ababab") and found["a"]["samples"] == 3 and not failures
+    assert order == list("abbaab") and found["a"]["samples"] == 3 and not failures
     assert measure.interleaved(tasks, CPU, rounds=9, deadline=0.0)[0]["b"]["samples"] == 2
 
 
