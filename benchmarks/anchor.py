@@ -25,9 +25,9 @@ from . import measure
 from .assets import load_model
 from .schema import SPENT, Result, Row
 from .session import Session, command, parser
+from .shapes import MLP
 from .tables import anchor_table
 
-MLP = ["gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH = 4, 128
 ROUNDS = 40
 """Steps of each kind at most."""
@@ -52,7 +52,7 @@ def base_model(preset: str, dtype: torch.dtype) -> Any:
 
 def adapted(base: nn.Module, m: int) -> Any:
     """A copy of the model with ``core="u"`` on its MLP layers."""
-    config = SecuraConfig(core="u", norm="none", r=m, target_modules=MLP)
+    config = SecuraConfig(core="u", norm="none", r=m, target_modules=list(MLP))
     return get_peft_model(copy.deepcopy(base), config).train()
 
 

@@ -52,10 +52,10 @@ class Tensors:
         gram, norms: of :func:`secura_kernels.row_norms`.
     """
 
-    def __init__(self, size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
         t, n, k, m = self.size = size
         case = Case(NormOptions("channel"), dtype, m, t, n, k, inner=min(2 * m, k), biased=False)
-        drawn = case.draw(device, seed)
+        drawn = case.draw(device, 0)
         layer = drawn.layer
         assert layer.weight is not None and drawn.b is not None
         assert layer.gram is not None and layer.base_norms is not None
@@ -222,19 +222,18 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
     return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))
 
 
-def every_op_once(device: str = "cuda", impl: str = "triton") -> None:
-    """Run every op and every space's layer, forward and backward, on shapes that fill no block."""
+def every_op_once() -> None:
+    """Run every op's and layer's kernels, forward and backward, on shapes that fill no block."""
     for m in (5, 64):
         for dtype in (torch.bfloat16, torch.float32):
-            data = Tensors(Size(67, 131, 77, m), device, dtype)
+            data = Tensors(Size(67, 131, 77, m), "cuda", dtype)
             for op in OPS:
                 if dtype == torch.bfloat16 or "stochastically" not in op.name:
-                    for call in op.calls(data, impl).values():
+                    for call in op.calls(data, "triton").values():
                         call()
             for space in SPACES:
-                provider = secura(space, impl)
+                provider = secura(space, "triton")
                 layer = provider.build(frozen_linear(data.weight), Ranks(m, m))
                 with provider.running():
                     layer(data.x.clone().requires_grad_()).backward(data.grad)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()

@@ -82,18 +82,17 @@ class _DoRAFunction(torch.autograd.Function):
 
 
 class StrongLoRA(nn.Module):
-    """LoRA by hand.
+    """LoRA by hand, with s = 1.
 
     Args:
         base: the frozen layer; its weight is shared, not copied.
         r: rank.
-        scaling: s = alpha / r.
     """
 
-    def __init__(self, base: nn.Linear, r: int, scaling: float = 1.0) -> None:
+    def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__()
         n, k = base.weight.shape
-        self.base, self.scaling = base, scaling
+        self.base, self.scaling = base, 1.0
         options: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.randn(r, k, **options) / k**0.5)
         self.lora_B = nn.Parameter(torch.zeros(n, r, **options))
@@ -110,8 +109,8 @@ class StrongLoRA(nn.Module):
 class StrongDoRA(StrongLoRA):
     """DoRA by hand; ``magnitude [N]`` is d, which must stay away from 0."""
 
-    def __init__(self, base: nn.Linear, r: int, scaling: float = 1.0) -> None:
-        super().__init__(base, r, scaling)
+    def __init__(self, base: nn.Linear, r: int) -> None:
+        super().__init__(base, r)
         norm = torch.linalg.vector_norm(base.weight, dim=1, dtype=torch.float32)
         self.magnitude = nn.Parameter(norm.to(base.weight.dtype))
 
@@ -147,10 +146,10 @@ class ReleasedWay(nn.Module):
     r: Tensor
     important: Tensor
 
-    def __init__(self, base: nn.Linear, m: int, *, scale: float = 6.0, eps: float = 1e-10) -> None:
+    def __init__(self, base: nn.Linear, m: int) -> None:
         super().__init__()
         weight = base.weight.detach()
-        self.base, self.scale, self.eps, self.scaling = base, scale, eps, 1.0
+        self.base, self.scaling = base, 1.0
         rows, cols = select(weight, m)
         self.register_buffer("rows", rows)
         self.register_buffer("cols", cols)
@@ -171,8 +170,8 @@ class ReleasedWay(nn.Module):
         return torch.where(self.important, out * 0.99, out) if crowded else out
 
     def _gain(self, base: Tensor, delta: Tensor) -> Tensor:
-        rho = delta.abs() / (base.abs() + self.eps)
+        rho = delta.abs() / (base.abs() + 1e-10)
         if bool((rho == 0).all()):
             return torch.full_like(rho, 2)
         rho / rho.max().item() - 0.5  # formed by the released code, then overwritten
-        return 2 - torch.sigmoid(self.scale * rho)
+        return 2 - torch.sigmoid(6.0 * rho)

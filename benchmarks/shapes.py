@@ -6,6 +6,11 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+QV = ("q_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
+"""Linear layers that are adapted, as transformers names them."""
+
 
 class Projection(NamedTuple):
     """A linear layer ``K → N`` and how many of them one decoder block has."""
@@ -92,21 +97,23 @@ LAYER_PRESETS = ("quick", "host", "llama3-8b", "block", "full")
 RANKS = (8, 16, 64, 128, 256)
 TOKENS = (8192, 512, 2048, 4096, 16384)
 TOKENS_OF_COUNTS = (8192, 2048, 512)
+M, R = 128, 16
+"""CUR rank and LoRA's, but where they are what is varied."""
 FULL_MODELS = ("llama3-8b", "qwen2-7b", "qwen2-1.5b", "gemma2-2b")
 
 
-def model_cases(model: str, t: int, m: int = 128, r: int = 16) -> list[LayerCase]:
+def model_cases(model: str, t: int) -> list[LayerCase]:
     """Every projection of a model."""
     return [
-        LayerCase(model, projection.name, projection.per_block, t, projection.n, projection.k, m, r)
+        LayerCase(model, projection.name, projection.per_block, t, projection.n, projection.k, M, R)
         for projection in MODELS[model].projections()
     ]
 
 
-def sibling_cases(model: str, t: int, m: int = 128, r: int = 16) -> list[list[LayerCase]]:
+def sibling_cases(model: str, t: int) -> list[list[LayerCase]]:
     """Every projection of a block, those that are given one tensor in one list."""
     return [
-        [LayerCase(model, one.name, 1, t, one.n, one.k, m, r) for one in group]
+        [LayerCase(model, one.name, 1, t, one.n, one.k, M, R) for one in group]
         for group in MODELS[model].siblings()
     ]
 

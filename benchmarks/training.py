@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .shapes import ModelShape
+from .shapes import ALL, QV, ModelShape
 
-TARGETS = {
-    "q,v": ("q_proj", "v_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+TARGETS = {"q,v": QV, "all": ALL}
 
 
 def random_model(

@@ -100,7 +100,7 @@ class Asker:
                 call = graphs.graphed(call)
         return 1e3 * measure.timing(measure.sample(call, self.device))["median"]
 
-    def host_us(self, call: Callable[[], Any], count: int = 100) -> float | None:
+    def host_us(self, call: Callable[[], Any]) -> float | None:
         """Microseconds from one eager call to the next, when many follow each other."""
         call()
         if not self.timing:
@@ -109,10 +109,10 @@ class Asker:
             call()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(count):
+        for _ in range(100):
             call()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / count * 1e6
+        return (time.perf_counter() - start) / 100 * 1e6
 
 
 class Question(NamedTuple):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "qv": ("q_proj", "v_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+from benchmarks.shapes import ALL, MLP, QV
+
+TARGETS: dict[str, tuple[str, ...]] = {"qv": QV, "mlp": MLP, "all": ALL}
 """Layers that are adapted, by their place's name."""
 
 

@@ -23,12 +23,10 @@ class Stage:
     """Cells to compare.
 
     Args:
-        title: for people.
         settings: of all of them.
         cells: in the order of running.
     """
 
-    title: str
     settings: Settings
     cells: tuple[Cell, ...]
 
@@ -138,29 +136,29 @@ _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 _IN_TURN = Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0)
 
 STAGES: dict[str, Stage] = {
+    # One seed, every method at three rates.
     "screen": Stage(
-        "One seed, every method at three rates",
         _MEASURED,
         (
             *_in_turns(front(_screened(_MLP), "mlp", (0,)), front(_screened(_QV), "qv", (0,))),
             Cell("released-m1", "qv", 1e-3, 0, GSM8K, 128),
         ),
     ),
+    # One seed, the anchor's settings, the optimizer and LoRA's rank.
     "anchor": Stage(
-        "One seed, the anchor's settings, the optimizer and LoRA's rank",
         _MEASURED,
         (*front(_ANCHOR, "mlp", (0,)), *front(_FURTHER, "mlp", (0,))),
     ),
+    # Five seeds paired, with the controls that could do as well.
     "confirm": Stage(
-        "Five seeds paired, with the controls that could do as well",
         _MEASURED,
         (
             *front(_CONFIRMED, "mlp", _SEEDS),
             *front({f"lora@scale={part}": (3e-3,) for part in (0.25, 0.5, 0.75)}, "mlp", _SEEDS),
         ),
     ),
+    # 512 steps, three seeds.
     "long": Stage(
-        "512 steps, three seeds",
         _MEASURED,
         tuple(
             front(
@@ -171,21 +169,21 @@ STAGES: dict[str, Stage] = {
             )
         ),
     ),
+    # Another model, three seeds.
     "gemma": Stage(
-        "Another model, three seeds",
         replace(_MEASURED, model="gemma3-270m"),
         tuple(front({"lora": _LORA[:2], BEST: BEST_RATES[:2]}, "mlp", (0, 1, 2))),
     ),
+    # Four tasks in turn, each method at its rate of equal learning of the first.
     "sequence": Stage(
-        "Four tasks in turn, each method at its rate of equal learning of the first",
         _IN_TURN,
         (
             *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
             *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
         ),
     ),
+    # Four tasks in turn over three seeds, the methods that decide, on two cores.
     "sequence-seeds": Stage(
-        "Four tasks in turn over three seeds, the methods that decide, on two cores",
         replace(_IN_TURN, part=0.25),
         (
             *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
