@@ -69,7 +69,7 @@ def test_a_first_task_with_nothing_to_keep_is_taken_from_lora(runner, tmp_path, 
     trained = runner(tmp_path / "trained")
     trained.run([own])
     taken = runner(tmp_path / "taken")
-    taken.run([lora])
+    taken.run([lora, replace(lora, tasks=small.TASKS)])
     with monkeypatch.context() as patch:
         patch.setattr(train._Run, "train", None)
         taken.run([own])
@@ -321,7 +321,10 @@ def test_a_wrong_method_is_named_with_the_nearest():
     assert varied.damping == 0.1 and varied.make_config("qv", 0).selection == "inverse_sampling"
     assert get_method("lora@rank=2,scale=0.5").trained_as == "lora@rank=2"
     assert get_method("ewc@strength=9,rank=2").first_as == "lora@rank=2"
-    assert get_method("er").first_as == "lora" and get_method("i-lora").first_as == "i-lora"
+    assert get_method("er").first_as == "lora"
+    assert (
+        get_method("ewc-self").first_as == "ewc-self" and get_method("i-lora").first_as == "i-lora"
+    )
 
 
 def test_whitened_inputs_are_white(runner):
