@@ -1,8 +1,9 @@
-"""For every test: no hub, its own cache of data sets; `gpu` is skipped where there is none."""
+"""For every test: no hub, its own cache of data sets, `gpu` skipped where there is none."""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -26,3 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Spares `gc.collect()`, which benchmarks call a lot, the half second for what is imported."""
+    gc.collect()
+    gc.freeze()
