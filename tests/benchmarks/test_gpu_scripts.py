@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,19 @@ def run_module(name: str, *args: object, **environment: str) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
 
 
+@pytest.fixture
+def no_handler(monkeypatch):
+    """The scripts without their handler of SIGTERM, which would be pytest's as well."""
+    for script in (gpu_tests, triage):
+        monkeypatch.setattr(script, "exit_when_asked", lambda: None)
+
+
 @no_gpu
-@pytest.mark.parametrize("name", ["triage", "gpu_tests"])
-def test_without_a_gpu_it_says_so_and_exits_2(name, tmp_path):
-    done = run_module(name, "--out", tmp_path)
-    assert done.returncode == 2
-    assert len(done.stdout.splitlines()) == 1 and "no GPU" in done.stdout
+@pytest.mark.parametrize("script", [triage, gpu_tests], ids=["triage", "gpu_tests"])
+def test_without_a_gpu_it_says_so_and_exits_2(script, tmp_path, capsys):
+    assert script.main(["--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and "no GPU" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -58,12 +66,15 @@ def test_gpu_tests_dry_run_needs_no_plugin_and_goes_on(tmp_path):
     assert "test session starts" in (tmp_path / "gpu_tests.log").read_text()
 
 
-@no_gpu
-def test_tests_that_were_not_reached_are_listed_and_do_not_pass(tmp_path):
-    done = run_module("gpu_tests", "--dry_run", "--out", tmp_path, "--budget_s", 0.001)
-    assert done.returncode == 1
+def test_tests_that_were_not_reached_are_listed_and_do_not_pass(tmp_path, no_handler, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "collected", lambda: ["a::test_one", "a::test_two"])
+    monkeypatch.setattr(gpu_tests, "pytest_command", lambda: SLEEP)
+    flags = ["--dry_run", "--out", str(tmp_path), "--budget_s", "0.001", "--commit", "abc"]
+    assert gpu_tests.main(flags) == 1
     rows = Result.load(tmp_path / "gpu_tests.json").rows
-    assert len(rows) == 20 and {row.status for row in rows} == {"skipped"}
+    assert [(row.case["test"], row.status) for row in rows] == [
+        ("test_one", "skipped"), ("test_two", "skipped"),
+    ]  # fmt: skip
     assert all("not reached" in row.note for row in rows)
 
 
@@ -80,44 +91,70 @@ OUTCOMES = """
 def test_good(): pass
 def test_bad(): assert False
 def test_slow():
-    import time; print("asleep", flush=True); time.sleep(600)
+    import pathlib, time; pathlib.Path({asleep!r}).touch(); time.sleep(600)
 def test_after(): pass
 """
 
 
-def test_a_run_cut_short_keeps_what_it_found(tmp_path):
+def test_a_run_cut_short_keeps_what_it_found(tmp_path, monkeypatch):
     path = tmp_path / "test_outcomes.py"
-    path.write_text(OUTCOMES)
+    path.write_text(OUTCOMES.format(asleep=str(tmp_path / "asleep")))
     shown = os.path.relpath(path, ROOT)  # as pytest prints it
-    names = [f"{shown}::test_{name}" for name in ("good", "bad", "slow", "after")]
+    good, bad, slow, after = (f"{shown}::test_{name}" for name in ("good", "bad", "slow", "after"))
     log = tmp_path / "log"
-    until = time.monotonic() + 60
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.gpu_tests.pytest_command", lambda: COMMAND)
-        rows = gpu_tests.run_tests(names[:2] + names[3:], 2, until, log)
-        assert [row.status for row in rows] == ["ok", "failed", "ok"]
-        rows = gpu_tests.run_tests(names[2:], 1, time.monotonic() + 4, log)
-    assert [row.status for row in rows] == ["skipped", "skipped"]
+    monkeypatch.setattr(gpu_tests, "pytest_command", lambda: COMMAND)
+    rows = gpu_tests.run_tests([good, bad, after], 2, time.monotonic() + 60, log)
+    assert [row.status for row in rows] == ["ok", "failed", "ok"]
+
+    class UntilAsleep(Child):
+        def wait(self, seconds):
+            until = time.monotonic() + 60
+            while not (tmp_path / "asleep").exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            return super().wait(0)
+
+    monkeypatch.setattr(gpu_tests, "Child", UntilAsleep)
+    rows = gpu_tests.run_tests([good, slow, after], 1, time.monotonic(), log)
+    assert [row.status for row in rows] == ["ok", "skipped", "skipped"]
 
 
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 COMMAND = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", "/", "-p", "no:xdist"]
 
 
 @pytest.mark.skipif(interpreter_broken() is not None, reason=str(interpreter_broken()))
-def test_every_question_is_answered_in_the_interpreter_and_asked_once(tmp_path):
-    flags = ("triage", "--dry_run", "--out", tmp_path, "--commit", "abc")
-    done = run_module(*flags, "--only", "host", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    first = len(Result.load(tmp_path / "triage.json").rows)
-    done = run_module(*flags, "--resume", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_every_question_is_answered_in_the_interpreter(tmp_path):
+    flags = ("--dry_run", "--out", tmp_path, "--commit", "abc", "--budget_s", 250)
+    done = run_module("triage", *flags, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = Result.load(tmp_path / "triage.json")
-    names = [row.case["question"] for row in result.rows]
     assert [row.note for row in result.rows if row.status != "ok"] == [] and result.complete
-    planned = [question.name for question in triage.questions({})]
-    assert sorted(names) == sorted(planned) and len(set(names)) == len(names)
-    assert first == sum(name.startswith("host") for name in names) < len(names)
-    assert names[0].startswith("host") and done.stdout.count('"host') == 0
+    names = [question.name for question in triage.questions({})]
+    assert [row.case["question"] for row in result.rows] == names and len(set(names)) == len(names)
+
+
+def test_resuming_asks_what_has_no_answer_yet(tmp_path, no_handler, monkeypatch):
+    asked = []
+
+    def fails_once(name, asker):
+        asked.append(name)
+        if asked.count("broken") == 1 and name == "broken":
+            raise RuntimeError("no such kernel")
+        return {"x": 1.0}
+
+    def questions(ceilings, only):
+        names = [name for name in ("good", "broken", "late") if name.startswith(only)]
+        return [triage.Question(name, partial(fails_once, name)) for name in names]
+
+    monkeypatch.setattr(triage, "questions", questions)
+    monkeypatch.setattr(triage, "ceilings_of", lambda device, dtype: {"copy_gb_s": 1.0})
+    flags = ["--dry_run", "--out", str(tmp_path), "--commit", "abc"]
+    assert triage.main([*flags, "--only", "good"]) == 0
+    assert triage.main([*flags, "--resume"]) == 1
+    assert triage.main([*flags, "--resume"]) == 0
+    assert asked == ["good", "broken", "late", "broken"]
+    rows = Result.load(tmp_path / "triage.json").rows
+    assert [row.case["question"] for row in rows] == ["good", "late", "broken"]
 
 
 def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
