@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cli_fixtures import fails, train_flags
+from micro_batches import sums
 from safetensors.torch import load_file
 
 from secura.cli import arguments, main
@@ -46,11 +47,13 @@ def test_flags_that_change_nothing_are_named(base, data, tmp_path, capfd):
     assert "--stochastic_rounding changes nothing in float32" in said
 
 
-def test_micro_batches_whose_gradients_are_held(trained, base, data, tmp_path):
+def test_micro_batches_whose_gradients_are_held(trained, base, data, tmp_path, monkeypatch):
     """The same rows a step, in two backward passes: the same adapter but for rounding."""
+    given = sums(monkeypatch)
     output, micro = tmp_path / "held", ("--per_device_train_batch_size", 2)
     more = ("--gradient_accumulation_steps", 2, "--hold_gradients", "--share_inputs")
     assert main(train_flags(base, data, output, *micro, *more)) == 0
+    assert given and [dp is None for dp in given].count(True) * 2 == len(given)
     found, expected = (load_file(at / "adapter_model.safetensors") for at in (output, trained))
     trains = [name for name in expected if name.endswith((".A", ".B"))]
     assert trains

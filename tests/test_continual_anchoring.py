@@ -100,11 +100,12 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
         by.write_text(json.dumps({"text": "how many apples are left"}) + "\n")
     output = tmp_path / "adapter"
     flags = ("--anchor", by, "--anchor_decay", 1)
-    more = ("--anchor_tokens", 256, "--save_steps", 2)
+    few = source == "self"
+    more = ("--anchor_tokens", 3 if few else 256, "--save_steps", 2)
     assert main(train_flags(base, data, output, *flags, *more)) == 0
     said = capfd.readouterr().out
     assert "secura: anchored 6 layers by" in said and "secura: anchoring by" in said
-    assert ("these are few for r=4" in said) == (source == "none")
+    assert ("these are few for r=4" in said) == few
     assert ("the model's own samples" if source == "self" else str(by)) in said
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["core"] == "u" and config["anchored"] and config["anchor_damping"] == 0.01
