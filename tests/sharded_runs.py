@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from types import SimpleNamespace
 
 import tiny
@@ -20,11 +17,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from secura import anchor
+
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 STEPS, RATE = 3, 5e-2
+TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -116,13 +117,12 @@ def loaded_by_transformers():
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
-    folder = os.environ["BASE_FOLDER"]
-    if dist.get_rank() == 0:
-        tiny.llama().save_pretrained(folder)
-    dist.barrier()
-    return LlamaForCausalLM.from_pretrained(
-        folder, distributed_config=DistributedConfig(fsdp_size=2)
+    whole, split = tiny.llama(), DistributedConfig(fsdp_size=2)
+    model = LlamaForCausalLM.from_pretrained(
+        None, config=whole.config, state_dict=whole.state_dict(), distributed_config=split
     )
+    assert all(isinstance(value, DTensor) for value in model.parameters())
+    return model
 
 
 def by_transformers(norm):
@@ -139,7 +139,7 @@ def average(value):
     value.grad /= 2
 
 
-def lora_by_transformers():
+def lora_by_transformers(folder):
     """Whether the processes have different gradients of a LoRA on such a base."""
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
@@ -147,7 +147,18 @@ def lora_by_transformers():
     own = next(iter(tiny.gradients(model, tiny.tokens(4).chunk(2)[dist.get_rank()]).values()))
     first = own.clone()
     dist.broadcast(first, 0)
-    return gap(own, first) > 1e-2
+    return worst({"gap": gap(own, first)})["gap"] > 1e-2
+
+
+def anchored(folder):
+    """How many tokens were read, and a layer's ``right``; both processes have the same anchor."""
+    model = tiny.adapted(core="u", norm="none")
+    report, part = anchor(model, TEXTS, batch_size=1), tiny.parts(model)[1]
+    found = torch.stack([part.left, part.right])
+    both = [torch.empty_like(found) for _ in range(2)]
+    dist.all_gather(both, found)
+    assert torch.equal(*both)
+    return [report.tokens, part.right.tolist()]
 
 
 def zero(stage, *, partitioned_first=False):
@@ -239,7 +250,14 @@ def logits_of_one(norm):
     return tiny.logits(train(adapted(norm), tiny.tokens(4)), ids), tiny.logits(tiny.llama(), ids)
 
 
-def trains(set_up, norm):
+def worst(mine):
+    """The largest of both processes by name."""
+    values = torch.tensor(list(mine.values()))
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return dict(zip(mine, values.tolist(), strict=True))
+
+
+def trains(set_up, norm, folder):
     """Gaps to one process: of what was trained, and of the gathered adapter on a fresh model."""
     ids, (truth, untrained) = tiny.tokens(2, seed=1), logits_of_one(norm)
     model = (SET_UPS | DEEPSPEED)[set_up](norm)
@@ -252,7 +270,7 @@ def trains(set_up, norm):
         "saved": gap(tiny.logits(plain, ids), truth),
         "moved": gap(untrained, truth),
     }
-    return cell | (merges(model, plain, ids) if set_up in MERGED | REFUSED else {})
+    return worst(cell | (merges(model, plain, ids) if set_up in MERGED | REFUSED else {}))
 
 
 def merges(model, plain, ids):
@@ -287,34 +305,22 @@ def different(found, expected):
     return lacking + sum(not torch.equal(found[name], expected[name]) for name in both)
 
 
-def run(rank, port, folder, set_ups):
-    """All cells, on one of two processes; rank 0 writes the worst of both."""
-    os.environ |= {
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank),
-        "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "BASE_FOLDER": f"{folder}/base",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    found = {}
-    for set_up in set_ups:
-        for norm in tiny.NORMS:
-            mine = trains(set_up, norm)
-            worst = torch.tensor(list(mine.values()))
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-            found[f"{set_up}, {norm}"] = dict(zip(mine, worst.tolist(), strict=True))
-    if "transformers fsdp_size" in set_ups:
-        differ = torch.tensor(float(lora_by_transformers()))
-        dist.all_reduce(differ, dist.ReduceOp.MAX)
-        found["LoRA by itself"] = bool(differ)
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def in_every_space(set_ups):
+    return {
+        f"{set_up}, {norm}": partial(trains, set_up, norm)
+        for set_up in set_ups
+        for norm in tiny.NORMS
+    }
 
 
-def in_two_processes(folder, set_ups):
-    """``{"set-up, space": {what: number}}`` of all spaces."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run, (port, str(folder), list(set_ups)), nprocs=2)
-    return json.loads(Path(folder, "found.json").read_text())
+def cases():
+    """What both processes run."""
+    return in_every_space(SET_UPS) | {
+        "LoRA by itself": lora_by_transformers,
+        "anchor": anchored,
+    }
+
+
+def deepspeed_cases():
+    """The same of what needs DeepSpeed."""
+    return in_every_space(DEEPSPEED)

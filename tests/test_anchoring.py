@@ -374,34 +374,3 @@ def test_a_forward_without_a_cache_cannot_sample():
         anchor(model)
     tiny.assert_same(tiny.snapshot(model), before)
     anchor(model, TEXTS)
-
-
-def _anchor_in_one_process(rank, store, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2
-    )
-    model = cored()
-    report = anchor(model, TEXTS, batch_size=1)
-    left, right = anchors(model)[1]
-    queue.put((report.tokens, left.tolist(), right.tolist()))
-    torch.distributed.destroy_process_group()
-
-
-def test_processes_share_the_texts_and_add_up_what_they_find(tmp_path):
-    """Three texts on two: the second reads one more, which does not count, beside the third."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = [(rank, str(tmp_path / "store"), queue) for rank in range(2)]
-    processes = [context.Process(target=_anchor_in_one_process, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert found[0] == found[1] and found[0][0] == sum(map(len, TEXTS))
-    model = cored()
-    anchor(model, TEXTS, batch_size=1)
-    torch.testing.assert_close(
-        torch.tensor(found[0][2]), anchors(model)[1][1], rtol=1e-4, atol=1e-5
-    )
