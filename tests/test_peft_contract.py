@@ -9,7 +9,6 @@ import sys
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from peft import (
     PeftConfig,
     PeftModel,
@@ -20,7 +19,6 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 import secura
 from secura import SecuraConfig, SECURALinear
@@ -87,7 +85,8 @@ def test_an_adapter_of_a_compiled_base_has_plain_names(compiled_later, tmp_path)
     assert "_orig_mod" not in (tmp_path / CONFIG).read_text()
     base = torch.compile(tiny.llama(), backend="eager") if compiled_later else tiny.llama()
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(tiny.logits(loaded), tiny.logits(model))
 
 
 def test_names_that_compiling_gave_an_older_file_are_understood(folder):
@@ -380,19 +379,3 @@ def test_the_folder_says_what_to_import(tmp_path):
     assert "import secura.tuner first" in json.loads((adapter / CONFIG).read_text())["how_to_load"]
     command = [sys.executable, "-c", CODE.format(first="secura.tuner"), tmp_path / "base", adapter]
     subprocess.run(command, check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("norm", tiny.NORMS)
-def test_fsdp1_trains_beside_frozen_weights_as_without(norm):
-    expected = tiny.gradients(tiny.adapted(norm=norm).train())
-    model = tiny.adapted(norm=norm).train()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        fsdp = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-        got = tiny.gradients(fsdp)
-    finally:
-        dist.destroy_process_group()
-    got = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in got.items()}
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
