@@ -92,7 +92,8 @@ def test_memory_is_counted_and_shown(tiny_model, tmp_path, monkeypatch):
     assert "| 1.00 × |" in count_tables.memory_table(result)
 
 
-def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path):
+def test_the_cost_of_anchoring_is_measured_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(anchor, "ROUNDS", 3)
     path = tmp_path / "anchor.json"
     flags = ["--device", "cpu", "--preset", "tiny", "--max_seconds", "20", "--out", str(path)]
     assert anchor.main(flags) == 0
