@@ -52,9 +52,9 @@ def test_learning_is_measured_paired_and_resumed(tmp_path, monkeypatch):
     first = result.rows[0].figures
     assert first["after"] == first["after_fp32"] and first["before"] == first["before_fp32"]
     assert all(row.figures["change"] > 0 for row in result.rows)
-    before = path.read_bytes()
+    monkeypatch.setattr(landing_model, "learn", None)  # nothing is learned again
     assert landing_model.main(flags) == 0
-    assert Result.load(path).rows == result.rows and before
+    assert Result.load(path).rows == result.rows
     for row, learned in zip(
         result.rows, [0.3, 0.2] + [0.0] * 3 + [0.5, 0.2] + [0.0] * 3, strict=True
     ):
