@@ -126,10 +126,14 @@ def dense_twin(model):
     return plain
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize(
+    ("load", "training"),
+    [(kind, True) for kind in KINDS] + [(kind, False) for kind in ROUNDS_INPUTS],
+    indirect=["load"],
+)
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_equals_the_adapter_on_the_dequantised_weight(load, norm, training):
-    """Outputs and gradients, before and after a fold.
+    """Outputs and gradients, before and after a fold; in evaluation too where that is another y0.
 
     A base that rounds its inputs has another y0, in every layer: the bounds are then of what that
     does to this model, and the test below holds each layer against its base's own y0.
