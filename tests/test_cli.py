@@ -213,9 +213,14 @@ def test_a_missing_package_names_the_extra(base, data, tmp_path, capfd, monkeypa
     fails(train_flags(base, data, tmp_path / "out"), capfd, "pip install '.[train]' in a clone")
 
 
-def test_traceback_on_request(capfd):
+def test_traceback_on_request(capfd, monkeypatch):
     with pytest.raises(UserError):
         main(["generate", "--traceback", "--prompt", "hi"])
+    monkeypatch.setenv("SECURA_TRACEBACK", "0")
+    fails(["generate", "--prompt", "hi"], capfd)
+    monkeypatch.setenv("SECURA_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        main(["generate", "--prompt", "hi"])
 
 
 def test_an_interruption_is_no_error(capfd, monkeypatch):

@@ -56,6 +56,31 @@ def test_an_adapter_in_a_models_place(command, trained, tmp_path, capfd):
         fails(["generate", "--model", trained, *more], capfd, "is an adapter, not a model")
 
 
+@pytest.mark.parametrize("command", ["train", "merge", "export_lora", "generate"])
+def test_revision_and_trust_are_given_to_transformers(
+    command, base, data, tmp_path, capfd, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter_on(model, base, tmp_path / "adapter", task_type="CAUSAL_LM")
+    more = PROMPT if command == "generate" else ["--output_dir", tmp_path / "out"]
+    flags = argv(command, tmp_path / "adapter", *more)
+    if command == "train":
+        flags = train_flags(base, data, tmp_path / "out")
+    given = {}
+
+    def load(name, **kwargs):
+        given.update(kwargs)
+        raise OSError("no more is asked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    for asked, expected in (
+        ([], ("main", False)),
+        (["--model_revision", "v2", "--trust_remote_code"], ("v2", True)),
+    ):
+        fails([*flags, *asked], capfd, "no more is asked")
+        assert (given["revision"], given["trust_remote_code"]) == expected
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_classifier_is_merged_with_its_head(named, base, tmp_path, capfd):
     torch.manual_seed(3)
