@@ -21,13 +21,9 @@ def cored(**settings):
     return tiny.adapted(core="u", norm="none", **settings)
 
 
-def anchors(model):
-    return [(part.left, part.right) for part in tiny.parts(model)]
-
-
-def statistics(model, texts, seed=0):
+def statistics(model, texts):
     """Σ and Γ of every adapted layer by their definition: one text at a time, autograd alone."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     found = [[torch.zeros(4, 4), torch.zeros(4, 4)] for _ in tiny.parts(model)]
     for text in texts:
         seen, hooks = [], []
@@ -86,7 +82,7 @@ def test_what_the_model_computes_stays_and_so_do_its_flags(norm):
     assert torch.equal(part.U.grad, torch.ones_like(part.U))
     anchor(model, TEXTS[:1])
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
-    assert unanchor(model) == 4 and anchors(model)[0] == (None, None)
+    assert unanchor(model) == 4 and tiny.anchors(model)[0] == (None, None)
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
 
 
@@ -120,10 +116,11 @@ def test_it_samples_its_own_text_where_none_is_given():
     assert report.sampled and report.tokens == 60
     anchor(second, tokens=60, length=20, seed=3)
     assert all(
-        torch.equal(a[0], b[0]) for a, b in zip(anchors(first), anchors(second), strict=True)
+        torch.equal(a[0], b[0])
+        for a, b in zip(tiny.anchors(first), tiny.anchors(second), strict=True)
     )
     anchor(second, tokens=60, length=20, seed=4)
-    assert not torch.equal(anchors(first)[0][0], anchors(second)[0][0])
+    assert not torch.equal(tiny.anchors(first)[0][0], tiny.anchors(second)[0][0])
 
 
 def test_tokens_are_taken_from_every_text_in_turn():
@@ -155,7 +152,7 @@ def test_gradient_checkpointing_counts_no_token_twice(reentrant):
     checkpointed.train()
     for model in (plain, checkpointed):
         anchor(model, TEXTS)
-    for a, b in zip(anchors(plain), anchors(checkpointed), strict=True):
+    for a, b in zip(tiny.anchors(plain), tiny.anchors(checkpointed), strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
@@ -353,7 +350,7 @@ def test_a_quantised_base_is_anchored(monkeypatch):
         models.append(tiny.adapted(model, core="u", norm="none", target_modules=["q_proj"]))
     for model in models:
         anchor(model, TEXTS)
-    for got, expected in zip(*map(anchors, models), strict=True):
+    for got, expected in zip(*map(tiny.anchors, models), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(tiny.logits(models[0]), tiny.logits(models[1]), rtol=0, atol=1e-4)
 

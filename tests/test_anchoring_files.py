@@ -18,10 +18,6 @@ def anchored(**settings):
     return model
 
 
-def anchors(model):
-    return [(part.left, part.right) for part in tiny.parts(model)]
-
-
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_files_go_on_where_they_were_bit_for_bit(low_cpu_mem_usage, tmp_path):
     model = anchored(rank_pattern={"v_proj": 3})
@@ -57,11 +53,11 @@ def test_a_config_that_was_anchored_anchors_nothing_new(tmp_path):
     """A new adapter from an anchored one's config has no anchor, nor has its file."""
     model = anchored()
     fresh = get_peft_model(tiny.llama(), model.peft_config["default"])
-    assert anchors(fresh)[0] == (None, None)
+    assert tiny.anchors(fresh)[0] == (None, None)
     fresh.save_pretrained(tmp_path)
     assert "without an anchor" in (tmp_path / "README.md").read_text()
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
-    assert not loaded.peft_config["default"].anchored and anchors(loaded)[0] == (None, None)
+    assert not loaded.peft_config["default"].anchored and tiny.anchors(loaded)[0] == (None, None)
 
 
 def test_settings_read_from_a_folder_are_no_adapter(tmp_path):
@@ -81,4 +77,4 @@ def test_the_small_file_needs_no_anchor(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     torch.testing.assert_close(tiny.logits(loaded), before, rtol=0, atol=2e-5)
-    assert anchors(loaded)[0] == (None, None)
+    assert tiny.anchors(loaded)[0] == (None, None)

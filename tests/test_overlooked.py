@@ -9,12 +9,6 @@ from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
-HIDDEN = 64
-
-
-def dense():
-    return tiny.llama(hidden=HIDDEN, bias=False)
-
 
 class QuantLinear(nn.Module):
     """A layer as GPTQ and AWQ have it: packed integers, no weight, not of torch.nn.Linear."""
@@ -33,7 +27,7 @@ class Blocks(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block_size = (HIDDEN, HIDDEN)
+        self.block_size = (tiny.WIDE, tiny.WIDE)
         weight = linear.weight.data.to(torch.float8_e4m3fn)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(torch.ones(1, 1), requires_grad=False)
@@ -44,7 +38,7 @@ class Blocks(nn.Module):
 
 def partly(kind):
     """A dense Llama with one projection of another kind, and its modules."""
-    model = dense()
+    model = tiny.wide()
     attention = model.model.layers[1].self_attn
     attention.q_proj = kind(attention.q_proj)
     return model, kinds(model)
@@ -83,6 +77,6 @@ def test_all_linear_leaves_no_quantised_layer_out_unless_told_to():
     for kind in (QuantLinear, Blocks):
         left_out = tiny.config(**config, exclude_modules=["layers.1.self_attn.q_proj"])
         assert len(tiny.layers(get_peft_model(partly(kind)[0], left_out))) == 13
-    headless = dense()
+    headless = tiny.wide()
     headless.lm_head = QuantLinear(headless.lm_head)
     assert len(tiny.layers(get_peft_model(headless, tiny.config(**config)))) == 14

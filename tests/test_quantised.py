@@ -16,12 +16,6 @@ from secura import AdapterConfig, SECURALinear, adapter, bases, export_lora
 from secura.cli.generate import settle
 from secura_kernels import naive
 
-HIDDEN = 64
-
-
-def dense():
-    return tiny.llama(hidden=HIDDEN, bias=False)
-
 
 def projections(module, name=""):
     return isinstance(module, nn.Linear) and "lm_head" not in name
@@ -35,7 +29,7 @@ def bitsandbytes(folder, dtype=torch.float32, **bits):
 
 def torchao(folder, config, **settings):
     quantization = importlib.import_module("torchao.quantization")
-    model = dense()
+    model = tiny.wide()
     quantization.quantize_(model, getattr(quantization, config)(**settings), projections)
     return model
 
@@ -47,7 +41,7 @@ def int4(folder):
 
 def replaced(make):
     """A Llama whose projections are ``make(linear)``."""
-    model = dense()
+    model = tiny.wide()
     for name, module in list(model.named_modules()):
         if projections(module, name):
             model.set_submodule(name, make(module))
@@ -95,7 +89,7 @@ ROUNDS_INPUTS = ("bitsandbytes 8 bit",)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
-    dense().save_pretrained(path)
+    tiny.wide().save_pretrained(path)
     return path
 
 
@@ -119,7 +113,7 @@ def fp8_product(x, weight, scale, block_size, bias, *_):
 
 def dense_twin(model):
     """A plain Llama with the weights that the quantised one stands for."""
-    plain = dense()
+    plain = tiny.wide()
     for name, module in plain.named_modules():
         if projections(module, name):
             module.weight.data = bases.weight(model.get_submodule(name)).float().clone()
@@ -171,7 +165,7 @@ def test_a_layer_is_exact_given_what_its_base_makes(load, norm, training):
     settings = {"norm": norm, "restrain": norm != "none", "train_bias": True}
     layer = SECURALinear(base, AdapterConfig(r=4, **settings)).train(training)
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(2, 5, HIDDEN, generator=generator) for _ in range(2))
+    x, g = (torch.randn(2, 5, tiny.WIDE, generator=generator) for _ in range(2))
     x[0, 0, 3] = 7.5  # above LLM.int8's threshold: that column is not rounded
     weight = bases.weight(base).double()
     with torch.no_grad():
@@ -330,7 +324,7 @@ def compressed(tmp_path_factory):
         apply_quantization_config,
     )
 
-    model, path = dense(), tmp_path_factory.mktemp("compressed")
+    model, path = tiny.wide(), tmp_path_factory.mktemp("compressed")
     weights = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
     scheme = QuantizationScheme(targets=["re:.*proj"], weights=weights)
     apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
@@ -353,7 +347,7 @@ def test_compressed_tensors_train_once_they_are_dense(compressed, norm, how):
         with pytest.raises(ValueError, match=r"q_proj: the weight is not dense yet.*dequantize"):
             tiny.adapted(model, norm=norm)
         tiny.logits(model)
-    assert (dense().model.layers[0].mlp.up_proj.weight
+    assert (tiny.wide().model.layers[0].mlp.up_proj.weight
             - model.model.layers[0].mlp.up_proj.weight).abs().max() > 1e-5  # fmt: skip
     twin = tiny.adapted(dense_twin(model), norm=norm).train()
     model = tiny.adapted(model, norm=norm).train()

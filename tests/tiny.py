@@ -20,6 +20,7 @@ from secura import SecuraConfig
 from secura.tuner import SecuraLayer
 
 VOCAB = 32
+WIDE = 64
 NORMS = ("none", "channel", "weight", "activation")
 
 
@@ -41,9 +42,14 @@ def llama(
     return model.to(dtype).eval()
 
 
-def gpt2(seed: int = 0):
+def wide():
+    """:func:`llama` as formats of quantised weights take it: ``WIDE``, and without biases."""
+    return llama(hidden=WIDE, bias=False)
+
+
+def gpt2():
     """Two blocks whose linear layers are transformers' ``Conv1D``."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
         eos_token_id=2, pad_token_id=0, initializer_range=0.1,
@@ -51,9 +57,9 @@ def gpt2(seed: int = 0):
     return GPT2LMHeadModel(config).eval()
 
 
-def t5(seed: int = 0):
+def t5():
     """An encoder and a decoder of one block each."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = T5Config(
         vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=48, num_layers=1, num_heads=4,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, initializer_factor=2.0,
@@ -62,9 +68,9 @@ def t5(seed: int = 0):
     return T5ForConditionalGeneration(config).eval()
 
 
-def classifier(seed: int = 0, labels: int = 3):
-    """:func:`llama`'s decoder with a head, the same for the same seed."""
-    decoder = llama(seed)
+def classifier(labels: int = 3):
+    """:func:`llama`'s decoder with a random head."""
+    decoder = llama()
     decoder.config.num_labels = labels
     model = LlamaForSequenceClassification(decoder.config)
     model.model = decoder.model
@@ -119,6 +125,11 @@ def layers(model) -> dict[str, SecuraLayer]:
 def parts(model, adapter: str = "default") -> list:
     """The adapter's modules, in order."""
     return [layer.secura_adapter[adapter] for layer in layers(model).values()]
+
+
+def anchors(model) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """``left`` and ``right`` of every adapted layer."""
+    return [(part.left, part.right) for part in parts(model)]
 
 
 def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
