@@ -373,7 +373,7 @@ def test_an_input_can_be_saved_and_copied(tmp_path):
 
 
 def test_compiled_autograd_adds_up_what_it_sees():
-    layers, found = examples("none"), []
+    layers, found = examples("none", 2), []
     for compiles in (False, True):
         leaf = layers[0].x.clone().requires_grad_()
         loss = sum(out.sum() for out in outputs(layers, leaf * 1))

@@ -54,7 +54,7 @@ def losses(run: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("norm", "gradient_checkpointing"), zip(tiny.NORMS, [False, True] * 2, strict=True)
+    ("norm", "gradient_checkpointing"), [*zip(tiny.NORMS, [False, True] * 2, strict=True)]
 )
 def test_the_loss_goes_down_and_the_base_stays(norm, gradient_checkpointing, tmp_path):
     model = get_peft_model(tiny.llama(), tiny.config(norm=norm, **LEARNS))

@@ -80,7 +80,7 @@ def fresh(method):
 
 @pytest.mark.parametrize(
     ("method", "norm"),
-    zip(TRAINERS, ("weight", "channel", "none", "activation", "channel"), strict=True),
+    [*zip(TRAINERS, ("weight", "channel", "none", "activation", "channel"), strict=True)],
 )
 def test_trainers_take_the_config(method, norm, tokenizer, tmp_path):
     run = trainer(
