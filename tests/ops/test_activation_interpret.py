@@ -123,6 +123,16 @@ def test_strides_expanded_gradients_and_inputs_left_as_they_were(combine, save):
         check_example(expanded)
 
 
+@pytest.mark.parametrize("combine", COMBINES)
+def test_a_row_named_twice_far_apart(combine):
+    """By two programs: averaged, they add to ∂y0 in place, where each could read the other's sum."""
+    options = NormOptions("activation", "calibrated", combine)
+    example = case_of((20, 90, 3, 80), options, given=True).draw()
+    rows = example.layer.rows.clone()
+    rows[79] = rows[0]
+    check_example(example._replace(layer=example.layer._replace(rows=rows)))
+
+
 def test_a_given_output_is_not_written_and_expanded_gradients_work():
     flags = {"given": True, "dropout": True}
     example = case_of((20, 40, 3, 5), NormOptions("activation"), torch.bfloat16, **flags).draw()

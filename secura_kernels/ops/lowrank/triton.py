@@ -199,7 +199,7 @@ def _add_columns_kernel(
     base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARE:
         base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
-    # A row that is named twice has one column: each of its programs stores the sum of both.
+    # A row that is named twice has one column: it takes the sum of both, stored once.
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for start in range(0, M, BLOCK_M):
         others = start + tl.arange(0, BLOCK_M)
@@ -212,6 +212,15 @@ def _add_columns_kernel(
             part_h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask_h, other=0.0)
         same = (rows_o[:, None] == rows[None, :]).to(tl.float32)
         h = dot(part_h, same, h, "ieee")
+    # Where base is dy, what another program stores there must not be read as base: of all that name
+    # a row the first alone stores.
+    first = offs_m
+    for start in range(0, M, BLOCK_M):
+        others = start + tl.arange(0, BLOCK_M)
+        rows_o = tl.load(rows_ptr + others, mask=others < M, other=-1).to(tl.int64)
+        same = rows_o[:, None] == rows[None, :]
+        first = tl.minimum(first, tl.min(tl.where(same, others[:, None], M), axis=0))
+    mask &= (first == offs_m)[None, :]
     dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
     tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)
 
