@@ -290,6 +290,8 @@ class _SecuraLayer(torch.autograd.Function):
         run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
         if total is not None and torch.compiler.is_compiling():
             total = None  # compiled autograd adds up what it sees
+        if twice and not g.requires_grad and not torch.compiler.is_compiling():
+            g = g.detach().requires_grad_()  # else the refusal would not come: it looks at g alone
         if is_alone(g):
             return run(ctx, g, total)
         with alone(g):

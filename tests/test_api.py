@@ -171,13 +171,15 @@ def test_gradients_that_nobody_wants_are_not_made(options):
         assert [name for name in names if leaves[name].grad is not None] == [wanted]
 
 
-def test_double_backward_is_refused(options):
+@pytest.mark.parametrize("loss_of", [torch.sum, lambda out: out.square().sum()])
+def test_double_backward_is_refused(options, loss_of):
+    """Also where ∂loss/∂out is a constant, as of a sum: ∂x depends on A and B all the same."""
     example = Case(options, **WIDE).draw()
-    x = example.x.clone().requires_grad_()
-    out = example._replace(x=x).output()
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    x, a = (tensor.clone().requires_grad_() for tensor in (example.x, example.a))
+    out = example._replace(x=x, a=a).output()
+    (grad,) = torch.autograd.grad(loss_of(out), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+        (loss_of(out) + grad.square().sum()).backward()
 
 
 @pytest.mark.parametrize("norm", NORMS)
