@@ -186,11 +186,19 @@ def test_a_dtype_without_a_kernel_is_refused():
         example.output("triton")
 
 
-def test_the_output_has_the_strides_that_compilers_are_told():
-    example = case_of((9, 16, 5, 4), NormOptions("none"), given=True).draw()
-    y0 = example.x.t().contiguous().t()
-    for impl in ("triton", "reference"):
-        assert example._replace(x=y0).output(impl).stride() == (16, 1)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("norm", ["none", "activation"])
+def test_results_have_the_strides_that_compilers_are_told(norm, impl):
+    options, flags = NormOptions(norm), {"given": True, "save": "8bit"}
+    example = case_of((9, 16, 5, 4), options, **flags).draw()
+    y0, grad = (strided(tensor, 1) for tensor in (example.x, example.grad))
+    x = y0.requires_grad_()
+    out = example._replace(x=x).output(impl)
+    kept = [saved for saved in out.grad_fn.saved_tensors if saved is not None]
+    (dy0,) = torch.autograd.grad(out, x, grad)
+    same = [tensor for tensor in (out, dy0, *kept) if tensor.shape == out.shape]
+    assert len(same) == 2 + (norm == "activation")
+    assert all(tensor.stride() == (16, 1) for tensor in same)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def activation(
         found = kernels.forward(y0, z, named, how, important, keep, in_place)
     else:
         z = gather(y0, bias, rows)
-        found = _forward(y0, z, named, how, important, keep)
+        found = _forward(y0.contiguous(), z, named, how, important, keep)
     out, kept, scalars, factor = found
     kept = absent(y0, torch.uint8) if kept is None else kept
     y0_kept = absent(y0) if keep or weight is None else y0
@@ -283,7 +283,7 @@ def _backward(
             h.mul_(z_scale)
         if terms.p_base is not None:
             h.addmm_(dbase, terms.p_base)
-        first = h if h_alone else dbase.index_add(1, rows, h)
+        first = h if h_alone else dbase.contiguous().index_add(1, rows, h)
     if needs[1]:
         dp = product_wide(ddelta.t(), z if z_scale is None else (z * z_scale).to(g.dtype))
     return first, dp, dbias
