@@ -21,7 +21,7 @@ from ..norm import unpack
 from .activation.op import activation, activation_backward
 from .channel.op import channel
 from .common import Terms
-from .lowrank.op import lowrank, lowrank_backward
+from .lowrank.op import lowrank, lowrank_backward, takes_weight
 from .project.op import project, project_backward
 from .weight.op import weight, weight_backward
 from .weight.plain import rows_at_once
@@ -48,12 +48,21 @@ def _project_backward(dp: Tensor) -> int:
     return _product(*dp.shape, dp.shape[1])
 
 
-def _lowrank(x: Tensor, weight: Tensor | None, q: Tensor, seed: int | None) -> int:
-    t, thin = x.shape[0], _product(x.shape[0], *q.shape)
+def _lowrank(
+    x: Tensor,
+    weight: Tensor | None,
+    q: Tensor,
+    beside: list[Tensor | None],
+    keep: bool,
+    seed: int | None,
+    impl: str | None,
+) -> int:
+    (t, k), (n, m) = x.shape, q.shape
     if weight is None:
-        return thin
-    rebuilt = 0 if seed is None else _product(*weight.shape, q.shape[1])
-    return _product(t, *weight.shape) + thin + rebuilt
+        return _product(t, n, m)
+    fused = seed is not None or takes_weight(x, q, beside[2], keep, impl)
+    thin = _product(n, k, m) + _product(t, k, m) if fused else _product(t, n, m)
+    return _product(t, n, k) + thin
 
 
 def _lowrank_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
+from secura_kernels.gpu import H100, assume
 from secura_kernels.inspection.layers import Case, Example
 
 from .rule import exactly
@@ -135,6 +137,30 @@ def test_operations_are_those_of_the_products_within(options, folded, given, mon
     for module in (dispatch, api):
         monkeypatch.setattr(module, "is_watched", lambda *args: False)
     assert by_formula == counted() > 0
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
+    """Rounded stochastically; and with kernels where W' moves less."""
+    t, n, k, m = 48, 16, 32, 8
+    case = Case(NormOptions(norm), torch.bfloat16, m, t, n, k, trains_bias=False)
+    through = 2 * (n * m * m * (1 + (norm == "channel")) + n * k * m + t * k * m + t * n * k)
+    beside = through + 2 * (t * n * m - n * k * m - t * k * m)
+
+    def counted(case, device, impl):
+        example = case.draw(device)
+        with FlopCounterMode(display=False) as counter:
+            example.output(impl)
+        return counter.get_total_flops()
+
+    rounded = replace(case, rounding_seed=0)
+    assert counted(rounded, "cpu", "reference") == through
+    assert counted(case, "cpu", "reference") == beside
+    for taken, expected in ((True, through), (False, beside)):
+        monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip, taken=taken: taken)
+        with assume(H100):
+            assert counted(case, "meta", "triton") == expected
+            assert counted(replace(case, dropout=True), "meta", "triton") == beside
 
 
 @pytest.mark.parametrize("place", [0, 2])

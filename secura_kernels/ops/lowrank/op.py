@@ -68,6 +68,16 @@ def _kernels(impl: str | None, tensor: Tensor) -> Any:
     return triton
 
 
+def takes_weight(
+    x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool, impl: str | None
+) -> bool:
+    """Whether the forward of flat ``x [T, K]`` goes through W': as the plan says, with kernels."""
+    (t, k), (n, m) = x.shape, q.shape
+    if z_scale is not None or not _kernels(impl, x):
+        return False
+    return plan.takes_weight(plan.Shape(t, n, k, m, x.element_size()), keep, plan.chip_of(x))
+
+
 @op("lowrank")
 def lowrank(
     x: Tensor,
@@ -96,15 +106,12 @@ def lowrank(
     kernels = _kernels(impl, x)
     if weight is None:
         y0, inside = x, bias
+    elif takes_weight(x, q, z_scale, keep, impl):
+        r = kernels.padded_r(weight, rows)
+        fused = kernels.rebuilt_weight(weight, r, q, share)
+        out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
+        return out, x @ r[: len(rows)].t(), fused if keep else absent(x)
     else:
-        (t, k), (n, m) = x.shape, q.shape
-        shape = plan.Shape(t, n, k, m, x.element_size())
-        fuses = kernels is not None and z_scale is None
-        if fuses and plan.takes_weight(shape, keep, plan.chip_of(x)):
-            r = kernels.padded_r(weight, rows)
-            fused = kernels.rebuilt_weight(weight, r, q, share)
-            out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-            return out, x @ r[:m].t(), fused if keep else absent(x)
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
     if kernels is not None:
@@ -256,4 +263,5 @@ __all__ = [
     "forward",
     "lowrank",
     "lowrank_backward",
+    "takes_weight",
 ]
