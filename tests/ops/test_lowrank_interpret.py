@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.ops.lowrank import triton as kernels
+from secura_kernels.ops.lowrank.op import MAX_RANK, lowrank, lowrank_backward
 
 from .rule import SHAPES, case_of, check, check_example
 
@@ -140,6 +141,16 @@ def test_every_block_of_the_rank(m):
     got = kernels.output_gradient(g, rows, q, share, None)
     exact = (g.double() * share.double()).index_add(1, rows, g.double() @ q.double())
     assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+def test_a_rank_above_the_largest_block():
+    """Plain torch then makes ∂y0."""
+    y, g, q, _, rows, *_ = draw(3, 520, MAX_RANK + 1)
+    out, z, _ = lowrank(y, None, None, rows, q, [None] * 3, False, None, "triton")
+    torch.testing.assert_close(out, y + y[:, rows] @ q.t(), rtol=1e-4, atol=1e-4)
+    dy, dq, _ = lowrank_backward(g, z, None, rows, q, None, None, [True] * 3, "triton")
+    torch.testing.assert_close(dy, g.index_add(1, rows, g @ q))
+    torch.testing.assert_close(dq, g.t() @ y[:, rows])
 
 
 def test_product_works_in_place():
