@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from secura_kernels import NormOptions
-from secura_kernels.norm import COMBINES, FORMS, pack
+from secura_kernels.norm import COMBINES, FORMS, gain, pack
+from secura_kernels.ops.channel import op
 from secura_kernels.ops.channel import triton as kernels
 from secura_kernels.ops.channel.op import channel
 
@@ -38,6 +39,16 @@ def test_shapes(shape, dtype):
 
 def test_relative_eps():
     check((7, 13, 11, 4), NormOptions("channel", eps=0.5, eps_relative=True))
+
+
+def test_gains_are_made_once(monkeypatch):
+    """In the kernel; beside it only for the restraint to count."""
+    made = []
+    monkeypatch.setattr(op, "gain", lambda *args: made.append(1) or gain(*args))
+    for restrained in (False, True):
+        check((7, 13, 11, 4), NormOptions("channel", "paper"), restrained=restrained)
+    plain, restrained = 2, 1
+    assert len(made) == plain + restrained
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -106,15 +106,17 @@ def channel(
     epsilon: Tensor | float
     slope: Tensor | float
     offset: Tensor | float
-    if kernels is None and (known := how.known):
+    if known := how.known:
         epsilon, slope, offset = known
         rho = norms / (base_norms + epsilon)
     else:
         epsilon = effective_eps(base_norms, how)
         rho = relative_change(base_norms, norms, epsilon)
         slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
-    m = gain(rho, slope, offset, how)
-    factor = restrain_factor((m,), m.numel(), important, how)
+    factor = None
+    if kernels is None or important is not None:
+        m = gain(rho, slope, offset, how)
+        factor = restrain_factor((m,), m.numel(), important, how)
     if kernels is not None:
         scalars = (epsilon, slope, offset)
         of_rows = (norms, factor)
