@@ -201,7 +201,7 @@ def rule(launch: Launch, case: Recorded) -> Rule:
         return Rule(1, 1, None, constant("PRECISION") != "ieee")
     if kernel in ("_output_gradient_kernel", "_add_product"):
         return Rule(1, 1, None, mma)
-    if kernel.startswith("weight_") and kernel != "weight_scalars_kernel":
+    if kernel.startswith("weight_"):
         narrow = None if case.transposed else 0
         return Rule(1, kernel != "weight_stat_kernel", narrow, mma)
     return Rule()

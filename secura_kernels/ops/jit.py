@@ -1,10 +1,11 @@
 """What every kernel shares: the gain, the dot product, rounding and offsets, each once.
 
-Only ``@triton.jit`` helpers and the few host-side decisions that belong to them stand here.
+``@triton.jit`` helpers stand here, one small kernel, and the few host-side decisions that belong to
+them.
 Formulas: :mod:`secura_kernels.norm`.
 """
 
-# Jit functions have no Python return type; Triton wants plain if/else.
+# Triton's functions have no Python return type and want plain if/else.
 # ruff: noqa: ANN201, SIM108, SIM300
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+
+from ..norm import Norm
+from .launch import Kernel
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -61,6 +65,40 @@ def divide(a, b):
     else:
         quotient = libdevice.fast_dividef(a, b)
     return quotient
+
+
+@Kernel
+@triton.jit(do_not_specialize=["count"])
+def _gain_scalars_kernel(
+    peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    slope, offset = scale, 0.0
+    if FORM != "calibrated":
+        peak = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
+        peak = tl.max(peak)
+        if FORM == "paper":
+            slope = scale / tl.maximum(peak, 1e-30)
+            offset = -0.5 * scale
+        slope = tl.where(peak == 0.0, 0.0, slope)
+        offset = tl.where(peak == 0.0, float("-inf"), offset)
+    tl.store(scalars_ptr + 1, slope)
+    tl.store(scalars_ptr + 2, offset)
+
+
+def gain_scalars(peaks: Tensor, scalars: Tensor, norm: Norm) -> None:
+    """Write slope and offset (:func:`secura_kernels.norm.coefficients`) after ε, in one launch.
+
+    Args:
+        peaks: the largest ρ of each part; not read where the form needs none.
+        scalars: ``[ε, slope, offset]``, fp32.
+        norm: the norm.
+    """
+    _gain_scalars_kernel[(1,)](
+        peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
+    )
 
 
 @triton.jit
@@ -171,6 +209,7 @@ __all__ = [
     "combine",
     "dot",
     "dot_precision",
+    "gain_scalars",
     "inverse_gain",
     "load_scalars",
     "noise",

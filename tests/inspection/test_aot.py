@@ -70,7 +70,7 @@ def test_every_kernel_is_in_the_table():
         "_gather_kernel", "_add_product", "_output_gradient_kernel", "_add_columns_kernel",
         "_channel_kernel", "_project_fwd_kernel", "_project_bwd_kernel",
         "activation_fwd_kernel", "activation_bwd_kernel", "weight_fwd_kernel",
-        "weight_bwd_kernel", "weight_stat_kernel", "weight_scalars_kernel",
+        "weight_bwd_kernel", "weight_stat_kernel", "_gain_scalars_kernel",
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from secura_kernels import NormOptions, effective_weight, naive, plan
 from secura_kernels.norm import COMBINES, FORMS, coefficients, pack, unpack
 from secura_kernels.ops.common import noise, noise_key, round_stochastically
+from secura_kernels.ops.jit import gain_scalars
 from secura_kernels.ops.weight import plain
 from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
@@ -89,10 +90,10 @@ def test_nothing_moves_nothing_changes(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("largest", [0.0, 3.0])
 def test_slope_and_offset_come_from_all_maxima(form, largest):
-    peaks, scalars = torch.zeros(37), torch.full((3,), 0.25)
-    peaks[[5, 36]] = torch.tensor([largest / 2, largest])
-    kernels.weight_scalars_kernel[(1,)](peaks, scalars, 37, 6.0, FORM=form, BLOCK=16)
+    peaks, scalars = torch.zeros(1037), torch.full((3,), 0.25)
+    peaks[[5, 1036]] = torch.tensor([largest / 2, largest])
     norm = unpack(pack(NormOptions("weight", form)))
+    gain_scalars(peaks, scalars, norm)
     expected = torch.stack([scalars[0], *coefficients(norm, peaks.amax(), peaks)])
     torch.testing.assert_close(scalars, expected)
     assert scalars[0] == 0.25

@@ -46,8 +46,6 @@ and a barrier would have to order its stores. Every sum runs in a fixed order: e
 equal bits on one kind of GPU.
 """
 
-# Jit functions have no Python return type.
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -59,7 +57,7 @@ from torch import Tensor
 
 from ... import plan
 from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine, machine_of
-from ...norm import Norm, coefficients, restrained
+from ...norm import Norm, restrained
 from ..common import Measured, Terms, product_wide
 from ..jit import (
     aligned,
@@ -69,6 +67,7 @@ from ..jit import (
     combine,
     dot,
     dot_precision,
+    gain_scalars,
     inverse_gain,
     load_scalars,
     padded,
@@ -415,8 +414,7 @@ def forward(
     if scalars is not None:
         if norm.eps_relative:
             scalars[0] = norm.eps * (measure("square").sum() / y0.numel()).sqrt()
-        peak = measure("peak").amax() if norm.needs_peak else None
-        scalars[1], scalars[2] = coefficients(norm, peak, scalars)
+        gain_scalars(measure("peak") if norm.needs_peak else scalars, scalars, norm)
     if important is not None:
         small = measure("count", edge=norm.edge).sum(dtype=torch.float64)
         factor = restrained(small, y0.numel(), important, norm)

@@ -31,11 +31,9 @@ Floors, with w bytes an entry of W and of the compute dtype each, and N·m, m·K
   Triton. At T = 8192 and 200 operations a byte D's bytes are a twentieth of gᵀx's time, so it pays
   only where Triton's product comes closer than that to cuBLAS. Not written.
 
-Deterministic: tile maxima, sums and counts are written to their own places; one program of
-``weight_scalars_kernel`` turns the maxima into slope and offset, torch adds the rest.
+Deterministic: tile maxima, sums and counts are written to their own places; one program turns the
+maxima into slope and offset, torch adds the rest.
 """
-
-# Jit functions have no Python return type; Triton wants plain if/else.
 
 from __future__ import annotations
 
@@ -56,6 +54,7 @@ from ..jit import (
     combine,
     dot,
     dot_precision,
+    gain_scalars,
     inverse_gain,
     load_scalars,
     padded,
@@ -142,28 +141,6 @@ def weight_stat_kernel(
         of_rows = tl.sum(tl.where((offs_k < K)[None, :], small, 0.0), 1)
         value = tl.sum(tl.where(offs_n < N, of_rows, 0.0))
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), value)
-
-
-@Kernel
-@triton.jit(do_not_specialize=["count"])
-def weight_scalars_kernel(
-    peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Slope and offset of the gain (see ``norm.coefficients``) after ε; one program."""
-    slope, offset = scale, 0.0
-    if FORM != "calibrated":
-        peak = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, count, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
-        peak = tl.max(peak)
-        if FORM == "paper":
-            slope = scale / tl.maximum(peak, 1e-30)
-            offset = -0.5 * scale
-        slope = tl.where(peak == 0.0, 0.0, slope)
-        offset = tl.where(peak == 0.0, float("-inf"), offset)
-    tl.store(scalars_ptr + 1, slope)
-    tl.store(scalars_ptr + 2, offset)
 
 
 @Kernel
@@ -350,10 +327,7 @@ def measure(tiles: Tiles, important: Tensor | None, norm: Norm) -> tuple[Tensor,
         else:
             square = _stat("square", tiles, scalars, norm).sum() / weight.numel()
             scalars[0] = norm.eps * square.sqrt()
-    peaks = _stat("peak", tiles, scalars, norm) if norm.needs_peak else scalars
-    weight_scalars_kernel[(1,)](
-        peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
-    )
+    gain_scalars(_stat("peak", tiles, scalars, norm) if norm.needs_peak else scalars, scalars, norm)
     if important is None:
         return scalars, None
     count = _stat("count", tiles, scalars, norm, norm.edge).sum(dtype=torch.float64)
