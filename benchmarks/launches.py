@@ -65,7 +65,7 @@ MOVED: dict[str, Moved] = {
 """By kernel and argument, the bytes of what is not each element once; by what a kernel takes."""
 
 PRODUCTS: dict[str, tuple[str, ...]] = {
-    "_add_product": ("T", "N", "M"),
+    "_add_product_kernel": ("T", "N", "M"),
     "_output_gradient_kernel": ("T", "N", "M"),
     "_project_fwd_kernel": ("N", "M", "M"),
     "_project_bwd_kernel": ("N", "M", "M"),

@@ -199,7 +199,7 @@ def rule(launch: Launch, case: Recorded) -> Rule:
         return Rule(constant("MEASURE"), constant("APPLY"))
     if kernel.startswith("_project"):
         return Rule(1, 1, None, constant("PRECISION") != "ieee")
-    if kernel in ("_output_gradient_kernel", "_add_product"):
+    if kernel in ("_output_gradient_kernel", "_add_product_kernel"):
         return Rule(1, 1, None, mma)
     if kernel.startswith("weight_"):
         narrow = None if case.transposed else 0

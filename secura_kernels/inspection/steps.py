@@ -62,8 +62,7 @@ def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
 
 def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
     t, n, k, m, s = shape
-    r, fused = plan.fused_weight(shape).items()
-    made, thin = dict([fused]), 2 * n * k * m
+    made, thin = plan.fused_weight(shape), 2 * n * k * m
     forward = projection(shape, s)
     if norm.needs_peak:
         forward["largest ρ"] = Cost(s * (n * k + m * (n + k)), thin)
@@ -72,8 +71,8 @@ def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, St
     of_chunk = plan.product(Shape(n // chunks, k, t, m, s))
     programs = -(-n // (chunks * plan.ROWS_OF_A_PROGRAM))
     parts = 4 * plan.splits(programs, plan.MOST_SPLITS, chip.processors) * n * m
-    backward = ({} if kept else made) | {"product": plan.product(shape)} | dict([r])
-    backward |= {
+    backward = ({} if kept else made) | {"product": plan.product(shape)}
+    backward |= plan.gathered_rows(shape) | {
         "gᵀx": Cost(chunks * of_chunk.bytes, 2 * t * n * k),
         "∂P": Cost(s * (2 * n * k + m * (n + chunks * k)) + parts, 2 * thin),
         "its sum": Cost(parts + 4 * n * m if parts > 4 * n * m else 0.0),

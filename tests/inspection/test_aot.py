@@ -67,7 +67,7 @@ def test_names_are_unique():
 def test_every_kernel_is_in_the_table():
     kernels = {launch.kernel.__name__ for _, launch, _ in launches(SM_90)}
     assert kernels == {
-        "_gather_kernel", "_add_product", "_output_gradient_kernel", "_add_columns_kernel",
+        "_gather_kernel", "_add_product_kernel", "_output_gradient_kernel", "_add_columns_kernel",
         "_channel_kernel", "_project_fwd_kernel", "_project_bwd_kernel",
         "activation_fwd_kernel", "activation_bwd_kernel", "weight_fwd_kernel",
         "weight_bwd_kernel", "weight_stat_kernel", "_gain_scalars_kernel",
@@ -103,7 +103,7 @@ def test_recording_leaves_nothing_behind():
         layer.output("triton")
         assert assumed() == SM_90.machine and _active_driver() is not before
     assert [launch.kernel.__name__ for launch in found] == [
-        "_project_fwd_kernel", "_gather_kernel", "_add_product"
+        "_project_fwd_kernel", "_gather_kernel", "_add_product_kernel"
     ]  # fmt: skip
     with pytest.raises(ZeroDivisionError), record(SM_90):
         raise ZeroDivisionError

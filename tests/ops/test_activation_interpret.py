@@ -125,7 +125,7 @@ def test_strides_expanded_gradients_and_inputs_left_as_they_were(combine, save):
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_a_row_named_twice_far_apart(combine):
-    """By two programs: averaged, they add to ∂y0 in place, where each could read the other's sum."""
+    """By two programs: averaged, both add to ∂y0 in place, where one could read the other's sum."""
     options = NormOptions("activation", "calibrated", combine)
     example = case_of((20, 90, 3, 80), options, given=True).draw()
     rows = example.layer.rows.clone()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from secura_kernels import NormOptions, plan
 from secura_kernels.ops.lowrank import triton as kernels
 from secura_kernels.ops.lowrank.op import MAX_RANK, lowrank, lowrank_backward
+from secura_kernels.ops.weight.op import merged_weight
 
 from .rule import SHAPES, case_of, check, check_example
 
@@ -163,15 +164,20 @@ def test_product_works_in_place():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", [0, 1, 2])
-def test_a_rebuilt_weight_on_every_layout(how):
-    weight, q, rows = torch.randn(70, 12), torch.randn(70, 5), torch.randperm(70)[:5]
-    for share in (None, torch.randn(70)):
-        given = strided(weight, how)
-        fused = kernels.rebuilt_weight(given, kernels.padded_r(given, rows), q, share)
-        assert fused.is_contiguous() == (how == 0)
-        scaled = weight if share is None else weight * share[:, None]
-        torch.testing.assert_close(fused, scaled + q @ weight[rows])
+def test_the_weight_of_a_layer_on_every_layout(how, dtype, impl):
+    """W' as the layer multiplies by it: Q in W's own dtype."""
+    *_, rows, share, _, _ = draw(5, 70, 5)
+    weight, q = (torch.randn(70, size).to(dtype) for size in (12, 5))
+    given = strided(weight, how)
+    for of_rows in (None, share):
+        fused = merged_weight(given, rows, q, of_rows, dtype, None, impl)
+        assert fused.stride() == torch.empty_like(given).stride()
+        scaled = weight.float() if of_rows is None else weight * of_rows[:, None]
+        exact = scaled + q.float() @ weight[rows].float()
+        assert (fused - exact).norm() <= (5e-7 if dtype == torch.float32 else 4e-3) * exact.norm()
 
 
 def test_same_bits_twice():

@@ -107,10 +107,9 @@ def lowrank(
     if weight is None:
         y0, inside = x, bias
     elif takes_weight(x, q, z_scale, keep, impl):
-        r = kernels.padded_r(weight, rows)
-        fused = kernels.rebuilt_weight(weight, r, q, share)
+        fused = merged_weight.body(weight, rows, q, share, x.dtype, None, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-        return out, x @ r[: len(rows)].t(), fused if keep else absent(x)
+        return out, x @ weight.index_select(0, rows).t(), fused if keep else absent(x)
     else:
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
@@ -194,11 +193,7 @@ def _input_gradient(
     if way == "h":
         h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
         return added(total, h, weight.index_select(0, rows)).addmm_(g, weight)
-    if kernels := _kernels(impl, g):
-        fused = kernels.rebuilt_weight(weight, kernels.padded_r(weight, rows), q, share)
-        return added(total, g, fused)
-    fused = weight if share is None else (weight * share[:, None]).to(weight.dtype)
-    return added(total, g, torch.addmm(fused, q, weight.index_select(0, rows)))
+    return added(total, g, merged_weight.body(weight, rows, q, share, g.dtype, None, impl))
 
 
 def _output_gradient(

@@ -2,7 +2,6 @@
 
     z    = (y[:, rows] − b[rows]) · z_scale                          _gather_kernel
     out  = share · (y − b) + b + δb + z Qᵀ   (or without the − b)    _add_product_kernel
-    W'   = share · W + Q R                                           _rebuild_kernel
     dy   = share · g,  h = (g Q) · z_scale                           _output_gradient_kernel
     dy[:, rows] += h                                                 _add_columns_kernel
 
@@ -13,10 +12,9 @@
 | Q            | [N, m] | y's            | | the same                                    |
 | share, b, δb | [N]    | any            | | fp32                                        |
 
-Sums run in fp32 in a fixed order: no atomics, the same bits each time. ``_rebuild_kernel`` is
-``_add_product_kernel`` on W transposed (y = Wᵀ, z = Rᵀ, strides swapped), compiled for the sizes of
-W; the other's T is a number of tokens, for which nothing is compiled anew. Rows that y does not
-have read as 0 and are not written. What is saved and what rebuilt: :mod:`.op`.
+Sums run in fp32 in a fixed order: no atomics, the same bits each time. T is a number of tokens, for
+which nothing is compiled anew. Rows that y does not have read as 0 and are not written. What is
+saved and what rebuilt: :mod:`.op`.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ from ..jit import (
     dot,
     dot_precision,
     padded,
-    padded_rows,
     span,
     unit_stride,
 )
@@ -103,7 +100,9 @@ def _gather_kernel(
     tl.store(out, cast(z, z_ptr.dtype.element_ty), mask=mask)
 
 
-def _add_product(
+@Kernel
+@triton.jit(do_not_specialize=["T"])
+def _add_product_kernel(
     y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
     T, N, M, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
     HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DELTA: tl.constexpr,
@@ -140,10 +139,6 @@ def _add_product(
         acc += tl.load(delta_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     out_block = out_ptr + offs_t[:, None] * stride_ot + offs_n[None, :] * stride_on
     tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
-
-
-_add_product_kernel = Kernel(triton.jit(do_not_specialize=["T"])(_add_product))
-_rebuild_kernel = Kernel(triton.jit(_add_product))
 
 
 @Kernel
@@ -271,54 +266,26 @@ def add_product(
     """
     if bias_inside and share is None:
         bias = None
-    if out is y and share is None and bias is None and delta_bias is None:
-        return y.addmm_(_as_wide_as(z, q := padded(q)), q.t())
-    _launch_product(_add_product_kernel, y, z, q, (share, bias, delta_bias), bias_inside, out)
-    return out
-
-
-_HAS = ("HAS_SHARE", "HAS_BIAS", "HAS_DELTA")
-
-
-def _as_wide_as(z: Tensor, q: Tensor) -> Tensor:
-    return z if z.shape[1] == q.shape[1] else padded(z)
-
-
-def _launch_product(
-    kernel: Kernel,
-    y: Tensor,
-    z: Tensor,
-    q: Tensor,
-    vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bias_inside: bool,
-    out: Tensor,
-) -> None:
+    if out.numel() == 0:
+        return out
     q = padded(q)
     (t, n), m = y.shape, q.shape[1]
-    z = _as_wide_as(z, q)
+    z = z if z.shape[1] == m else padded(z)
+    if out is y and share is None and bias is None and delta_bias is None:
+        return y.addmm_(z, q.t())
     blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
-    if out.numel() == 0:
-        return
-    grid = (cdiv(t, blocks.t) * cdiv(n, blocks.n),)
-    has = {name: vector is not None for name, vector in zip(_HAS, vectors, strict=True)}
-    flags = has | {"BIAS_INSIDE": bias_inside, "PRECISION": dot_precision(y.dtype)}
-    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": block_of(m, 16, blocks.m)}
+    tensors = (y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out)
     sizes = (t, n, m, *_strides(y), *_strides(z), m, *_strides(out))
-    kernel[grid](y, z, q, *map(_vector, vectors), out, *sizes, **flags, **tile, **_warps(blocks))
-
-
-def padded_r(weight: Tensor, rows: Tensor) -> Tensor:
-    """R, with rows behind it up to a multiple of 16: ``[m or more, K]``."""
-    return weight.index_select(0, padded_rows(rows))
-
-
-def rebuilt_weight(weight: Tensor, r: Tensor, q: Tensor, share: Tensor | None) -> Tensor:
-    """``W' = share · W + Q R  [N, K]``, laid out as W; R of :func:`padded_r`."""
-    row_major = weight.stride(1) == 1 and weight.stride(0) != 1
-    like = weight if row_major else weight.t()
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    out = out if row_major else out.t()
-    _launch_product(_rebuild_kernel, weight.t(), r.t(), q, (share, None, None), False, out.t())
+    flags = {
+        "HAS_SHARE": share is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_DELTA": delta_bias is not None,
+        "BIAS_INSIDE": bias_inside,
+        "PRECISION": dot_precision(y.dtype),
+    }
+    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": block_of(m, 16, blocks.m)}
+    grid = (cdiv(t, blocks.t) * cdiv(n, blocks.n),)
+    _add_product_kernel[grid](*tensors, *sizes, **flags, **tile, **_warps(blocks))
     return out
 
 
@@ -374,4 +341,4 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-__all__ = ["add_columns", "add_product", "gather", "output_gradient", "padded_r", "rebuilt_weight"]
+__all__ = ["add_columns", "add_product", "gather", "output_gradient"]

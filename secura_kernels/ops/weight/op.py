@@ -24,10 +24,10 @@ elementwise over chunks of rows of at most ``WORKSPACE_MIB``, on a CPU of what i
 (``CACHE_MIB``).
 
 :func:`normed_weight` and :func:`merged_weight` are what a merge writes, of this space and of the
-additive ones. One pass over W: products in fp32, one rounding to W's dtype at the end. bf16 keeps
-8 bits, so where |ΔW| is under 1/512 of |W| rounding to nearest drops it; stochastic rounding keeps
-it in the mean. For W in 16 bits triton multiplies in TF32 on sm_100 even so: an error of 2⁻¹¹ of
-ΔW.
+additive ones, whose layers go through the second too. One pass over W: a merge's products in fp32,
+one rounding to W's dtype at the end. bf16 keeps 8 bits, so where |ΔW| is under 1/512 of |W|
+rounding to nearest drops it; stochastic rounding keeps it in the mean. For W in 16 bits triton
+multiplies in TF32 on sm_100 even so: an error of 2⁻¹¹ of ΔW.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, op, supported, wide
+from ...dispatch import absent, as_dtype, op, supported, wide
 from ...norm import Norm, unpack
 from ...shared import added
 from ..common import (
@@ -228,15 +228,23 @@ def merged_weight(
     seed: int | None,
     impl: str | None,
 ) -> Tensor:
-    """``share · W + Q R`` in ``dtype`` and W's layout, rounded from ``seed`` or to nearest."""
+    """``share · W + Q R`` in ``dtype`` and W's layout, rounded from ``seed`` or to nearest.
+
+    Q and R are multiplied in Q's dtype, in plain torch in W's where that is wider.
+    """
     if supported(impl, w, absent(w, dtype)) == "triton":
         kernels = _kernels()
-        tiles = kernels.Tiles.whole(w, rows, q, None, torch.float32)
+        multiplied = torch.float32 if q.dtype == torch.float64 else q.dtype
+        tiles = kernels.Tiles.whole(w, rows, q, None, multiplied)
         return kernels.fused_weight(tiles, None, share, None, dtype, seed)
-    compute = torch.promote_types(wide(w.dtype), q.dtype)
-    base = w.to(compute) if share is None else w.to(compute) * share[:, None]
-    out = torch.addmm(base, q.to(compute), w.index_select(0, rows).to(compute))
+    compute = torch.promote_types(w.dtype, q.dtype)
+    base = as_dtype(w, compute)
+    if share is not None:
+        base = as_dtype(base * share[:, None], compute)
+    out = torch.addmm(base, as_dtype(q, compute), as_dtype(w.index_select(0, rows), compute))
     fused = torch.empty_like(w, dtype=dtype)
+    if seed is None and out.dtype == dtype and out.stride() == fused.stride():
+        return out
     return fused.copy_(out if seed is None else round_stochastically(out, seed))
 
 
