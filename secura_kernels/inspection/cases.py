@@ -196,7 +196,8 @@ def rule(launch: Launch, case: Recorded) -> Rule:
         multiplies = constant("HAS_H") or constant("y0_ptr", 0) is not None
         return Rule(1, 1, 0, mma and multiplies)
     if kernel == "_channel_kernel":
-        return Rule(constant("MEASURE"), constant("APPLY"))
+        measures, applies = (constant(name, 0) is not None for name in ("gram_ptr", "q_ptr"))
+        return Rule(measures, applies)
     if kernel.startswith("_project"):
         return Rule(1, 1, None, constant("PRECISION") != "ieee")
     if kernel in ("_output_gradient_kernel", "_add_product_kernel"):

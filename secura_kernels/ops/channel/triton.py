@@ -39,14 +39,13 @@ def _channel_kernel(
     p_ptr, base_ptr, gram_ptr, base_norms_ptr, delta_norms_ptr, factor_ptr,
     eps, slope, offset, q_ptr, share_ptr, inverse_ptr,
     N, M, stride_pn, stride_bn,
-    MEASURE: tl.constexpr, APPLY: tl.constexpr, POINTERS: tl.constexpr,
-    SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    POINTERS: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """‖ΔW_i‖ where gram is given, else read; Q, share and f/M where Q is."""
     offs_n = span(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
-    if MEASURE:
+    if gram_ptr is not None:
         # Squares are of P over its row's largest entry and of R over its longest row: of P and R as
         # they are they overflow where ‖ΔW_i‖ itself is far from it.
         largest = tl.full((BLOCK_N,), TINY, dtype=tl.float32)
@@ -80,30 +79,30 @@ def _channel_kernel(
         squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
         delta = tl.sqrt(squares) * largest * tl.sqrt(longest)
         tl.store(delta_norms_ptr + offs_n, delta, mask=mask_n)
-    if APPLY:
+    if q_ptr is not None:
         if POINTERS:
             eps = tl.load(eps)
             slope = tl.load(slope)
             offset = tl.load(offset)
-        if not MEASURE:
+        if gram_ptr is None:
             delta = tl.load(delta_norms_ptr + offs_n, mask=mask_n, other=0.0)
         base = tl.load(base_norms_ptr + offs_n, mask=mask_n, other=1.0)
         inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
         share = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
-        if HAS_FACTOR:
+        if factor_ptr is not None:
             share = tl.load(factor_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
             inverse *= share
         if AVERAGED:
             share = 2.0 * inverse
         tl.store(inverse_ptr + offs_n, inverse, mask=mask_n)
-        if AVERAGED or HAS_FACTOR:
+        if share_ptr is not None:
             tl.store(share_ptr + offs_n, share, mask=mask_n)
         for start in range(0, M, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             mask = mask_n[:, None] & (offs_m < M)[None, :]
             p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
             q = tl.load(p_block, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
-            if HAS_BASE:
+            if base_ptr is not None:
                 base_block = base_ptr + offs_n[:, None] * stride_bn + offs_m[None, :]
                 q += share[:, None] * tl.load(base_block, mask=mask, other=0.0).to(tl.float32)
             q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
@@ -114,7 +113,7 @@ def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
     """``‖ΔW_i‖ [N]`` in fp32, from ``P [N, m]`` and ``gram = R Rᵀ [m, m]``."""
     out = p.new_empty(p.shape[0], dtype=torch.float32)
     tensors = (p, None, gram, None, out, None, 0.0, 0.0, 0.0, None, None, None)
-    _launch(tensors, MEASURE=True, APPLY=False, SIGMOID_WEIGHT=0.0, AVERAGED=False)
+    _launch(tensors, SIGMOID_WEIGHT=0.0, AVERAGED=False)
     return out
 
 
@@ -133,7 +132,7 @@ def channel_product(
 
     Args:
         p, p_base: ``[N, m]``.
-        gram: ``[m, m]``; not read where ``norms`` are given.
+        gram: ``[m, m]``, or None where ``norms`` are given.
         base_norms: ``‖W_base,i‖ [N]``.
         scalars: ``(ε, slope, offset)``, all numbers or all 0-dim tensors.
         norm: the norm.
@@ -147,8 +146,6 @@ def channel_product(
     found = torch.empty_like(inverse) if norms is None else norms
     _launch(
         (p, p_base, gram, base_norms, found, factor, *scalars, q, share, inverse),
-        MEASURE=norms is None,
-        APPLY=True,
         SIGMOID_WEIGHT=norm.sigmoid_weight,
         AVERAGED=norm.averaged,
     )
@@ -165,10 +162,8 @@ def _launch(arguments: tuple[Any, ...], **flags: Any) -> None:
     p_base = None if p_base is None else p_base.contiguous()
     gram, base_norms = (None if t is None else t.float().contiguous() for t in (gram, base_norms))
     factor = None if factor is None else factor.contiguous()
-    flags |= {"POINTERS": isinstance(eps, Tensor), "HAS_BASE": p_base is not None}
-    flags |= {"HAS_FACTOR": factor is not None, "PRECISION": PRECISION}
-    if machine_of(p).rocm:
-        flags["PRECISION"] = "ieee"
+    flags["POINTERS"] = isinstance(eps, Tensor)
+    flags["PRECISION"] = "ieee" if machine_of(p).rocm else PRECISION
     tile = {"BLOCK_N": BLOCK_N, "BLOCK_M": block_of(m, 16, BLOCK_M), "num_warps": NUM_WARPS}
     _channel_kernel[(cdiv(n, BLOCK_N),)](
         *(p, p_base, gram, base_norms, norms, factor, *rest),

@@ -79,7 +79,6 @@ _GATHER = Blocks(16, 0, 64, 8, 1)  # and its reverse, adding columns
 def _gather_kernel(
     y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
     T, N, M, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -91,9 +90,9 @@ def _gather_kernel(
     inside = mask_m & (rows >= 0) & (rows < N)
     y = y_ptr + offs_t[:, None] * stride_yt + rows[None, :] * stride_yn
     z = tl.load(y, mask=mask_t[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         z -= tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
+    if scale_ptr is not None:
         scale = scale_ptr + offs_t[:, None] * stride_st + offs_m[None, :] * stride_sm
         z *= tl.load(scale, mask=mask, other=0.0).to(tl.float32)
     out = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :]
@@ -105,7 +104,6 @@ def _gather_kernel(
 def _add_product_kernel(
     y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
     T, N, M, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
-    HAS_SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DELTA: tl.constexpr,
     BIAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -126,16 +124,16 @@ def _add_product_kernel(
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         acc = dot(z, tl.trans(q), acc, PRECISION)
     y = y.to(tl.float32)
-    if HAS_SHARE:
+    if share_ptr is not None:
         share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         y *= share[None, :]
     acc += y
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if BIAS_INSIDE:
             bias *= 1.0 - share
         acc += bias[None, :]
-    if HAS_DELTA:
+    if delta_ptr is not None:
         acc += tl.load(delta_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     out_block = out_ptr + offs_t[:, None] * stride_ot + offs_n[None, :] * stride_on
     tl.store(out_block, cast(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -146,7 +144,7 @@ def _add_product_kernel(
 def _output_gradient_kernel(
     g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
     T, N, M, width, stride_gt, stride_dt,
-    HAS_SHARE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dy of the ``width`` columns of the program's second index, and their part of h."""
@@ -165,13 +163,13 @@ def _output_gradient_kernel(
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         h = dot(g, q, h, PRECISION)
         dy = g
-        if HAS_SHARE:
+        if share_ptr is not None:
             share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
     place_h = offs_t[:, None] * M + offs_m[None, :]
     mask = mask_t[:, None] & mask_m[None, :]
-    if HAS_SCALE:
+    if scale_ptr is not None:
         h *= tl.load(scale_ptr + place_h, mask=mask, other=0.0).to(tl.float32)
     tl.store(h_ptr + part.to(tl.int64) * T * M + place_h, h, mask=mask)
 
@@ -181,7 +179,7 @@ def _output_gradient_kernel(
 def _add_columns_kernel(
     base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
     T, N, M, parts, stride_bt, stride_hp, stride_ht, stride_dt,
-    HAS_SHARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -192,7 +190,7 @@ def _add_columns_kernel(
     mask = (offs_t < T)[:, None] & mask_m[None, :]
     base = base_ptr + offs_t[:, None] * stride_bt + rows[None, :]
     base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SHARE:
+    if share_ptr is not None:
         base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
     # A row that is named twice has one column: it takes the sum of both, stored once.
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
@@ -234,9 +232,8 @@ def gather(y: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None)
     if z.numel():
         tensors = (y, _vector(bias), rows.contiguous(), z_scale, z)
         sizes = (t, y.shape[1], m, *_strides(y), *_strides(z_scale), m)
-        flags = {"HAS_BIAS": bias is not None, "HAS_SCALE": z_scale is not None}
         tile = {"BLOCK_T": blocks.t, "BLOCK_M": block_m, **_warps(blocks)}
-        _gather_kernel[grid](*tensors, *sizes, **flags, **tile)
+        _gather_kernel[grid](*tensors, *sizes, **tile)
     return z
 
 
@@ -276,13 +273,7 @@ def add_product(
     blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
     tensors = (y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out)
     sizes = (t, n, m, *_strides(y), *_strides(z), m, *_strides(out))
-    flags = {
-        "HAS_SHARE": share is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_DELTA": delta_bias is not None,
-        "BIAS_INSIDE": bias_inside,
-        "PRECISION": dot_precision(y.dtype),
-    }
+    flags = {"BIAS_INSIDE": bias_inside, "PRECISION": dot_precision(y.dtype)}
     tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": block_of(m, 16, blocks.m)}
     grid = (cdiv(t, blocks.t) * cdiv(n, blocks.n),)
     _add_product_kernel[grid](*tensors, *sizes, **flags, **tile, **_warps(blocks))
@@ -305,11 +296,9 @@ def output_gradient(
     h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
     tensors = (g, q_padded, _vector(share), z_scale, dy, h)
     sizes = (t, n, q_padded.shape[1], cdiv(blocks_n, parts) * blocks.n, g.stride(0), n)
-    flags = {"HAS_SHARE": share is not None, "HAS_SCALE": z_scale is not None}
     tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m, **_warps(blocks)}
-    _output_gradient_kernel[(programs, parts)](
-        *tensors, *sizes, **flags, **tile, PRECISION=dot_precision(g.dtype)
-    )
+    precision = dot_precision(g.dtype)
+    _output_gradient_kernel[(programs, parts)](*tensors, *sizes, **tile, PRECISION=precision)
     if m:
         add_columns(g, share, h, rows, dy)
     return dy
@@ -330,7 +319,7 @@ def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy:
     sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0))
     tile = {"BLOCK_T": _GATHER.t, "BLOCK_M": block_m, **_warps(_GATHER)}
     grid = (cdiv(t, _GATHER.t) * cdiv(m, block_m),)
-    _add_columns_kernel[grid](*tensors, *sizes, **tile, HAS_SHARE=share is not None)
+    _add_columns_kernel[grid](*tensors, *sizes, **tile)
 
 
 def _warps(blocks: Blocks) -> dict[str, int]:

@@ -59,20 +59,10 @@ def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk
 @Kernel
 @triton.jit
 def _project_fwd_kernel(
-    w_ptr,
-    cols_ptr,
-    u_ptr,
-    p_ptr,
-    N,
-    K,
-    M,
-    stride_wn,
-    stride_wk,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    w_ptr, cols_ptr, u_ptr, p_ptr, N, K, M, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-):
+):  # fmt: skip
     offs_n, offs_j = span(tl.program_id(0), BLOCK_N), span(tl.program_id(1), BLOCK_J)
     mask_j = offs_j < M
     acc = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
@@ -94,8 +84,8 @@ def _project_fwd_kernel(
 @triton.jit
 def _project_bwd_kernel(
     dp_ptr, scale_ptr, w_ptr, cols_ptr, partial_ptr, N, K, M, rows, stride_wn, stride_wk,
-    HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The sum over ``rows`` rows of W, as many as a split has."""
     split = tl.program_id(2).to(tl.int64)
@@ -105,7 +95,7 @@ def _project_bwd_kernel(
     for start in range(0, rows, BLOCK_N):
         offs_n = split * rows + start + tl.arange(0, BLOCK_N)
         c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
-        if HAS_SCALE:  # of C, whose tile is the smaller
+        if scale_ptr is not None:  # of C, whose tile is the smaller
             c *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
         dp = tl.load(
             dp_ptr + offs_n[:, None] * M + offs_j[None, :],
@@ -145,7 +135,6 @@ def backward(dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor 
     sizes = (n, weight.shape[1], m, rows, *weight.stride())
     _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
         *(dp, scale, weight, cols, partial, *sizes),
-        HAS_SCALE=scale is not None,
         **_options(weight, BACKWARD, block_j),
     )
     return partial.sum(0)

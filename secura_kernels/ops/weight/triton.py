@@ -73,7 +73,7 @@ def _base_and_delta(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
     N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
     offs_n, offs_k,
-    HAS_BASE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of base and of Δ ``[BLOCK_N, BLOCK_K]``, fp32, 0 outside W.
@@ -87,7 +87,7 @@ def _base_and_delta(
     for start in range(0, M, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        if GATHER:
+        if rows_ptr is not None:
             row = tl.load(rows_ptr + offs_m, mask_m, other=0).to(tl.int64)
             row = tl.minimum(tl.maximum(row, 0), N - 1)
         else:
@@ -100,7 +100,7 @@ def _base_and_delta(
         offs_p = offs_n[:, None] * M + offs_m[None, :]
         mask_p = mask_n[:, None] & mask_m[None, :]
         delta = dot(tl.load(p_ptr + offs_p, mask_p, other=0.0), r, delta, PRECISION)
-        if HAS_BASE:
+        if p_base_ptr is not None:
             base = dot(tl.load(p_base_ptr + offs_p, mask_p, other=0.0), r, base, PRECISION)
             if p_ptr.dtype.element_ty != tl.float32:
                 low = tl.load(p_base_ptr + stride_low + offs_p, mask_p, other=0.0)
@@ -119,7 +119,7 @@ def weight_stat_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, out_ptr,
     edge, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
     STAT: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr,
-    HAS_BASE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One number a tile: the largest ρ, the sum of base², or how many M ≤ ``edge``."""
@@ -127,7 +127,7 @@ def weight_stat_kernel(
     base, delta = _base_and_delta(
         w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
         N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
-        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+        PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
     )  # fmt: skip
     if STAT == "peak":  # beyond W's edge both are 0, and so is ρ
         value = tl.max(relative_change(base, delta, tl.load(scalars_ptr)))
@@ -148,29 +148,28 @@ def weight_stat_kernel(
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
     key, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
-    SIGMOID_WEIGHT: tl.constexpr, NORMED: tl.constexpr, AVERAGED: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr, GATHER: tl.constexpr,
-    STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W'. Without NORMED: ``factor · base + Δ``, what the additive spaces merge to."""
+    """One tile of W'. Without scalars: ``factor · base + Δ``, what the additive spaces merge to."""
     offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
     base, delta = _base_and_delta(
         w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
         N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
-        HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+        PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
     )  # fmt: skip
     mask_n = offs_n < N
-    if HAS_FACTOR:
+    if factor_ptr is not None:
         factor = tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
-    if NORMED:
+    if scalars_ptr is not None:
         eps, slope, offset = load_scalars(scalars_ptr)
         inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
         out = combine(base, delta, inverse, AVERAGED)
-        if HAS_FACTOR:
+        if factor_ptr is not None:
             out = out * factor
     else:
-        if HAS_FACTOR:
+        if factor_ptr is not None:
             base = base * factor
         out = base + delta
     if STOCHASTIC:
@@ -189,8 +188,7 @@ def weight_fwd_kernel(
 def weight_bwd_kernel(
     d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, dp_ptr,
     N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, columns, ranks, stride_part,
-    SIGMOID_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """``(D · f / M) Rᵀ`` over ``columns`` of D ``[N, K]``: the part of ∂P of the first index.
@@ -207,7 +205,7 @@ def weight_bwd_kernel(
         base, delta = _base_and_delta(
             w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
             N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
-            HAS_BASE, GATHER, PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
+            PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
         )  # fmt: skip
         inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
         mask_k = offs_k < K
@@ -220,7 +218,7 @@ def weight_bwd_kernel(
             other=0.0,
         )
         acc = dot(d, tl.trans(r), acc, PRECISION)
-    if HAS_FACTOR:
+    if factor_ptr is not None:
         acc *= tl.load(factor_ptr + offs_n, mask_n, other=0.0)[:, None]
     place = part.to(tl.int64) * stride_part + offs_n[:, None] * ranks + offs_j[None, :]
     tl.store(dp_ptr + place, acc, mask_n[:, None] & mask_j[None, :])
@@ -289,8 +287,6 @@ class Tiles:
         blocks = _blocks(dtype, aligned(k if weight.stride(1) == 1 else n), small)
         self.grid = (cdiv(k, blocks["BLOCK_K"]), cdiv(n, blocks["BLOCK_N"]))
         self.options = dict(
-            HAS_BASE=p_base is not None,
-            GATHER=rows is not None,
             PRECISION=dot_precision(dtype),
             BLOCK_M=block_of(p.shape[1], 16, 32 if dtype == torch.float32 else 64),
             **blocks,
@@ -363,9 +359,7 @@ def fused_weight(
         return out
     flags = {
         "SIGMOID_WEIGHT": 2.0 if norm is None else norm.sigmoid_weight,
-        "NORMED": norm is not None,
         "AVERAGED": norm is not None and norm.averaged,
-        "HAS_FACTOR": factor is not None,
         "STOCHASTIC": seed is not None,
     }
     sizes = (*tiles.sizes, *out.stride())
@@ -394,7 +388,6 @@ def grad_p(
         return torch.zeros(terms.p.shape, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
-    flags = {"SIGMOID_WEIGHT": norm.sigmoid_weight, "HAS_FACTOR": factor is not None}
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
     blocks = _product_blocks(x.dtype, aligned(k), wide, p_base is not None)
@@ -415,7 +408,7 @@ def grad_p(
         sizes = (*tiles.sizes, columns, wide, n * wide)
         weight_bwd_kernel[grid](
             *(d, *tiles.tensors, scalars, of_rows, dp[:, part], *sizes),
-            **flags,
+            SIGMOID_WEIGHT=norm.sigmoid_weight,
             **tiles.options | blocks,
         )
     whole = dp[0] if parts == 1 else dp.sum(0)
