@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,89 +25,72 @@ EVERY = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 SOME = ("sm_80", "sm_90")
 
 
+PLAIN = Case(NormOptions(), torch.bfloat16, 128, 8192, 4096, 4096, biased=False, trains_bias=False)
+FULL: dict[str, Any] = {
+    "folded": "base",
+    "dropout": True,
+    "restrained": True,
+    "biased": True,
+    "trains_bias": True,
+}
+"""Something is folded, dropped and restrained, and biases are there and trained."""
+ODD: dict[str, Any] = {"t": 8191, "n": 4099, "k": 4091, "m": 100}
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One layer, forward and backward, or its merge.
 
     Attributes:
-        options: the norm.
-        dtype: of x and W.
-        m: the rank.
-        t: tokens.
-        n, k: W's shape.
-        full: whether something is folded, dropped and restrained, and biases are there and trained.
-        given: whether y0 is given rather than x.
-        save: ``activation``'s ``save``.
-        transposed: whether W's rows are strided.
+        case: the layer.
         merge: the merge of the layer instead of the layer.
-        stochastic: whether W' is rounded stochastically.
         columns: whether C is kept beside W.
         targets: names of the chips it is compiled for.
     """
 
-    options: NormOptions
-    dtype: torch.dtype = torch.bfloat16
-    m: int = 128
-    t: int = 8192
-    n: int = 4096
-    k: int = 4096
-    full: bool = False
-    given: bool = False
-    save: str = "recompute"
-    transposed: bool = False
+    case: Case
     merge: bool = False
-    stochastic: bool = False
     columns: bool = False
     targets: tuple[str, ...] = EVERY
 
     @property
     def aligned(self) -> bool:
         """Whether rows of W (Wᵀ, if transposed) and of outputs begin at multiples of 16 bytes."""
-        return not (self.n % 16 or self.k % 16)
+        return not (self.case.n % 16 or self.case.k % 16)
 
     @property
     def name(self) -> str:
         """What tells the case from the others."""
-        default = Recorded(self.options)
-        options = [str(part) for part in self.options[:3] if part is not None]
-        options += ["relative ε"] * self.options.eps_relative
+        case = self.case
+        options = [str(part) for part in case.options[:3] if part is not None]
+        options += ["relative ε"] * case.options.eps_relative
         sizes = [
-            f"{size}={getattr(self, size)}"
+            f"{size}={getattr(case, size)}"
             for size in "tnkm"
-            if getattr(self, size) != getattr(default, size)
+            if getattr(case, size) != getattr(PLAIN, size)
         ]
-        names = ("full", "given", "transposed", "merge", "stochastic", "columns")
-        flags = [flag for flag in names if getattr(self, flag)]
-        flags += ["8bit"] * (self.save == "8bit")
-        dtype = str(self.dtype).removeprefix("torch.")
-        return " ".join([*options, dtype, *sizes, *flags])
+        flags = {
+            "full": case.folded,
+            "given": case.given,
+            "transposed": case.transposed,
+            "merge": self.merge,
+            "stochastic": case.rounding_seed is not None,
+            "columns": self.columns,
+            "8bit": case.save == "8bit",
+        }
+        dtype = str(case.dtype).removeprefix("torch.")
+        return " ".join([*options, dtype, *sizes, *(flag for flag, on in flags.items() if on)])
 
     def run(self) -> None:
         """The layer forward and backward, or its merge; and P as wide as a merge takes it."""
-        full = self.full
-        example = Case(
-            self.options,
-            self.dtype,
-            self.m,
-            self.t,
-            self.n,
-            self.k,
-            folded="base" if full else "",
-            dropout=full and not self.stochastic,
-            restrained=full,
-            biased=full,
-            trains_bias=full,
-            given=self.given,
-            save=self.save,
-            transposed=self.transposed,
-            rounding_seed=0 if self.stochastic else None,
-        ).draw("meta")
+        case = self.case
+        example = case.draw("meta")
         layer, a = example.layer, example.a
         assert layer.weight is not None
         if self.columns:
-            layer = layer._replace(columns=layer.weight.new_empty(self.n, self.m))
+            layer = layer._replace(columns=layer.weight.new_empty(case.n, case.m))
             example = example._replace(layer=layer)
-        for dtype in (torch.float32, self.dtype):
+        for dtype in (torch.float32, case.dtype):
             project(layer.weight, layer.cols, a, dtype, "triton")
         if self.merge:
             effective_weight(layer, a, impl="triton")
@@ -116,43 +100,48 @@ class Recorded:
 
 def _cases() -> Iterator[Recorded]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    none, channel, weight, activation = (
-        Recorded(NormOptions(norm)) for norm in ("none", "channel", "weight", "activation")
-    )
-    for plain in (none, channel, weight, activation):
-        full = replace(plain, full=True)
-        odd = replace(full, t=8191, n=4099, k=4091, m=100)
-        yield from (plain, full, replace(full, dtype=fp32), odd)
-        yield replace(odd, dtype=fp32, targets=SOME)
-        yield replace(odd, m=33, targets=SOME)
+
+    def one(options: NormOptions, of: dict[str, Any] | None = None, **changes: Any) -> Case:
+        return replace(PLAIN, options=options, **(of or {}) | changes)
+
+    norms = [NormOptions(norm) for norm in ("none", "channel", "weight", "activation")]
+    none, channel, weight, activation = norms
+    for norm in norms:
+        yield Recorded(one(norm))
+        yield Recorded(one(norm, FULL))
+        yield Recorded(one(norm, FULL, dtype=fp32))
+        yield Recorded(one(norm, FULL | ODD))
+        yield Recorded(one(norm, FULL | ODD, dtype=fp32), targets=SOME)
+        yield Recorded(one(norm, FULL | ODD, m=33), targets=SOME)
     for m in (64, 128, 256, 512):
         for dtype in (bf16, fp32):
-            yield replace(none, m=m, dtype=dtype, full=True, given=True)
-    for few in (none, channel, weight, activation):
-        yield from (replace(few, t=64), replace(few, t=1, targets=SOME))
-        yield replace(few, m=150, full=True, targets=SOME)  # the released code's rank
-    kept = replace(channel, columns=True, t=512)
-    yield from (kept, replace(kept, full=True, dtype=fp32), replace(kept, full=True, m=100))
-    yield replace(channel, options=NormOptions("channel", "paper", "averaged"), full=True)
-    yield replace(weight, options=NormOptions("weight", "calibrated", "averaged"))
-    yield replace(weight, dtype=fp16, full=True)
-    yield replace(weight, full=True, transposed=True)
+            yield Recorded(one(none, FULL, m=m, dtype=dtype, given=True))
+    for norm in norms:
+        yield Recorded(one(norm, t=64))
+        yield Recorded(one(norm, t=1), targets=SOME)
+        yield Recorded(one(norm, FULL, m=150), targets=SOME)  # the released code's rank
+    yield Recorded(one(channel, t=512), columns=True)
+    yield Recorded(one(channel, FULL, t=512, dtype=fp32), columns=True)
+    yield Recorded(one(channel, FULL, t=512, m=100), columns=True)
+    yield Recorded(one(NormOptions("channel", "paper", "averaged"), FULL))
+    yield Recorded(one(NormOptions("weight", "calibrated", "averaged")))
+    yield Recorded(one(weight, FULL, dtype=fp16))
+    yield Recorded(one(weight, FULL, transposed=True))
     for norm in (channel, weight):
-        yield replace(norm, full=True, merge=True)
-    rounded = replace(channel, full=True, stochastic=True)
-    yield from (
-        replace(none, stochastic=True),
-        rounded,
-        replace(weight, full=True, stochastic=True),
-    )
-    yield replace(rounded, t=8191, n=4099, k=4091, m=100, transposed=True, targets=SOME)
-    yield replace(activation, options=NormOptions("activation", "paper"))
-    yield replace(activation, options=NormOptions("activation", eps_relative=True), full=True)
+        yield Recorded(one(norm, FULL), merge=True)
+    rounded = FULL | {"rounding_seed": 0, "dropout": False}
+    yield Recorded(one(none, rounding_seed=0))
+    yield Recorded(one(channel, rounded))
+    yield Recorded(one(weight, rounded))
+    yield Recorded(one(channel, rounded | ODD, transposed=True), targets=SOME)
+    yield Recorded(one(NormOptions("activation", "paper")))
+    yield Recorded(one(NormOptions("activation", eps_relative=True), FULL))
+    averaged = NormOptions("activation", combine="averaged")
     for save in ("recompute", "8bit"):
-        saved = replace(activation, save=save)
-        yield from (saved, replace(saved, n=14336), replace(saved, m=512, full=True))
-        averaged = NormOptions("activation", combine="averaged")
-        yield replace(saved, options=averaged, full=True, given=True)
+        yield Recorded(one(activation, save=save))
+        yield Recorded(one(activation, save=save, n=14336))
+        yield Recorded(one(activation, FULL, save=save, m=512))
+        yield Recorded(one(averaged, FULL, save=save, given=True))
 
 
 CASES = tuple(dict.fromkeys(_cases()))
@@ -183,10 +172,10 @@ def problems(case: Recorded, target: Target) -> dict[str, list[str]]:
 _inspect = functools.cache(inspect_launch)
 
 
-def rule(launch: Launch, case: Recorded) -> Rule:
+def rule(launch: Launch, of: Recorded) -> Rule:
     """What is asked of a launch's code: of one whose rows are not aligned no more than no spill."""
     unpadded = launch.kernel.__name__.startswith(("_channel", "_project"))
-    if not case.aligned or (unpadded and case.m % 16):
+    if not of.aligned or (unpadded and of.case.m % 16):
         return Rule()
     constant, kernel = launch.constant, launch.kernel.__name__
     mma = constant("PRECISION") == "tf32"
@@ -203,7 +192,7 @@ def rule(launch: Launch, case: Recorded) -> Rule:
     if kernel in ("_output_gradient_kernel", "_add_product_kernel"):
         return Rule(1, 1, None, mma)
     if kernel.startswith("weight_"):
-        narrow = None if case.transposed else 0
+        narrow = None if of.case.transposed else 0
         return Rule(1, kernel != "weight_stat_kernel", narrow, mma)
     return Rule()
 

@@ -10,7 +10,6 @@ stores and matrix instructions from PTX or the assembly. Which launches: :mod:`.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from ..dispatch import interpreting
 from ..gpu import Machine, assume
 
 
@@ -98,7 +98,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: under ``TRITON_INTERPRET=1``, where kernels are not compiled.
     """
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled")
     launches: dict[str, Launch] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -17,7 +18,7 @@ from secura_kernels.inspection.table import COLUMNS, kernel_reports, kernel_tabl
 pytest.importorskip("triton")
 from triton import knobs
 
-from secura_kernels.inspection.cases import CASES, Recorded, launches, problems
+from secura_kernels.inspection.cases import CASES, FULL, PLAIN, Recorded, launches, problems
 from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import (
     TARGETS,
@@ -83,7 +84,9 @@ def test_other_numbers_of_tokens_start_the_same_code(norm, given):
     keys = []
     for t in (8192, 8191, 8184):
         with record(SM_90) as found:
-            Recorded(NormOptions(norm), t=t, given=given, full=given).run()
+            full = FULL if given else {}
+            case = replace(PLAIN, options=NormOptions(norm), t=t, given=given, **full)
+            Recorded(case).run()
         keys.append({launch.key for launch in found})
     assert keys[0] == keys[1] == keys[2]
 
