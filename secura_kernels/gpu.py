@@ -28,11 +28,11 @@ class Machine(NamedTuple):
 
 H100 = Machine(227 * 1024, 132)
 LARGE_SHARED = 160 * 1024
-"""Bytes of shared memory that an A100 has and an RTX 4090 has not."""
+"""From here on (an A100, not an RTX 4090) programs take tall tiles, and a folded W's large one."""
 LARGEST_SHARED = 224 * 1024
-"""That an H100 has and an A100 has not."""
+"""From here on (an H100, not an A100) ``activation``'s backward takes wide tiles of y0 as well."""
 SMALL_SHARED = 64 * 1024
-"""That an MI300 has."""
+"""Up to here (an MI300) small tiles of ``activation`` have half as many warps."""
 
 _assumed: ContextVar[Machine | None] = ContextVar("assumed", default=None)
 
