@@ -46,7 +46,7 @@ from .norm import pack
 from .ops import flops
 from .ops.activation import op as activation
 from .ops.channel import op as channel
-from .ops.common import Call, Step, cast, rounding_seed
+from .ops.common import Call, Step, rounding_seed
 from .ops.lowrank import op as lowrank
 from .ops.project import op as project
 from .ops.weight import op as weight
@@ -346,7 +346,7 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
         if scaling != 1:
             du = du.mul_(scaling)
         if a.dtype != dtype or (b is not None and b.dtype != dtype):
-            a, b = as_dtype(a, dtype), cast(b, dtype)
+            a, b = as_dtype(a, dtype), as_dtype(b, dtype)
         if needs[1]:
             da = du if b is None else du @ b.t()
         if needs[2]:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .dispatch import wide
+
 SELECTIONS = ("least_norm", "inverse_sampling")
 INITS = ("svd", "kaiming", "orthogonal", "identity")
 
@@ -66,7 +68,7 @@ def check_fits(r: int, n: int, k: int) -> None:
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Squared L2 norms of the rows ``[N]`` and columns ``[K]`` of a weight, fp32 or wider."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = wide(weight.dtype)
     rows = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
     cols = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
     for part in weight.split(_CHUNK_ROWS):

@@ -9,12 +9,14 @@ cannot run is then an error with the reason. The environment variable ``SECURA_I
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,15 +89,26 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     return "reference"
 
 
-def supported(impl: str | None, first: Tensor, second: Tensor) -> str:
-    """:func:`resolve` of two tensors: Triton where it can take both."""
-    if impl == "reference":
-        return impl
+def supported(impl: str | None, first: Tensor, *others: Tensor) -> str:
+    """:func:`resolve` of several tensors: Triton where it can take all of them."""
     found = resolve(impl, first)
-    if second.dtype == first.dtype and second.device == first.device:
-        return found
-    other = resolve(impl, second)
-    return found if found == other else "reference"
+    for other in others:
+        same = other.dtype == first.dtype and other.device == first.device
+        if not same and resolve(impl, other) != found:
+            return "reference"
+    return found
+
+
+def kernels(package: str, impl: str | None, *tensors: Tensor) -> ModuleType | None:
+    """The kernels of an op's package, its module ``triton``, where they take ``tensors``."""
+    if impl == "reference" or supported(impl, *tensors) != "triton":
+        return None
+    return _kernels(package)
+
+
+@functools.cache
+def _kernels(package: str) -> ModuleType:
+    return importlib.import_module(".triton", package)
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -193,9 +206,12 @@ def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype)
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``; torch takes 3 µs to find out that there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+
+def as_dtype(tensor: Maybe, dtype: torch.dtype) -> Maybe:
+    """``tensor`` in ``dtype``, or None; torch takes 3 µs to find out that nothing is to do."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -220,6 +236,7 @@ __all__ = [
     "interpreting",
     "is_alone",
     "is_watched",
+    "kernels",
     "op",
     "resolve",
     "supported",

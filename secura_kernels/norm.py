@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import wide
+
 NORMS = ("none", "weight", "activation", "channel")
 FORMS = ("paper", "released", "calibrated")
 COMBINES = ("averaged", "gated")
@@ -46,7 +48,7 @@ class NormOptions(NamedTuple):
     Attributes:
         norm: the space, one of ``NORMS``.
         form: one of ``FORMS``, or None for the space's default.
-        combine: one of ``COMBINES``, or None for the space's default.
+        combine: one of ``COMBINES``, or None for ``"gated"``.
         scale: k.
         eps: ε.
         eps_relative: whether ε is a multiple of the root mean square of the base.
@@ -186,7 +188,7 @@ def unpack(text: str) -> Norm:
 
 def effective_eps(base: Tensor, norm: Norm) -> Tensor:
     """ε as a 0-dim tensor: ``eps``, or ``eps`` times the root mean square of ``base``."""
-    dtype = torch.promote_types(base.dtype, torch.float32)
+    dtype = wide(base.dtype)
     if not norm.eps_relative or base.numel() == 0:
         return torch.full((), norm.eps, dtype=dtype, device=base.device)
     return norm.eps * torch.linalg.vector_norm(base, dtype=dtype) / math.sqrt(base.numel())
@@ -210,7 +212,7 @@ def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor,
         peak: the largest ρ, 0-dim; needed by every form but ``calibrated``.
         like: gives the device and the dtype.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = wide(like.dtype)
     slope = torch.full((), norm.scale, dtype=dtype, device=like.device)
     start = -norm.scale / 2 if norm.form == "paper" else 0.0
     offset = torch.full((), start, dtype=dtype, device=like.device)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .dispatch import as_dtype
 from .plan import checkpoints
 
 
@@ -93,7 +94,7 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
     """
     leaf = x.is_leaf  # which its own graph would keep alive, were it to keep the entrance
     if leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _selects():
-        return (x if x.dtype == dtype else x.to(dtype)), None
+        return as_dtype(x, dtype), None
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     key = (dtype, x._version, x.untyped_storage()._cdata, stream)
     found = _ENTERED.get(x)

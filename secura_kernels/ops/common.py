@@ -119,23 +119,10 @@ class Measured(NamedTuple):
     factor: Tensor
 
 
-def measured(like: Tensor, scalars: Tensor | None, factor: Tensor | None) -> Measured:
-    """:class:`Measured`, with empty tensors for None."""
-    return Measured(
-        absent(like, wide(like.dtype)) if scalars is None else scalars,
-        absent(like, torch.float32) if factor is None else factor,
-    )
-
-
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``tensor`` in ``dtype``, or None."""
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
 def frozen(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """``(W [N, K], b [N])`` of a layer in ``dtype``, W None where y0 is given, b where none is."""
     weight = None if call.given else call.layer.weight
-    return cast(weight, dtype), cast(call.layer.bias, dtype)
+    return as_dtype(weight, dtype), as_dtype(call.layer.bias, dtype)
 
 
 def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -143,7 +130,7 @@ def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -
     if bias is None and delta is None:
         return None
     if bias is None or delta is None:
-        return cast(delta if bias is None else bias, dtype)
+        return as_dtype(delta if bias is None else bias, dtype)
     return (bias.to(wide(dtype)) + delta).to(dtype)
 
 
@@ -223,11 +210,9 @@ __all__ = [
     "Saved",
     "Step",
     "Terms",
-    "cast",
     "frozen",
     "gather",
     "gradients_fake",
-    "measured",
     "noise",
     "noise_key",
     "product_wide",

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
 from .._ops import ops
+from ..dispatch import resolve
 from ..norm import unpack
 from .activation.op import activation, activation_backward
 from .channel.op import channel
@@ -60,7 +61,8 @@ def _lowrank(
     (t, k), (n, m) = x.shape, q.shape
     if weight is None:
         return _product(t, n, m)
-    fused = seed is not None or takes_weight(x, q, beside[2], keep, impl)
+    on_gpu = resolve(impl, x) == "triton"
+    fused = seed is not None or (on_gpu and takes_weight(x, q, beside[2], keep))
     thin = _product(n, k, m) + _product(t, k, m) if fused else _product(t, n, m)
     return _product(t, n, k) + thin
 

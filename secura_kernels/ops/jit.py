@@ -10,8 +10,6 @@ Formulas: :mod:`secura_kernels.norm`.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -19,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from ..dispatch import interpreting
 from ..norm import Norm
 from .launch import Kernel
 
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRET = tl.constexpr(interpreting())
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there

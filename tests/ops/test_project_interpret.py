@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secura_kernels.ops.project import triton as kernels
+from secura_kernels import plan
 from secura_kernels.ops.project.op import project, project_backward
 
 from .rule import check_project
@@ -33,7 +33,7 @@ def test_matches_fp64(shape, dtype, transposed):
 
 
 def test_splits_of_several_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_SPLITS", 2)
+    monkeypatch.setattr(plan, "MOST_ROW_SPLITS", 2)
     check_project(150, 40, 7, torch.bfloat16)
 
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, as_dtype, op, resolve, wide
+from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...norm import (
     Norm,
     base_share,
@@ -61,30 +61,14 @@ from ..common import (
     Saved,
     Step,
     Terms,
-    cast,
     frozen,
     gather,
     gradients_fake,
-    measured,
     product_wide,
 )
 from ..project.op import projections
 
 _LEVELS = 255
-
-
-def _kernels(impl: str | None, tensor: Tensor, rows: Tensor) -> Any:
-    """The Triton kernels where they take this call, or None; torch does where nothing is to do."""
-    if (
-        impl == "reference"
-        or resolve(impl, tensor) != "triton"
-        or not tensor.numel()
-        or not rows.numel()
-    ):
-        return None
-    from . import triton
-
-    return triton
 
 
 @op("activation")
@@ -117,17 +101,20 @@ def activation(
     """
     how, named = unpack(norm), Terms._make(terms)
     y0 = x if weight is None else F.linear(x, weight, bias)
-    if kernels := _kernels(impl, y0, rows):
-        z = kernels.gather(y0, bias, rows, None)
+    some = y0.numel() and rows.numel()
+    if some and (triton := kernels(__package__, impl, y0)):
+        z = triton.gather(y0, bias, rows, None)
         in_place = keep and weight is not None
-        found = kernels.forward(y0, z, named, how, important, keep, in_place)
+        found = triton.forward(y0, z, named, how, important, keep, in_place)
     else:
         z = gather(y0, bias, rows)
         found = _forward(y0.contiguous(), z, named, how, important, keep)
     out, kept, scalars, factor = found
     kept = absent(y0, torch.uint8) if kept is None else kept
     y0_kept = absent(y0) if keep or weight is None else y0
-    return out, z, y0_kept, kept, *measured(y0, scalars, factor)
+    scalars = absent(y0, wide(y0.dtype)) if scalars is None else scalars
+    factor = absent(y0, torch.float32) if factor is None else factor
+    return out, z, y0_kept, kept, scalars, factor
 
 
 @activation.register_fake
@@ -182,8 +169,9 @@ def activation_backward(
     """
     how = unpack(norm)
     h_alone = needs[0] and weight is not None and _adds_h(g, weight, rows, how)
-    kernels = _kernels(impl, g, rows)
-    run = _backward if kernels is None else kernels.backward
+    some = g.numel() and rows.numel()
+    triton = kernels(__package__, impl, g) if some else None
+    run = _backward if triton is None else triton.backward
     first, dp, dbias = run(
         g, saved, z, rows, Terms._make(terms), Measured._make(found), how, needs, h_alone
     )
@@ -217,7 +205,7 @@ def _base_and_delta(y0: Tensor, z: Tensor, terms: Terms) -> tuple[Tensor, Tensor
     p, p_base, delta_bias, z_scale = terms
     dtype, base = wide(y0.dtype), y0
     if y0.dtype != dtype:
-        base, z, p, p_base = y0.to(dtype), z.to(dtype), p.to(dtype), cast(p_base, dtype)
+        base, z, p, p_base = y0.to(dtype), z.to(dtype), p.to(dtype), as_dtype(p_base, dtype)
     if p_base is not None:
         base = torch.addmm(base, z, p_base.t())
     delta = (z if z_scale is None else z * z_scale) @ p.t()

@@ -19,14 +19,14 @@ Bytes from memory, in units of one [T, N] tensor of the compute dtype (64 MiB at
 bf16), what the base's own product reads of g or ∂y0 left out; κ = K / N; the thin tensors add m/N
 of a unit each, and reading z's scattered columns up to 32 m / (N itemsize):
 
-| what                                      | dΔ whole | in L2  | of which                         |
-|-------------------------------------------|----------|--------|----------------------------------|
-| forward                                   |          | 2      | + ½ with 8bit in 16-bit dtypes   |
-| `paper`, `released`; `restrain`; rel. ε   |          | + 1    | a read each, before the forward  |
-| backward, gated, ∂y0                      | 5        | 3      | reads g and y0, writes ∂y0       |
-| gated, h alone                            | 4 + 2κ   | 2 + 2κ | h R written, read in its place   |
-| averaged                                  | 4        | 3      | ∂P reads ∂y0's slice from L2     |
-| with 8bit, 16-bit dtypes                  | −½       | −½     | kept instead of y0               |
+| what                                      | units  | of which                                |
+|-------------------------------------------|--------|-----------------------------------------|
+| forward                                   | 2      | + ½ with 8bit in 16-bit dtypes          |
+| `paper`, `released`; `restrain`; rel. ε   | + 1    | a read each, before the forward         |
+| backward, gated, ∂y0                      | 5      | g and y0 read, dΔ twice, ∂y0 written    |
+| gated, h alone                            | 4 + 2κ | h R written and read in ∂y0's place     |
+| averaged                                  | 4      | ∂P reads ∂y0                            |
+| with 8bit, 16-bit dtypes                  | −½     | kept instead of y0                      |
 
 dΔ is needed by ∂P alone (averaged, it is half of dbase), and ∂P sums over tokens: so a launch
 writes a slice of dΔ's columns into a workspace of ``CHANGE_MIB``, cuBLAS makes the slice's rows
@@ -351,7 +351,7 @@ class Operands:
         same = p_base is None or (z_scale is None and self.chunks == 1)
         self.by_token = None if same else padded(z), padded(self.zd)
         self.by_column = padded(p), None if p_base is None else padded(p_base)
-        self.m = self.m_rows + -self.m_rows % 16
+        self.m = self.by_column[0].shape[1]
 
 
 def _cut(tile: Tile, operands: Operands, dtype: torch.dtype, norm: Norm) -> dict[str, Any]:
@@ -470,31 +470,26 @@ def backward(
     strides = g.stride(0), 0 if y0 is None else y0.stride(0), n, t * ops.m
     constants = _cut(tile, ops, g.dtype, norm) | {"HAS_H": in_registers}
 
-    def launch(tokens: slice, columns: slice) -> Any:
-        """The chunk's dΔ, or dbase where that is its double."""
-        width_t, width_n = tokens.stop - tokens.start, columns.stop - columns.start
+    for at, part in chunks:
+        width_t, width_n = at.stop - at.start, part.stop - part.start
         programs, blocks_n = cdiv(width_t, tile.block_t), cdiv(width_n, tile.block_n)
         ddelta = None if workspace is None else workspace[: width_t * width_n].view(width_t, -1)
-        dbase_part = _part(dbase, tokens, columns)
+        dbase_part = _part(dbase, at, part)
         sums = g.new_empty(programs, width_n, dtype=torch.float32) if needs[2] else None
         width = cdiv(blocks_n, split) * tile.block_n
         activation_bwd_kernel[(programs, split)](
-            *(_part(tensor, tokens, columns) for tensor in (g, y0, kept)),
-            *(_part(tensor, tokens) for tensor in by_token),
-            *(_part(tensor, columns) for tensor in by_column),
-            *(scalars, ddelta, dbase_part, _part(h, slice(None), tokens), sums),
-            *(width_t, width_n, ops.m, columns.start, width),
+            *(_part(tensor, at, part) for tensor in (g, y0, kept)),
+            *(_part(tensor, at) for tensor in by_token),
+            *(_part(tensor, part) for tensor in by_column),
+            *(scalars, ddelta, dbase_part, _part(h, slice(None), at), sums),
+            *(width_t, width_n, ops.m, part.start, width),
             *strides,
             *(known or (0.0, 0.0, 0.0)),
             **constants,
         )
         if dbias is not None and sums is not None:
-            dbias[columns] += sums.sum(0)
-        return dbase_part if halves else ddelta
-
-    share = 0.5 if halves else 1.0
-    for at, part in chunks:
-        change = launch(at, part)
+            dbias[part] += sums.sum(0)
+        change: Any = dbase_part if halves else ddelta  # dbase is dΔ doubled
         if dp is not None and at.start == 0:
             product_wide(change.t(), ops.zd[at], out=dp[part])
         elif dp is not None:
@@ -502,14 +497,14 @@ def backward(
         if h is not None and multiplies:
             own = product_wide(change, p)
             if halves:
-                own *= share
+                own *= 0.5
             if z_scale is not None:
                 own *= z_scale[at]
             if p_base is not None:
                 own += product_wide((g if dbase is None else dbase)[at], p_base)
             h[0, at, : ops.m_rows] = own
     if dp is not None and halves:
-        dp *= share
+        dp *= 0.5
     if h is None:
         return None, dp, dbias
     if dbase is None:

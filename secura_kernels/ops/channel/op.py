@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import absent, as_dtype, op, resolve, wide
+from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...norm import (
     base_share,
     coefficients,
@@ -65,12 +65,6 @@ def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
     return squares.clamp_min_(0).sqrt_().mul_(scale).squeeze(-1)
 
 
-def _kernels() -> Any:
-    from . import triton
-
-    return triton
-
-
 @op("channel")
 def channel(
     p: Tensor,
@@ -96,11 +90,11 @@ def channel(
     """
     how = unpack(norm)
     base_norms = as_dtype(base_norms, wide(p.dtype))
-    kernels = _kernels() if resolve(impl, p) == "triton" else None
-    if kernels is not None and important is None and (known := how.known):
-        return kernels.channel_product(p, p_base, gram, base_norms, known, how, dtype)
-    if kernels is not None:
-        norms = kernels.delta_norms(p, gram)
+    triton = kernels(__package__, impl, p)
+    if triton is not None and important is None and (known := how.known):
+        return triton.channel_product(p, p_base, gram, base_norms, known, how, dtype)
+    if triton is not None:
+        norms = triton.delta_norms(p, gram)
     else:
         norms = delta_norms(as_dtype(p, base_norms.dtype), as_dtype(gram, base_norms.dtype))
     epsilon: Tensor | float
@@ -114,13 +108,13 @@ def channel(
         rho = relative_change(base_norms, norms, epsilon)
         slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
     factor = None
-    if kernels is None or important is not None:
+    if triton is None or important is not None:
         m = gain(rho, slope, offset, how)
         factor = restrain_factor((m,), m.numel(), important, how)
-    if kernels is not None:
+    if triton is not None:
         scalars = (epsilon, slope, offset)
         of_rows = (norms, factor)
-        return kernels.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
+        return triton.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
     share = base_share(m, how)
     inverse = m.reciprocal()
     if factor is not None:
@@ -156,7 +150,8 @@ def product(
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     wide_u, dtype = step.u.dtype, step.x.dtype
-    wanted = dtype if rounding_seed(call.layer, dtype) is None else wide_u
+    seed = rounding_seed(call.layer, dtype)
+    wanted = dtype if seed is None else wide_u
     held = call.layer.held
     known = None if held is None else held.get(("Q", wanted))
     if known is None:
@@ -164,7 +159,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
         if held is not None:
             held.put(("Q", wanted), known)
     q, share, inverse = known
-    out, saved = lowrank.add(call, step, q, share)
+    out, saved = lowrank.add(call, step, q, share, seed)
     return out, (*saved, inverse)
 
 

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, as_dtype, op, resolve, wide
+from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...shared import added
 from ..common import (
     Call,
@@ -59,23 +59,12 @@ from ..weight.op import merged_weight
 MAX_RANK = 512
 
 
-def _kernels(impl: str | None, tensor: Tensor) -> Any:
-    """The Triton kernels where they take ``tensor``, or None."""
-    if impl == "reference" or resolve(impl, tensor) != "triton":
-        return None
-    from . import triton
-
-    return triton
-
-
-def takes_weight(
-    x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool, impl: str | None
-) -> bool:
-    """Whether the forward of flat ``x [T, K]`` goes through W': as the plan says, with kernels."""
+def takes_weight(x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool) -> bool:
+    """Whether the kernels' forward of flat ``x [T, K]`` goes through W', as the plan says."""
     (t, k), (n, m) = x.shape, q.shape
-    if z_scale is not None or not _kernels(impl, x):
-        return False
-    return plan.takes_weight(plan.Shape(t, n, k, m, x.element_size()), keep, plan.chip_of(x))
+    return z_scale is None and plan.takes_weight(
+        plan.Shape(t, n, k, m, x.element_size()), keep, plan.chip_of(x)
+    )
 
 
 @op("lowrank")
@@ -103,21 +92,21 @@ def lowrank(
         r = as_dtype(weight.index_select(0, rows), x.dtype)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
         return out, x @ r.t(), absent(x)
-    kernels = _kernels(impl, x)
+    triton = kernels(__package__, impl, x)
     if weight is None:
         y0, inside = x, bias
-    elif takes_weight(x, q, z_scale, keep, impl):
+    elif triton is not None and takes_weight(x, q, z_scale, keep):
         fused = merged_weight.body(weight, rows, q, share, x.dtype, None, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
         return out, x @ weight.index_select(0, rows).t(), fused if keep else absent(x)
     else:
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
-    if kernels is not None:
-        z = kernels.gather(y0, inside, rows, z_scale)
+    if triton is not None:
+        z = triton.gather(y0, inside, rows, z_scale)
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
-        kernels.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
+        triton.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
         return out, z, absent(x)
     z = gather(y0, inside, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
@@ -205,8 +194,8 @@ def _output_gradient(
     impl: str | None,
 ) -> Tensor:
     """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
-    if q.shape[1] <= MAX_RANK and (kernels := _kernels(impl, g)):
-        return kernels.output_gradient(g, rows, q, share, z_scale)
+    if q.shape[1] <= MAX_RANK and (triton := kernels(__package__, impl, g)):
+        return triton.output_gradient(g, rows, q, share, z_scale)
     h = g @ q
     if z_scale is not None:
         h.mul_(z_scale)
@@ -218,16 +207,18 @@ def _output_gradient(
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
-    dtype = step.x.dtype
-    wanted = dtype if rounding_seed(call.layer, dtype) is None else step.u.dtype
-    return add(call, step, projections(call, step, wanted)[0], None)
+    seed = rounding_seed(call.layer, step.x.dtype)
+    wanted = step.x.dtype if seed is None else step.u.dtype
+    return add(call, step, projections(call, step, wanted)[0], None, seed)
 
 
-def add(call: Call, step: Step, q: Tensor, share: Tensor | None) -> tuple[Tensor, Saved]:
-    """``(out [T, N], what is saved)`` of an additive layer."""
+def add(
+    call: Call, step: Step, q: Tensor, share: Tensor | None, seed: int | None
+) -> tuple[Tensor, Saved]:
+    """``(out [T, N], what is saved)`` of an additive layer; ``seed`` of :func:`rounding_seed`."""
     x, rows, z_scale, dtype = step.x, call.layer.rows, step.z_scale, step.x.dtype
     weight, bias = frozen(call, dtype)
-    seed, wide_q = rounding_seed(call.layer, dtype), q
+    wide_q = q
     if q.dtype != dtype:
         q = q.to(dtype)
     weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)

@@ -7,7 +7,8 @@
 
 | tensor       | shape  | dtype          | | in the kernel                               |
 |--------------|--------|----------------|-|---------------------------------------------|
-| y, g, out, dy| [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
+| y, out       | [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
+| g, dy        | [T, N] | the same       | | the same, rows without gaps: else g copied  |
 | z            | [T, m] | y's            | | operand of the matrix instructions          |
 | Q            | [N, m] | y's            | | the same                                    |
 | share, b, δb | [N]    | any            | | fp32                                        |

@@ -15,22 +15,11 @@ way; of a layer's own ``columns``, where it has them, the N m elements.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...dispatch import op, supported
+from ...dispatch import kernels, op
 from ..common import Call, Step
-
-
-def _kernels(impl: str | None, weight: Tensor, u: Tensor) -> Any:
-    """The Triton kernels where they take this call, or None."""
-    if supported(impl, weight, u) != "triton" or not weight.numel() or not u.numel():
-        return None
-    from . import triton
-
-    return triton
 
 
 @op("project")
@@ -41,8 +30,9 @@ def project(
 
     Without ``cols``, ``weight [N, m]`` is C.
     """
-    if impl != "reference" and (kernels := _kernels(impl, weight, u)):
-        return kernels.forward(weight, cols, u, dtype)
+    some = weight.numel() and u.numel()
+    if some and (triton := kernels(__package__, impl, weight, u)):
+        return triton.forward(weight, cols, u, dtype)
     p = _columns(weight, cols, u) @ u
     return p if p.dtype == dtype else p.to(dtype)
 
@@ -59,8 +49,9 @@ def project_backward(
     dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor | None, impl: str | None
 ) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
-    if impl != "reference" and (kernels := _kernels(impl, weight, dp)):
-        return kernels.backward(dp, weight, cols, row_scale)
+    some = weight.numel() and dp.numel()
+    if some and (triton := kernels(__package__, impl, weight, dp)):
+        return triton.backward(dp, weight, cols, row_scale)
     if row_scale is not None:
         dp = dp * row_scale.unsqueeze(1)
     return _columns(weight, cols, dp).t() @ dp

@@ -29,8 +29,6 @@ from ...gpu import machine_of
 from ..jit import aligned, block_of, cast, cdiv, dot, dot_precision, span
 from ..launch import Kernel
 
-MOST_SPLITS = plan.MOST_ROW_SPLITS
-
 
 class Blocks(NamedTuple):
     """Rows of W, columns of C a step, and warps of a program."""
@@ -59,10 +57,20 @@ def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk
 @Kernel
 @triton.jit
 def _project_fwd_kernel(
-    w_ptr, cols_ptr, u_ptr, p_ptr, N, K, M, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    w_ptr,
+    cols_ptr,
+    u_ptr,
+    p_ptr,
+    N,
+    K,
+    M,
+    stride_wn,
+    stride_wk,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-):  # fmt: skip
+):
     offs_n, offs_j = span(tl.program_id(0), BLOCK_N), span(tl.program_id(1), BLOCK_J)
     mask_j = offs_j < M
     acc = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
@@ -124,7 +132,7 @@ def backward(dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor 
     """``∂U [m, m]`` in fp32 of ``∂P [N, m]`` and ``row_scale [N]`` or None."""
     (n, m), dp = dp.shape, dp.contiguous()
     blocks = cdiv(n, BACKWARD.n)
-    rows = cdiv(blocks, MOST_SPLITS) * BACKWARD.n
+    rows = cdiv(blocks, plan.MOST_ROW_SPLITS) * BACKWARD.n
     splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
     scale = None if row_scale is None else row_scale.contiguous()

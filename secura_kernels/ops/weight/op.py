@@ -5,13 +5,13 @@
 
     ∂x = ḡ W'        ∂P = ((f · ḡᵀ x) / M) Rᵀ        (M and the factors f are constants)
 
-| tensor    | shape             | dtype                              |
-|-----------|-------------------|------------------------------------|
-| x, y      | [..., K] [..., N] | compute dtype                      |
-| W, W'     | [N, K]            | its own, compute dtype             |
-| P, P_base | [N, m]            | compute dtype; fp32 both if folded |
-| ∂P        | [N, m]            | fp32                               |
-| rows      | [m]               | int64                              |
+| tensor    | shape             | dtype                                             |
+|-----------|-------------------|---------------------------------------------------|
+| x, y      | [..., K] [..., N] | compute dtype                                     |
+| W, W'     | [N, K]            | its own, compute dtype                            |
+| P, P_base | [N, m]            | compute dtype; fp32 both if folded or with a seed |
+| ∂P        | [N, m]            | fp32                                              |
+| rows      | [m]               | int64                                             |
 
 With a seed W' is rounded stochastically in the forward pass, as a merge rounds it; ∂x takes W'
 rounded to nearest.
@@ -32,6 +32,7 @@ multiplies in TF32 on sm_100 even so: an error of 2⁻¹¹ of ΔW.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,31 +40,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import plan
-from ...dispatch import absent, as_dtype, op, supported, wide
+from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...norm import Norm, unpack
 from ...shared import added
 from ..common import (
     Call,
     Gradients,
-    Measured,
     Saved,
     Step,
     Terms,
-    cast,
     gradients_fake,
-    measured,
     round_stochastically,
     rounding_seed,
     summed_bias,
 )
 from ..project.op import projections
 from . import plain
-
-
-def _kernels() -> Any:
-    from . import triton
-
-    return triton
 
 
 @op("weight")
@@ -93,14 +85,16 @@ def weight(
         seed: W' is then the one that a merge writes, rounded stochastically; None to nearest.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
-    how, named = unpack(norm), Terms._make(terms)
-    on_gpu = impl != "reference" and supported(impl, x, w) == "triton"
+    how, (p, p_base, delta_bias, _) = unpack(norm), terms
+    assert p is not None
+    triton = kernels(__package__, impl, x, w)
     multiplied = x.dtype if seed is None else torch.float32
     fused, scalars, factor = _normed(
-        w, rows, named, important, how, x.dtype, multiplied, seed, on_gpu=on_gpu
+        triton, w, rows, p, p_base, important, how, x.dtype, multiplied, seed
     )
-    out = F.linear(x, fused, summed_bias(bias, named.delta_bias, x.dtype))
-    return out, fused if keep else absent(x), *measured(x, scalars, factor)
+    out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
+    factor = absent(x, torch.float32) if factor is None else factor
+    return out, fused if keep else absent(x), scalars, factor
 
 
 @weight.register_fake
@@ -136,25 +130,26 @@ def weight_backward(
     :class:`~secura_kernels.ops.common.Measured` of the forward pass. With ``total`` ∂x is that,
     added to in place.
     """
-    how, named, (scalars, factor) = unpack(norm), Terms._make(terms), Measured._make(found)
+    how, (p, p_base, *_), (scalars, factor) = unpack(norm), terms, found
+    assert p is not None
     parts = (scalars, factor if how.restrained else None)
     dx, dp, exact = None, None, wide(g.dtype)
     x = x if needs[1] else None
-    if impl == "reference" or supported(impl, g, w) != "triton":
+    triton = kernels(__package__, impl, g, w)
+    if triton is None:
         if needs[0] or x is not None:
-            chunks = plain.Chunks(w, rows, named)
+            chunks = plain.Chunks(w, rows, p, p_base)
             fused, dp = plain.backward(g, x, chunks, parts, how, needs[0])
             dx = None if fused is None else added(total, g, fused)
     else:
-        kernels = _kernels()
         if needs[0]:
-            tiles = kernels.Tiles.whole(w, rows, named.p, named.p_base, g.dtype)
-            dx = added(total, g, kernels.fused_weight(tiles, *parts, how, g.dtype))
+            tiles = triton.Tiles.whole(w, rows, p, p_base, g.dtype)
+            dx = added(total, g, triton.fused_weight(tiles, *parts, how, g.dtype))
         if x is not None:
-            dp = kernels.grad_p(g, x, w, rows, named, parts, how)
+            dp = triton.grad_p(g, x, w, rows, p, p_base, parts, how)
     return (
         absent(g) if dx is None else dx,
-        absent(g, exact) if dp is None else dp,
+        absent(g, exact) if dp is None else as_dtype(dp, exact),
         g.sum(0, dtype=exact) if needs[2] else absent(g, exact),
     )
 
@@ -183,31 +178,29 @@ def normed_weight(
 
     To nearest, or stochastically from ``seed`` (bf16).
     """
-    on_gpu = supported(impl, w, absent(w, dtype)) == "triton"
-    terms, how = Terms(p, p_base), unpack(norm)
-    fused, *_ = _normed(w, rows, terms, important, how, dtype, torch.float32, seed, on_gpu=on_gpu)
-    return fused
+    triton = kernels(__package__, impl, w, absent(w, dtype))
+    how = (important, unpack(norm), dtype, torch.float32, seed)
+    return _normed(triton, w, rows, p, p_base, *how)[0]
 
 
 def _normed(
+    triton: ModuleType | None,
     w: Tensor,
     rows: Tensor,
-    terms: Terms,
+    p: Tensor,
+    p_base: Tensor | None,
     important: Tensor | None,
     how: Norm,
     dtype: torch.dtype,
     multiplied: torch.dtype,
     seed: int | None,
-    *,
-    on_gpu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(W' [N, K] in dtype, scalars, factor)``; kernels multiply P by R in ``multiplied``."""
-    if on_gpu:
-        kernels = _kernels()
-        tiles = kernels.Tiles.whole(w, rows, terms.p, terms.p_base, multiplied)
-        found = kernels.measure(tiles, important, how)
-        return kernels.fused_weight(tiles, *found, how, dtype, seed), *found
-    chunks = plain.Chunks(w, rows, terms)
+    if triton is not None:
+        tiles = triton.Tiles.whole(w, rows, p, p_base, multiplied)
+        found = triton.measure(tiles, important, how)
+        return triton.fused_weight(tiles, *found, how, dtype, seed), *found
+    chunks = plain.Chunks(w, rows, p, p_base)
     found = plain.measure(chunks, important, how)
     return plain.fused(chunks, found, how, dtype, seed), *found
 
@@ -232,16 +225,17 @@ def merged_weight(
 
     Q and R are multiplied in Q's dtype, in plain torch in W's where that is wider.
     """
-    if supported(impl, w, absent(w, dtype)) == "triton":
-        kernels = _kernels()
+    if triton := kernels(__package__, impl, w, absent(w, dtype)):
         multiplied = torch.float32 if q.dtype == torch.float64 else q.dtype
-        tiles = kernels.Tiles.whole(w, rows, q, None, multiplied)
-        return kernels.fused_weight(tiles, None, share, None, dtype, seed)
+        tiles = triton.Tiles.whole(w, rows, q, None, multiplied)
+        return triton.fused_weight(tiles, None, share, None, dtype, seed)
     compute = torch.promote_types(w.dtype, q.dtype)
-    base = as_dtype(w, compute)
+    base, r = w, w.index_select(0, rows)
+    if w.dtype != compute:
+        base, r = base.to(compute), r.to(compute)
     if share is not None:
         base = as_dtype(base * share[:, None], compute)
-    out = torch.addmm(base, as_dtype(q, compute), as_dtype(w.index_select(0, rows), compute))
+    out = torch.addmm(base, as_dtype(q, compute), r)
     fused = torch.empty_like(w, dtype=dtype)
     if seed is None and out.dtype == dtype and out.stride() == fused.stride():
         return out
@@ -262,7 +256,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     # P of a W' that is to be rounded once, stochastically.
     dtype = x.dtype if step.u_base is None and seed is None else step.u.dtype
     terms = Terms(*projections(call, step, dtype), step.delta_bias)
-    frozen = (layer.weight, cast(layer.bias, x.dtype), layer.rows)
+    frozen = (layer.weight, as_dtype(layer.bias, x.dtype), layer.rows)
     keep = seed is None and plan.keeps_weight(call.watched)
     held = layer.held if keep and plan.holds_weight() else None
     known = None if held is None else held.get(("W'", x.dtype))

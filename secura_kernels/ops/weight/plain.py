@@ -22,7 +22,7 @@ from ...norm import (
     relative_change,
     restrain_factor,
 )
-from ..common import Terms, cast, round_stochastically
+from ..common import round_stochastically
 
 WORKSPACE_MIB = 8
 CACHE_MIB = 0.5
@@ -40,9 +40,9 @@ class Chunks:
 
     Chunk = tuple[slice | None, Tensor, Tensor]
 
-    def __init__(self, w: Tensor, rows: Tensor, terms: Terms) -> None:
-        self.w, self.dtype = w, wide(torch.promote_types(w.dtype, terms.p.dtype))
-        self.p, self.p_base = as_dtype(terms.p, self.dtype), cast(terms.p_base, self.dtype)
+    def __init__(self, w: Tensor, rows: Tensor, p: Tensor, p_base: Tensor | None) -> None:
+        self.w, self.dtype = w, wide(torch.promote_types(w.dtype, p.dtype))
+        self.p, self.p_base = as_dtype(p, self.dtype), as_dtype(p_base, self.dtype)
         self.r = as_dtype(w.index_select(0, rows), self.dtype)
         self.step = rows_at_once(w, self.dtype)
         self.whole = self._chunk(None) if w.shape[0] <= self.step else None
@@ -171,12 +171,10 @@ def backward(
         if x is not None:
             gx = (g if part is None else g[:, part]).t() @ x
             dps.append(as_dtype(gx, base.dtype).div_(m) @ chunks.r.t())
-    dp = None
-    if dps:
-        dp = as_dtype(dps[0] if len(dps) == 1 else torch.cat(dps), wide(g.dtype))
-        if factor is not None:
-            dp.mul_(factor[:, None])
-    return fused, dp
+    if not dps:
+        return fused, None
+    dp = dps[0] if len(dps) == 1 else torch.cat(dps)
+    return fused, dp if factor is None else dp.mul_(factor[:, None])
 
 
 __all__ = ["Chunks", "Found", "backward", "fused", "measure", "rows_at_once"]

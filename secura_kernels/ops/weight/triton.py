@@ -45,7 +45,7 @@ from torch import Tensor
 from ... import plan
 from ...gpu import LARGE_SHARED, machine_of
 from ...norm import Norm, effective_eps, restrained
-from ..common import Terms, noise_key
+from ..common import noise_key
 from ..jit import (
     aligned,
     block_of,
@@ -375,7 +375,8 @@ def grad_p(
     x: Tensor,
     weight: Tensor,
     rows: Tensor,
-    terms: Terms,
+    p: Tensor,
+    p_base: Tensor | None,
     found: tuple[Tensor, Tensor | None],
     norm: Norm,
 ) -> Tensor:
@@ -385,9 +386,9 @@ def grad_p(
     """
     (n, k), (scalars, factor), ranks = weight.shape, found, rows.numel()
     if weight.numel() == 0:
-        return torch.zeros(terms.p.shape, dtype=torch.float32, device=g.device)
+        return torch.zeros(p.shape, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
-    p, p_base = terms.p.to(x.dtype), summands(terms.p_base, x.dtype)
+    p, p_base = p.to(x.dtype), summands(p_base, x.dtype)
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
     blocks = _product_blocks(x.dtype, aligned(k), wide, p_base is not None)
