@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import cycle
 from multiprocessing import get_context
 
 import pytest
@@ -18,7 +19,16 @@ from secura_kernels.inspection.table import COLUMNS, kernel_reports, kernel_tabl
 pytest.importorskip("triton")
 from triton import knobs
 
-from secura_kernels.inspection.cases import CASES, FULL, PLAIN, Recorded, launches, problems
+from secura_kernels.inspection.cases import (
+    CASES,
+    EVERY,
+    FULL,
+    ODD,
+    PLAIN,
+    Recorded,
+    launches,
+    problems,
+)
 from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import (
     TARGETS,
@@ -45,18 +55,45 @@ def compiler():
         yield pool
 
 
+def compiled():
+    """``(case, chip)``: plain, full and odd layers and merges for each chip, others for two.
+
+    Those in rotation; ``secura doctor --kernels`` compiles all of them for its chip.
+    """
+    turns = cycle(range(0, len(EVERY), 2))
+    for case in CASES:
+        of, norm = case.case, NormOptions(case.case.options.norm)
+        whole = [replace(PLAIN, options=norm, **flags) for flags in ({}, FULL, FULL | ODD)]
+        if case.targets != EVERY or case.merge or (of in whole and not case.columns):
+            chips = case.targets
+        else:
+            turn = next(turns)
+            chips = EVERY[turn : turn + 2]
+        yield from ((case, chip) for chip in chips)
+
+
+COMPILED = list(compiled())
+
+
 @pytest.mark.parametrize(
     ("case", "target"),
-    [
-        pytest.param(case, target, id=f"{case.name}-{target}")
-        for case in CASES
-        for target in case.targets
-    ],
+    [pytest.param(case, target, id=f"{case.name}-{target}") for case, target in COMPILED],
 )
 def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(case, target, compiler):
     found = compiler.submit(problems, case, TARGETS[target]).result()
     assert found
     assert not any(found.values()), {key: wrong for key, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_chip_compiles_every_kernel(target):
+    names = []
+    for cases in (CASES, [case for case, chip in COMPILED if chip == target.name]):
+        with record(target) as found:
+            for case in cases:
+                case.run()
+        names.append({launch.kernel.__name__ for launch in found})
+    assert names[0] == names[1]
 
 
 def test_names_are_unique():

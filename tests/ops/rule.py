@@ -23,6 +23,17 @@ SHAPES = [
     (70, 80, 48, 33),
 ]
 
+
+def shapes_in_two_dtypes(*shapes):
+    """``(shape, dtype)``: each in fp32, and in bf16 or fp16 in turn."""
+    low = (torch.bfloat16, torch.float16)
+    return [
+        (shape, dtype)
+        for index, shape in enumerate(shapes)
+        for dtype in (torch.float32, low[index % 2])
+    ]
+
+
 FLOORS = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 CAPS = {torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,11 +12,13 @@ from secura_kernels.norm import COMBINES, SAVES, pack, unpack
 from secura_kernels.ops.activation import triton as kernels
 from secura_kernels.ops.common import Measured, Terms
 
+from .pairs import pairwise
 from .rule import case_of, check
 
 GATED = NormOptions("activation", "calibrated", "gated")
 WIDE = (70, 150, 31, 9)  # N > 2 K: gated, h R is added to g W
 ALL = {"folded": "base", "dropout": True, "restrained": True}
+GRID = pairwise(COMBINES, ("", "base"), (False, True), SAVES)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +37,13 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("folded", "dropout", "restrained", "biased", "save"),
+    ("combine", "folded", "dropout", "restrained", "biased", "save"),
     [
-        *product(("", "base"), (False, True), (False,), (True,), SAVES),
-        ("base", True, True, True, "recompute"),
-        ("", True, False, False, "8bit"),
+        *[(*rest, False, True, save) for *rest, save in GRID],
+        *[(combine, "base", True, True, True, "recompute") for combine in COMBINES],
+        *[(combine, "", True, False, False, "8bit") for combine in COMBINES],
     ],
 )
-@pytest.mark.parametrize("combine", COMBINES)
 def test_every_flag(combine, folded, dropout, restrained, biased, save, small_chunks):
     check(
         WIDE, NormOptions("activation", "calibrated", combine), torch.float16, folded=folded,
@@ -52,26 +51,28 @@ def test_every_flag(combine, folded, dropout, restrained, biased, save, small_ch
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("m", [9, 140])
+@pytest.mark.parametrize(("n", "m"), [(530, 9), (544, 140)])
 @pytest.mark.parametrize("combine", COMBINES)
-def test_tall_tiles_of_few_processors(combine, m):
+def test_tall_tiles_of_few_processors(combine, n, m):
     """One processor: programs of 64 tokens, several tiles a program, what large T gets."""
     options = NormOptions("activation", None, combine)
     with assume(H100._replace(processors=1)):
-        for n in (530, 544):
-            check((131, n, 3, m), options, torch.float16, folded="base", given=True)
+        check((131, n, 3, m), options, torch.float16, folded="base", given=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("combine", "m"), list(product(COMBINES, (9, 140))))
-@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize(
+    ("combine", "m", "dtype", "save"),
+    pairwise(COMBINES, (9, 140), (torch.float16, torch.float32), SAVES),
+    ids=str,
+)
 def test_sums_go_on_over_chunks(combine, m, dtype, save, small_chunks):
     options = NormOptions("activation", "calibrated", combine)
     check((80, 150, 3, m), options, dtype, given=True, save=save, **ALL)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [9, 140])
+@pytest.mark.parametrize(
+    ("m", "dtype"), [(9, torch.float32), (9, torch.bfloat16), (140, torch.bfloat16)], ids=str
+)
 def test_h_goes_on_over_chunks(m, dtype, small_chunks):
     check((130, 150, 31, m), GATED, dtype, folded="base", dropout=True)
 

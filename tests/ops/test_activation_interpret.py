@@ -14,7 +14,16 @@ from secura_kernels.norm import COMBINES, FORMS, SAVES, pack
 from secura_kernels.ops.activation.op import activation_backward
 from secura_kernels.ops.common import Measured, Terms
 
-from .rule import SHAPES, assert_no_worse, case_of, check, check_example, exactly
+from .pairs import pairwise
+from .rule import (
+    SHAPES,
+    assert_no_worse,
+    case_of,
+    check,
+    check_example,
+    exactly,
+    shapes_in_two_dtypes,
+)
 
 GATED = NormOptions("activation", "calibrated", "gated")
 WIDE = (70, 150, 31, 9)  # N > 2 K: gated, h R is added to g W
@@ -29,8 +38,10 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (9, 150, 13, 140), (130, 97, 12, 24)], ids=str)
+LARGER = [(9, 150, 13, 140), (130, 97, 12, 24)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), shapes_in_two_dtypes(*SHAPES, *LARGER), ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 def test_shapes_and_dtypes(shape, dtype, combine):
     check(shape, NormOptions("activation", "calibrated", combine), dtype)
@@ -44,12 +55,12 @@ def test_shapes_and_dtypes_of_a_given_output(shape, dtype, combine):
 
 
 @pytest.mark.parametrize(
-    ("form", "combine", "folded", "dropout", "restrained"),
-    list(product(FORMS, COMBINES, ("", "base"), (False, True), (False, True))),
+    ("norm", "folded", "dropout", "restrained"),
+    pairwise(list(product(FORMS, COMBINES)), ("", "base"), (False, True), (False, True)),
 )
-def test_every_option(form, combine, folded, dropout, restrained):
+def test_every_option(norm, folded, dropout, restrained):
     check(
-        (19, 70, 3, 9), NormOptions("activation", form, combine), torch.float16, given=True,
+        (19, 70, 3, 9), NormOptions("activation", *norm), torch.float16, given=True,
         folded=folded, dropout=dropout, restrained=restrained,
     )  # fmt: skip
 

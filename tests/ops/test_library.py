@@ -20,6 +20,7 @@ from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
 from secura_kernels.gpu import H100, assume
 from secura_kernels.inspection.layers import Case, Example
+from secura_kernels.norm import NORMS
 
 from .rule import exactly
 
@@ -40,6 +41,8 @@ def name(options):
 
 
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=name)
+# Form and combination stand in one packed string: they do not change what is traced.
+every_space = pytest.mark.parametrize("options", [NormOptions(norm) for norm in NORMS], ids=name)
 
 
 def draw(options, **flags) -> Example:
@@ -85,8 +88,16 @@ def detached(value):
     return [detached(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def kind(value):
+    """What opcheck can tell from another: a tensor's shape, dtype and strides, else the value."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.stride()
+    return tuple(map(kind, value)) if isinstance(value, list | tuple) else value
+
+
 def test_every_forward_and_backward_operator_passes_opcheck():
-    for func, args, kwargs in all_calls():
+    kinds = {(str(func), kind(args)): (func, args, kwargs) for func, args, kwargs in all_calls()}
+    for func, args, kwargs in kinds.values():
         torch.library.opcheck(func, tuple(map(detached, args)), kwargs)
     seen = {str(func) for func, _, _ in all_calls()}
     ours = {
@@ -199,7 +210,7 @@ def leaves_of(example):
 FLAGS = [{}, {"folded": "base", "restrained": True, "dropout": True}, {"given": True}]
 
 
-@every_option
+@every_space
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(flags) or "plain")
 def test_compiles_whole(options, flags):
     if flags.get("given") and options.norm == "weight":
@@ -249,7 +260,7 @@ class Layer(torch.nn.Module):
         return loss_of(self.example, x, self.a, self.example.b, self.example.delta_bias)
 
 
-@every_option
+@every_space
 @pytest.mark.filterwarnings("ignore")
 def test_exports_whole(options):
     layer = Layer(options)
@@ -258,18 +269,6 @@ def test_exports_whole(options):
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
     operators = 3 if options.norm == "channel" else 2
     assert program.graph_module.code.count("torch.ops.secura.") == operators
-    torch.testing.assert_close(program.module()(x[:4]), layer(x[:4]))
-
-
-@every_option
-@pytest.mark.filterwarnings("ignore")
-def test_an_export_to_onnx_sees_plain_torch(options, monkeypatch):
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    layer = Layer(options)
-    x = layer.example.x
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
-    assert "torch.ops.secura." not in program.graph_module.code
     torch.testing.assert_close(program.module()(x[:4]), layer(x[:4]))
 
 
@@ -402,15 +401,6 @@ def test_an_implementation_that_cannot_run_is_an_error(monkeypatch):
         example.output()
     monkeypatch.setenv("SECURA_IMPL", "reference")
     assert example.output().shape == example.grad.shape
-
-
-@every_option
-def test_double_backward_says_why(options):
-    example = draw(options)
-    leaves = leaves_of(example)
-    (grad,) = torch.autograd.grad(loss_of(example, *leaves).square(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 def test_a_formula_takes_arguments_that_its_op_has():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from secura_kernels import plan
 from secura_kernels.ops.project.op import project, project_backward
 
+from .pairs import pairwise
 from .rule import check_project
 
 # N, K, m: ones, primes, more than one block of rows, of C's columns and of U's columns
@@ -25,9 +26,9 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "transposed"), pairwise(SHAPES, DTYPES, (False, True)), ids=str
+)
 def test_matches_fp64(shape, dtype, transposed):
     check_project(*shape, dtype, transposed=transposed)
 

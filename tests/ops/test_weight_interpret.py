@@ -17,7 +17,8 @@ from secura_kernels.ops.weight import plain
 from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
 
-from .rule import SHAPES, case_of, check, check_example
+from .pairs import pairwise
+from .rule import SHAPES, case_of, check, check_example, shapes_in_two_dtypes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHT = NormOptions("weight")
@@ -52,17 +53,16 @@ def every_other(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), shapes_in_two_dtypes(*SHAPES), ids=str)
 @pytest.mark.parametrize("folded", ["", "base"], ids=["fresh", "folded"])
 def test_forward_and_every_gradient(shape, dtype, folded):
     check(shape, WEIGHT, dtype, folded=folded)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("restrained", [False, True], ids=["free", "restrained"])
-@pytest.mark.parametrize("folded", ["", "base"], ids=["fresh", "folded"])
+@pytest.mark.parametrize(
+    ("form", "combine", "restrained", "folded"),
+    pairwise(FORMS, COMBINES, (False, True), ("", "base")),
+)
 def test_every_norm(form, combine, restrained, folded):
     # with the default ε one entry of the folded base near 0 decides ρ's largest, and its rounding
     options = NormOptions("weight", form, combine, eps=1e-3)
