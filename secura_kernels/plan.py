@@ -202,6 +202,8 @@ def input_ways(
 ) -> dict[str, Steps]:
     """The ways to ∂x of an additive layer, products and all.
 
+    R is gathered for W' in plain torch, which chooses by this too; a kernel reads it in W.
+
     Args:
         shape: the layer's.
         per_token: whether z has a scale for each token (dropout): each then has a W' of its own.
@@ -211,7 +213,7 @@ def input_ways(
     t, n, _, m, s = shape
     whole, ways = {"product": product(shape)}, {}
     if not per_token:
-        ways["weight"] = fused_weight(shape) | whole
+        ways["weight"] = gathered_rows(shape) | fused_weight(shape) | whole
     if not shared:
         h = Cost(s * (t * n + n * m + t * m), 2 * t * n * m)
         ways["h"] = {"h": h} | added_h(shape)
@@ -224,7 +226,7 @@ def input_way(
 ) -> str:
     """Which of :func:`input_ways` is the quickest: ``"weight"``, ``"h"`` or ``"output"``.
 
-    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 2960 tokens on, and h R + g W below.
+    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3528 tokens on, and h R + g W below.
     """
     ways = input_ways(shape, per_token, shared, chip)
     return min(ways, key=lambda way: _price(ways[way], chip))

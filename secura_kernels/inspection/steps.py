@@ -37,7 +37,10 @@ def _additive(shape: Shape, scaled: bool, kept: bool, chip: Chip) -> tuple[Steps
     if by_weight and kept:
         backward = {"product": plan.product(shape)}
     else:
-        backward = plan.input_ways(shape, chip=chip)[plan.input_way(shape, chip=chip)]
+        way = plan.input_way(shape, chip=chip)
+        backward = dict(plan.input_ways(shape, chip=chip)[way])
+        if way == "weight":
+            del backward["R"]  # read in W
     backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
     return forward, backward | core_gradient(shape)
 
