@@ -129,8 +129,8 @@ class CABR(Core):
             self._check_input(weight, x)
         self._refresh(base)
         layer = self._layer(base, weight, self.held and self._holding(weight))
-        trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
-        return secura_linear(x, layer, *self.factors(), **trained)
+        mask = self.dropout_mask(x) if self.config.dropout else None
+        return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
     def beside(self, base: nn.Module, x: Tensor, y0: Tensor | None = None) -> Tensor:
         """The layer where the base is more than a frozen dense product: it makes y0 itself.
@@ -200,7 +200,7 @@ class CABR(Core):
             core_is_base=config.norm_reference == "folded",
             gram=own["gram"],
             base_norms=own["base_norms"],
-            restrain=self._restrain(),
+            restrain=None if own["important"] is None else self._restrain(),
             save=config.norm_save,
             columns=own["columns"],
             rounding_seed=self._rounding_seed,
@@ -255,11 +255,9 @@ class CABR(Core):
         self._refresh(base)
         return effective_weight(self._layer(base, bases.weight(base)), *self.whole_factors())
 
-    def _restrain(self) -> Restrain | None:
-        config = self.config
-        important: Any = self._buffers["important"]
-        if important is None:
-            return None
+    def _restrain(self) -> Restrain:
+        config, important = self.config, self._buffers["important"]
+        assert important is not None
         return Restrain(
             important, config.restrain_percent, config.restrain_edge, config.restrain_decay
         )
