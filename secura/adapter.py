@@ -200,7 +200,7 @@ class CABR(Core):
             core_is_base=config.norm_reference == "folded",
             gram=own["gram"],
             base_norms=own["base_norms"],
-            restrain=None if own["important"] is None else self._restrain(),
+            restrain=self._restrain() if config.restrain else None,
             save=config.norm_save,
             columns=own["columns"],
             rounding_seed=self._rounding_seed,
@@ -255,9 +255,10 @@ class CABR(Core):
         self._refresh(base)
         return effective_weight(self._layer(base, bases.weight(base)), *self.whole_factors())
 
-    def _restrain(self) -> Restrain:
-        config, important = self.config, self._buffers["important"]
-        assert important is not None
+    def _restrain(self) -> Restrain | None:
+        config, important = self.config, self.important
+        if important is None:
+            return None
         return Restrain(
             important, config.restrain_percent, config.restrain_edge, config.restrain_decay
         )
