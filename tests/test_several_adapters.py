@@ -57,18 +57,19 @@ def test_two_active_additive_adapters_add_up():
 
 
 def test_a_sum_takes_the_columns_that_were_loaded_last():
-    model, other = two_adapters(keep_columns=True), two_adapters(keep_columns=True)
-    other.peft_config["default"].seed = 9
-    for layer in tiny.layers(other).values():
-        layer.secura_adapter["default"].cols = layer.secura_adapter["default"].cols.flip(0) // 2
-    for one in (model, other):
-        one.base_model.set_adapter(["default", "second"])
-        for part in tiny.parts(one):
-            part.config.keep_columns = True
-        tiny.logits(one)
-    state = {name: value for name, value in other.state_dict().items() if "default" in name}
-    model.load_state_dict(state, strict=False)
-    assert torch.equal(tiny.logits(model), tiny.logits(other))
+    def summed(selection):
+        model = tiny.adapted(norm="none", keep_columns=True, selection=selection)
+        model.add_adapter("second", tiny.config(norm="none", keep_columns=True, r=6))
+        tiny.perturb(model, 1, "second")
+        model.base_model.set_adapter(["default", "second"])
+        return model
+
+    model, other = summed("least_norm"), summed("inverse_sampling")
+    before, expected = tiny.logits(model), tiny.logits(other)
+    assert all(part.columns is not None for part in tiny.parts(model))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(tiny.logits(model), expected)
+    assert not torch.equal(expected, before)
 
 
 def test_adapters_on_different_layers_load_with_little_memory(tmp_path):
