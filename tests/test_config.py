@@ -1,0 +1,64 @@
+"""Settings out of range are refused where they are made, with what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from secura import AdapterConfig, SecuraConfig
+
+
+@pytest.mark.parametrize("kind", [AdapterConfig, SecuraConfig])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r=0 must be a positive integer"),
+        ({"r": 2.5}, "r=2.5 must be a positive integer"),
+        ({"r": True}, "must be a positive integer"),
+        ({"inner_r": 0}, "inner_r=0 must be a positive integer"),
+        ({"inner_r": -3}, "inner_r=-3 must be"),
+        ({"norm": "rows"}, "unknown norm 'rows': choose one of"),
+        ({"norm_form": "exact"}, "unknown norm_form 'exact'"),
+        ({"norm_combine": "sum"}, "unknown norm_combine 'sum'"),
+        ({"norm_reference": "none"}, "unknown norm_reference 'none': choose one of"),
+        ({"selection": "largest"}, "unknown selection 'largest': choose one of"),
+        ({"init": "zeros"}, "unknown init 'zeros': choose one of"),
+        ({"norm_save": "4bit"}, "unknown norm_save"),
+        ({"scaling": 0}, "scaling=0 must be a finite number above 0"),
+        ({"norm_eps": 1e-46}, "norm_eps=1e-46 is 0 or infinite in fp32"),
+        ({"norm_scale": 1e39}, "norm_scale=1e\\+39 is 0 or infinite in fp32"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan must be"),
+        ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+        ({"dropout": 0.1, "norm": "weight"}, "never forms"),
+        ({"dropout": 0.1, "norm": "none", "stochastic_rounding": True}, "one W' for all tokens"),
+        ({"norm": "activation", "stochastic_rounding": True}, "one W' for all tokens"),
+        ({"fold_every": -1}, "must be 0 or more"),
+        ({"fold_every": 1.5}, "must be an integer"),
+        ({"restrain": True, "norm": "none"}, "restrain needs a gain"),
+        ({"restrain_decay": float("nan")}, "restrain_decay=nan must lie in"),
+        ({"restrain_percent": 7}, "restrain_percent=7 must lie in"),
+        ({"restrain_edge": 0.5}, "restrain_edge=0.5 must lie in"),
+        ({"scaling": True}, "scaling=True must be a finite number"),
+        ({"dropout": "0.1", "norm": "none"}, "dropout='0.1' must lie in"),
+        ({"seed": "x"}, "seed='x' must be an integer"),
+        ({"dropout": 0.1}, "dropout acts on z"),
+    ],
+    ids=str,
+)
+def test_bad_settings(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform needs"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"task_type": "SING"}, "SING"),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_pefts(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SecuraConfig(**settings)
