@@ -7,19 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import sharding
+from . import merging, sharding
 from .adapter import CABR
 from .choosing import choose_loaded
 from .config import AdapterConfig
-from .merging import (
-    MERGED,
-    MergedState,
-    check_finite,
-    check_mergeable,
-    check_not_training,
-    refuse_merged,
-    weight_before,
-)
 
 
 class SECURALinear(CABR):
@@ -50,7 +41,7 @@ class SECURALinear(CABR):
     def __init__(self, base: nn.Module, config: AdapterConfig | None = None) -> None:
         super().__init__(config or AdapterConfig(), base)
         self.base = base.requires_grad_(False)
-        self._merged: MergedState | None = None
+        self._merged: merging.MergedState | None = None
         self.register_load_state_dict_post_hook(choose_loaded)
 
     @classmethod
@@ -77,19 +68,21 @@ class SECURALinear(CABR):
             RuntimeError: when trained while merged.
         """
         if self._merged is not None:
-            check_not_training(self)
+            merging.check_not_training(self)
             return self.base(x)
         base: Any = self._modules["base"]
         return super().forward(base, x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        self.renew(destination, prefix, weight_before(self._merged, self.base))
+        self.renew(destination, prefix, merging.weight_before(self._merged, self.base))
         if self.merged:
-            destination[prefix + MERGED] = torch.tensor(True)
+            destination[prefix + merging.MERGED] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        refuse_merged(state_dict, prefix, prefix.rstrip(".") or self.name, merged=self.merged)
+        merging.refuse_merged(
+            state_dict, prefix, prefix.rstrip(".") or self.name, merged=self.merged
+        )
         brings_base = any(name.startswith(f"{prefix}base.") for name in state_dict)
         self.base_loaded = f"{prefix}base.weight" in state_dict
         self.check_loadable(state_dict, prefix, None if brings_base else self.base)
@@ -133,11 +126,11 @@ class SECURALinear(CABR):
                 it was.
         """
         self._check_unmerged()
-        check_mergeable(self.base, [self])
+        merging.check_mergeable(self.base, [self])
         weight = self.effective_weight(allow_inexact=allow_inexact)
-        check_finite(weight)
+        merging.check_finite(weight)
         bias = None if self.bias is None else sharding.gathered(self.bias).detach()
-        merged = MergedState(self.base, weight, bias)
+        merged = merging.MergedState(self.base, weight, bias)
         self.base, self._merged = merged.exchange(self.base), merged
 
     def unmerge(self) -> None:

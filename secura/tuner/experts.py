@@ -8,9 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from secura import bases
+from secura import bases, merging
 from secura.experts import Experts
-from secura.merging import check_not_training
 
 from .layer import SecuraLayer
 
@@ -52,7 +51,7 @@ class ParamWrapper(SecuraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:
-            check_not_training(self)
+            merging.check_not_training(self)
         active = [] if self.disable_adapters or self.merged else self.active_cabr()
         if not active:
             return self.base_layer(*args, **kwargs)

@@ -10,19 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from secura import bases
+from secura import bases, merging
 from secura.adapter import CABR
 from secura.choosing import choose_loaded
 from secura.core import Core
-from secura.merging import (
-    MERGED,
-    MergedState,
-    check_finite,
-    check_mergeable,
-    check_not_training,
-    refuse_merged,
-    weight_before,
-)
 
 from . import several
 from .config import SecuraConfig
@@ -65,7 +56,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self._merged: MergedState | None = None
+        self._merged: merging.MergedState | None = None
         self.update_layer(adapter_name, config, r, name=name)
         first = self.secura_adapter[adapter_name]
         self.in_features, self.out_features = first.in_features, first.out_features
@@ -138,7 +129,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return base(x, *args, **kwargs)
         if self.merged:
-            check_not_training(self)
+            merging.check_not_training(self)
             return base(x, *args, **kwargs)
         active = self.active_cabr() if names is None else self._named(list(dict.fromkeys(names)))
         if not active:
@@ -193,7 +184,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[prefix + MERGED] = torch.tensor(True)
+            destination[prefix + merging.MERGED] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
@@ -205,7 +196,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
         ``whole`` says that every tensor of an adapter has to be there, if one is.
         """
-        refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
+        merging.refuse_merged(state_dict, prefix, prefix.rstrip("."), merged=self.merged)
         base = None if prefix + self._weight_key in state_dict else self.adapted
         for name, adapter in self.secura_adapter.items():
             own = f"{prefix}secura_adapter.{name}."
@@ -213,7 +204,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
     def renew_saved(self, state_dict: Any, prefix: str, adapter: str) -> None:
         """Make an adapter's saved state that of one on the base weight as it is now."""
-        weight = weight_before(self._merged, self.adapted)
+        weight = merging.weight_before(self._merged, self.adapted)
         self._named([adapter])[0].renew(state_dict, prefix, weight)
 
     def active_cabr(self) -> list[CABR]:
@@ -288,10 +279,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         names = [*self.merged_adapters, *names]
         with self._before_merging():
             weight, bias = self._sum_weight(names)
-        check_finite(weight)
+        merging.check_finite(weight)
         if self._merged is not None:
             self._put_base(self._merged.exchange(self.adapted))
-        self._merged = MergedState(self.adapted, weight, bias)
+        self._merged = merging.MergedState(self.adapted, weight, bias)
         self._put_base(self._merged.exchange(self.adapted))
         self.merged_adapters = names
 
@@ -307,7 +298,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             return None
         with self._before_merging():
             weight, _ = self._sum_weight([*self.merged_adapters, *names])
-        check_finite(weight)
+        merging.check_finite(weight)
         return weight
 
     @contextmanager
@@ -325,7 +316,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
         adapters, base = self._named(names), self.adapted
-        check_mergeable(base, adapters)
+        merging.check_mergeable(base, adapters)
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
