@@ -228,6 +228,20 @@ def test_resized_embeddings_that_the_file_holds_are_carried_on(base, tmp_path, c
     torch.testing.assert_close(logits(lora, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
+def test_a_lora_whose_tokenizer_is_not_written_is_not_there(base, tmp_path, monkeypatch, capfd):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    adapter_on(model, base, tmp_path / "adapter", tokenizer)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    flags = argv("export_lora", tmp_path / "adapter", "--output_dir", tmp_path / "lora")
+    fails(flags, capfd, "No space left")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):
     folder = tmp_path / "adapter"
     folder.mkdir()

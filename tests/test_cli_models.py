@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secura import SecuraModel
 from secura.cli import generate, main
+from secura.tuner import SecuraLayer
 
 PROMPT = "ann has 3 apples and eats 1"
 
@@ -55,6 +56,18 @@ def test_merging_in_another_dtype_and_from_a_named_base(trained, base, tmp_path)
     assert main([*map(str, argv), "--dtype", "bfloat16"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "merges"),
+    [({"norm": "weight"}, True), ({"norm": "none", "stochastic_rounding": True}, True),
+     ({"norm": "channel"}, False)],
+)  # fmt: skip
+def test_what_would_form_a_weight_for_each_token_is_merged_to_answer(settings, merges):
+    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), **settings)
+    answering = generate.settle(model)
+    assert (answering is not model) is merges
+    assert any(isinstance(part, SecuraLayer) for part in answering.modules()) is not merges
 
 
 def saved(model, base, folder):

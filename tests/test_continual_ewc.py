@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,17 @@ class Gradients(TrainerCallback):
         self.seen.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_a_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        fisher_of(adapted()).save(tmp_path / "fisher.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "fisher.safetensors").stat().st_mode & 0o777 == 0o640
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -25,6 +25,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import secura
 from secura import SecuraConfig, anchor, export_lora
 from secura.bases import Stack
+from secura.continual import AnchorCallback, AnchorDecayCallback
 from secura_kernels import Layer, NormOptions, naive
 from secura_kernels.experts import expert_weights
 from secura_kernels.norm import COMBINES, FORMS
@@ -302,3 +303,6 @@ def test_experts_are_neither_exported_nor_anchored(tmp_path):
         export_lora(one, tmp_path / "lora")
     with pytest.raises(ValueError, match=r"experts.*cannot be anchored"):
         anchor(one, [torch.randint(3, tiny.VOCAB, (9,))])
+    with pytest.raises(ValueError, match=r"experts.*cannot be anchored"):  # before the first step
+        AnchorCallback().on_train_begin(None, None, None, model=one)
+    AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=one)  # decay takes them
