@@ -22,6 +22,8 @@ from ..norm import Norm
 from .launch import Kernel
 
 INTERPRET = tl.constexpr(interpreting())
+Tile = dict[str, int]
+"""How a launch is cut: the edges ``BLOCK_*`` of a program's tile, its warps and pipeline stages."""
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there
@@ -201,6 +203,7 @@ def aligned(*sizes: int) -> bool:
 
 __all__ = [
     "INTERPRET",
+    "Tile",
     "aligned",
     "block_of",
     "cast",

@@ -48,7 +48,7 @@ equal bits on one kind of GPU.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -56,12 +56,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine, machine_of
+from ...gpu import machine_of
 from ...norm import Norm, restrained
 from ..common import Measured, Terms, product_wide
 from ..jit import (
+    Tile,
     aligned,
-    block_of,
     cast,
     cdiv,
     combine,
@@ -77,9 +77,8 @@ from ..jit import (
 )
 from ..launch import Kernel
 from ..lowrank.triton import add_columns, gather
+from . import tiles
 
-LARGEST_M_IN_REGISTERS = 128
-_CHUNK = 64
 _TILES_A_PROGRAM = 8
 
 
@@ -284,62 +283,6 @@ def activation_bwd_kernel(
         tl.store(h_ptr + place_h, h, mask=mask)
 
 
-class Tile(NamedTuple):
-    """How a kernel is cut: tokens and columns of a tile, warps of a program, pipeline depth."""
-
-    block_t: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_tile(
-    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, is_aligned: bool
-) -> Tile:
-    """Tall tiles, for P is read once a block of tokens; fp32 has no matrix instructions.
-
-    Rows that do not start aligned are read an element at a time, each at an address of its own:
-    smaller tiles then, whose addresses fit in registers.
-    """
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 2)
-    if not is_aligned:
-        return Tile(64, 32, 8, 2)
-    if machine.shared_bytes < LARGE_SHARED:
-        return Tile(64, 64, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
-    if not has_base:
-        return Tile(128, 64, 8, 2)  # two programs a multiprocessor
-    return Tile(128, 64, 8, 2) if m <= LARGEST_M_IN_REGISTERS else Tile(64, 64, 8, 3)
-
-
-def backward_tile(
-    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, keeps: bool, is_aligned: bool
-) -> Tile:
-    """A program has h of its tokens in registers."""
-    large = machine.shared_bytes >= LARGE_SHARED
-    if dtype == torch.float32:
-        return Tile(32, 32 if large else 16, 4, 2)
-    if not is_aligned:
-        return Tile(32, 32, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
-    if m > LARGEST_M_IN_REGISTERS:
-        return Tile(64, 64, 8, 3 if large else 2)
-    if has_base and not large and not keeps:
-        return Tile(32, 32, 4, 2)
-    if has_base:
-        return Tile(64, 32, 8, 2)
-    # h's product chains on dΔ, so all warps share 64 rows: more than 4 would repeat the work.
-    if machine.shared_bytes >= LARGEST_SHARED or keeps:
-        return Tile(64, 64, 4, 3)
-    return Tile(64, 32, 4, 3 if large else 2)
-
-
-def _blocks_m(m: int) -> tuple[int, int]:
-    """``(BLOCK_M, CHUNKS)``."""
-    if m <= LARGEST_M_IN_REGISTERS:
-        return block_of(m, 16, LARGEST_M_IN_REGISTERS), 1
-    return _CHUNK, cdiv(m, _CHUNK)
-
-
 class Operands:
     """The padded thin operands of both kernels."""
 
@@ -347,20 +290,16 @@ class Operands:
         p, p_base, _, z_scale = terms
         self.zd = z if z_scale is None else (z * z_scale).to(z.dtype)
         self.m_rows = z.shape[1]
-        self.block_m, self.chunks = _blocks_m(self.m_rows)
-        same = p_base is None or (z_scale is None and self.chunks == 1)
+        same = p_base is None or (z_scale is None and tiles.in_registers(self.m_rows))
         self.by_token = None if same else padded(z), padded(self.zd)
         self.by_column = padded(p), None if p_base is None else padded(p_base)
         self.m = self.by_column[0].shape[1]
 
 
-def _cut(tile: Tile, operands: Operands, dtype: torch.dtype, norm: Norm) -> dict[str, Any]:
+def _constants(tile: Tile, dtype: torch.dtype, norm: Norm) -> dict[str, Any]:
     """The constants of both kernels."""
-    blocks = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_M": operands.block_m}
-    stages = {"CHUNKS": operands.chunks, "STAGES": tile.num_stages}
     how = {"AVERAGED": norm.averaged, "SIGMOID_WEIGHT": norm.sigmoid_weight}
-    warps = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return how | {"PRECISION": dot_precision(dtype)} | blocks | stages | warps
+    return how | {"PRECISION": dot_precision(dtype)} | tile
 
 
 def forward(
@@ -382,16 +321,16 @@ def forward(
     (t, n), machine, has_base = y0.shape, machine_of(y0), terms.p_base is not None
     thin = Operands(z, terms)
     is_aligned = aligned(n, y0.stride(0))
-    tile = forward_tile(machine, y0.dtype, thin.m_rows, has_base, is_aligned)
-    blocks_t, blocks_n = cdiv(t, tile.block_t), cdiv(n, tile.block_n)
-    tiles = max(1, blocks_t * blocks_n // (2 * machine.processors))
-    tiles = min(_TILES_A_PROGRAM, 2 ** (tiles.bit_length() - 1))
-    programs_n = cdiv(blocks_n, tiles)
+    tile = tiles.forward_tile(machine, y0.dtype, thin.m_rows, has_base, is_aligned)
+    blocks_t, blocks_n = cdiv(t, tile["BLOCK_T"]), cdiv(n, tile["BLOCK_N"])
+    in_turn = max(1, blocks_t * blocks_n // (2 * machine.processors))
+    in_turn = min(_TILES_A_PROGRAM, 2 ** (in_turn.bit_length() - 1))
+    programs_n = cdiv(blocks_n, in_turn)
     known, factor = norm.known, None
     scalars = None if known else torch.full((3,), norm.eps, dtype=torch.float32, device=y0.device)
     operands = (y0, *thin.by_token, *thin.by_column, delta_bias)
-    sizes = (t, n, thin.m, tiles, programs_n, y0.stride(0))
-    constants = _cut(tile, thin, y0.dtype, norm)
+    sizes = (t, n, thin.m, in_turn, programs_n, y0.stride(0))
+    constants = _constants(tile, y0.dtype, norm)
 
     def launch(
         which: str,
@@ -447,19 +386,21 @@ def backward(
     scalars = None if known else found.scalars
     (t, n), averaged, machine = g.shape, norm.averaged, machine_of(g)
     ops = Operands(z, terms)
-    in_registers = needs[0] and ops.chunks == 1 and g.dtype != torch.float32
+    in_registers = needs[0] and tiles.in_registers(ops.m_rows) and g.dtype != torch.float32
     multiplies = needs[0] and not in_registers
     chunks = [(slice(0, t), slice(0, n))]
     if reads_change := needs[1] or multiplies:
         chunks = list(plan.change_blocks(t, n, g.element_size(), multiplies))
     tokens, columns = (part.stop for part in chunks[0])
     is_aligned = aligned(n, g.stride(0), n if y0 is None else y0.stride(0))
-    tile = backward_tile(machine, g.dtype, ops.m_rows, p_base is not None, y0 is None, is_aligned)
+    tile = tiles.backward_tile(
+        machine, g.dtype, ops.m_rows, p_base is not None, y0 is None, is_aligned
+    )
 
     dbase = g.new_empty(t, n) if needs[0] and not h_alone else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
-    programs, blocks_n = cdiv(tokens, tile.block_t), cdiv(columns, tile.block_n)
+    programs, blocks_n = cdiv(tokens, tile["BLOCK_T"]), cdiv(columns, tile["BLOCK_N"])
     split = plan.splits(programs, blocks_n, machine.processors)
     parts = split if in_registers else 1
     h = g.new_empty(parts, t, ops.m, dtype=torch.float32) if needs[0] else None
@@ -468,15 +409,15 @@ def backward(
     by_token = *ops.by_token, None if z_scale is None else padded(z_scale)
     by_column = *ops.by_column, delta_bias, factor
     strides = g.stride(0), 0 if y0 is None else y0.stride(0), n, t * ops.m
-    constants = _cut(tile, ops, g.dtype, norm) | {"HAS_H": in_registers}
+    constants = _constants(tile, g.dtype, norm) | {"HAS_H": in_registers}
 
     for at, part in chunks:
         width_t, width_n = at.stop - at.start, part.stop - part.start
-        programs, blocks_n = cdiv(width_t, tile.block_t), cdiv(width_n, tile.block_n)
+        programs, blocks_n = cdiv(width_t, tile["BLOCK_T"]), cdiv(width_n, tile["BLOCK_N"])
         ddelta = None if workspace is None else workspace[: width_t * width_n].view(width_t, -1)
         dbase_part = _part(dbase, at, part)
         sums = g.new_empty(programs, width_n, dtype=torch.float32) if needs[2] else None
-        width = cdiv(blocks_n, split) * tile.block_n
+        width = cdiv(blocks_n, split) * tile["BLOCK_N"]
         activation_bwd_kernel[(programs, split)](
             *(_part(tensor, at, part) for tensor in (g, y0, kept)),
             *(_part(tensor, at) for tensor in by_token),
@@ -518,13 +459,4 @@ def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:
     return None if tensor is None else tensor[index]
 
 
-__all__ = [
-    "LARGEST_M_IN_REGISTERS",
-    "Operands",
-    "Tile",
-    "backward",
-    "backward_tile",
-    "forward",
-    "forward_tile",
-    "gather",
-]
+__all__ = ["Operands", "backward", "forward", "gather"]

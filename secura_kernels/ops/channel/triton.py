@@ -25,10 +25,9 @@ from torch import Tensor
 from ...dispatch import absent
 from ...gpu import machine_of
 from ...norm import Norm
-from ..jit import block_of, cast, cdiv, dot, inverse_gain, span
+from ..jit import Tile, block_of, cast, cdiv, dot, inverse_gain, span
 from ..launch import Kernel
 
-BLOCK_N, BLOCK_M, NUM_WARPS = 16, 64, 4
 PRECISION = "tf32x3"  # on CUDA: right to 1e-7 where "ieee" is to 4e-8, and free of spills
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -164,13 +163,12 @@ def _launch(arguments: tuple[Any, ...], **flags: Any) -> None:
     factor = None if factor is None else factor.contiguous()
     flags["POINTERS"] = isinstance(eps, Tensor)
     flags["PRECISION"] = "ieee" if machine_of(p).rocm else PRECISION
-    tile = {"BLOCK_N": BLOCK_N, "BLOCK_M": block_of(m, 16, BLOCK_M), "num_warps": NUM_WARPS}
-    _channel_kernel[(cdiv(n, BLOCK_N),)](
+    tile: Tile = {"BLOCK_N": 16, "BLOCK_M": block_of(m, 16, 64), "num_warps": 4, "num_stages": 1}
+    _channel_kernel[(cdiv(n, tile["BLOCK_N"]),)](
         *(p, p_base, gram, base_norms, norms, factor, *rest),
         *(n, m, p.stride(0), m),
         **flags,
         **tile,
-        num_stages=1,
     )
 
 

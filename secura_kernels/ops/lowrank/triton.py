@@ -20,8 +20,6 @@ saved and what rebuilt: :mod:`.op`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +28,7 @@ from torch import Tensor
 from ... import plan
 from ...gpu import machine_of
 from ..jit import (
+    Tile,
     aligned,
     block_of,
     cast,
@@ -43,36 +42,37 @@ from ..jit import (
 from ..launch import Kernel
 
 
-class Blocks(NamedTuple):
-    """Tile sizes and launch options: ``t`` tokens by ``n`` outputs, ``m`` of the rank at a time."""
-
-    t: int
-    n: int
-    m: int
-    num_warps: int
-    num_stages: int
-
-
 # Rows that do not start aligned are read an element at a time, each at an address of its own:
 # smaller tiles then, whose addresses fit in registers.
-def _add_blocks(dtype: torch.dtype, is_aligned: bool) -> Blocks:
+def _product_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
+    """Tokens, outputs, and how much of m at a time."""
     if not is_aligned:
-        return Blocks(64, 32, 32, 8, 2)
-    return Blocks(32, 64, 32, 8, 2) if dtype == torch.float32 else Blocks(128, 64, 64, 8, 2)
+        block_t, block_n, most = 64, 32, 32
+    elif dtype == torch.float32:
+        block_t, block_n, most = 32, 64, 32
+    else:
+        block_t, block_n, most = 128, 64, 64
+    cut = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_M": block_of(m, 16, most)}
+    return cut | {"num_warps": 8, "num_stages": 2}
 
 
-def _gradient_blocks(dtype: torch.dtype, m: int, is_aligned: bool) -> Blocks:
-    m = block_of(m, 16, 512)
+def _gradient_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
+    """Tokens and outputs at a time, and all of m."""
+    block_m = block_of(m, 16, 512)
+    block_t, block_n, warps, stages = 16, 32, 8, 2
     if dtype == torch.float32:
-        return Blocks(32, 32, m, 8, 1)
-    if not is_aligned:
-        return Blocks(16, 32, m, 8, 2)
-    if m <= 128:
-        return Blocks(64, 64, m, 4 if m <= 64 else 8, 4)
-    return Blocks(32, 64, m, 8, 2) if m == 256 else Blocks(16, 32, m, 8, 2)
+        block_t, stages = 32, 1
+    elif is_aligned and block_m <= 128:
+        block_t, block_n, warps, stages = 64, 64, 4 if block_m <= 64 else 8, 4
+    elif is_aligned and block_m == 256:
+        block_t, block_n = 32, 64
+    cut = {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_M": block_m}
+    return cut | {"num_warps": warps, "num_stages": stages}
 
 
-_GATHER = Blocks(16, 0, 64, 8, 1)  # and its reverse, adding columns
+def _columns_tile(m: int) -> Tile:
+    """Tokens and rows of R that are gathered, or added to, by one program."""
+    return {"BLOCK_T": 16, "BLOCK_M": block_of(m, 16, 64), "num_warps": 8, "num_stages": 1}
 
 
 @Kernel
@@ -227,13 +227,11 @@ def gather(y: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None)
     """``z [T, m]`` of ``y [T, N]``, bias ``[N]``, rows ``[m]`` and z_scale ``[T, m]``."""
     t, m = y.shape[0], rows.numel()
     z = y.new_empty(t, m)
-    blocks = _GATHER
-    block_m = block_of(m, 16, blocks.m)
-    grid = (cdiv(t, blocks.t) * cdiv(m, block_m),)
+    tile = _columns_tile(m)
+    grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(m, tile["BLOCK_M"]),)
     if z.numel():
         tensors = (y, _vector(bias), rows.contiguous(), z_scale, z)
         sizes = (t, y.shape[1], m, *_strides(y), *_strides(z_scale), m)
-        tile = {"BLOCK_T": blocks.t, "BLOCK_M": block_m, **_warps(blocks)}
         _gather_kernel[grid](*tensors, *sizes, **tile)
     return z
 
@@ -271,13 +269,12 @@ def add_product(
     z = z if z.shape[1] == m else padded(z)
     if out is y and share is None and bias is None and delta_bias is None:
         return y.addmm_(z, q.t())
-    blocks = _add_blocks(y.dtype, aligned(n if y.stride(1) == 1 else t))
+    tile = _product_tile(y.dtype, m, aligned(n if y.stride(1) == 1 else t))
     tensors = (y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out)
     sizes = (t, n, m, *_strides(y), *_strides(z), m, *_strides(out))
     flags = {"BIAS_INSIDE": bias_inside, "PRECISION": dot_precision(y.dtype)}
-    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": block_of(m, 16, blocks.m)}
-    grid = (cdiv(t, blocks.t) * cdiv(n, blocks.n),)
-    _add_product_kernel[grid](*tensors, *sizes, **flags, **tile, **_warps(blocks))
+    grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(n, tile["BLOCK_N"]),)
+    _add_product_kernel[grid](*tensors, *sizes, **flags, **tile)
     return out
 
 
@@ -289,15 +286,15 @@ def output_gradient(
     dy = torch.empty_like(g, memory_format=torch.contiguous_format)
     g, q_padded = unit_stride(g), padded(q)
     z_scale = None if z_scale is None else padded(z_scale)
-    blocks = _gradient_blocks(g.dtype, m, aligned(n))
+    tile = _gradient_tile(g.dtype, m, aligned(n))
     if dy.numel() == 0:
         return dy
-    programs, blocks_n = cdiv(t, blocks.t), cdiv(n, blocks.n)
+    programs, blocks_n = cdiv(t, tile["BLOCK_T"]), cdiv(n, tile["BLOCK_N"])
     parts = plan.splits(programs, blocks_n, machine_of(g).processors)
     h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
     tensors = (g, q_padded, _vector(share), z_scale, dy, h)
-    sizes = (t, n, q_padded.shape[1], cdiv(blocks_n, parts) * blocks.n, g.stride(0), n)
-    tile = {"BLOCK_T": blocks.t, "BLOCK_N": blocks.n, "BLOCK_M": blocks.m, **_warps(blocks)}
+    width = cdiv(blocks_n, parts) * tile["BLOCK_N"]
+    sizes = (t, n, q_padded.shape[1], width, g.stride(0), n)
     precision = dot_precision(g.dtype)
     _output_gradient_kernel[(programs, parts)](*tensors, *sizes, **tile, PRECISION=precision)
     if m:
@@ -315,16 +312,11 @@ def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy:
         rows: ``[m]``; one named twice takes the sum of both columns of h.
     """
     (t, n), m = base.shape, rows.numel()
-    block_m = block_of(m, 16, _GATHER.m)
+    tile = _columns_tile(m)
     tensors = (base, _vector(share), h, rows.contiguous(), dy)
     sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0))
-    tile = {"BLOCK_T": _GATHER.t, "BLOCK_M": block_m, **_warps(_GATHER)}
-    grid = (cdiv(t, _GATHER.t) * cdiv(m, block_m),)
+    grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(m, tile["BLOCK_M"]),)
     _add_columns_kernel[grid](*tensors, *sizes, **tile)
-
-
-def _warps(blocks: Blocks) -> dict[str, int]:
-    return {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:

@@ -17,8 +17,6 @@ at most (of a scaled C two parts are taken too); fp32 weights, and ROCm, multipl
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,19 +24,8 @@ from torch import Tensor
 
 from ... import plan
 from ...gpu import machine_of
-from ..jit import aligned, block_of, cast, cdiv, dot, dot_precision, span
+from ..jit import Tile, aligned, block_of, cast, cdiv, dot, dot_precision, span
 from ..launch import Kernel
-
-
-class Blocks(NamedTuple):
-    """Rows of W, columns of C a step, and warps of a program."""
-
-    n: int
-    i: int
-    num_warps: int
-
-
-FORWARD, BACKWARD = Blocks(32, 32, 4), Blocks(plan.ROWS_OF_A_SPLIT, 32, 4)
 
 
 @triton.jit
@@ -120,10 +107,10 @@ def forward(weight: Tensor, cols: Tensor | None, u: Tensor, dtype: torch.dtype) 
     (n, m), u = (weight.shape[0], u.shape[0]), u.contiguous()
     cols = None if cols is None else cols.contiguous()
     p = u.new_empty(n, m, dtype=dtype)
-    block_j = _block_j(weight, m)
+    tile = _tile(weight, m, 32)
     sizes = (n, weight.shape[1], m, *weight.stride())
-    _project_fwd_kernel[(cdiv(n, FORWARD.n), cdiv(m, block_j))](
-        weight, cols, u, p, *sizes, **_options(weight, FORWARD, block_j)
+    _project_fwd_kernel[(cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["BLOCK_J"]))](
+        weight, cols, u, p, *sizes, PRECISION=_precision(weight), **tile
     )
     return p
 
@@ -131,32 +118,31 @@ def forward(weight: Tensor, cols: Tensor | None, u: Tensor, dtype: torch.dtype) 
 def backward(dp: Tensor, weight: Tensor, cols: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` in fp32 of ``∂P [N, m]`` and ``row_scale [N]`` or None."""
     (n, m), dp = dp.shape, dp.contiguous()
-    blocks = cdiv(n, BACKWARD.n)
-    rows = cdiv(blocks, plan.MOST_ROW_SPLITS) * BACKWARD.n
+    tile = _tile(weight, m, plan.ROWS_OF_A_SPLIT)
+    rows = cdiv(cdiv(n, tile["BLOCK_N"]), plan.MOST_ROW_SPLITS) * tile["BLOCK_N"]
     splits = cdiv(n, rows)
     partial = dp.new_empty(splits, m, m)
     scale = None if row_scale is None else row_scale.contiguous()
     cols = None if cols is None else cols.contiguous()
-    block_j = _block_j(weight, m)
-    if scale is not None and not aligned(m):
-        block_j = min(block_j, 64)  # of 128, addresses one by one beside the scale spilled on sm_80
+    if scale is not None and not aligned(m):  # addresses one by one, and the scale: sm_80 spills
+        tile["BLOCK_J"] = min(tile["BLOCK_J"], 64)
     sizes = (n, weight.shape[1], m, rows, *weight.stride())
-    _project_bwd_kernel[(cdiv(m, BACKWARD.i), cdiv(m, block_j), splits)](
-        *(dp, scale, weight, cols, partial, *sizes),
-        **_options(weight, BACKWARD, block_j),
+    _project_bwd_kernel[(cdiv(m, tile["BLOCK_I"]), cdiv(m, tile["BLOCK_J"]), splits)](
+        *(dp, scale, weight, cols, partial, *sizes), PRECISION=_precision(weight), **tile
     )
     return partial.sum(0)
 
 
-def _block_j(weight: Tensor, m: int) -> int:
-    return block_of(m, 16, 64 if weight.dtype == torch.float32 else 128)
+def _tile(weight: Tensor, m: int, block_n: int) -> Tile:
+    """Rows of W, columns of C, and columns of the result."""
+    block_j = block_of(m, 16, 64 if weight.dtype == torch.float32 else 128)
+    cut = {"BLOCK_N": block_n, "BLOCK_I": 32, "BLOCK_J": block_j}
+    return cut | {"num_warps": 4, "num_stages": 2}
 
 
-def _options(weight: Tensor, blocks: Blocks, block_j: int) -> dict[str, object]:
+def _precision(weight: Tensor) -> str:
     parts = weight.dtype != torch.float32 and not machine_of(weight).rocm
-    precision = "tf32x3" if parts else dot_precision(torch.float32)
-    cut = {"BLOCK_N": blocks.n, "BLOCK_I": blocks.i, "BLOCK_J": block_j}
-    return cut | {"PRECISION": precision, "num_warps": blocks.num_warps, "num_stages": 2}
+    return "tf32x3" if parts else dot_precision(torch.float32)
 
 
 __all__ = ["backward", "forward"]

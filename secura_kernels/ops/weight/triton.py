@@ -47,6 +47,7 @@ from ...gpu import LARGE_SHARED, machine_of
 from ...norm import Norm, effective_eps, restrained
 from ..common import noise_key
 from ..jit import (
+    Tile,
     aligned,
     block_of,
     cast,
@@ -224,23 +225,24 @@ def weight_bwd_kernel(
     tl.store(dp_ptr + place, acc, mask_n[:, None] & mask_j[None, :])
 
 
-def _blocks(dtype: torch.dtype, is_aligned: bool, small: bool) -> dict[str, int]:
-    """A tile of W.
+def _tile(dtype: torch.dtype, m: int, is_aligned: bool, small: bool) -> Tile:
+    """A tile of W, and how much of m at a time.
 
     Args:
         dtype: the compute dtype.
+        m: rows of R.
         is_aligned: whether rows start aligned; else each element is read at an address of its own.
         small: whether the two accumulators of a folded W are too much for the large tile.
     """
     block_n, block_k = (64, 128) if is_aligned else (32, 64)
     if dtype == torch.float32 or small:
         block_k = 64
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 2}
+    block_m = block_of(m, 16, 32 if dtype == torch.float32 else 64)
+    cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_M": block_m}
+    return cut | {"num_warps": 8, "num_stages": 2}
 
 
-def _product_blocks(
-    dtype: torch.dtype, is_aligned: bool, ranks: int, folded: bool
-) -> dict[str, int]:
+def _product_tile(dtype: torch.dtype, is_aligned: bool, ranks: int, folded: bool) -> Tile:
     """A program's rows, the columns it takes at a time, and its columns of ∂P.
 
     The second accumulator of a ``folded`` W takes registers that ∂P's would else have.
@@ -284,13 +286,9 @@ class Tiles:
         stride_low = 0 if p_base is None else p_base.stride(0)
         self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
         small = p_base is not None and machine_of(weight).shared_bytes < LARGE_SHARED
-        blocks = _blocks(dtype, aligned(k if weight.stride(1) == 1 else n), small)
-        self.grid = (cdiv(k, blocks["BLOCK_K"]), cdiv(n, blocks["BLOCK_N"]))
-        self.options = dict(
-            PRECISION=dot_precision(dtype),
-            BLOCK_M=block_of(p.shape[1], 16, 32 if dtype == torch.float32 else 64),
-            **blocks,
-        )
+        tile = _tile(dtype, p.shape[1], aligned(k if weight.stride(1) == 1 else n), small)
+        self.grid = (cdiv(k, tile["BLOCK_K"]), cdiv(n, tile["BLOCK_N"]))
+        self.options = {"PRECISION": dot_precision(dtype), **tile}
 
     @classmethod
     def whole(
@@ -391,11 +389,11 @@ def grad_p(
     p, p_base = p.to(x.dtype), summands(p_base, x.dtype)
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
-    blocks = _product_blocks(x.dtype, aligned(k), wide, p_base is not None)
-    programs = cdiv(step, blocks["BLOCK_N"]) * cdiv(wide, blocks["BLOCK_J"])
-    blocks_k = cdiv(k, blocks["BLOCK_K"])
+    tile = _product_tile(x.dtype, aligned(k), wide, p_base is not None)
+    programs = cdiv(step, tile["BLOCK_N"]) * cdiv(wide, tile["BLOCK_J"])
+    blocks_k = cdiv(k, tile["BLOCK_K"])
     parts = plan.splits(programs, blocks_k, machine_of(g).processors)
-    columns = cdiv(blocks_k, parts) * blocks["BLOCK_K"]
+    columns = cdiv(blocks_k, parts) * tile["BLOCK_K"]
     dp = torch.empty(parts, n, wide, dtype=torch.float32, device=g.device)
     workspace = x.new_empty(step, k)
     for start in range(0, n, step):
@@ -405,12 +403,12 @@ def grad_p(
         base_part = None if p_base is None else p_base[:, part]
         tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
         of_rows = None if factor is None else factor[part]
-        grid = (parts, cdiv(len(d), blocks["BLOCK_N"]), cdiv(wide, blocks["BLOCK_J"]))
+        grid = (parts, cdiv(len(d), tile["BLOCK_N"]), cdiv(wide, tile["BLOCK_J"]))
         sizes = (*tiles.sizes, columns, wide, n * wide)
         weight_bwd_kernel[grid](
             *(d, *tiles.tensors, scalars, of_rows, dp[:, part], *sizes),
             SIGMOID_WEIGHT=norm.sigmoid_weight,
-            **tiles.options | blocks,
+            **tiles.options | tile,
         )
     whole = dp[0] if parts == 1 else dp.sum(0)
     return whole if wide == ranks else whole[:, :ranks].contiguous()
