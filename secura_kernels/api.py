@@ -37,10 +37,10 @@ from .dispatch import (
     compute_dtype,
     is_alone,
     is_watched,
-    resolve,
     supported,
     without_autocast,
 )
+from .held import once
 from .layer import Layer, cores
 from .norm import pack
 from .ops import flops
@@ -213,18 +213,23 @@ def additive_product(
 
 
 def _call(
-    layer: Layer, given: bool, watched: bool, impl: str | None, total: Total | None = None
+    layer: Layer,
+    given: bool,
+    watched: bool,
+    impl: str | None,
+    total: Total | None = None,
+    differentiates: bool = False,
 ) -> Call:
     restrain = layer.restrain
     norm = pack(layer.options, restrain, traced=watched)
     important = None if restrain is None else restrain.important
-    return Call(layer, norm, important, given, watched, impl, total)
+    return Call(layer, norm, important, given, watched, impl, total, differentiates)
 
 
 def _projections(call: Call, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``(P, P_base or None)``, ``[N, m]``, fp32 or wider."""
     u, u_base = cores(call.layer, a, b)
-    return project.projections(call, Step(u, u, u_base, None, None, False), u.dtype)
+    return project.projections(call, u, u_base, u.dtype)
 
 
 def _run(
@@ -251,11 +256,9 @@ def _run(
         x, total = shared(x, dtype)
     elif x.dtype != dtype:
         x = x.to(dtype)
-    if not watched and layer.replaces_product and layer.weight is not None:
-        impl = supported(impl, x, layer.weight)
-    elif not watched:
-        impl = resolve(impl, x)
-    call = _call(layer, given, watched, impl, total)
+    if not watched:
+        impl = supported(impl, x, layer.weight, layer.columns, a, b)
+    call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
     return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
 
 
@@ -311,17 +314,13 @@ def _output(
     shape, needs = x.shape, ctx.needs_input_grad
     flat = len(shape) == 2
     held = call.layer.held
-    known = None if held is None else held.get("U")
-    if known is None:
-        known = cores(call.layer, a, b)
-        if held is not None:
-            held.put("U", known)
-    u, u_base = known
+    u, u_base = once(held, "U", lambda: cores(call.layer, a, b))
     scale = None if z_scale is None else _flat(z_scale)
-    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs[1] or needs[2])
+    needs_p = call.differentiates and (needs[1] or needs[2])
+    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
-    ctx.layers = None if held is None else held.layers
+    ctx.layers, ctx.has_b = None if held is None else held.layers, b is not None
     ctx.save_for_backward(a, b, *saved)
     return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
 
@@ -364,7 +363,8 @@ def _is_for_grad(ctx: Any) -> bool:
 
     In one that was asked for a part of it, or is to return it, nothing may be held.
     """
-    nodes = [node for node, _ in ctx.next_functions[1:3] if node is not None]
+    parameters = ctx.next_functions[1 : 2 + ctx.has_b]  # tensors alone have a place there
+    nodes = [node for node, _ in parameters if node is not None]
     leaves, seen = [], set(nodes)
     while nodes:
         node = nodes.pop()

@@ -89,13 +89,15 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     return "reference"
 
 
-def supported(impl: str | None, first: Tensor, *others: Tensor) -> str:
+def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
     """:func:`resolve` of several tensors: Triton where it can take all of them."""
     found = resolve(impl, first)
-    for other in others:
-        same = other.dtype == first.dtype and other.device == first.device
-        if not same and resolve(impl, other) != found:
-            return "reference"
+    if found == "triton":
+        for other in others:
+            if other is None or (other.dtype in TRITON_DTYPES and other.device == first.device):
+                continue
+            if resolve(impl, other) != found:
+                return "reference"
     return found
 
 

@@ -15,7 +15,7 @@ sees the optimizer's step calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -121,4 +121,18 @@ class Held:
         self._is_last, self._remembers, self._tensors = None, False, ()
 
 
-__all__ = ["Held"]
+Value = TypeVar("Value")
+
+
+def once(held: Held | None, key: Any, make: Callable[[], Value]) -> Value:
+    """What ``make`` gives: of the step's first forward pass, where a layer holds something."""
+    if held is None:
+        return make()
+    found = held.get(key)
+    if found is None:
+        found = make()
+        held.put(key, found)
+    return found
+
+
+__all__ = ["Held", "once"]

@@ -281,8 +281,20 @@ def checkpoints() -> bool:
     Not re-entering, both its passes run under its hooks and must save tensors of the same shapes;
     re-entering, the second runs within a backward pass and the first saves nothing.
     """
-    if torch._C._current_graph_task_id() != -1:
-        return True
+    return torch._C._current_graph_task_id() != -1 or _under_hooks_of_checkpoint()
+
+
+def foresees_kept() -> bool:
+    """Whether a W' that is to be kept may decide by which way a forward pass goes.
+
+    Not in one that re-entrant checkpointing repeats within a backward pass: the first did not know
+    of it, and both must give the same bits.
+    """
+    within_backward = torch._C._current_graph_task_id() != -1
+    return holds_weight() or not within_backward or _under_hooks_of_checkpoint()
+
+
+def _under_hooks_of_checkpoint() -> bool:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 

@@ -209,6 +209,25 @@ def test_a_part_of_what_a_pass_may_be_asked_for():
     check_equal({"U": anchored.U.grad}, expected, rtol=1e-5)
 
 
+def test_all_that_a_core_without_b_has_is_all_of_it():
+    """A pass for U alone holds its part, though δb is trained too and not asked for."""
+    model, (x, *_) = layer(core="u", train_bias=True), batches()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(x).square().sum().backward(inputs=[model.U])
+        assert model.held.waits and model.U.grad is None
+        accumulation.drop()
+
+
+def test_gains_hold_no_p_that_nothing_reads_again():
+    model, (x, *_) = layer("channel"), batches()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        accumulation.last = True
+        out = model(x)
+        assert model.held.get("U") and model.held.get(("Q", x.dtype))
+        assert model.held.get(("P", x.dtype)) is None
+        out.sum().backward()
+
+
 def test_the_last_pass_of_another_layer_than_the_present():
     """Two graphs, scaled in between, before either's backward pass."""
     model, micro = layer(), batches()

@@ -28,6 +28,9 @@ class Call(NamedTuple):
         watched: whether ops go through torch's dispatcher, for a compiler or a mode to see.
         impl: of :func:`secura_kernels.dispatch.resolve`.
         total: where ∂x is added up that other layers have a part in, or None.
+        differentiates: whether a backward pass may follow: nothing is saved where none does. What
+            the output is made through may not depend on it: re-entrant checkpointing runs a
+            forward pass without gradient first, and then again with.
     """
 
     layer: Layer
@@ -37,6 +40,7 @@ class Call(NamedTuple):
     watched: bool
     impl: str | None
     total: Total | None = None
+    differentiates: bool = False
 
 
 class Step(NamedTuple):
@@ -48,7 +52,7 @@ class Step(NamedTuple):
         u_base: ``U [m, m]`` of what was folded into the norm's base, or None.
         delta_bias: trainable bias ``[N]`` or None.
         z_scale: ``[T, m]`` (dropout) or None.
-        keeps: whether ∂P will be asked for.
+        needs_p: whether ∂P will be asked for.
     """
 
     x: Tensor
@@ -56,7 +60,7 @@ class Step(NamedTuple):
     u_base: Tensor | None
     delta_bias: Tensor | None
     z_scale: Tensor | None
-    keeps: bool
+    needs_p: bool
 
 
 def rounding_seed(layer: Layer, dtype: torch.dtype) -> int | None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import plan
 from .._ops import ops
-from ..dispatch import resolve
+from ..dispatch import resolve, supported
 from ..norm import unpack
 from .activation.op import activation, activation_backward
 from .channel.op import channel
@@ -34,7 +34,7 @@ def _product(*sizes: int) -> int:
 
 def _sides(terms: list[Tensor | None]) -> int:
     """Thin products that make Δ and, where something was folded, the base."""
-    return 1 if len(terms) == 1 or terms[1] is None else 2
+    return 1 if terms[1] is None else 2
 
 
 def _rank(terms: list[Any]) -> int:
@@ -54,6 +54,7 @@ def _lowrank(
     weight: Tensor | None,
     q: Tensor,
     beside: list[Tensor | None],
+    needs_z: bool,
     keep: bool,
     seed: int | None,
     impl: str | None,
@@ -63,7 +64,7 @@ def _lowrank(
         return _product(t, n, m)
     on_gpu = resolve(impl, x) == "triton"
     fused = seed is not None or (on_gpu and takes_weight(x, q, beside[2], keep))
-    thin = _product(n, k, m) + _product(t, k, m) if fused else _product(t, n, m)
+    thin = _product(n, k, m) + needs_z * _product(t, k, m) if fused else _product(t, n, m)
     return _product(t, n, k) + thin
 
 
@@ -111,9 +112,9 @@ def _activation_backward(
     return needs[0] * to_x + thin * _product(t, n, m)
 
 
-def _weight(x: Tensor, w: Tensor, terms: list[Any], norm: str) -> int:
-    how = unpack(norm)
-    whole = w.shape[0] <= rows_at_once(w, torch.float32)  # and kept from pass to pass
+def _weight(x: Tensor, w: Tensor, terms: list[Any], norm: str, impl: str | None) -> int:
+    how, plain = unpack(norm), supported(impl, x, w) == "reference"
+    whole = plain and w.shape[0] <= rows_at_once(w, torch.float32)  # and kept from pass to pass
     passes = 1 if whole else 1 + how.needs_peak + how.restrained
     thin = _sides(terms) * _product(*w.shape, _rank(terms))
     return _product(x.shape[0], *w.shape) + passes * thin

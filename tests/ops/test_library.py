@@ -6,6 +6,7 @@ import functools
 import inspect
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
 from secura_kernels.gpu import H100, assume
 from secura_kernels.inspection.layers import Case, Example
+from secura_kernels.inspection.recorder import TARGETS, record
 from secura_kernels.norm import NORMS
 
 from .rule import exactly
@@ -160,6 +162,7 @@ def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
 
     def counted(case, device, impl):
         example = case.draw(device)
+        example.a.requires_grad_()
         with FlopCounterMode(display=False) as counter:
             example.output(impl)
         return counter.get_total_flops()
@@ -172,6 +175,75 @@ def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
         with assume(H100):
             assert counted(case, "meta", "triton") == expected
             assert counted(replace(case, dropout=True), "meta", "triton") == beside
+
+
+def test_kernels_make_the_change_once_a_pass():
+    """`paper` looks for the largest ρ first; plain torch keeps a small W's change from there."""
+    t, n, k, m = 48, 16, 32, 8
+    case = Case(NormOptions("weight", "paper"), torch.bfloat16, m, t, n, k, trains_bias=False)
+
+    def counted(device, impl):
+        with FlopCounterMode(display=False) as counter:
+            case.draw(device).output(impl)
+        return counter.get_total_flops()
+
+    once = 2 * (n * m * m + t * n * k + n * k * m)
+    assert counted("cpu", "reference") == once
+    with assume(H100):
+        assert counted("meta", "triton") == once + 2 * n * k * m
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_no_z_is_made_where_no_backward_pass_follows(norm, monkeypatch):
+    """Nor with A and B frozen; where it goes through W', z is a product of its own."""
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: True)
+    example = Case(NormOptions(norm), torch.bfloat16, 8, 48, 16, 32).draw("meta")
+    trained = example._replace(a=example.a.requires_grad_())
+
+    def counted(example):
+        with FlopCounterMode(display=False) as counter:
+            example.output("triton")
+        return counter.get_total_flops()
+
+    with record(TARGETS["sm_90"]):
+        for watched in (True, False):  # as the formula has it, and as it is
+            for module in (dispatch, api):
+                monkeypatch.setattr(module, "is_watched", lambda *args, watched=watched: watched)
+            whole = counted(trained)
+            with torch.no_grad():
+                assert counted(trained) == whole - 2 * 48 * 32 * 8
+            assert counted(example._replace(a=example.a.detach())) == whole - 2 * 48 * 32 * 8
+
+
+def test_no_byte_of_the_gain_is_kept_where_no_backward_pass_follows():
+    example = draw(OPTIONS[5], save="8bit")
+    for context, kept in ((torch.enable_grad, True), (torch.no_grad, False)):
+        with context(), Recorder() as recorder:
+            example.output("reference")
+        (taken,) = (args for func, args, _ in recorder.calls if "activation" in str(func))
+        assert [arg for arg in taken if isinstance(arg, bool)] == [kept]
+
+
+def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
+    """On a GPU, of which these say they are: a weight or a core of another dtype is no error."""
+
+    def on_gpu(dtype):
+        return SimpleNamespace(is_cuda=True, is_meta=False, device="cuda:0", dtype=dtype)
+
+    low, wide, eighth = map(on_gpu, (torch.bfloat16, torch.float64, torch.float8_e4m3fn))
+    assert dispatch.supported("auto", low, None, on_gpu(torch.float32)) == "triton"
+    for other in (wide, eighth):
+        assert dispatch.supported("auto", low, None, other) == "reference"
+        with pytest.raises(RuntimeError, match="no kernel takes float"):
+            dispatch.supported("triton", low, other)
+    asked = []
+    monkeypatch.setattr(api, "supported", lambda impl, *of: asked.append(of) or "reference")
+    for options in OPTIONS:
+        example = draw(options)
+        example.output()
+        layer = example.layer
+        operands = layer.weight, layer.columns, example.a, example.b
+        assert all(one is other for one, other in zip(asked[-1][1:], operands, strict=True))
 
 
 @pytest.mark.parametrize("place", [0, 2])

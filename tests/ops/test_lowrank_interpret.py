@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.ops.lowrank import triton as kernels
@@ -52,6 +53,25 @@ def test_rows_named_twice(y0_given, way, m, monkeypatch):
     rows = example.layer.rows[twice]
     assert rows.unique().numel() < m
     check_example(example._replace(layer=example.layer._replace(rows=rows)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_output_has_the_bits_of_the_first(reentrant, monkeypatch):
+    """Though the second of re-entrant checkpointing's passes alone knows that W' is kept."""
+    seen, ways = [], []
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: ways.append(kept) or kept)
+    example = case_of((40, 48, 32, 16), NormOptions("none"), torch.bfloat16).draw()
+    x = example.x.requires_grad_()
+
+    def output(x):
+        seen.append(example._replace(x=x).output("triton"))
+        return seen[-1]
+
+    with set_checkpoint_early_stop(False):
+        checkpoint(output, x, use_reentrant=reentrant).sum().backward()
+    first, second = seen
+    assert torch.equal(first, second)
+    assert ways == [not reentrant] * 2
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
@@ -147,7 +167,7 @@ def test_every_block_of_the_rank(m):
 def test_a_rank_above_the_largest_block():
     """Plain torch then makes ∂y0."""
     y, g, q, _, rows, *_ = draw(3, 520, MAX_RANK + 1)
-    out, z, _ = lowrank(y, None, None, rows, q, [None] * 3, False, None, "triton")
+    out, z, _ = lowrank(y, None, None, rows, q, [None] * 3, True, False, None, "triton")
     torch.testing.assert_close(out, y + y[:, rows] @ q.t(), rtol=1e-4, atol=1e-4)
     dy, dq, _ = lowrank_backward(g, z, None, rows, q, None, None, [True] * 3, "triton")
     torch.testing.assert_close(dy, g.index_add(1, rows, g @ q))

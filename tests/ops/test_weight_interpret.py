@@ -18,7 +18,7 @@ from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
 
 from .pairs import pairwise
-from .rule import SHAPES, case_of, check, check_example, shapes_in_two_dtypes
+from .rule import SHAPES, case_of, check, check_example, exactly, shapes_in_two_dtypes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHT = NormOptions("weight")
@@ -331,6 +331,15 @@ def test_stochastic_rounding_keeps_nan_of_every_payload(impl):
     weight[4:] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     got = merged(weight, torch.zeros(64, 4), impl)
     assert got[4:].isnan().all() and torch.equal(got[:4], weight[:4].bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 5, 2), (3, 0, 5, 0), (3, 8, 5, 0)], ids=str)
+def test_nothing_to_learn_from(shape):
+    """No token, no output, no row of W chosen."""
+    example = case_of(shape, NormOptions("weight")).draw()
+    for got, expected in zip(example.run("triton"), exactly(example), strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected.float())
 
 
 def test_stochastic_rounding_does_not_depend_on_the_tiles(monkeypatch):

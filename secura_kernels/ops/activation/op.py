@@ -66,7 +66,7 @@ from ..common import (
     gradients_fake,
     product_wide,
 )
-from ..project.op import projections
+from ..project.op import held_projections
 
 _LEVELS = 255
 
@@ -281,8 +281,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, dtype = call.layer, step.x.dtype
     weight, bias = frozen(call, dtype)
-    terms = Terms(*projections(call, step, dtype), step.delta_bias, step.z_scale)
-    keep = layer.save == "8bit"
+    terms = Terms(*held_projections(call, step, dtype), step.delta_bias, step.z_scale)
+    keep = layer.save == "8bit" and call.differentiates
     how = (terms, call.important, call.norm, keep, call.impl)
     run = activation if call.watched else activation.body
     out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, *how)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import absent, as_dtype, kernels, op, wide
+from ...held import once
 from ...norm import (
     base_share,
     coefficients,
@@ -152,13 +153,11 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     wide_u, dtype = step.u.dtype, step.x.dtype
     seed = rounding_seed(call.layer, dtype)
     wanted = dtype if seed is None else wide_u
-    held = call.layer.held
-    known = None if held is None else held.get(("Q", wanted))
-    if known is None:
-        known = product(call, *projections(call, step, wide_u), wanted)
-        if held is not None:
-            held.put(("Q", wanted), known)
-    q, share, inverse = known
+
+    def make() -> tuple[Tensor, Tensor | None, Tensor]:
+        return product(call, *projections(call, step.u, step.u_base, wide_u), wanted)
+
+    q, share, inverse = once(call.layer.held, ("Q", wanted), make)
     out, saved = lowrank.add(call, step, q, share, seed)
     return out, (*saved, inverse)
 

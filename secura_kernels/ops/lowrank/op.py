@@ -52,7 +52,7 @@ from ..common import (
     rounding_seed,
     summed_bias,
 )
-from ..project.op import projections
+from ..project.op import held_projections
 from ..weight.op import merged_weight
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -62,9 +62,10 @@ MAX_RANK = 512
 def takes_weight(x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool) -> bool:
     """Whether the kernels' forward of flat ``x [T, K]`` goes through W', as the plan says."""
     (t, k), (n, m) = x.shape, q.shape
-    return z_scale is None and plan.takes_weight(
-        plan.Shape(t, n, k, m, x.element_size()), keep, plan.chip_of(x)
-    )
+    if z_scale is not None:
+        return False
+    shape = plan.Shape(t, n, k, m, x.element_size())
+    return plan.takes_weight(shape, keep and plan.foresees_kept(), plan.chip_of(x))
 
 
 @op("lowrank")
@@ -75,6 +76,7 @@ def lowrank(
     rows: Tensor,
     q: Tensor,
     beside: list[Tensor | None],
+    needs_z: bool,
     keep: bool,
     seed: int | None,
     impl: str | None,
@@ -82,23 +84,24 @@ def lowrank(
     """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype.
 
     ``beside`` is share ``[N]`` and δb ``[N]``, which may be wider, and z_scale ``[T, m]``, or None.
-    Without ``weight``, x is y0, bias included; it is not written. W' ``[N, K]`` is empty unless
+    Without ``weight``, x is y0, bias included; it is not written. z is empty unless ``needs_z``
+    asks for it, which does not change out. W' ``[N, K]`` is empty unless
     ``keep`` asks for it and the forward went through it. With ``seed``, W' is the one that a merge
     writes, of Q in fp32 and W in any dtype, rounded stochastically; it is not kept.
     """
     share, delta_bias, z_scale = beside
     if seed is not None and weight is not None:
         fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
-        r = as_dtype(weight.index_select(0, rows), x.dtype)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-        return out, x @ r.t(), absent(x)
+        return out, _z(x, weight, rows) if needs_z else absent(x), absent(x)
     triton = kernels(__package__, impl, x)
     if weight is None:
         y0, inside = x, bias
     elif triton is not None and takes_weight(x, q, z_scale, keep):
         fused = merged_weight.body(weight, rows, q, share, x.dtype, None, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-        return out, x @ weight.index_select(0, rows).t(), fused if keep else absent(x)
+        z = _z(x, weight, rows) if needs_z else absent(x)
+        return out, z, fused if keep else absent(x)
     else:
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
@@ -107,7 +110,7 @@ def lowrank(
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
         triton.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
-        return out, z, absent(x)
+        return out, z if needs_z else absent(x), absent(x)
     z = gather(y0, inside, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
     if share is not None:
@@ -118,15 +121,21 @@ def lowrank(
     for term in (bias, delta_bias):
         if term is not None:
             out.add_(term)
-    return out, z, absent(x)
+    return out, z if needs_z else absent(x), absent(x)
+
+
+def _z(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """``z = x Rᵀ [T, m]``."""
+    return x @ as_dtype(weight.index_select(0, rows), x.dtype).t()
 
 
 @lowrank.register_fake
 def _lowrank_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, q: Tensor, *_: Any
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, q: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t = x.shape[0]
-    return x.new_empty(t, q.shape[0]), x.new_empty(t, rows.shape[0]), absent(x)
+    t, (_, needs_z, *_) = x.shape[0], rest
+    z = x.new_empty(t, rows.shape[0]) if needs_z else absent(x)
+    return x.new_empty(t, q.shape[0]), z, absent(x)
 
 
 @op("lowrank_backward")
@@ -209,7 +218,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
     seed = rounding_seed(call.layer, step.x.dtype)
     wanted = step.x.dtype if seed is None else step.u.dtype
-    return add(call, step, projections(call, step, wanted)[0], None, seed)
+    return add(call, step, held_projections(call, step, wanted)[0], None, seed)
 
 
 def add(
@@ -225,9 +234,10 @@ def add(
     keep = seed is None and plan.keeps_weight(call.watched)
     beside = [share, step.delta_bias, z_scale]
     run = lowrank if call.watched else lowrank.body
-    out, z, fused = run(x, weight_in, bias, rows, q_in, beside, keep, seed, call.impl)
+    how = (step.needs_p, keep, seed, call.impl)
+    out, z, fused = run(x, weight_in, bias, rows, q_in, beside, *how)
     kept = fused if fused.numel() else None
-    return out, (kept, z if step.keeps else None, weight, rows, q, share, z_scale)
+    return out, (kept, z if step.needs_p else None, weight, rows, q, share, z_scale)
 
 
 def backward(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import kernels, op
+from ...held import once
 from ..common import Call, Step
 
 
@@ -78,16 +79,21 @@ def projection(call: Call, u: Tensor, dtype: torch.dtype) -> Tensor:
     return run(layer.weight, layer.cols, u, dtype, call.impl)
 
 
-def projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def projections(
+    call: Call, u: Tensor, u_base: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """``(P, P_base or None)`` of a layer in ``dtype``."""
-    held = call.layer.held
-    if held is not None and (known := held.get(("P", dtype))) is not None:
-        return known
-    p = projection(call, step.u, dtype)
-    found = p, None if step.u_base is None else projection(call, step.u_base, dtype)
-    if held is not None:
-        held.put(("P", dtype), found)
-    return found
+    p = projection(call, u, dtype)
+    return p, None if u_base is None else projection(call, u_base, dtype)
+
+
+def held_projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """:func:`projections` of a step, which the layer may hold from the one before."""
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        return projections(call, step.u, step.u_base, dtype)
+
+    return once(call.layer.held, ("P", dtype), make)
 
 
 def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -98,4 +104,11 @@ def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
     return run(dp, layer.weight, layer.cols, row_scale, call.impl)
 
 
-__all__ = ["backward", "project", "project_backward", "projection", "projections"]
+__all__ = [
+    "backward",
+    "held_projections",
+    "project",
+    "project_backward",
+    "projection",
+    "projections",
+]

@@ -54,7 +54,7 @@ from ..common import (
     rounding_seed,
     summed_bias,
 )
-from ..project.op import projections
+from ..project.op import held_projections
 from . import plain
 
 
@@ -255,7 +255,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     # ρ divides by the base, which may cancel: a P that is folded into it is not rounded. Nor is the
     # P of a W' that is to be rounded once, stochastically.
     dtype = x.dtype if step.u_base is None and seed is None else step.u.dtype
-    terms = Terms(*projections(call, step, dtype), step.delta_bias)
+    terms = Terms(*held_projections(call, step, dtype), step.delta_bias)
     frozen = (layer.weight, as_dtype(layer.bias, x.dtype), layer.rows)
     keep = seed is None and plan.keeps_weight(call.watched)
     held = layer.held if keep and plan.holds_weight() else None
@@ -270,7 +270,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
         if held is not None:
             held.put(("W'", x.dtype), (fused, *found))
     kept = fused if keep else None
-    return out, (kept, x if step.keeps else None, layer.weight, layer.rows, *terms[:2], *found)
+    return out, (kept, x if step.needs_p else None, layer.weight, layer.rows, *terms[:2], *found)
 
 
 def backward(

@@ -383,7 +383,7 @@ def grad_p(
     ``found`` is ``([ε, slope, offset], f [N] or None)`` of :func:`measure`.
     """
     (n, k), (scalars, factor), ranks = weight.shape, found, rows.numel()
-    if weight.numel() == 0:
+    if weight.numel() == 0 or ranks == 0:
         return torch.zeros(p.shape, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     p, p_base = p.to(x.dtype), summands(p_base, x.dtype)
