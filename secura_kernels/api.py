@@ -314,7 +314,7 @@ def _output(
     shape, needs = x.shape, ctx.needs_input_grad
     flat = len(shape) == 2
     held = call.layer.held
-    u, u_base = once(held, "U", lambda: cores(call.layer, a, b))
+    u, u_base = once(held, "U", cores, call.layer, a, b)
     scale = None if z_scale is None else _flat(z_scale)
     needs_p = call.differentiates and (needs[1] or needs[2])
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)

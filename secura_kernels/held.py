@@ -124,13 +124,13 @@ class Held:
 Value = TypeVar("Value")
 
 
-def once(held: Held | None, key: Any, make: Callable[[], Value]) -> Value:
-    """What ``make`` gives: of the step's first forward pass, where a layer holds something."""
+def once(held: Held | None, key: Any, make: Callable[..., Value], *args: Any) -> Value:
+    """``make(*args)``, or what it gave in the step's first forward pass, where a layer holds it."""
     if held is None:
-        return make()
+        return make(*args)
     found = held.get(key)
     if found is None:
-        found = make()
+        found = make(*args)
         held.put(key, found)
     return found
 

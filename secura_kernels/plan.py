@@ -267,7 +267,7 @@ def keeps_weight(watched: bool = False) -> bool:
         raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
     if said != "auto":
         return said == "always" and not (watched and torch.compiler.is_compiling())
-    return not watched and checkpoints()
+    return not watched and bool(checkpoints())
 
 
 def holds_weight() -> bool:
@@ -275,28 +275,26 @@ def holds_weight() -> bool:
     return os.environ.get("SECURA_KEEP_WEIGHT") == "always"
 
 
-def checkpoints() -> bool:
-    """Whether ``torch.utils.checkpoint`` is at work: what is saved now is dropped or soon used.
+def checkpoints() -> str:
+    """How ``torch.utils.checkpoint`` is at work, ``""`` if not: what is saved is soon used.
 
-    Not re-entering, both its passes run under its hooks and must save tensors of the same shapes;
-    re-entering, the second runs within a backward pass and the first saves nothing.
+    ``"hooked"``, not re-entering: both its passes run under its hooks and must save tensors of the
+    same shapes. ``"again"``, re-entering: the second pass, within a backward pass; the first saves
+    nothing and is like any without gradient.
     """
-    return torch._C._current_graph_task_id() != -1 or _under_hooks_of_checkpoint()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        return "hooked"
+    return "again" if torch._C._current_graph_task_id() != -1 else ""
 
 
 def foresees_kept() -> bool:
     """Whether a W' that is to be kept may decide by which way a forward pass goes.
 
-    Not in one that re-entrant checkpointing repeats within a backward pass: the first did not know
-    of it, and both must give the same bits.
+    Not in the second pass of re-entrant checkpointing: the first did not know of it, and both must
+    give the same bits.
     """
-    within_backward = torch._C._current_graph_task_id() != -1
-    return holds_weight() or not within_backward or _under_hooks_of_checkpoint()
-
-
-def _under_hooks_of_checkpoint() -> bool:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return holds_weight() or checkpoints() != "again"
 
 
 def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:

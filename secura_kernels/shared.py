@@ -107,7 +107,7 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
 
 def _selects() -> bool:
     """Whether checkpointing is at work, and a dispatch mode says what it keeps."""
-    return is_in_torch_dispatch_mode() and checkpoints()
+    return is_in_torch_dispatch_mode() and bool(checkpoints())
 
 
 def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ... import plan
 from ...dispatch import absent, as_dtype, kernels, op, wide
+from ...held import once
 from ...norm import (
     Norm,
     base_share,
@@ -66,7 +67,7 @@ from ..common import (
     gradients_fake,
     product_wide,
 )
-from ..project.op import held_projections
+from ..project.op import projections
 
 _LEVELS = 255
 
@@ -281,7 +282,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     layer, dtype = call.layer, step.x.dtype
     weight, bias = frozen(call, dtype)
-    terms = Terms(*held_projections(call, step, dtype), step.delta_bias, step.z_scale)
+    thin = (call, step.u, step.u_base, dtype)
+    p, p_base = once(layer.held, ("P", dtype), projections, *thin)
+    terms = Terms(p, p_base, step.delta_bias, step.z_scale)
     keep = layer.save == "8bit" and call.differentiates
     how = (terms, call.important, call.norm, keep, call.impl)
     run = activation if call.watched else activation.body

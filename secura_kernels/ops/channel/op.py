@@ -148,16 +148,16 @@ def product(
     return q, share if shared else None, inverse
 
 
+def _product(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    p, p_base = projections(call, step.u, step.u_base, step.u.dtype)
+    return product(call, p, p_base, dtype)
+
+
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
-    wide_u, dtype = step.u.dtype, step.x.dtype
-    seed = rounding_seed(call.layer, dtype)
-    wanted = dtype if seed is None else wide_u
-
-    def make() -> tuple[Tensor, Tensor | None, Tensor]:
-        return product(call, *projections(call, step.u, step.u_base, wide_u), wanted)
-
-    q, share, inverse = once(call.layer.held, ("Q", wanted), make)
+    seed = rounding_seed(call.layer, step.x.dtype)
+    wanted = step.x.dtype if seed is None else step.u.dtype
+    q, share, inverse = once(call.layer.held, ("Q", wanted), _product, call, step, wanted)
     out, saved = lowrank.add(call, step, q, share, seed)
     return out, (*saved, inverse)
 

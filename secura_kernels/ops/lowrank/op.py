@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ... import plan
 from ...dispatch import absent, as_dtype, kernels, op, wide
+from ...held import once
 from ...shared import added
 from ..common import (
     Call,
@@ -52,7 +53,7 @@ from ..common import (
     rounding_seed,
     summed_bias,
 )
-from ..project.op import held_projections
+from ..project.op import projections
 from ..weight.op import merged_weight
 
 # The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
@@ -218,7 +219,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of the space ``none``: Q is P."""
     seed = rounding_seed(call.layer, step.x.dtype)
     wanted = step.x.dtype if seed is None else step.u.dtype
-    return add(call, step, held_projections(call, step, wanted)[0], None, seed)
+    thin = (call, step.u, step.u_base, wanted)
+    p, _ = once(call.layer.held, ("P", wanted), projections, *thin)
+    return add(call, step, p, None, seed)
 
 
 def add(

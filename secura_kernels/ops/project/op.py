@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import kernels, op
-from ...held import once
-from ..common import Call, Step
+from ..common import Call
 
 
 @op("project")
@@ -87,15 +86,6 @@ def projections(
     return p, None if u_base is None else projection(call, u_base, dtype)
 
 
-def held_projections(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """:func:`projections` of a step, which the layer may hold from the one before."""
-
-    def make() -> tuple[Tensor, Tensor | None]:
-        return projections(call, step.u, step.u_base, dtype)
-
-    return once(call.layer.held, ("P", dtype), make)
-
-
 def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
     """``∂U [m, m]`` of ``∂P [N, m]``, whose rows are multiplied by ``row_scale [N]`` if given."""
     layer, run = call.layer, project_backward if call.watched else project_backward.body
@@ -106,7 +96,6 @@ def backward(call: Call, dp: Tensor, row_scale: Tensor | None) -> Tensor:
 
 __all__ = [
     "backward",
-    "held_projections",
     "project",
     "project_backward",
     "projection",

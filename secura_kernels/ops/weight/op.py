@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ... import plan
 from ...dispatch import absent, as_dtype, kernels, op, wide
+from ...held import once
 from ...norm import Norm, unpack
 from ...shared import added
 from ..common import (
@@ -54,7 +55,7 @@ from ..common import (
     rounding_seed,
     summed_bias,
 )
-from ..project.op import held_projections
+from ..project.op import projections
 from . import plain
 
 
@@ -255,7 +256,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     # ρ divides by the base, which may cancel: a P that is folded into it is not rounded. Nor is the
     # P of a W' that is to be rounded once, stochastically.
     dtype = x.dtype if step.u_base is None and seed is None else step.u.dtype
-    terms = Terms(*held_projections(call, step, dtype), step.delta_bias)
+    thin = (call, step.u, step.u_base, dtype)
+    p, p_base = once(layer.held, ("P", dtype), projections, *thin)
+    terms = Terms(p, p_base, step.delta_bias)
     frozen = (layer.weight, as_dtype(layer.bias, x.dtype), layer.rows)
     keep = seed is None and plan.keeps_weight(call.watched)
     held = layer.held if keep and plan.holds_weight() else None
