@@ -9,7 +9,7 @@ from torch import nn
 
 from ._extras import require
 from .accumulation import accumulate
-from .folding import check_foldable, fold, fold_periods
+from .folding import active_adapters, check_foldable, fold, fold_periods
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
@@ -48,6 +48,8 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 ": give them one value, or FoldCallback(fold_every=...)"
             )
         self._period = max(periods, default=0)
+        for adapter, _ in active_adapters(model).values():
+            adapter.folds = True
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

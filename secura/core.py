@@ -19,7 +19,12 @@ class Core(AdapterState):
 
     :class:`secura.adapter.CABR` has one on a linear layer, :class:`secura.experts.Experts` one for
     each weight of a stack.
+
+    Attributes:
+        folds: whether :class:`secura.FoldCallback` folds it while training.
     """
+
+    folds = False
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""

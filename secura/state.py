@@ -209,6 +209,11 @@ class AdapterState(nn.Module):
             return
         check_sum(layer, state, self._settings(state))
         state.pop("checksum", None)
+        if self.left is not None and "U" in state and "left" not in state:
+            raise ValueError(
+                f"{layer}: the file's U has no anchor, and the adapter's here has one, beside "
+                "which it would mean something else: secura.unanchor(model) before loading"
+            )
         expected = self._tensors()
         expected.pop("checksum")
         if self.U is not None and self.left is None:  # an anchor comes with the file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import secura
-from secura import SecuraConfig
+from secura import FoldCallback, SecuraConfig
 from secura.integrity import checksum, digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -313,3 +314,25 @@ def test_a_bias_the_config_does_not_mention(folder):
     (folder / CONFIG).write_text(json.dumps(config | {"train_bias": False}))
     with pytest.raises(ValueError, match=r"q_proj.*adapter_config\.json"):
         PeftModel.from_pretrained(tiny.llama(), folder)
+
+
+def test_a_scale_that_the_file_has_not_is_told(tmp_path):
+    model = tiny.adapted(norm="none")
+    for layer in tiny.layers(model).values():
+        layer.set_scale("default", 2.0)
+    with pytest.warns(UserWarning, match=r"acts with scaling=2 here.*the config's 1"):
+        model.save_pretrained(tmp_path)
+
+
+def test_folds_that_never_came_are_told(tmp_path):
+    """`fold_every` is the callback's: without it nothing folds."""
+    model = tiny.adapted(norm="none", fold_every=1)
+    with pytest.warns(UserWarning, match=r"fold_every=1 and never folded.*FoldCallback"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        secura.fold(model)
+        model.save_pretrained(tmp_path)
+        trained = tiny.adapted(norm="none", fold_every=100)
+        FoldCallback().on_train_begin(None, None, None, model=trained)
+        trained.save_pretrained(tmp_path)

@@ -78,3 +78,24 @@ def test_the_small_file_needs_no_anchor(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     torch.testing.assert_close(tiny.logits(loaded), before, rtol=0, atol=2e-5)
     assert tiny.anchors(loaded)[0] == (None, None)
+
+
+def test_a_core_without_its_anchor_is_not_taken_into_an_anchored_one():
+    """U would be read in coordinates that it was not learned in."""
+    model = anchored()
+    before, state = tiny.snapshot(model), tiny.snapshot(tiny.adapted(core="u", norm="none"))
+    for strict in (True, False):
+        with pytest.raises(ValueError, match="the file's U has no anchor"):
+            model.load_state_dict(state, strict=strict)
+        tiny.assert_same(tiny.snapshot(model), before)
+    unanchor(model)
+    model.load_state_dict(state, strict=False)
+
+
+def test_two_models_of_one_config_are_anchored_each_for_itself():
+    config = tiny.config(core="u", norm="none")
+    one, other = (get_peft_model(tiny.llama(), config) for _ in range(2))
+    anchor(one, [torch.arange(3, 25)], damping=0.5)
+    for untouched in (config, other.peft_config["default"]):
+        assert not untouched.anchored and untouched.anchor_damping == 1e-2
+    assert one.peft_config["default"].anchored and one.peft_config["default"].anchor_damping == 0.5

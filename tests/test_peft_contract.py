@@ -379,3 +379,30 @@ def test_the_folder_says_what_to_import(tmp_path):
     assert "import secura.tuner first" in json.loads((adapter / CONFIG).read_text())["how_to_load"]
     command = [sys.executable, "-c", CODE.format(first="secura.tuner"), tmp_path / "base", adapter]
     subprocess.run(command, check=True, capture_output=True)
+
+
+class Scaled(torch.nn.Linear):
+    """A layer of its own, which its model calls with more than an input."""
+
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+def scaled(**settings):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Scaled(24, 16))
+    return get_peft_model(model, SecuraConfig(r=4, target_modules=["0"], **settings))
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+def test_what_else_a_layer_is_called_with_reaches_the_base(norm):
+    layer, x = scaled(norm=norm).base_model.model[0], torch.randn(3, 24)
+    torch.testing.assert_close(layer(x, scale=3.0), 3 * layer.base_layer(x))
+    torch.testing.assert_close(layer(x, 3.0), 3 * layer.base_layer(x))
+
+
+@pytest.mark.parametrize("settings", [{"norm": "weight"}, {"stochastic_rounding": True}])
+def test_it_is_an_error_where_the_base_makes_no_product(settings):
+    layer = scaled(**{"norm": "none"} | settings).base_model.model[0]
+    with pytest.raises(TypeError, match="called with more than its input"):
+        layer(torch.randn(3, 24), scale=3.0)

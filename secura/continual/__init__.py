@@ -1,7 +1,9 @@
 """Continual learning for any ``transformers.Trainer``: callbacks and a collator, no subclass.
 
 Each task is one training run; what keeps the earlier tasks is added to that run. The methods work
-on the trainable parameters, whatever they are (LoRA, SECURA, the whole model), and can be combined.
+on the trainable parameters, whatever they are (LoRA, SECURA, the whole model), and can be combined;
+but what was kept before an adapter was folded or anchored anew is refused after it, for the same
+numbers then stand for something else.
 
 Elastic weight consolidation pulls the parameters that mattered to earlier tasks back to where they
 were::

@@ -17,6 +17,8 @@ from secura.anchoring import AnchorReport, anchor, check_anchorable, check_readi
 from secura.curvature import listed
 from secura.folding import fold
 
+from .state import Unfolded
+
 TrainerCallback = require("transformers", "train").TrainerCallback
 
 
@@ -112,20 +114,24 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
-            ``core="u"``. At a step: for an optimizer that holds copies of the cores (ZeRO).
+            ``core="u"``, or one that folds while training, since the decay does not reach what was
+            folded. At a step: where it was folded, and for an optimizer that holds copies of the
+            cores (ZeRO).
     """
 
     def __init__(self, anchor_decay: float) -> None:
         if not (anchor_decay >= 0 and math.isfinite(anchor_decay)):
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
         self.anchor_decay = anchor_decay
+        self._unfolded: Unfolded | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Refuse a model with no such core before the first step is paid for."""
+        """Refuse a model with no such core, or one that folds, before a step is paid for."""
         assert model is not None
         u_adapters(model)
+        self._unfolded = Unfolded(model) if self.anchor_decay else None
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -139,6 +145,8 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Decay every core that the optimizer trains, at the rate of its group."""
         assert model is not None
+        if self._unfolded is not None:
+            self._unfolded.check()
         cores = {id(adapter.U) for adapter, _ in u_adapters(model).values()}
         pairs = [(group["lr"], one) for group in optimizer.param_groups for one in group["params"]]
         found = [(rate, one) for rate, one in pairs if id(one) in cores]

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from secura._extras import require
 
-from .state import check_run, placed, read, trainable, without_dropout, write
+from .state import (
+    Unfolded,
+    check_run,
+    coordinates,
+    placed,
+    read,
+    trainable,
+    without_dropout,
+    write,
+)
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
@@ -31,10 +40,12 @@ class Fisher:
     Args:
         importance: fp32, by parameter name: the diagonal ``F``, 0 or more.
         anchor: fp32, of the same names and shapes: ``θ*``.
+        made_in: :func:`secura.continual.state.coordinates` of the model; empty if not known.
     """
 
     importance: dict[str, Tensor]
     anchor: dict[str, Tensor]
+    made_in: str = ""
 
     @classmethod
     def estimate(
@@ -61,7 +72,7 @@ class Fisher:
 
         Raises:
             ValueError: no batch, no trainable parameter, a loss that is missing or not finite, or a
-                ``previous`` of other parameters.
+                ``previous`` of other parameters, or from before a fold or another anchor.
         """
         parameters = trainable(model)
         if previous is not None:
@@ -79,23 +90,27 @@ class Fisher:
         importance = {name: squares / count for name, squares in total.items()}
         if previous is not None:
             importance = {name: importance[name] + previous.importance[name] for name in importance}
-        return cls(importance, {n: p.detach().float().clone() for n, p in parameters.items()})
+        anchor = {n: p.detach().float().clone() for n, p in parameters.items()}
+        return cls(importance, anchor, coordinates(model))
 
     def on(self, model: nn.Module) -> Fisher:
         """The same on the model's devices.
 
         Raises:
-            ValueError: names or shapes are not those of the model's trainable parameters.
+            ValueError: names or shapes are not those of the model's trainable parameters, or these
+                were folded or anchored anew since.
         """
         return Fisher(
-            placed(self.importance, model, "the Fisher information"),
-            placed(self.anchor, model, "the Fisher information's anchor"),
+            placed(self.importance, model, "the Fisher information", self.made_in),
+            placed(self.anchor, model, "the Fisher information's anchor", self.made_in),
+            self.made_in,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
         parts = zip(_PARTS, (self.importance, self.anchor), strict=True)
-        write({f"{part}.{name}": t for part, tensors in parts for name, t in tensors.items()}, path)
+        tensors = {f"{part}.{name}": t for part, own in parts for name, t in own.items()}
+        write(tensors, path, self.made_in)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -105,7 +120,8 @@ class Fisher:
             ValueError: the file is missing, damaged, or no Fisher information.
         """
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-        for key, tensor in read(path).items():
+        tensors, made_in = read(path)
+        for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = tensor
         importance, anchor = (parts[part] for part in _PARTS)
@@ -117,7 +133,7 @@ class Fisher:
             or any(bool((tensor < 0).any()) for tensor in importance.values())
         ):
             raise ValueError(f"{path} is damaged or holds no Fisher information: estimate it again")
-        return cls(importance, anchor)
+        return cls(importance, anchor, made_in)
 
 
 class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
@@ -141,6 +157,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             raise ValueError(f"ewc_lambda={ewc_lambda} must be a finite number, 0 or more")
         self.fisher = fisher
         self.ewc_lambda = ewc_lambda
+        self._unfolded: Unfolded | None = None
 
     def penalty(self, model: nn.Module) -> Tensor:
         """``λ/2 Σ F (θ − θ*)²`` of the model as it is, a differentiable fp32 scalar.
@@ -160,7 +177,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Check the run, and bring the Fisher information to the model's devices."""
         assert model is not None
-        check_run(model)
+        self._unfolded = check_run(model)
         self.fisher = self.fisher.on(model)
 
     @torch.no_grad()
@@ -169,6 +186,8 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Add the penalty's gradient."""
         assert model is not None
+        if self._unfolded is not None:
+            self._unfolded.check()
         if getattr(kwargs.get("optimizer"), "scaler", None) is not None and not args.max_grad_norm:
             raise ValueError(
                 "fp16 scales gradients, and it is clipping that undoes it before EWC's gradient is "

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from secura._extras import require
 
-from .state import check_run, placed, read, trainable, without_dropout, write
+from .state import (
+    Unfolded,
+    check_run,
+    coordinates,
+    placed,
+    read,
+    trainable,
+    without_dropout,
+    write,
+)
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
@@ -79,13 +88,15 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         self.weight = weight
         self.start = start
         self.values: dict[str, Tensor] = {}
+        self._made_in = ""
+        self._unfolded: Unfolded | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         """Take the values up, from the model or from a checkpoint, and add to the loss."""
         assert model is not None
-        check_run(model)
+        self._unfolded = check_run(model)
         dft = getattr(args, "loss_type", None) == "dft"
         if args.torch_compile or args.n_gpu > 1 or args.label_smoothing_factor or dft:
             raise ValueError(
@@ -95,9 +106,10 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         if state.global_step:
             self._read(_file(args, state), model)
         elif self.start is not None:
-            self.values = placed(read(self.start), model, f"the long-term memory in {self.start}")
+            self._take(Path(self.start), model, f"the long-term memory in {self.start}")
         else:
             self.values = {n: p.detach().float().clone() for n, p in trainable(model).items()}
+            self._made_in = coordinates(model)
         self.detach(model)
         if self.weight:
             _hooks[model] = model.register_forward_hook(self._add_to_loss, with_kwargs=True)
@@ -108,13 +120,15 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Move the long-term values towards the parameters."""
         assert model is not None
+        if self._unfolded is not None:
+            self._unfolded.check()
         for name, value in trainable(model).items():
             self.values[name].mul_(self.ema).add_(value.float(), alpha=1 - self.ema)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the values beside the checkpoint's own files."""
         if state.is_world_process_zero:
-            write(self.values, _file(args, state))
+            write(self.values, _file(args, state), self._made_in)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -134,22 +148,23 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the values as safetensors, whole or not at all."""
-        write(self.values, path)
+        write(self.values, path, self._made_in)
 
     def copy_to(self, model: nn.Module) -> None:
         """Make the long-term values the model's.
 
         Raises:
-            ValueError: before any training, or for a model with other trainable parameters.
+            ValueError: before any training, for a model with other trainable parameters, or one
+                that was folded or anchored anew since.
         """
-        _copy(placed(self.values, model, "the long-term memory"), model)
+        _copy(placed(self.values, model, "the long-term memory", self._made_in), model)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model with the long-term values, to evaluate or save; after the block, as before.
 
         Raises:
-            ValueError: before any training, or for a model with other trainable parameters.
+            ValueError: as :meth:`copy_to`.
         """
         before = {name: value.detach().clone() for name, value in trainable(model).items()}
         self.copy_to(model)
@@ -165,7 +180,12 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
                 "cut short, or lies in another folder than output_dir. Go on from a checkpoint "
                 "that has the file, or begin anew"
             )
-        self.values = placed(read(file), model, "the checkpoint's long-term memory")
+        self._take(file, model, "the checkpoint's long-term memory")
+
+    def _take(self, file: Path, model: nn.Module, what: str) -> None:
+        tensors, made_in = read(file)
+        self.values = placed(tensors, model, what, made_in)
+        self._made_in = made_in
 
     def _add_to_loss(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the model: its output with ``weight · MSE`` in the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -9,20 +10,57 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from secura._extras import require
 from secura.folders import use_umask
-from secura.folding import fold_periods
+from secura.folding import active_adapters, fold_periods
 from secura.integrity import check_file
 
 
-def check_run(model: nn.Module) -> None:
+class Unfolded:
+    """Refuses folds in a run that watches the parameters which a fold sets to 0.
+
+    Args:
+        model: the model being trained.
+
+    Raises:
+        ValueError: for an adapter whose config folds while training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(fold_periods(model)):
+            raise ValueError(
+                "the adapter's config has fold_every set, and folding while training moves what "
+                "was learned out of the parameters this method watches: set fold_every=0, and fold "
+                "at the end of the task"
+            )
+        self._cores = [adapter.core for adapter, _ in active_adapters(model).values()]
+        self._before = self._versions()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` where an adapter was folded since."""
+        if self._versions() != self._before:
+            raise ValueError(
+                "an adapter was folded while training, which moved what was learned out of the "
+                "parameters this method watches: leave out FoldCallback, and fold at the end of "
+                "the task"
+            )
+
+    def _versions(self) -> list[int]:
+        return [0 if core.is_inference() else core._version for core in self._cores]
+
+
+def check_run(model: nn.Module) -> Unfolded:
     """Refuse a training run in which a callback cannot do its work.
 
     Args:
         model: the model being trained.
+
+    Returns:
+        What refuses a fold, to be asked at every step.
 
     Raises:
         ValueError: for sharded training, or an adapter whose config folds while training.
@@ -34,12 +72,21 @@ def check_run(model: nn.Module) -> None:
                 "the continual-learning callbacks work in one process and under DDP, not with "
                 f"{sharding}, which shards what they have to reach: train without it"
             )
-    if any(fold_periods(model)):
-        raise ValueError(
-            "the adapter's config has fold_every set, and folding while training moves what was "
-            "learned out of the parameters this method watches: set fold_every=0, and fold at the "
-            "end of the task"
-        )
+    return Unfolded(model)
+
+
+def coordinates(model: nn.Module) -> str:
+    """A digest of the folded cores and anchors of the model's adapters.
+
+    What a trained parameter computes depends on them: its values mean something beside them alone.
+    """
+    parts = {
+        f"{name}.{part}": getattr(adapter, part)
+        for name, (adapter, _) in active_adapters(model).items()
+        for part in ("core", "left", "right")
+    }
+    tensors = {name: t.detach().contiguous() for name, t in parts.items() if t is not None}
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,16 +101,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def placed(tensors: Mapping[str, Tensor], model: nn.Module, what: str) -> dict[str, Tensor]:
+def placed(
+    tensors: Mapping[str, Tensor], model: nn.Module, what: str, made_in: str
+) -> dict[str, Tensor]:
     """``tensors`` on the devices of the trainable parameters of the same names; no needless copy.
 
     Args:
         tensors: by parameter name.
         model: the model they belong to.
         what: what they are, for the message.
+        made_in: :func:`coordinates` of the model they were taken from; empty if not known.
 
     Raises:
-        ValueError: names or shapes are not those of the model's trainable parameters.
+        ValueError: names or shapes are not those of the model's trainable parameters, or these have
+            been folded or anchored anew since.
     """
     parameters = trainable(model)
     for name in sorted(tensors.keys() | parameters.keys()):
@@ -75,6 +126,11 @@ def placed(tensors: Mapping[str, Tensor], model: nn.Module, what: str) -> dict[s
                 f"{what} belongs to other parameters than this model trains: for {name} it has "
                 f"{has}, the model {takes}. Use the model and the adapter settings it was made with"
             )
+    if made_in and made_in != coordinates(model):
+        raise ValueError(
+            f"{what} was made before the adapter was folded or anchored anew, and its values stand "
+            "for something else now: do not fold or anchor between the tasks that it joins"
+        )
     return {name: tensors[name].to(value.device) for name, value in parameters.items()}
 
 
@@ -91,19 +147,20 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write a safetensors file that is whole as soon as it is there."""
+def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], made_in: str) -> None:
+    """Write a safetensors file that is whole as soon as it is there, and its coordinates."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         made = Path(scratch) / path.name
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made)
+        own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(own, made, metadata={"coordinates": made_in})
         use_umask(Path(scratch))
         os.replace(made, path)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file that :func:`write` wrote.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file that :func:`write` wrote, and their coordinates.
 
     Raises:
         ValueError: the file is missing, cut short, or holds anything but finite fp32 tensors.
@@ -119,7 +176,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{path} is damaged or was written by something else: {name} is no tensor of "
                 "finite fp32 numbers. Make it again"
             )
-    return tensors
+    with safe_open(path, "pt") as file:
+        return tensors, (file.metadata() or {}).get("coordinates", "")
 
 
-__all__ = ["check_run", "placed", "read", "trainable", "without_dropout", "write"]
+__all__ = [
+    "Unfolded",
+    "check_run",
+    "coordinates",
+    "placed",
+    "read",
+    "trainable",
+    "without_dropout",
+    "write",
+]

@@ -112,8 +112,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         ``adapter_names``, which the model's own forward takes and hands down, gives every row of
         the batch its own adapter instead.
 
+        What else a layer is called with goes to the base, whose output the adapter then adds to.
+
         Raises:
-            TypeError: for integer or complex inputs, or a dtype that is not the weight's.
+            TypeError: for integer or complex inputs, a dtype that is not the weight's, or more than
+                x to a layer whose adapters make the product themselves or are several.
             ValueError: for another last dimension, several active adapters with a norm, rows of
                 several adapters while one is merged, or see :meth:`secura.adapter.CABR.forward`.
             RuntimeError: when trained while merged.
@@ -136,6 +139,13 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             return base(x, *args, **kwargs)
         if "_hf_hook" in base.__dict__:
             bases.check_at_hand(base)
+        if args or kwargs:
+            if names is not None or len(active) > 1 or active[0].config.replaces_product:
+                raise TypeError(
+                    f"{active[0].name} is called with more than its input, which norm='weight', "
+                    "stochastic_rounding and several adapters at once do not hand on to the base"
+                )
+            return active[0].beside(base, x, base(x, *args, **kwargs))
         if names is not None:
             return several.by_row(self, x, names)
         if len(active) == 1:

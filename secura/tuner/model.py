@@ -64,7 +64,9 @@ class SecuraModel(BaseTuner):
                 f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
                 f"another than {CABR.STATE}"
             )
-        config = copy.copy(self.peft_config[adapter_name])  # as given: PEFT fills in its targets
+        given = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = copy.copy(given)  # its own: anchoring writes to it
+        config = copy.copy(given)  # as given: PEFT fills in its targets
         refuse_overlooked(model, config)
         warn_unmatched(unmatched_names(model, config))
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
@@ -99,8 +101,10 @@ class SecuraModel(BaseTuner):
             model, config, adapter_name, state_dict, *args, **kwargs
         )
         config.id2label = saved.named_labels(model)
-        for name, layer in saved.adapted_layers(model, adapter_name).items():
+        layers = saved.adapted_layers(model, adapter_name)
+        for name, layer in layers.items():
             layer.renew_saved(found, f"{name}{INNER}{adapter_name}.", adapter_name)
+        saved.warn_of_unsaved(config, adapter_name, layers)
         return found
 
     @classmethod

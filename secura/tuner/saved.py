@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
@@ -29,6 +30,32 @@ def named_labels(model: Any) -> dict[int, str] | None:
     found = getattr(getattr(model, "config", None), "id2label", None) or {}
     plain = all(name == f"LABEL_{label}" for label, name in found.items())
     return None if plain else dict(found)
+
+
+def warn_of_unsaved(config: Any, adapter: str, layers: Mapping[str, SecuraLayer]) -> None:
+    """Warn of what an adapter does, or was to do, that is not in its file.
+
+    Args:
+        config: the adapter's.
+        adapter: its name.
+        layers: those it is on.
+    """
+    adapters = [cast(CABR, layer.secura_adapter[adapter]) for layer in layers.values()]
+    scales = {one.scaling for one in adapters} - {float(config.scaling)}
+    if scales:
+        warnings.warn(
+            f"adapter {adapter!r} acts with scaling={scales.pop():g} here, set by set_scale(), and "
+            f"its file has the config's {config.scaling:g}: unscale_layer() before saving, or "
+            "set_scale() again after loading",
+            stacklevel=4,
+        )
+    waits = config.fold_every and not any(one.folds or one.folded for one in adapters)
+    if waits and any(bool(one.trained.any()) for one in adapters):
+        warnings.warn(
+            f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
+            "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
+            stacklevel=4,
+        )
 
 
 def for_loading(

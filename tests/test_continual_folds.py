@@ -1,0 +1,83 @@
+"""Methods that know parameters by their values, where a fold or an anchor changes their sense."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from continual_runs import adapted, pad, parameters, rows, trainer
+from peft import get_peft_model
+
+import secura
+from secura import FoldCallback
+from secura.continual import (
+    AnchorCallback,
+    AnchorDecayCallback,
+    EWCCallback,
+    Fisher,
+    LongTermMemory,
+)
+
+BATCHES = [pad([row]) for row in rows(5)]
+
+
+def cored(**settings):
+    torch.manual_seed(0)
+    return get_peft_model(tiny.llama(), tiny.config(core="u", norm="none", **settings))
+
+
+def ewc(model):
+    return EWCCallback(Fisher.estimate(model, BATCHES), 1.0)
+
+
+@pytest.mark.parametrize(
+    "watching", [ewc, lambda model: LongTermMemory(), lambda model: AnchorDecayCallback(1.0)]
+)
+def test_a_fold_while_they_train_ends_the_run(watching, tmp_path):
+    model = cored()
+    callbacks = [FoldCallback(1), watching(model)]
+    with pytest.raises(ValueError, match="was folded while training"):
+        trainer(tmp_path, model, callbacks, max_steps=3).train()
+
+
+def test_a_decay_beside_folds_is_refused_before_the_first_step(tmp_path):
+    """It would pull on U alone, and what was learned would be in the core."""
+    model = cored(fold_every=1)
+    before = parameters(model)
+    with pytest.raises(ValueError, match="fold_every=0"):
+        trainer(tmp_path, model, [FoldCallback(), AnchorDecayCallback(1.0)]).train()
+    tiny.assert_same(parameters(model), before)
+    trainer(tmp_path, model, [FoldCallback(), AnchorDecayCallback(0.0)], max_steps=1).train()
+
+
+def test_values_from_before_a_fold_are_refused(tmp_path):
+    model = adapted("secura")
+    fisher, memory = Fisher.estimate(model, BATCHES), LongTermMemory()
+    trainer(tmp_path, model, [memory], max_steps=2).train()
+    memory.save(tmp_path / "memory.safetensors")
+    fisher.save(tmp_path / "fisher.safetensors")
+    with memory.applied(model):
+        pass
+    going_on = LongTermMemory(start=tmp_path / "memory.safetensors")
+    trainer(tmp_path, model, [going_on], max_steps=1).train()
+    secura.fold(model)
+    read = Fisher.load(tmp_path / "fisher.safetensors")
+    start = LongTermMemory(start=tmp_path / "memory.safetensors")
+    for use in (
+        lambda: memory.copy_to(model),
+        lambda: going_on.copy_to(model),
+        lambda: Fisher.estimate(model, BATCHES, previous=fisher),
+        lambda: trainer(tmp_path, model, [EWCCallback(read, 1.0)]).train(),
+        lambda: trainer(tmp_path, model, [start]).train(),
+    ):
+        with pytest.raises(ValueError, match="before the adapter was folded or anchored anew"):
+            use()
+
+
+def test_values_from_before_another_anchor_are_refused(tmp_path):
+    """They came back in the new coordinates, as another model."""
+    model, memory = cored(), LongTermMemory()
+    secura.anchor(model, tokens=64, length=16)
+    trainer(tmp_path, model, [memory, AnchorCallback(fold=False)], max_steps=2).train()
+    with pytest.raises(ValueError, match="anchored anew"), memory.applied(model):
+        pass
