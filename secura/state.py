@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,30 @@ from .integrity import check_state, check_sum, checksum, fingerprint, sketch
 
 _SAME = 1e-5
 _ALIKE = 0.6
+
+
+class _Passed(NamedTuple):
+    """What was found fit to be loaded, so that nobody looks again on its way in.
+
+    Attributes:
+        tensors: by name.
+        versions: how often each had been written to.
+        whole: whether none lacked.
+        with_base: whether they are the base's.
+    """
+
+    tensors: dict[str, Tensor]
+    versions: dict[str, int]
+    whole: bool
+    with_base: bool
+
+    def covers(self, other: _Passed) -> bool:
+        """Whether this answers for the same tensors, as they are now, as much as is asked."""
+        same = self.tensors.keys() == other.tensors.keys() and all(
+            tensor is self.tensors[name] for name, tensor in other.tensors.items()
+        )
+        asked = other.whole <= self.whole and other.with_base <= self.with_base
+        return same and asked and self.versions == other.versions
 
 
 class AdapterState(nn.Module):
@@ -57,6 +81,7 @@ class AdapterState(nn.Module):
     waits = base_loaded = False
     _assigned = _awaits_file = False
     _before_meta: dict[str, Tensor] | None = None
+    _passed: _Passed | None = None
     _stale = True
     _core_version = -1
 
@@ -172,6 +197,7 @@ class AdapterState(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
+        self._passed = None
         loaded = self._own(state_dict, prefix).keys()
         if self.U is not None and self.left is None and prefix + "left" in state_dict:
             self.expect_anchor()
@@ -205,8 +231,11 @@ class AdapterState(nn.Module):
             whole: whether every tensor has to be there.
         """
         state, layer = self._own(state_dict, prefix), prefix.rstrip(".")
-        if not state:
+        versions = {name: 0 if t.is_inference() else t._version for name, t in state.items()}
+        passes = _Passed(dict(state), versions, whole, base is not None)
+        if not state or (self._passed and self._passed.covers(passes)):
             return
+        self._passed = None
         check_sum(layer, state, self._settings(state))
         state.pop("checksum", None)
         if self.left is not None and "U" in state and "left" not in state:
@@ -228,6 +257,7 @@ class AdapterState(nn.Module):
         check_state(layer, state, (self.out_features, self.in_features), own, expected)
         if own is not None and weight is not None:
             self._check_not_merged(layer, state, weight, own)
+        self._passed = passes
 
     def _check_not_merged(
         self, layer: str, state: dict[str, Tensor], weight: Tensor, own: Tensor | None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import secura
-from secura import FoldCallback, SecuraConfig
+from secura import FoldCallback, SecuraConfig, choosing, state
 from secura.integrity import checksum, digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -336,3 +336,41 @@ def test_folds_that_never_came_are_told(tmp_path):
         trained = tiny.adapted(norm="none", fold_every=100)
         FoldCallback().on_train_begin(None, None, None, model=trained)
         trained.save_pretrained(tmp_path)
+
+
+def test_a_file_is_compared_with_its_base_once(folder, monkeypatch):
+    """A pass over every adapted weight: once to make the adapter, once to load it."""
+    seen, sums = [], []
+    for module in (choosing, state):
+        made = module.fingerprint
+        monkeypatch.setattr(
+            module, "fingerprint", lambda weight, made=made: seen.append(weight) or made(weight)
+        )
+    checked = state.check_sum
+    monkeypatch.setattr(state, "check_sum", lambda *of: sums.append(of) or checked(*of))
+    model = PeftModel.from_pretrained(tiny.llama(), folder)
+    layers = len(tiny.layers(model))
+    assert (len(seen), len(sums)) == (2 * layers, layers)
+    loaded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = next(name for name in loaded if name.endswith(".B"))
+    model.load_state_dict(loaded)
+    for name, layer in tiny.layers(model).items():
+        layer.check_loadable(loaded, f"{name}.")
+    loaded[first].add_(1.0)  # after it was found fit
+    with pytest.raises(ValueError, match="do not match their checksum"):
+        model.load_state_dict(loaded)
+
+
+def test_what_passed_one_check_is_not_excused_from_a_stricter_one():
+    model = tiny.adapted(norm="none")
+    (name, layer), *_ = tiny.layers(model).items()
+    tensors, own = tiny.snapshot(model), f"{name}.secura_adapter.default."
+    lacking = {key: value for key, value in tensors.items() if key != f"{own}B"}
+    part, other = layer.secura_adapter["default"], nn.Linear(24, 24, bias=True)
+    lacking.pop(f"{own}checksum")
+    part.check_loadable(lacking, own)
+    with pytest.raises(ValueError, match="the file has B None"):
+        part.check_loadable(lacking, own, whole=True)
+    part.check_loadable(tensors, own)
+    with pytest.raises(ValueError, match="trained on another base weight"):
+        part.check_loadable(tensors, own, other)
