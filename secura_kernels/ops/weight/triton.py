@@ -386,7 +386,7 @@ def grad_p(
     if weight.numel() == 0 or ranks == 0:
         return torch.zeros(p.shape, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
-    p, p_base = p.to(x.dtype), summands(p_base, x.dtype)
+    p, p_base = padded(p.to(x.dtype)), summands(p_base, x.dtype)
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
     tile = _product_tile(x.dtype, aligned(k), wide, p_base is not None)
