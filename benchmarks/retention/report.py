@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.retention.grid import BEST
-from benchmarks.retention.methods import get_method
+from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
 from benchmarks.retention.plots import write_front
 from benchmarks.retention.record import Record, read_all
 from benchmarks.retention.summary import (
@@ -24,9 +25,10 @@ from benchmarks.retention.summary import (
     learned,
     ratio,
     sequences,
+    unseen,
 )
 
-ROWS, BRIEF = 9, 8  # of the table, and of the one that shows the KL alone
+BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
 _PREFERRED = (
     "lora",
@@ -41,10 +43,7 @@ _PREFERRED = (
     "core-u",
 )
 _NOTHING = "–"
-_INTERVALS = (
-    "Intervals are of 95% over the seeds of training, paired, on fixed texts; (3 of 5): of the "
-    "seeds on which the level is reached, alone."
-)
+_INTERVALS = "Intervals are of 95% over the seeds of training, paired, on fixed texts."
 _ABOVE = "LoRA ends above this level at every rate it was run at: what it pays here is too much."
 
 
@@ -102,10 +101,11 @@ def main_table(front: Front, *, brief: bool = False) -> str:
     kinds = front.some(REFERENCE).settings.texts
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
     more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept"]
+    shown = rows[:BRIEF] if brief else rows
     table = []
-    for name in rows[: BRIEF if brief else ROWS]:
+    for name in shown:
         some = front.some(name)
-        cells = [front.title(name), f"{some.trained / 1e3:,.0f}k"]
+        cells = [_title(front, name), f"{some.trained / 1e3:,.0f}k"]
         cells.append(_plain(estimate(list(front.best(name).values()))))
         cells += [_ratio(front, name, level, kind) for kind in kinds]
         table.append(cells if brief else [*cells, *_costs(front, name, level, some.task)])
@@ -113,17 +113,26 @@ def main_table(front: Front, *, brief: bool = False) -> str:
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
         f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
         "as a multiple of what LoRA pays for that; below 1 drifts less. Read between the ends of "
-        f"runs at different rates. {_INTERVALS} {_NOTHING}: it does not learn as much at any rate."
+        f"runs at different rates. {_INTERVALS}{_marks(table)}"
     )
     if front.above(level):
         caption += f" {_ABOVE}"
     if not brief:
+        some = front.some(REFERENCE)
+        low, high = _question_errors(some)
         caption += (
             " Rise of loss, mean over the kinds of old text, and probes, accuracy as a share of "
-            "the base model's, are of the run that ends nearest above that level. An anchor by "
-            "given news has seen the source of the kind news, which its column of all kinds leaves "
-            "out."
+            "the base model's, are of the run that ends nearest above that level. Their ± is over "
+            "seeds alone: the standard error of a probe's accuracy over its "
+            f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in "
+            "it."
         )
+        if any(len(unseen(front.some(name))) < len(kinds) for name in shown):
+            caption += (
+                " An anchor by given news has seen the source of the kind news, which its column "
+                "of all kinds leaves out."
+            )
+    caption += f" {_made(front)}"
     return f"{_table(head if brief else [*head, *more], table)}\n\n{caption}"
 
 
@@ -208,15 +217,10 @@ def every_cell(records: Iterable[Record]) -> str:
 
 def _about(records: Sequence[Record]) -> list[str]:
     """Where a stage's figures were made, and what they are of."""
-    environments = [record.environment for record in records]
     seeds = sorted({record.cell.seed for record in records})
     failed = sum(record.status == "failed" for record in records)
     hours = sum(record.seconds.get("total", 0.0) for record in records) / 3600
-    facts = {
-        key: ", ".join(sorted({str(_dig(e, key)) for e in environments}))
-        for key in ("model", "machine.name", "commit", "torch", "bf16")
-    }
-    settings = records[0].settings
+    facts, settings = _facts(records), records[0].settings
     return [
         f"{len(records)} cells, {failed} of them failed; seeds {', '.join(map(str, seeds))}; "
         f"{facts['model']}; batches of {settings.batch_size}, at most {settings.max_tokens} tokens "
@@ -225,6 +229,60 @@ def _about(records: Sequence[Record]) -> list[str]:
         f"{facts['machine.name']}, torch {facts['torch']}, bf16 autocast: {facts['bf16']}; commit "
         f"{facts['commit']}; {hours:.1f} hours of one core or GPU share."
     ]
+
+
+def _made(front: Front) -> str:
+    """What the figures of a front are of, where they were made, and by which command."""
+    runs = (found for seeds in front.runs.values() for found in seeds.values())
+    some, facts = front.some(REFERENCE), _facts(record for found in runs for record in found)
+    place, rank = some.cell.targets, LORA_RANKS[some.cell.targets]
+    names = {"True": "bf16 autocast", "False": "fp32"}
+    arithmetic = " and ".join(names.get(word, word) for word in facts["bf16"].split(", "))
+    return (
+        f"Where no rank is named, LoRA's is {rank} (alpha {2 * rank}), the core's {CUR_RANK}. "
+        f"{facts['model']}; adapters on {place}, {some.cell.steps} steps of batch "
+        f"{some.settings.batch_size}, {arithmetic}; {facts['machine.name']}, torch "
+        f"{facts['torch']}; commit {facts['commit']}; "
+        f"`python -m benchmarks.retention run {some.stage} --out DIR`."
+    )
+
+
+def _facts(records: Iterable[Record]) -> dict[str, str]:
+    """Model, machines, commits, torch and arithmetic of records, each once."""
+    environments = [record.environment for record in records]
+    return {
+        key: ", ".join(sorted({str(_dig(each, key)) for each in environments}))
+        for key in ("model", "machine.name", "commit", "torch", "bf16")
+    }
+
+
+def _title(front: Front, method: str) -> str:
+    """A method's name for people, the reference's with its rank."""
+    rank = LORA_RANKS[front.some(method).cell.targets] if method == REFERENCE else 0
+    return f"{front.title(method)}, rank={rank}" if rank else front.title(method)
+
+
+def _marks(table: Sequence[Sequence[str]]) -> str:
+    """What the marks that stand in a table mean, each a sentence after a space."""
+    cells = [cell for row in table for cell in row]
+    whole, text = " ".join(cells), ""
+    if "**" in whole:
+        text += " Bold: the interval excludes 1, before rounding, below or above."
+    if partly := re.search(r"\(\d+ of \d+\)", whole):
+        text += f" {partly[0]}: of the seeds on which the level is reached, alone."
+    if _NOTHING in cells:
+        text += f" {_NOTHING}: it does not learn as much at any rate."
+    return text
+
+
+def _question_errors(record: Record) -> tuple[float, float]:
+    """The least and the largest standard error of a probe's accuracy, as a share of it."""
+    shares = [
+        math.sqrt((1 - probe.base_accuracy_norm) / (probe.n * probe.base_accuracy_norm))
+        for probe in record.probes.values()
+        if probe.base_accuracy_norm
+    ]
+    return (min(shares), max(shares)) if shares else (math.nan, math.nan)
 
 
 def _levels(front: Front) -> list[str]:
@@ -240,8 +298,9 @@ def _levels(front: Front) -> list[str]:
     ]
     note = (
         "KL over all kinds as a multiple of LoRA's, at shares of what LoRA learns at its best, "
-        f"between the ends of runs at different rates. {_INTERVALS} A method whose runs all end "
-        "above a level is taken at the one that drifted least: it may pay less than is shown."
+        f"between the ends of runs at different rates. {_INTERVALS}{_marks(rows)} A method whose "
+        "runs all end above a level is taken at the one that drifted least: it may pay less than "
+        "is shown."
     )
     return ["", _table(head, rows), "", f"{note} †: {_ABOVE}" if any(above) else note]
 

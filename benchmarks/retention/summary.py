@@ -21,7 +21,8 @@ from benchmarks.retention.record import Measure, Record
 
 REFERENCE = "lora"
 SCALED = ", scaled down after training"  # follows the name of what was trained whole
-LEVELS = (0.96, 0.98, 1.0)  # of what the reference learns at its best; below, no run of it ends
+LEVELS = (0.96, 0.98, 1.0)
+"""Of what the reference learns at its best; its lowest rate ends near the first."""
 MAIN = 1  # the one that is shown by kinds: the last few hundredths few methods reach
 
 # Student's t, 97.5%, by degrees of freedom.

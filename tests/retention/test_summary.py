@@ -181,6 +181,47 @@ def test_what_not_every_seed_reaches_says_so_and_is_never_bold():
     assert row.count("(2 of 3)") == 6 and "**" not in row
 
 
+def where(machine: str, commit: str) -> dict:
+    own = {"model": "a model in 4 bits", "torch": "2.11", "bf16": True, "commit": commit}
+    return own | {"machine": {"name": machine}}
+
+
+def test_a_table_says_where_its_figures_were_made_and_what_lora_is():
+    records = [
+        made(environment=where("an H100", "abc")),
+        made(seed=1, environment=where("an H200", "def")),
+    ]
+    table = report.main_table(Front(records, "mlp"))
+    assert table.splitlines()[2].startswith("| LoRA, rank=4 | 1k |")
+    assert "LoRA's is 4 (alpha 8)" in table and "an H100, an H200, torch 2.11" in table
+    assert "a model in 4 bits; adapters on mlp, 2 steps of batch 4, bf16 autocast" in table
+    assert "commit abc, def; `python -m benchmarks.retention run screen --out DIR`" in table
+
+
+def test_a_table_shows_every_method_and_explains_the_marks_it_uses_alone():
+    def runs(method, learned, kl, seeds=(0, 1, 2)):
+        return [made(method, seed=s, path=((learned, kl + 0.001 * s),)) for s in seeds]
+
+    names = ("dora", "core-u", "cabr", "full", "er", "ewc", "cur-lora", "i-lora", "released-m1")
+    records = runs("lora", 0.6, 0.04) + [each for name in names for each in runs(name, 0.6, 0.04)]
+    table = report.main_table(Front(records, "mlp"))
+    assert table.count("\n|") == len(names) + 2
+    for note in ("Bold:", "–: it does", "on which the level is reached", "given news"):
+        assert note not in table
+    records += runs("anchored-self", 0.7, 0.01) + runs("ewc-self", 0.7, 0.01, (0, 1))
+    records += runs("anchored-text", 0.2, 0.01)
+    table = report.main_table(Front(records, "mlp"))
+    assert "Bold: the interval excludes 1" in table and "–: it does not learn as much" in table
+    assert "(2 of 3): of the seeds" in table and "given news has seen" in table
+    assert report.main_table(Front(records, "mlp"), brief=True).count("\n|") == report.BRIEF + 1
+
+
+def test_the_questions_own_error_stands_beside_the_seeds():
+    assert "over its 50 questions, 39% to 39% of it, is not in it" in report.main_table(
+        Front([made()], "mlp")
+    )
+
+
 def test_an_empty_folder_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="holds no results"):
         report.write_report(tmp_path)
