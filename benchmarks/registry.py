@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -188,26 +188,52 @@ def _allow_compiling() -> None:
     functorch.donated_buffer = False  # a graph is kept to time its backward alone
 
 
-def _peft(kind: str, adapter: torch.dtype, rate: float) -> Callable[[nn.Linear, Ranks], nn.Module]:
-    def make(base: nn.Linear, ranks: Ranks) -> nn.Module:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise MissingError(f"PEFT is not installed ({error})") from error
-        holder = nn.Sequential(base)
+def put_peft(
+    layers: Sequence[nn.Module],
+    kind: str,
+    ranks: Ranks,
+    *,
+    rate: float = 0.0,
+    adapter: torch.dtype = torch.float32,
+) -> nn.Sequential:
+    """A model of frozen ``layers`` with an adapter on each, put on by one call of PEFT's.
+
+    Args:
+        layers: linear layers, which the model shares.
+        kind: ``"lora"``, ``"dora"`` or ``"secura SPACE"``.
+        ranks: the adapters'.
+        rate: LoRA's dropout.
+        adapter: dtype of LoRA's and DoRA's adapters: fp32, or else the layers'.
+
+    Raises:
+        MissingError: without PEFT.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+
+        from secura.tuner import SecuraConfig
+    except ImportError as error:
+        raise MissingError(f"PEFT is not installed ({error})") from error
+    model, every = nn.Sequential(*layers), r"\d+"
+    config: Any
+    if kind.startswith("secura"):
+        config = SecuraConfig(r=ranks.m, norm=kind.split()[1], target_modules=every)
+    else:
         config = LoraConfig(
             r=ranks.r,
             lora_alpha=ranks.r,
             lora_dropout=rate,
-            target_modules=["0"],
+            target_modules=every,
             use_dora=kind == "dora",
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            get_peft_model(holder, config, autocast_adapter_dtype=adapter == torch.float32)
-        return holder[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, config, autocast_adapter_dtype=adapter == torch.float32)
+    return model
 
-    return make
+
+def _peft(kind: str, adapter: torch.dtype, rate: float) -> Callable[[nn.Linear, Ranks], nn.Module]:
+    return lambda base, ranks: put_peft([base], kind, ranks, rate=rate, adapter=adapter)[0]
 
 
 # What a layer computes, in fp64.

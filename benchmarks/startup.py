@@ -1,10 +1,12 @@
-"""Time and peak memory to wrap every linear layer of a model, against an SVD initialisation.
+"""Time and peak memory to put adapters on a whole model, against an SVD initialisation.
 
     python -m benchmarks.startup --preset quick --out benchmarks/results/startup-cpu.json
 
-``secura`` takes A as a slice of W; ``svd init`` computes the same A as the released code does,
-from each layer's whole SVD. The SVD is timed on one layer of each shape and multiplied by how many
-there are. Both must agree on A before they are timed.
+The model is the linear layers of all blocks; each adapter is put on all of them by one call of
+``get_peft_model``, SECURA's and its rivals' alike. ``secura`` takes A as a slice of W; ``svd init``
+computes the same A as the released code does, from each layer's whole SVD. The SVD is timed on one
+layer of each shape and multiplied by how many there are. Both must agree on A before they are
+timed.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from . import measure
+from .machine import dtype_name
 from .oracle import relative_error
-from .registry import SPACES, Provider, Ranks, catalogue, choose, frozen_linear, secura
+from .registry import SPACES, Provider, Ranks, catalogue, choose, frozen_linear, put_peft, secura
 from .schema import Result, Row
 from .session import Session, Turn, command, in_turns, parser
 from .shapes import MODELS
@@ -43,6 +46,13 @@ def linears(case: dict[str, Any], device: torch.device, dtype: torch.dtype) -> l
             weight = torch.randn(part.n, part.k, device=device, dtype=dtype)
             layers.append(frozen_linear(weight.mul_(part.k**-0.5)))
     return layers
+
+
+def put(provider: Provider, layers: list[nn.Linear], ranks: Ranks) -> nn.Sequential:
+    """A model of ``layers`` with a provider's adapters on all of them."""
+    dtype = layers[0].weight.dtype
+    adapter = dtype if provider.name.endswith(dtype_name(dtype)) else torch.float32
+    return put_peft(layers, provider.family, ranks, adapter=adapter)
 
 
 def svd_init(weight: Tensor, m: int, r: int) -> Tensor:
@@ -90,8 +100,8 @@ def run(options: argparse.Namespace) -> Result:
         layers, ranks = linears(case, device, dtype), Ranks(case["m"], case["r"])
 
         def prepare(provider: Provider, row: Row) -> dict[str, measure.Task]:
-            provider.build(layers[0], ranks)
-            seconds, peak = timed(lambda: [provider.build(of, ranks) for of in layers], device)
+            put(provider, layers[:1], ranks)
+            seconds, peak = timed(lambda: put(provider, layers, ranks), device)
             row.figures = {"seconds": seconds, "peak_mib": peak, "layers": len(layers)}
             return {}
 

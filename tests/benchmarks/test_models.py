@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
@@ -53,11 +54,31 @@ def test_starting_from_an_svd_gives_the_same_a(tiny_model, tmp_path, monkeypatch
     case = {"model": "tiny", "blocks": 2, "m": 4, "r": 2}
     monkeypatch.setattr(startup, "preset", lambda name: case)
     path = tmp_path / "r.json"
-    assert startup.main(["--device", "cpu", "--out", str(path), "--providers", "channel"]) == 0
+    chosen = ["--providers", "secura channel,peft lora fp32"]
+    assert startup.main(["--device", "cpu", "--out", str(path), *chosen]) == 0
     rows = {row.provider: row for row in Result.load(path).rows}
-    assert rows["svd init"].status == rows["secura channel"].status == "ok"
+    assert {row.status for row in rows.values()} == {"ok"} and "svd init" in rows
     assert rows["secura channel"].figures["layers"] == 14
+    assert rows["peft lora fp32"].figures["layers"] == 14
     assert "svd init, m=4" in tables.startup_table(Result.load(path))
+
+
+def test_every_wrapping_is_one_call_over_all_layers(tiny_model, monkeypatch):
+    calls, real = [], peft.get_peft_model
+    monkeypatch.setattr(peft, "get_peft_model", lambda *a, **k: calls.append(1) or real(*a, **k))
+    case = {"model": "tiny", "blocks": 2}
+    layers = startup.linears(case, CPU, torch.bfloat16)
+    rivals = registry.catalogue(torch.bfloat16, dropout=False)
+    ours = [registry.secura(space, "auto", f"secura {space}") for space in registry.SPACES]
+    for provider in [*ours, *(one for one in rivals if one.name.startswith("peft"))]:
+        model = startup.put(provider, layers, registry.Ranks(4, 2))
+        assert len(calls) == 1 and len(model) == len(layers) == 14
+        trained = [value for value in model.parameters() if value.requires_grad]
+        assert len(trained) >= 28 and not any(of.weight.requires_grad for of in layers)
+        assert all(mine.base_layer is of for mine, of in zip(model, layers, strict=True))
+        wide = torch.bfloat16 if provider.name.endswith("bf16") else torch.float32
+        assert {value.dtype for value in trained} == {wide}
+        calls.clear()
 
 
 def test_the_counted_memory_is_what_autograd_keeps(tiny_model):
