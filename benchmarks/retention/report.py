@@ -20,6 +20,7 @@ from benchmarks.retention.summary import (
     SCALED,
     Estimate,
     Front,
+    InTurn,
     difference,
     estimate,
     learned,
@@ -30,6 +31,7 @@ from benchmarks.retention.summary import (
 
 BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
+_REPLAY = "er"
 _PREFERRED = (
     "lora",
     BEST,
@@ -43,6 +45,7 @@ _PREFERRED = (
     "core-u",
 )
 _NOTHING = "–"
+_NO_PAIRS = (_NOTHING,) * 3
 _INTERVALS = "Intervals are of 95% over the seeds of training, paired, on fixed texts."
 _ABOVE = "LoRA ends above this level at every rate it was run at: what it pays here is too much."
 
@@ -157,17 +160,10 @@ def sequence_table(records: Iterable[Record]) -> str:
         return ""
     rows = []
     for run in found:
-        plain = [r for r in found if r.method == REFERENCE and r.targets == run.targets]
-        other = min(plain, key=lambda r: fmean(r.loss.values()), default=run)
-        parts = (
-            (run.loss, difference(run.loss, other.loss)),
-            (run.forgetting, difference(run.forgetting, other.forgetting)),
-            (run.kl, ratio(run.kl, other.kl)),
-        )
         row = [get_method(run.method).title, run.targets, f"{run.rate:g}", str(len(run.loss))]
-        for own, paired in parts:
-            row.append(_plain(estimate(list(own.values()))))
-            row.append(_NOTHING if run is other else _paired(paired, len(own)))
+        owns, paired = (run.loss, run.forgetting, run.kl), _beside(run, REFERENCE, found)
+        for own, against in zip(owns, paired, strict=True):
+            row += [_plain(estimate(list(own.values()))), against]
         rows.append(row)
     head = ["method", "on", "rate", "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL"]
     caption = (
@@ -177,7 +173,31 @@ def sequence_table(records: Iterable[Record]) -> str:
         f"over them. Beside each figure what it is against LoRA's, paired by seed; {_NOTHING}: on "
         "fewer than two."
     )
-    return f"{_table([*head, 'KL over LoRA'], rows)}\n\n{caption}"
+    parts = [_table([*head, "KL over LoRA"], rows), caption]
+    beside = [(run, _beside(run, _REPLAY, found)) for run in found]
+    stored = [
+        [get_method(run.method).title, run.targets, f"{run.rate:g}", *paired]
+        for run, paired in beside
+        if paired != _NO_PAIRS
+    ]
+    if stored:
+        head = ["method", "on", "rate", "loss less", "forgetting less", "KL over"]
+        parts += ["Against replay, which stores the earlier tasks, the same:", _table(head, stored)]
+    return "\n\n".join(parts)
+
+
+def _beside(run: InTurn, reference: str, found: Sequence[InTurn]) -> tuple[str, str, str]:
+    """Loss and forgetting less the reference's, and KL over its, paired by seed."""
+    plain = [r for r in found if r.method == reference and r.targets == run.targets]
+    other = min(plain, key=lambda r: fmean(r.loss.values()), default=run)
+    if run is other:
+        return _NO_PAIRS
+    count = len(run.loss)
+    return (
+        _paired(difference(run.loss, other.loss), count),
+        _paired(difference(run.forgetting, other.forgetting), count),
+        _paired(ratio(run.kl, other.kl), count),
+    )
 
 
 def _paired(found: Estimate | None, count: int) -> str:

@@ -152,6 +152,19 @@ def test_a_sequence_has_its_paired_difference_from_two_seeds_on():
     )
 
 
+def test_a_sequence_is_compared_with_replay_too():
+    def records(method, loss):
+        rises = ((1, loss), (2, loss + 0.1 * loss))
+        return [in_turn(n, rise + seed, loss, method, seed) for seed in (0, 1) for n, rise in rises]
+
+    both = [*records("er", 0.5), *records("ewc", 0.7)]
+    table = report.sequence_table([*records("lora", 1.0), *both])
+    loss, forgetting = "0.21 [0.21, 0.21]", "0.02 [0.02, 0.02]"
+    row = "| LoRA + EWC of earlier tasks | mlp | 0.001 |"
+    assert f"{row} {loss} | {forgetting} | 1.00 [1.00, 1.00] |" in table.splitlines()
+    assert "Against replay" in table and "replay" not in report.sequence_table(records("ewc", 0.7))
+
+
 def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     for seed in (0, 1, 2):
         for record in (
