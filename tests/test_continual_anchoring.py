@@ -147,6 +147,7 @@ BAD = {
     "--anchor_decay acts": ["--anchor_decay", "1"],
     "must be 0 or more": ["--core", "u", "--anchor_decay", "-1"],
     "no such file": ["--core", "u", "--anchor", "nowhere.txt"],
+    "leave out --fold_every": ["--anchor", "--fold_every", "2"],
     "inner_r": ["--core", "u", "--inner_r", "8"],
 }
 

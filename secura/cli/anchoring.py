@@ -18,7 +18,7 @@ def check(arguments: Any, config: Any) -> None:
     """Refuses flags that would do nothing, before a model is loaded.
 
     Raises:
-        UserError: there is no core to anchor, or no such file.
+        UserError: there is no core to anchor or to pull back, or no such file.
     """
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"
@@ -35,6 +35,12 @@ def check(arguments: Any, config: Any) -> None:
         raise UserError(f"--anchor_tokens {arguments.anchor_tokens} must be 2 or more")
     if not (arguments.anchor_decay >= 0 and math.isfinite(arguments.anchor_decay)):
         raise UserError(f"--anchor_decay {arguments.anchor_decay} must be 0 or more, and finite")
+    if arguments.anchor_decay and config.fold_every:
+        raise UserError(
+            f"--anchor_decay {arguments.anchor_decay:g} pulls U back, and --fold_every "
+            f"{config.fold_every} moves what U learned to where nothing pulls it: give "
+            "--anchor_decay 0, or leave out --fold_every"
+        )
     if arguments.anchor not in (None, SELF) and not Path(arguments.anchor).is_file():
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
