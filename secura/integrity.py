@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 SKETCH = 8
@@ -121,33 +121,37 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, as ``safetensors.safe_open`` does.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} was cut short or is no safetensors file ({error}): save or download it again"
+        ) from error
+
+
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
         ValueError: it cannot be read.
     """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with opened(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def check_file(path: Path) -> None:
     """Raise ``ValueError`` where a file that is there cannot be read as safetensors."""
-    if not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt"):
+    if path.is_file():
+        with opened(path):
             pass
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} was cut short or is no safetensors file ({error}): save or download it again"
-    )
 
 
 def check_state(
@@ -228,6 +232,7 @@ __all__ = [
     "digest",
     "distance",
     "fingerprint",
+    "opened",
     "read_file",
     "sketch",
     "was_cast",

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from secura.cli import main
+from secura.cli import adapters, main
 
 PROMPT = ["--prompt", "ann has 3 apples", "--max_new_tokens", "6"]
 CHAT = (
@@ -263,6 +263,16 @@ def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):
     (folder / "adapter_model.safetensors").unlink()
     fails(argv("merge", folder, *out), capfd, "the folder has no adapter_model.safetensors")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_damaged_file_is_told_wherever_it_is_opened(tmp_path, monkeypatch):
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"half")
+    with pytest.raises(ValueError, match="cut short or is no safetensors file"):
+        adapters.undeclared(tiny.adapted(), file)
+    monkeypatch.setattr(adapters, "undeclared", lambda *_: [])
+    with pytest.raises(ValueError, match="cut short or is no safetensors file"):
+        adapters.refuse_left_out(tiny.adapted(), file, "adapter")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")

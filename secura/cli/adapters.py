@@ -201,11 +201,12 @@ def undeclared(model: Any, file: Path) -> list[str]:
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
     """Refuses an adapter file with tensors that are not in the model after loading."""
-    import safetensors
     import torch
 
+    from secura.integrity import opened
+
     names, state = undeclared(model, file), model.state_dict()
-    with safetensors.safe_open(file, framework="pt") as tensors:
+    with opened(file) as tensors:
         lost = [
             name
             for name in names
@@ -295,17 +296,11 @@ def _shapes(file: Path | None) -> dict[str, tuple[int, ...]]:
     """Shapes by name of the tensors in a file that are not SECURA's."""
     if file is None:
         return {}
-    safetensors = require("safetensors", "train")
-    try:
-        with safetensors.safe_open(file, framework="pt") as tensors:
-            names = _foreign(tensors.keys())
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): save or download it again") from error
+    from secura.integrity import opened
 
-
-def _foreign(names: Any) -> list[str]:
-    return sorted(name for name in names if not is_own(name))
+    with opened(file) as tensors:
+        names = sorted(name for name in tensors.keys() if not is_own(name))  # noqa: SIM118
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
 
 def _embeddings(model: Any) -> tuple[Any, Any]:

@@ -95,7 +95,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
     A trainer writes `trainer_state.json` last, so a run that was stopped while it saved is
     recognised by its absence. Without the optimizer's state it would go on with a fresh one.
     """
-    from safetensors import SafetensorError, safe_open
+    from secura.integrity import check_file
 
     if not checkpoint.is_dir():
         return "no such folder"
@@ -105,10 +105,9 @@ def why_incomplete(checkpoint: Path) -> str | None:
     if not any(any(checkpoint.glob(name)) for name in _OPTIMIZER):
         return "optimizer.pt is missing (a checkpoint saved with --save_only_model has none)"
     try:
-        with safe_open(checkpoint / ADAPTER_WEIGHTS, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        return f"{ADAPTER_WEIGHTS} is damaged ({error})"
+        check_file(checkpoint / ADAPTER_WEIGHTS)
+    except ValueError as error:
+        return f"{ADAPTER_WEIGHTS} is damaged ({error.__cause__})"
     for name in (ADAPTER_CONFIG, TRAINER_STATE):
         try:
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
