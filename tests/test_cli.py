@@ -168,6 +168,12 @@ def test_what_a_cpu_does_unless_told(flags, checkpointing, bf16, tmp_path):
     assert training.learning_rate == 2e-4
 
 
+def test_ddp_sends_no_buffers_each_step_unless_told(tmp_path):
+    argv = f"--model m --dataset d --output_dir {tmp_path}".split()
+    assert arguments.parse(argv)[0].ddp_broadcast_buffers is False
+    assert arguments.parse([*argv, "--ddp_broadcast_buffers"])[0].ddp_broadcast_buffers is True
+
+
 def test_required_flags(capfd):
     fails(["train", "--model", "m"], capfd, "--dataset_name, --output_dir missing")
 

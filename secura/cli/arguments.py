@@ -277,6 +277,7 @@ def make_parser() -> Any:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
     parser.set_defaults(learning_rate=LEARNING_RATE)
     parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
+    parser.set_defaults(ddp_broadcast_buffers=False)  # each step; `send_buffers` does it once
     parser.set_defaults(bf16=None, gradient_checkpointing=None)  # for `settle` to choose
     return parser
 

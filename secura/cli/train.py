@@ -19,6 +19,7 @@ from secura.cli.folders import TRAINER_STATE, checkpoints, sole_use
 from secura.cli.models import load_model, load_tokenizer, refuse_adapter
 from secura.cli.resume import resume_point
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
+from secura.names import is_own
 
 
 def main(argv: list[str]) -> int:
@@ -73,6 +74,7 @@ def run(
             config, anchor_args.anchor_decay, settings, holding=model_args.hold_gradients
         ),
     )
+    send_buffers(trainer)
     checks.check_lengths(trainer)
     for note in (
         checks.lost_rows(trainer, train_set),
@@ -178,6 +180,21 @@ def make_trainer(**kwargs: Any) -> Any:
         raise UserError(f"--{error}") from error
     except (TypeError, jinja2.TemplateError) as error:
         raise UserError(one_line(error)) from error
+
+
+def send_buffers(trainer: Any) -> None:
+    """Sends the first process's rows, columns and the like to the others: DDP then sends none.
+
+    Machines of different kinds may choose differently where weights are nearly equal.
+    """
+    import torch
+
+    if trainer.accelerator.distributed_type.value.startswith("MULTI_"):
+        for name, buffer in trainer.model.named_buffers():
+            if is_own(name):
+                sent = buffer.contiguous()
+                torch.distributed.broadcast(sent, 0)
+                buffer.copy_(sent)
 
 
 def callbacks(
