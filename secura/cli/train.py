@@ -75,6 +75,7 @@ def run(
         ),
     )
     send_buffers(trainer)
+    gather_to_save(trainer)
     checks.check_lengths(trainer)
     for note in (
         checks.lost_rows(trainer, train_set),
@@ -195,6 +196,14 @@ def send_buffers(trainer: Any) -> None:
                 sent = buffer.contiguous()
                 torch.distributed.broadcast(sent, 0)
                 buffer.copy_(sent)
+
+
+def gather_to_save(trainer: Any) -> None:
+    """Has FSDP save whole tensors: of FSDP2's default, shards alone, no adapter is written."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of shards
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def callbacks(
