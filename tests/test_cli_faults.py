@@ -13,7 +13,7 @@ from cli_fixtures import fails, train_flags
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from secura.cli import main
+from secura.cli import arguments, main
 from secura.cli.folders import sole_use
 from secura.cli.resume import digest, saved_step
 
@@ -298,9 +298,7 @@ def test_a_published_adapter_has_the_modes_of_the_umask(base, data, tmp_path):
 
 def test_yaml_words_and_the_flag_rank(base, data, tmp_path, capfd):
     config, output = tmp_path / "config.yaml", tmp_path / "out"
-    config.write_text(
-        "save_strategy: no\neval_strategy: off\nrank: 3\nmax_steps: 1\nuse_cpu: yes\n"
-    )
+    config.write_text("save_strategy: no\neval_strategy: no\nrank: 3\nmax_steps: 1\nuse_cpu: yes\n")
     argv = ["train", "--model", str(base), "--dataset", str(data), "--output_dir", str(output)]
     assert main([*argv, "--config", str(config)]) == 0
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 3
@@ -309,8 +307,28 @@ def test_yaml_words_and_the_flag_rank(base, data, tmp_path, capfd):
     for text, parts in (
         ("r: 4.5", ["r", "'4.5'"]),
         ("max_steps: no", ["max_steps", "'no'"]),
+        ("eval_strategy: off", ["off is not a valid IntervalStrategy"]),
         ("rank: 3\nr: 4", ["'r' gives 'r' a second time"]),
         ("model: a\nmodel_name_or_path: b", ["'model_name_or_path' a second time"]),
     ):
         config.write_text(text)
         fails([*argv, "--config", config, "--overwrite_output_dir"], capfd, *parts)
+
+
+def test_a_config_files_words_are_what_is_written(tmp_path):
+    """YAML would read octal numbers, dates and booleans here."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: m\ndataset: 1.50\noutput_dir: 007\nmodel_revision: 0123456\nreport_to: off\n"
+        "target_modules: [010, no]\nlayers_to_transform: [1, 2]\nenv: {WORDS: 0x1F}\n"
+        "run_name: 'null'\nexclude_modules: ~\nhub_model_id:\nrank_pattern: {q: 2}\n"
+        "lr_scheduler_kwargs: {num_cycles: 2, warm: yes}\nbf16: False\nuse_cpu: 1\n"
+    )
+    training, model, dataset, adapter, _ = arguments.parse(["--config", str(config)])
+    assert (model.model_revision, dataset.dataset_name) == ("0123456", "1.50")
+    assert (training.output_dir, training.report_to, training.run_name) == ("007", ["off"], "null")
+    assert (adapter.target_modules, adapter.exclude_modules) == (["010", "no"], None)
+    assert (adapter.layers_to_transform, adapter.rank_pattern) == ([1, 2], '{"q": 2}')
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2, "warm": True}
+    assert (training.hub_model_id, training.bf16, training.use_cpu) == (None, False, True)
+    assert os.environ.pop("WORDS") == "0x1F"

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, NoReturn, get_type_hints
 
 from secura._extras import require
-from secura.cli.config_file import as_defaults, read_config, take_config_flag, takes_bool
+from secura.cli.config_file import as_defaults, read_config, take_config_flag
 from secura.cli.docstrings import docstring_entries
 from secura.cli.errors import Parser, UserError, refuse_unknown
 from secura.cli.models import DTYPES
@@ -273,13 +273,18 @@ def make_parser() -> Any:
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"
-        elif takes_bool(action) and action.nargs is None:
+        elif _takes_bool(action) and action.nargs is None:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
     parser.set_defaults(learning_rate=LEARNING_RATE)
     parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
     parser.set_defaults(ddp_broadcast_buffers=False)  # each step; `send_buffers` does it once
     parser.set_defaults(bf16=None, gradient_checkpointing=None)  # for `settle` to choose
     return parser
+
+
+def _takes_bool(action: Any) -> bool:
+    """Whether a flag of `argparse` is one of transformers' switches."""
+    return getattr(action.type, "__name__", "") == "string_to_bool"
 
 
 def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
@@ -289,19 +294,19 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
         UserError: an unknown flag or key, a value of the wrong kind, a required flag missing.
     """
     parser = make_parser()
-    argv, config_file = take_config_flag(argv)
-    read = {} if config_file is None else read_config(config_file)
-    config = _by_field(read, config_file, parser)
+    argv, file = take_config_flag(argv)
+    defaults: dict[str, Any] = {}
+    if file is not None:
+        defaults = as_defaults(_by_field(read_config(file), file, parser), file, parser)
     flagged = any(word.partition("=")[0] == "--anchor" for word in argv)
-    if flagged or config.get("anchor") is not None:
+    if flagged or defaults.get("anchor") is not None:
         parser.set_defaults(**ANCHORED)
-    if config_file is not None:
-        parser.set_defaults_with_config(**as_defaults(config, config_file, parser))
+    parser.set_defaults_with_config(**defaults)
     return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
 
 
-def _by_field(read: dict[str, Any], name: str | None, parser: Any) -> dict[str, Any]:
-    """A file's values by the flags' fields, which some keys are other names of."""
+def _by_field(read: dict[str, Any], name: str, parser: Any) -> dict[str, Any]:
+    """A file's nodes by the flags' fields, which some keys are other names of."""
     known = {word.lstrip("-"): a.dest for a in parser._actions for word in a.option_strings}
     found: dict[str, Any] = {}
     for key, value in read.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,40 +12,44 @@ from secura._extras import require
 from secura.cli.errors import UserError, one_line
 from secura.wording import did_you_mean
 
-
-def takes_bool(action: Any) -> bool:
-    """Whether a flag of `argparse` is one of transformers' switches."""
-    return getattr(action.type, "__name__", "") == "string_to_bool"
+_NULL = "tag:yaml.org,2002:null"
+"""The tag of `null`, `~` and nothing at all, where they are not in quotes: no value."""
 
 
-def as_written(value: Any, action: Any, hint: Any) -> Any:
+def as_written(node: Any, action: Any, hint: Any) -> Any:
     """A YAML value as the flag's own words, so that one parser judges both.
 
-    YAML reads `no` as False: for a flag that is no switch it was a word, as in `save_strategy: no`.
+    A scalar is what is written: YAML would read `007` as 7, and `off` as False. Where no value is
+    written the flag has none, if it can. A mapping is for flags of JSON, and is read as YAML.
 
     Args:
-        value: the value.
+        node: the value's, as `yaml.compose` made it.
         action: the flag's, of `argparse`.
         hint: the type of the field that the flag sets.
 
     Raises:
-        TypeError: a list, a mapping, null or a date for a flag that takes none.
-        ValueError: a list with an entry that the flag does not take.
+        ValueError: a list, a mapping or no value for a flag that takes none.
+        yaml.YAMLError: a value in a list or a mapping that YAML cannot read.
     """
+    if _is_word(node):
+        return node.value
     options = (hint,) if get_origin(hint) is list else get_args(hint) or (hint,)
     kinds = {get_origin(kind) or kind for kind in options}
+    value = require("yaml.constructor", "train").SafeConstructor().construct_document(node)
     if value is None and (type(None) in kinds or action.default is None):
         return None
     if isinstance(value, dict) and kinds & {dict, str}:
         return value if dict in kinds else json.dumps(value)
-    if isinstance(value, list) and value and list in kinds:
-        scalars = [as_written(entry, action, str) for entry in value]
-        return [(action.type or str)(entry) for entry in scalars]
-    if isinstance(value, bool):
-        return str(value) if takes_bool(action) else "yes" if value else "no"
-    if not isinstance(value, str | int | float):
-        raise TypeError
-    return str(value)
+    if value and isinstance(value, list) and list in kinds and all(map(_is_word, node.value)):
+        with suppress(ValueError):
+            return [(action.type or str)(entry.value) for entry in node.value]
+    wanted = getattr(hint, "__name__", hint)
+    raise ValueError(f"{value!r} is no {wanted}, which the flag takes")
+
+
+def _is_word(node: Any) -> bool:
+    """Whether a node is a scalar with a value."""
+    return bool(node.id == "scalar" and node.tag != _NULL)
 
 
 def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
@@ -64,23 +69,37 @@ def take_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """A YAML mapping of flags. Its `env`, as TRL's, is set in the environment.
+    """The nodes of a YAML mapping of flags. Its `env`, as TRL's, is set in the environment.
 
     Raises:
-        UserError: no such file, no YAML, no mapping.
+        UserError: no such file, no YAML, no mapping, a key that is there twice.
     """
     yaml = require("yaml", "train")
     try:
-        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        root = yaml.compose(Path(name).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {name}: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--config {name}: wanted a mapping of flags to values")
-    environment = config.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise UserError(f"--config {name}: 'env' must be a mapping of variables to values")
-    os.environ.update({key: str(value) for key, value in environment.items()})
-    return {str(key): value for key, value in config.items()}
+    config = _entries(root, name, "wanted a mapping of flags to values")
+    environment = config.pop("env", None)
+    if environment is not None and environment.tag != _NULL:
+        wanted = "'env' must be a mapping of variables to values"
+        found = _entries(environment, name, wanted)
+        if not all(map(_is_word, found.values())):
+            raise UserError(f"--config {name}: {wanted}")
+        os.environ.update({key: node.value for key, node in found.items()})
+    return config
+
+
+def _entries(node: Any, name: str, wanted: str) -> dict[str, Any]:
+    """The nodes of a mapping by key; ``wanted`` is what to say where it is none."""
+    if getattr(node, "id", None) != "mapping" or not all(_is_word(key) for key, _ in node.value):
+        raise UserError(f"--config {name}: {wanted}")
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.value in found:
+            raise UserError(f"--config {name}: {key.value!r} is there twice: leave one out")
+        found[key.value] = value
+    return found
 
 
 def as_defaults(config: dict[str, Any], name: str, parser: Any) -> dict[str, Any]:
@@ -94,20 +113,18 @@ def as_defaults(config: dict[str, Any], name: str, parser: Any) -> dict[str, Any
     Raises:
         UserError: an unknown key, or a value of another kind than the flag takes.
     """
+    yaml = require("yaml", "train")
     known = {action.dest: action for action in parser._actions}
     hints = {k: v for group in parser.dataclass_types for k, v in get_type_hints(group).items()}
     found = {}
-    for key, value in config.items():
+    for key, node in config.items():
         if key not in known:
             raise UserError(f"{name}: unknown key {key!r}{did_you_mean(key, known)}")
         try:
-            found[key] = as_written(value, known[key], hints[key])
-        except (TypeError, ValueError) as error:
-            wanted = getattr(hints[key], "__name__", hints[key])
-            raise UserError(
-                f"{name}: {key}: {value!r} is no {wanted}, which the flag takes"
-            ) from error
+            found[key] = as_written(node, known[key], hints[key])
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{name}: {key}: {one_line(error)}") from error
     return found
 
 
-__all__ = ["as_defaults", "as_written", "read_config", "take_config_flag", "takes_bool"]
+__all__ = ["as_defaults", "read_config", "take_config_flag"]
