@@ -24,7 +24,7 @@ TURN = '{"messages": [{"role": "user", "content": "hi"}]}\n'
 
 def rows_of(path, name="train", **kwargs):
     options = {"text_field": "text", "chat": False} | kwargs
-    return to_training_columns(load_split(str(path), None, name), str(path), **options)
+    return to_training_columns(load_split(str(path), None, name), str(path), **options)[0]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -141,3 +141,38 @@ def test_chat_messages_train(base, tmp_path):
     turns = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "3"}]
     path.write_text((json.dumps({"messages": turns}) + "\n") * 4)
     assert main(train_flags(model, path, tmp_path / "out", "--max_steps", 1)) == 0
+
+
+QUESTION, ANSWER = {"role": "user", "content": "how many"}, {"role": "assistant", "content": "3"}
+TOOLS = [{"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}]
+ROWS = {
+    "messages": {"messages": [QUESTION, ANSWER]},
+    "prompt": {"prompt": [QUESTION], "completion": [ANSWER]},
+    "question": {"question": "how many", "answer": "3"},
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_a_chat_template_is_given_tools_and_settings(shape, base, tmp_path, capfd):
+    model, path = tmp_path / "chat", tmp_path / "rows.jsonl"
+    shutil.copytree(base, model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% if not tools or not apples %}{{ raise_exception('not given') }}{% endif %}" + CHAT
+    )
+    tokenizer.save_pretrained(model)
+    row = ROWS[shape] | {"tools": TOOLS, "chat_template_kwargs": {"apples": True}, "id": 1}
+    path.write_text((json.dumps(row) + "\n") * 4)
+    assert main(train_flags(model, path, tmp_path / "out", "--max_steps", 1)) == 0
+    notes = [line for line in capfd.readouterr().out.splitlines() if "note: training" in line]
+    read = ", ".join(map(repr, [*ROWS[shape], "tools", "chat_template_kwargs"]))
+    assert notes == [f"secura: note: training reads {read}; not read: 'id'"]
+    path.write_text(json.dumps(row) + "\n" + json.dumps(ROWS[shape]) + "\n")
+    argv = train_flags(model, path, tmp_path / "again")
+    fails(argv, capfd, "1 of 2 rows have no 'chat_template_kwargs' (row 2)")
+
+
+def test_a_text_is_given_no_tools(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a", "tools": TOOLS, "chat_template_kwargs": None}) + "\n")
+    assert rows_of(path, chat=True)[0] == {"text": "a"}

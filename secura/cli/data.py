@@ -9,10 +9,14 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
-from secura.cli.rows import check_rows
+from secura.cli.rows import check_filled, check_rows, holds_turns
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "answer"))
+QUESTIONS = ("question", "answer")
+SHAPES = (("messages",), ("prompt", "completion"), ("text",), QUESTIONS)
+TEMPLATES = ("tools", "chat_template_kwargs")
+"""Columns that TRL gives to the chat template beside a row's messages."""
+
 WANTED = "'messages', or 'prompt' and 'completion', or 'text', or 'question' and 'answer'"
 
 
@@ -111,11 +115,14 @@ def _load_saved(datasets: Any, path: Path, split: str) -> Any:
     return saved[split]
 
 
-def to_training_columns(dataset: Any, name: str, text_field: str, *, chat: bool) -> Any:
-    """The data set with the columns TRL trains on, and no others.
+def to_training_columns(
+    dataset: Any, name: str, text_field: str, *, chat: bool
+) -> tuple[Any, str | None]:
+    """The data set with the columns TRL trains on, and a note that names those left out.
 
     `messages`, `prompt`/`completion` and `text` stay as they are; `question`/`answer` become
     `prompt`/`completion`: a user's turn and the assistant's with `chat`, plain text otherwise.
+    What a chat template is given stays beside messages.
 
     Args:
         dataset: a `datasets.Dataset`.
@@ -132,15 +139,25 @@ def to_training_columns(dataset: Any, name: str, text_field: str, *, chat: bool)
         shape = (text_field,)
     if shape is None:
         raise UserError(
-            f"data set {name!r} has the columns {', '.join(map(repr, columns)) or 'none'}; wanted: "
+            f"data set {name!r} has the columns {_quoted(columns) or 'none'}; wanted: "
             f"{WANTED} (rename its columns, or name the text's with --dataset_text_field)"
         )
     check_rows(dataset, name, shape)
-    kept = [*shape, "tools"] if "tools" in columns and shape == ("messages",) else list(shape)
+    kept = list(shape)
+    if holds_turns(dataset, shape[0]) or (chat and shape == QUESTIONS):
+        kept += [column for column in TEMPLATES if column in columns]
+    if "chat_template_kwargs" in kept:
+        check_filled(dataset, name, "chat_template_kwargs")
+    lost = [column for column in columns if column not in kept]
+    note = f"training reads {_quoted(kept)}; not read: {_quoted(lost)}" if lost else None
     dataset = dataset.select_columns(kept)
-    if shape != ("question", "answer"):
-        return dataset
-    return dataset.map(_as_chat if chat else _as_text, remove_columns=list(shape))
+    if shape == QUESTIONS:
+        dataset = dataset.map(_as_chat if chat else _as_text, remove_columns=list(shape))
+    return dataset, note
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _as_chat(row: dict[str, str]) -> dict[str, Any]:

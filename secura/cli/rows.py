@@ -23,13 +23,7 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
     """
     kinds = {column: _kind(dataset.features[column]) for column in columns}
     for column, kind in kinds.items():
-        values = dataset.data.column(column)
-        if values.null_count:
-            rows = [row for row, value in enumerate(dataset[column], 1) if value is None]
-            raise UserError(
-                f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
-                f"({listed(rows)}); fill or remove them"
-            )
+        check_filled(dataset, name, column)
         if kind == "text" and column != "messages":
             continue
         if kind == "turns" and column not in ("text", "question", "answer"):
@@ -45,6 +39,16 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column!r} holds {kind}" for column, kind in kinds.items())
         raise UserError(f"data set {name!r}: {found}; make them both text or both messages")
+
+
+def check_filled(dataset: Any, name: str, column: str) -> None:
+    """Refuses rows that have no value in a column."""
+    if dataset.data.column(column).null_count:
+        rows = [row for row, value in enumerate(dataset[column], 1) if value is None]
+        raise UserError(
+            f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
+            f"({listed(rows)}); fill or remove them"
+        )
 
 
 def check_turns(rows: Any, name: str, column: str) -> None:
@@ -79,6 +83,11 @@ def _problem(turns: Any) -> str | None:
     return None
 
 
+def holds_turns(dataset: Any, column: str) -> bool:
+    """Whether a column holds lists, such as those of messages."""
+    return _kind(dataset.features[column]) == "turns"
+
+
 def _kind(feature: Any) -> str:
     """`"text"`, `"turns"` (lists of anything), or the feature's own name."""
     if getattr(feature, "dtype", None) in ("string", "large_string", "string_view"):
@@ -88,4 +97,4 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", feature))
 
 
-__all__ = ["check_rows", "check_turns", "listed"]
+__all__ = ["check_filled", "check_rows", "check_turns", "holds_turns", "listed"]

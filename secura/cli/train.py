@@ -52,7 +52,8 @@ def run(
     }
     refuse_adapter(model_args.model_name_or_path, model_args.model_revision)
     tokenizer = load_tokenizer(model_args.model_name_or_path, **loading)
-    train_set, eval_set = load_data(training, data_args, chat=bool(tokenizer.chat_template))
+    chat = bool(tokenizer.chat_template)
+    train_set, eval_set, unread = load_data(training, data_args, chat=chat)
     settings = resuming.settings(training, config, train_set, data_args) | vars(anchor_args)
     if resume is not None:
         resuming.check_settings(resume, settings)
@@ -78,6 +79,7 @@ def run(
     gather_to_save(trainer)
     checks.check_lengths(trainer)
     for note in (
+        unread,
         checks.lost_rows(trainer, train_set),
         checks.left_out(trainer.model, wanted),
         checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
@@ -150,8 +152,8 @@ def closed_progress(trainer: Any) -> Iterator[None]:
         raise
 
 
-def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
-    """The training split, and the evaluation split where the trainer is to evaluate."""
+def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any, str | None]:
+    """The training split, the evaluation split where there is to be one, and a note on columns."""
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
     splits = [data.dataset_train_split]
     if strategy != "no":
@@ -165,7 +167,8 @@ def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any]:
         )
         for split in splits
     ]
-    return loaded[0], (loaded[1] if len(loaded) > 1 else None)
+    (train_set, unread), *others = loaded
+    return train_set, (others[0][0] if others else None), unread
 
 
 def make_trainer(**kwargs: Any) -> Any:
