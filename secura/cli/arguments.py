@@ -16,6 +16,7 @@ from secura._extras import require
 from secura.cli.config_file import as_defaults, read_config, take_config_flag
 from secura.cli.docstrings import docstring_entries
 from secura.cli.errors import Parser, UserError, refuse_unknown
+from secura.cli.hub import check_strategy
 from secura.cli.models import DTYPES
 
 PROG = "secura train"
@@ -278,6 +279,7 @@ def make_parser() -> Any:
     parser.set_defaults(learning_rate=LEARNING_RATE)
     parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
     parser.set_defaults(ddp_broadcast_buffers=False)  # each step; `send_buffers` does it once
+    parser.set_defaults(hub_strategy="end")
     parser.set_defaults(bf16=None, gradient_checkpointing=None)  # for `settle` to choose
     return parser
 
@@ -331,6 +333,8 @@ def settle(parsed: Any) -> None:
             f"--max_steps {parsed.max_steps} must be 1 or more; leave it out to train for "
             "--num_train_epochs"
         )
+    if parsed.push_to_hub:
+        check_strategy(parsed.hub_strategy)
     import torch
 
     if not torch.accelerator.is_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli import anchoring, arguments, checks
+from secura.cli import anchoring, arguments, checks, hub
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
@@ -101,7 +101,7 @@ def run(
             clear(old)
     trainer.accelerator.print(train(trainer, resume))
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+        hub.push(trainer)
 
 
 def train(trainer: Any, resume: str | None) -> str:
@@ -247,7 +247,7 @@ def save(trainer: Any) -> None:
     if trainer.is_world_process_zero():
         empty_scratch(output)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(scratch))
+    trainer.save_model(str(scratch), _internal_call=True)  # else it uploads the scratch folder
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
