@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import fields
 
 import pytest
 import tiny
@@ -12,8 +13,9 @@ import torch
 from cli_fixtures import fails, train_flags
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import SFTConfig
 
-from secura.cli import arguments, main
+from secura.cli import arguments, main, resume
 from secura.cli.folders import sole_use
 from secura.cli.resume import digest, saved_step
 
@@ -25,7 +27,8 @@ def test_a_run_that_diverges_publishes_nothing_and_keeps_the_checkpoint(
     fold, base, data, tmp_path, capfd
 ):
     output = tmp_path / "out"
-    assert main(train_flags(base, data, output, "--save_steps", 2, "--max_steps", 2, *fold)) == 0
+    flags = ["--max_grad_norm", 0, "--lr_scheduler_type", "constant", *fold]
+    assert main(train_flags(base, data, output, "--save_steps", 2, "--max_steps", 2, *flags)) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (output / name).unlink()
     state = output / "checkpoint-2" / "optimizer.pt"
@@ -33,8 +36,7 @@ def test_a_run_that_diverges_publishes_nothing_and_keeps_the_checkpoint(
     for group in optimizer["param_groups"]:
         group["lr"] = group["initial_lr"] = 1e36
     torch.save(optimizer, state)
-    flags = ["--save_steps", 1, "--max_grad_norm", 0, "--lr_scheduler_type", "constant", *fold]
-    argv = train_flags(base, data, output, *flags, "--resume_from_checkpoint")
+    argv = train_flags(base, data, output, *flags, "--save_steps", 1, "--resume_from_checkpoint")
     parts = (
         "training diverged: after step",
         "nothing was published",
@@ -64,6 +66,12 @@ def test_training_on_an_adapter_is_refused(trained, data, tmp_path, capfd):
         ("--r 3 --learning_rate 0.01", ["r was 4 and is now 3", "learning_rate was 0.05"]),
         ("--target_modules q_proj", ["target_modules was 'all-linear' and is now ['q_proj']"]),
         ("--per_device_train_batch_size 2", ["batch size was 4 and is now 2"]),
+        ("--adam_beta2 0.9", ["adam_beta2 was 0.999 and is now 0.9"]),
+        (
+            "--shuffle_dataset --data_seed 3 --lr_scheduler_type constant",
+            ["shuffle_dataset was", "data_seed was None", "lr_scheduler_type was 'linear'"],
+        ),
+        ('--accelerator_config {"split_batches":true}', ["split_batches=True"]),
         ("--dataset {other}", ["the data set was", "apples.jsonl (train, 16 rows)", "other.jsonl"]),
         ("--dataset_train_split train[:8]", ["is now", "(train[:8], 8 rows)"]),
     ],
@@ -73,7 +81,7 @@ def test_resuming_with_other_settings(flags, parts, trained, base, data, tmp_pat
     other.write_text(data.read_text().replace("ann", "now"))
     shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
     argv = train_flags(base, data, output, "--resume_from_checkpoint")
-    argv += flags.format(other=other).split()
+    argv += flags.replace("{other}", str(other)).split()
     fails(argv, capfd, "cannot resume from", "checkpoint-2", *parts)
     assert [path.name for path in output.iterdir()] == ["checkpoint-2"]
 
@@ -91,6 +99,22 @@ def test_resuming_a_checkpoint_without_a_record(trained, base, data, tmp_path, c
     shutil.copy(data, copy)  # the same rows by another name
     assert main([*argv, "--dataset", str(copy)]) == 0
     assert (output / "checkpoint-3").is_dir()
+
+
+def test_a_setting_that_a_checkpoint_does_not_record_is_not_compared(trained, base, data, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
+    state = output / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    assert content["stateful_callbacks"]["SettingsCallback"]["args"].pop("adam_beta2") == 0.999
+    state.write_text(json.dumps(content))
+    more = ("--adam_beta2", 0.9, "--resume_from_checkpoint")
+    assert main(train_flags(base, data, output, *more)) == 0
+
+
+def test_what_a_resumed_run_may_change_is_a_setting():
+    names = [entry.name for entry in fields(SFTConfig)]
+    assert all(any(name.startswith(start) for name in names) for start in resume._FREE)
 
 
 def test_the_digest_is_of_the_rows_alone():
@@ -122,7 +146,8 @@ def test_a_finished_run_takes_no_further_step(trained, base, data, tmp_path, cap
 def test_settings_of_speed_alone_may_change_in_a_resumed_run(trained, base, data, tmp_path, capfd):
     output = tmp_path / "out"
     shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
-    more = ("--share_inputs", "--keep_columns", "--resume_from_checkpoint")
+    more = ["--share_inputs", "--keep_columns", "--resume_from_checkpoint"]
+    more += ["--gradient_checkpointing", "--logging_steps", 3, "--dataset_num_proc", 1]
     assert main(train_flags(base, data, output, "--save_steps", 2, *more)) == 0
     assert "secura: 2 steps in" in capfd.readouterr().out
     found, expected = (load_file(at / "adapter_model.safetensors") for at in (output, trained))

@@ -18,18 +18,27 @@ from secura.cli.folders import (
     why_incomplete,
 )
 
-KEPT = (
-    "learning_rate",
-    "weight_decay",
-    "optim",
-    "seed",
-    "max_length",
-    "packing",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "eos_token",
+_FREE = (
+    *("output_dir", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
+    *("include_num_input_tokens_seen", "debug", "skip_memory_metrics"),
+    *("save_", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("enable_jit_checkpoint", "push_to_hub", "hub_"),
+    *("eval_", "per_device_eval_batch_size", "do_", "prediction_loss_only", "batch_eval_metrics"),
+    "include_for_metrics",
+    *("max_steps", "num_train_epochs", "resume_from_checkpoint", "ignore_data_skip"),
+    "restore_callback_states_from_checkpoint",
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product counts
+    *("use_cpu", "local_rank", "ddp_", "fsdp", "deepspeed", "parallelism_config"),
+    *("bf16", "fp16", "tf32", "full_determinism"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
+    *("gradient_checkpointing", "activation_", "torch_compile", "torch_empty_cache_steps"),
+    *("use_liger_kernel", "liger_kernel_config", "use_cache", "padding_free"),
+    "pad_to_multiple_of",
 )
-"""Fields of `SFTConfig` that a resumed run takes from its checkpoint, or that change its data."""
+"""What begins the names of those fields of `SFTConfig` that a resumed run may change: where it
+writes, what it tells, saves and evaluates, how long it goes on, the devices, and settings that
+change nothing of what is learned, but for rounding."""
 
 _NO_MATTER = {
     *("allow_inexact_merge", "anchored", "check_base", "merge_dequantized"),
@@ -90,19 +99,26 @@ def settings(training: Any, config: Any, dataset: Any, data: Any) -> dict[str, A
         dataset: the training rows.
         data: the `DataArguments`, to name them.
     """
-    adapter = {name: getattr(config, name) for name in _learnt() | _PLACES}
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     name = f"{data.dataset_name} ({data.dataset_train_split}, {len(dataset)} rows)"
-    return {
-        **{
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in adapter.items()
-        },
-        **{key: getattr(training, key) for key in KEPT},
-        "optim": str(getattr(training.optim, "value", training.optim)),
+    found = {
+        **{key: getattr(config, key) for key in _learnt() | _PLACES},
+        **{key: getattr(training, key) for key in _compared(training)},
         "batch size": batch * training.world_size,
         _DATA: [name, digest(dataset)],
     }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _compared(training: Any) -> list[str]:
+    """The fields of an `SFTConfig` that a resumed run may not change."""
+    names = (entry.name for entry in fields(training) if entry.init)
+    return [name for name in names if not name.startswith(_FREE)]
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for a value that it cannot hold."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _learnt() -> set[str]:
@@ -122,7 +138,8 @@ def digest(dataset: Any) -> str:
 def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
     """Refuses to go on from a checkpoint that was trained with other settings.
 
-    One saved without a record is compared by what its `adapter_config.json` says.
+    One saved without a record is compared by what its `adapter_config.json` says, and settings that
+    a record lacks are not compared.
 
     Raises:
         UserError: names each setting, its former value and the new one.
@@ -147,7 +164,7 @@ def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
 
 
 def _content(name: str, value: Any) -> Any:
-    return value[1] if name == _DATA else json.loads(json.dumps(value))
+    return value[1] if name == _DATA else value
 
 
 def _change(name: str, before: Any, now: Any) -> str:
