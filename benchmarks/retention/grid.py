@@ -110,7 +110,7 @@ BEST = "anchored-self@rank=128,decay=30"
 """The anchored core that is confirmed, and at which rates."""
 BEST_RATES = (5e-4, 1e-3, 2.5e-4)
 _CONFIRMED: Tried = {
-    "lora": (*_LORA, 2e-3),  # the last added later, between the ends that 98% is read off
+    "lora": _LORA,
     BEST: BEST_RATES,
     "ewc-self": (3e-3, 6e-3),
     "full": (3e-5, 1e-4),
@@ -157,6 +157,8 @@ STAGES: dict[str, Stage] = {
             *front({f"lora@scale={part}": (3e-3,) for part in (0.25, 0.5, 0.75)}, "mlp", _SEEDS),
         ),
     ),
+    # Between LoRA's rates, where it is read off a line: on a CPU, afterwards.
+    "confirm-line": Stage(_MEASURED, tuple(front({"lora": (2e-3,)}, "mlp", _SEEDS))),
     # 512 steps, three seeds.
     "long": Stage(
         _MEASURED,

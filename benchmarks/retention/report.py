@@ -53,6 +53,8 @@ _ABOVE = "LoRA ends above this level at every rate it was run at: what it pays h
 def write_report(folder: Path) -> Path:
     """Writes report.md, and a picture for each stage of one task and place, from the records.
 
+    A stage of one method alone, which has nothing beside it, has its cells and no more.
+
     Raises:
         ValueError: there are none.
     """
@@ -64,7 +66,7 @@ def write_report(folder: Path) -> Path:
         parts += [f"## {stage}", "", *_about(records), ""]
         if any(len(record.cell.tasks) > 1 for record in records):
             parts += [sequence_table(records), ""]
-        else:
+        elif len({record.cell.method for record in records}) > 1:
             parts += _fronts(stage, records, folder)
         parts += [
             "<details><summary>Every cell</summary>",

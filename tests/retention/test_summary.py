@@ -186,6 +186,14 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     assert (tmp_path / "screen-mlp.png").read_bytes() == first
 
 
+def test_a_stage_of_one_method_has_its_cells_alone(tmp_path):
+    record = made(seed=0, path=((0.3, 0.01), (0.6, 0.04)))
+    records.write(tmp_path / record.stage / record.cell.path, record)
+    text = report.write_report(tmp_path).read_text()
+    assert "Every cell" in text and "learned at best" not in text
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_what_not_every_seed_reaches_says_so_and_is_never_bold():
     plain = [made(seed=seed, path=((0.6, 0.04 + 0.001 * seed),)) for seed in (0, 1, 2)]
     short = [made("er", seed=seed, path=((0.7, 0.02 + 0.001 * seed),)) for seed in (0, 1)]
