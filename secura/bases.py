@@ -306,6 +306,8 @@ def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: where the gradient of ``x`` would be lost in it.
     """
+    if torch.is_grad_enabled():
+        quantised.unpack(base)
     y0 = base(x)
     if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
         kind = type(getattr(base, "weight", base)).__name__

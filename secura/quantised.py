@@ -60,11 +60,7 @@ def dequantized(base: Any) -> Tensor:
             f"{type(base).__name__} ({kind}) has no floating weight and no known quantisation, so "
             "its rows and columns cannot be read: load it in full precision"
         )
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes' layout for inference on a CPU: dequantising it gives another weight.
-        # Its state_dict() puts the ordinary one back.
-        base.state_dict()
+    unpack(base)
     try:
         return make().detach()
     except (NotImplementedError, RuntimeError, TypeError) as error:
@@ -72,6 +68,23 @@ def dequantized(base: Any) -> Tensor:
             f"{type(base).__name__} ({kind}) cannot be dequantised ({error}), so its rows and "
             "columns cannot be read: load it in full precision, or quantised otherwise"
         ) from error
+
+
+def unpack(base: Any) -> None:
+    """Put back, for good, the ordinary layout of a base that bitsandbytes packed for a CPU.
+
+    Packed, as it evaluates with AVX512-BF16, dequantising gives another weight, and the product
+    passes no gradient on. Its own way back loses a little each time, and leaves the scales of
+    weights that were quantised once transposed (0.49).
+    """
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    base.state_dict()  # which unpacks it
+    state = base.weight.quant_state
+    if not state.nested and state.absmax.dim() == 2:
+        state.absmax = state.absmax.t().reshape(-1).float()
+    base.support_avx512bf16_for_cpu = False
 
 
 def _scaled(base: Any, weight: Tensor) -> Tensor:
@@ -92,4 +105,4 @@ def check_decompressed(base: Any) -> None:
         )
 
 
-__all__ = ["check_decompressed", "dequantized", "dequantizer", "is_packed", "is_torchao"]
+__all__ = ["check_decompressed", "dequantized", "dequantizer", "is_packed", "is_torchao", "unpack"]

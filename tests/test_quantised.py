@@ -27,6 +27,15 @@ def bitsandbytes(folder, dtype=torch.float32, **bits):
     ).eval()
 
 
+def four_bits(folder):
+    """Where a CPU multiplies bf16, bitsandbytes evaluates in it: here as on every other."""
+    model = bitsandbytes(folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def torchao(folder, config, **settings):
     quantization = importlib.import_module("torchao.quantization")
     model = tiny.wide()
@@ -72,9 +81,7 @@ def fp8(folder):
 
 
 KINDS = {
-    "bitsandbytes 4 bit": lambda folder: bitsandbytes(
-        folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32
-    ),
+    "bitsandbytes 4 bit": four_bits,
     "bitsandbytes 8 bit": lambda folder: bitsandbytes(folder, load_in_8bit=True),
     "torchao int8": lambda folder: torchao(folder, "Int8WeightOnlyConfig"),
     "torchao fp8": lambda folder: torchao(folder, "Float8WeightOnlyConfig"),
@@ -262,6 +269,39 @@ def test_a_merge_dequantises_where_it_is_asked_to(load, norm):
     assert {name: layer.base_layer for name, layer in tiny.layers(model).items()} == before
     assert torch.equal(tiny.logits(model), unmerged)
     assert torch.equal(tiny.logits(model.merge_and_unload()), after)
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="bitsandbytes packs nothing for this CPU"
+)
+@pytest.mark.parametrize("norm", ["none", "weight"])
+def test_training_goes_on_after_an_evaluation_that_packed_the_base(folder, norm):
+    pytest.importorskip("bitsandbytes")
+
+    def evaluated():
+        base = bitsandbytes(folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        tiny.logits(base)
+        return base
+
+    def base_of(model):
+        return model.base_model.model.model.layers[1].mlp.down_proj.base_layer  # K of two blocks
+
+    settings = {"norm": norm, "target_modules": "all-linear"}
+    fresh = tiny.adapted(four_bits(folder), **settings)
+    late, early = tiny.adapted(evaluated(), **settings), tiny.adapted(four_bits(folder), **settings)
+    for module in early.modules():
+        module.support_avx512bf16_for_cpu = True
+    expected = tiny.gradients(fresh.train())
+    tiny.logits(early)  # the adapter is there when it packs
+    for name, found in tiny.gradients(early.train()).items():
+        assert gap(found, expected[name]) < 0.1, name
+    for model in (late, early):
+        before = tiny.gradients(model.train())
+        tiny.logits(model.eval())
+        state = base_of(model).weight.quant_state
+        assert not getattr(state, "packing_format_for_cpu", False)  # it is not packed again
+        tiny.assert_same(tiny.gradients(model.train()), before)
+        assert gap(bases.weight(base_of(model)), bases.weight(base_of(fresh))) < 0.005
 
 
 def test_a_merged_model_is_loaded_again_as_it_was(folder, tmp_path):

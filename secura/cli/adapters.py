@@ -95,7 +95,7 @@ def load(args: Any, config: Any, dtype: str) -> tuple[Any, Any]:
 
     Args:
         args: parsed flags, `add_loading_flags`' among them.
-        config: the adapter's config, from `load_adapter_config`; it then names the base loaded.
+        config: the adapter's config, from `load_adapter_config`; the model's names the base loaded.
         dtype: of the base.
 
     Raises:
@@ -105,7 +105,8 @@ def load(args: Any, config: Any, dtype: str) -> tuple[Any, Any]:
     base, revision = base_of(config, adapter, args.model_name_or_path, args.model_revision)
     loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     model = load_adapted(adapter, config, base, dtype=dtype, **loading)
-    config.base_model_name_or_path, config.revision = base, revision
+    own = model.active_peft_config
+    own.base_model_name_or_path, own.revision = base, revision
     return model, tokenizer_for(model, adapter, base, loading)
 
 
