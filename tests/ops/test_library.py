@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,40 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
-from secura_kernels.gpu import H100, assume
-from secura_kernels.inspection.layers import Case, Example
-from secura_kernels.inspection.recorder import TARGETS, record
-from secura_kernels.norm import NORMS
+from secura_kernels.inspection.layers import Example
 
+from .draws import OPTIONS, SIZES, draw, every_option, every_space, name
 from .rule import exactly
-
-SIZES = {"t": 5, "n": 13, "k": 6, "m": 4, "inner": 5}
-OPTIONS = [
-    NormOptions("none"),
-    NormOptions("channel"),
-    NormOptions("channel", "paper", "averaged"),
-    NormOptions("weight"),
-    NormOptions("weight", "calibrated", "gated"),
-    NormOptions("activation"),
-    NormOptions("activation", "released", "averaged"),
-]
-
-
-def name(options):
-    return "-".join(part for part in options[:3] if part)
-
-
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=name)
-# Form and combination stand in one packed string: they do not change what is traced.
-every_space = pytest.mark.parametrize("options", [NormOptions(norm) for norm in NORMS], ids=name)
-
-
-def draw(options, **flags) -> Example:
-    return Case(options, **SIZES | flags).draw()
 
 
 class Recorder(TorchDispatchMode):
@@ -129,90 +100,6 @@ def test_operators_are_dispatched_only_where_something_watches(options, given):
         watched = example.run("reference")
     assert recorder.calls
     torch.testing.assert_close(alone, watched, rtol=0, atol=0)
-
-
-@every_option
-@pytest.mark.parametrize("folded", ["", "base"])
-@pytest.mark.parametrize("given", [False, True])
-def test_operations_are_those_of_the_products_within(options, folded, given, monkeypatch):
-    if given and options.norm == "weight":
-        pytest.skip("the space takes no y0")
-
-    def counted():
-        # torch's own table lacks products in place
-        in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            for sizes in ({}, {"t": 29}, {"k": 29}):
-                draw(options, folded=folded, given=given, **sizes).run("reference")
-        return counter.get_total_flops()
-
-    by_formula = counted()
-    for module in (dispatch, api):
-        monkeypatch.setattr(module, "is_watched", lambda *args: False)
-    assert by_formula == counted() > 0
-
-
-@pytest.mark.parametrize("norm", ["none", "channel"])
-def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
-    """Rounded stochastically; and with kernels where W' moves less."""
-    t, n, k, m = 48, 16, 32, 8
-    case = Case(NormOptions(norm), torch.bfloat16, m, t, n, k, trains_bias=False)
-    through = 2 * (n * m * m * (1 + (norm == "channel")) + n * k * m + t * k * m + t * n * k)
-    beside = through + 2 * (t * n * m - n * k * m - t * k * m)
-
-    def counted(case, device, impl):
-        example = case.draw(device)
-        example.a.requires_grad_()
-        with FlopCounterMode(display=False) as counter:
-            example.output(impl)
-        return counter.get_total_flops()
-
-    rounded = replace(case, rounding_seed=0)
-    assert counted(rounded, "cpu", "reference") == through
-    assert counted(case, "cpu", "reference") == beside
-    for taken, expected in ((True, through), (False, beside)):
-        monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip, taken=taken: taken)
-        with assume(H100):
-            assert counted(case, "meta", "triton") == expected
-            assert counted(replace(case, dropout=True), "meta", "triton") == beside
-
-
-def test_kernels_make_the_change_once_a_pass():
-    """`paper` looks for the largest ρ first; plain torch keeps a small W's change from there."""
-    t, n, k, m = 48, 16, 32, 8
-    case = Case(NormOptions("weight", "paper"), torch.bfloat16, m, t, n, k, trains_bias=False)
-
-    def counted(device, impl):
-        with FlopCounterMode(display=False) as counter:
-            case.draw(device).output(impl)
-        return counter.get_total_flops()
-
-    once = 2 * (n * m * m + t * n * k + n * k * m)
-    assert counted("cpu", "reference") == once
-    with assume(H100):
-        assert counted("meta", "triton") == once + 2 * n * k * m
-
-
-@pytest.mark.parametrize("norm", ["none", "channel"])
-def test_no_z_is_made_where_no_backward_pass_follows(norm, monkeypatch):
-    """Nor with A and B frozen; where it goes through W', z is a product of its own."""
-    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: True)
-    example = Case(NormOptions(norm), torch.bfloat16, 8, 48, 16, 32).draw("meta")
-    trained = example._replace(a=example.a.requires_grad_())
-
-    def counted(example):
-        with FlopCounterMode(display=False) as counter:
-            example.output("triton")
-        return counter.get_total_flops()
-
-    with record(TARGETS["sm_90"]):
-        for watched in (True, False):  # as the formula has it, and as it is
-            for module in (dispatch, api):
-                monkeypatch.setattr(module, "is_watched", lambda *args, watched=watched: watched)
-            whole = counted(trained)
-            with torch.no_grad():
-                assert counted(trained) == whole - 2 * 48 * 32 * 8
-            assert counted(example._replace(a=example.a.detach())) == whole - 2 * 48 * 32 * 8
 
 
 def test_no_byte_of_the_gain_is_kept_where_no_backward_pass_follows():
@@ -473,11 +360,3 @@ def test_an_implementation_that_cannot_run_is_an_error(monkeypatch):
         example.output()
     monkeypatch.setenv("SECURA_IMPL", "reference")
     assert example.output().shape == example.grad.shape
-
-
-def test_a_formula_takes_arguments_that_its_op_has():
-    from secura_kernels.ops.flops import FORMULAS
-
-    for operator, formula in FORMULAS.values():
-        wanted = inspect.signature(formula).parameters
-        assert wanted.keys() <= inspect.signature(operator).parameters.keys()
