@@ -300,15 +300,17 @@ def _hooks(base: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def product(base: nn.Module, x: Tensor, name: str) -> Tensor:
+def product(base: nn.Module, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
     """The output ``[..., N]`` that ``base``, the layer ``name``, itself makes of ``x [..., K]``.
+
+    ``args`` and ``kwargs`` are what else the layer is called with.
 
     Raises:
         ValueError: where the gradient of ``x`` would be lost in it.
     """
     if torch.is_grad_enabled():
         quantised.unpack(base)
-    y0 = base(x)
+    y0 = base(x, *args, **kwargs)
     if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
         kind = type(getattr(base, "weight", base)).__name__
         raise ValueError(

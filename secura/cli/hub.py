@@ -48,8 +48,8 @@ def push(trainer: Any) -> None:
         )
     except Exception as error:  # the hub's clients raise no narrower one
         raise UserError(
-            f"the adapter is in {output}, but not on the hub: {one_line(error)}; with "
-            "--resume_from_checkpoint the same flags upload it again"
+            f"the adapter is in {output}, but not on the hub: {one_line(error)}; where checkpoints "
+            "were saved, the same flags with --resume_from_checkpoint upload it again"
         ) from error
 
 

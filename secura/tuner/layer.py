@@ -145,7 +145,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                     f"{active[0].name} is called with more than its input, which norm='weight', "
                     "stochastic_rounding and several adapters at once do not hand on to the base"
                 )
-            return active[0].beside(base, x, base(x, *args, **kwargs))
+            y0 = bases.product(base, x, active[0].name, *args, **kwargs)
+            return active[0].beside(base, x, y0)
         if names is not None:
             return several.by_row(self, x, names)
         if len(active) == 1:

@@ -32,13 +32,20 @@ def named_labels(model: Any) -> dict[int, str] | None:
     return None if plain else dict(found)
 
 
-def warn_of_unsaved(config: Any, adapter: str, layers: Mapping[str, SecuraLayer]) -> None:
+def warn_of_unsaved(
+    config: Any,
+    adapter: str,
+    layers: Mapping[str, SecuraLayer],
+    state_dict: Mapping[str, Tensor],
+) -> None:
     """Warn of what an adapter does, or was to do, that is not in its file.
 
     Args:
         config: the adapter's.
         adapter: its name.
         layers: those it is on.
+        state_dict: what is saved; the model's own parameters may be sharded, and this process alone
+            in looking.
     """
     adapters = [cast(CABR, layer.secura_adapter[adapter]) for layer in layers.values()]
     scales = {one.scaling for one in adapters} - {float(config.scaling)}
@@ -50,7 +57,8 @@ def warn_of_unsaved(config: Any, adapter: str, layers: Mapping[str, SecuraLayer]
             stacklevel=4,
         )
     waits = config.fold_every and not any(one.folds or one.folded for one in adapters)
-    if waits and any(bool(one.trained.any()) for one in adapters):
+    trained = [tensor for name, tensor in state_dict.items() if name.endswith((".B", ".U"))]
+    if waits and any(bool(tensor.any()) for tensor in trained):
         warnings.warn(
             f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
             "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
