@@ -173,7 +173,7 @@ STAGES: dict[str, Stage] = {
     ),
     # Another model, three seeds.
     "gemma": Stage(
-        replace(_MEASURED, model="gemma3-270m"),
+        replace(_MEASURED, model="gemma3-270m", part=0.25),
         tuple(front({"lora": _LORA[:2], BEST: BEST_RATES[:2]}, "mlp", (0, 1, 2))),
     ),
     # Four tasks in turn, each method at its rate of equal learning of the first.
