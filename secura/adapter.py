@@ -150,6 +150,9 @@ class CABR(Core):
         if not self.config.replaces_product:
             y0 = bases.product(base, x, self.name) if y0 is None else y0
             layer = self._layer(base, weight, held)
+            if torch.is_grad_enabled() and bases.is_trained(base):
+                self._stale = True  # for the next pass, after the step
+                layer = layer._replace(**bases.trained(base, self.name))
             return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
             if not bases.only_places(base):

@@ -241,6 +241,28 @@ def bias(base: Any) -> Tensor | None:
     return (value if is_split(base) else gathered(value)).detach()
 
 
+def is_trained(base: Any) -> bool:
+    """Whether a weight or bias of ``base`` itself is trained."""
+    # a view that is no leaf is FSDP1's, of a frozen weight beside trained ones
+    return any(value.requires_grad and value.is_leaf for value in base.parameters())
+
+
+def trained(base: Any, name: str) -> dict[str, Any]:
+    """What a :class:`secura_kernels.Layer` takes of a base that is trained: not detached.
+
+    Raises:
+        ValueError: where the weight of ``base``, the layer ``name``, is sharded now.
+    """
+    dense = dense_weight(base)
+    if is_elsewhere(base):
+        raise ValueError(
+            f"{name}: its own weight is trained, and sharded again by the time the adapter reads "
+            "it: freeze it, or shard by decoder layer with FSDP2"
+        )
+    own = weight(base) if dense is None else dense
+    return {"weight": own, "bias": getattr(base, "bias", None), "columns": None}
+
+
 def why_not_product(base: nn.Module) -> str | None:
     """What of ``base`` a plain ``x Wᵀ + b`` in its place would pass over; None where nothing is."""
     if not _is_product(base, base.__dict__.get("forward")):
@@ -277,11 +299,7 @@ def _is_product(base: nn.Module, own_forward: Any) -> bool:
 def _why_not_frozen(base: nn.Module) -> str | None:
     if added := _adds(base):
         return added
-    for parameter in base._parameters.values():
-        # a view that is no leaf is FSDP1's, of a frozen weight beside trained ones
-        if parameter is not None and parameter.requires_grad and parameter.is_leaf:
-            return "the training of its weight"
-    return None
+    return "the training of its weight" if is_trained(base) else None
 
 
 def _adds(base: nn.Module) -> str | None:
@@ -386,6 +404,7 @@ __all__ = [
     "is_conv1d",
     "is_elsewhere",
     "is_split",
+    "is_trained",
     "is_transposed",
     "make_writable",
     "only_places",
@@ -394,6 +413,7 @@ __all__ = [
     "product",
     "product_weight",
     "shape",
+    "trained",
     "weight",
     "weight_between",
     "weight_here",

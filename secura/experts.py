@@ -66,7 +66,16 @@ class Experts(Core):
         self.folded, self._core_version, self._assigned = False, 0, False
 
     def weights(self, base: Any) -> Tensor:
-        """``W' [E, N, K]`` in W's dtype; gradients reach A and B, or U."""
+        """``W' [E, N, K]`` in W's dtype; gradients reach A and B, or U.
+
+        Raises:
+            ValueError: the experts' own weights are trained, which would get none.
+        """
+        if torch.is_grad_enabled() and base.weight.requires_grad:
+            raise ValueError(
+                f"{self.name}: the experts' weights are trained themselves, and would get no "
+                "gradient past their adapter: freeze them, or leave them out of target_parameters"
+            )
         return self._weights(base, self.update())
 
     def _weights(self, base: Any, u: Tensor) -> Tensor:

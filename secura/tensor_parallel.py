@@ -54,8 +54,13 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     Every process of the group has to call this.
 
     Raises:
-        ValueError: for what :func:`check` refuses.
+        ValueError: for what :func:`check` refuses, and a base that is trained itself.
     """
+    if torch.is_grad_enabled() and bases.is_trained(base):
+        raise ValueError(
+            f"{adapter.name}: its own weight is trained, of which tensor parallelism leaves each "
+            "process a part: freeze it, or train it without tensor parallelism"
+        )
     adapter._refresh(base)
     if adapter.columns is None:  # the plan came after the adapter
         adapter._derive(base)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import naive
 from .checks import check_call
 from .dispatch import (
     alone,
@@ -93,7 +94,7 @@ def secura_linear(
         TypeError: for an x of integers or complex numbers.
         ValueError: where shapes do not fit, or for an unknown form, combination, ``save`` or
             ``impl``; for ``channel`` without ``gram`` and ``base_norms``; for ``weight`` with
-            ``z_scale``.
+            ``z_scale``; for a layer whose weight, bias or columns require a gradient.
         RuntimeError: for ``impl="triton"`` where no kernel can take the tensors.
     """
     if layer.weight is None:
@@ -126,7 +127,8 @@ def secura_add(
         a, b, delta_bias, z_scale, impl: as for :func:`secura_linear`.
 
     Returns:
-        ``[..., N]`` in y0's dtype. Gradients reach y0, a, b and delta_bias, once differentiable.
+        ``[..., N]`` in y0's dtype. Gradients reach y0, a, b and delta_bias, once differentiable;
+        where they are asked of the layer's weight, bias or columns, these too, by plain equations.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`secura_linear`; ValueError also for
@@ -250,6 +252,15 @@ def _run(
         raise TypeError(f"the input is {x.dtype}: the ops take floating numbers")
     lead = x.shape[:-1]
     check_call(n, lead, layer, a, b, delta_bias, z_scale)
+    if torch.is_grad_enabled() and _is_trained(layer):
+        if not given:
+            raise ValueError(
+                "the layer's weight, bias or columns require a gradient, of which they would get "
+                "none: detach or freeze them, or call secura_add with the base's own output"
+            )
+        with without_autocast(x.device.type):
+            out = naive.secura_add(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
+        return out.to(dtype)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
     total = None
     if layer.shares_input and not given:
@@ -260,6 +271,12 @@ def _run(
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
     call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
     return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
+
+
+def _is_trained(layer: Layer) -> bool:
+    """Whether a tensor of the layer that is frozen otherwise is to have a gradient."""
+    frozen = (layer.weight, layer.bias, layer.columns)
+    return any(tensor is not None and tensor.requires_grad for tensor in frozen)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class Layer(NamedTuple):
 
     Attributes:
         weight: ``W [N, K]``, frozen, any floating dtype and strides; None where only its output is
-            at hand (a quantised base).
+            at hand (a quantised base). One that requires a gradient is taken by ``secura_add``
+            alone.
         bias: ``b [N]``, frozen, or None.
         rows: ``[m]`` int64, R = W[rows]. A row named twice adds up.
         cols: ``[m]`` int64, C = W[:, cols].

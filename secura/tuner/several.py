@@ -69,6 +69,8 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
         options=NormOptions("none"),
         columns=torch.cat(parts, dim=1) if kept else None,
     )
+    if torch.is_grad_enabled() and bases.is_trained(base):
+        layer = layer._replace(**bases.trained(base, adapters[0].name))
     return secura_add(
         bases.product(base, x, adapters[0].name),
         layer,
