@@ -31,7 +31,11 @@ from benchmarks.retention.summary import (
 
 BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
-_REPLAY = "er"
+_BESIDE = {
+    "er": "replay, which stores the earlier tasks",
+    "ewc": "EWC, which stores two numbers for each that is trained",
+}
+"""Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _PREFERRED = (
     "lora",
     BEST,
@@ -176,15 +180,16 @@ def sequence_table(records: Iterable[Record]) -> str:
         "fewer than two."
     )
     parts = [_table([*head, "KL over LoRA"], rows), caption]
-    beside = [(run, _beside(run, _REPLAY, found)) for run in found]
-    stored = [
-        [get_method(run.method).title, run.targets, f"{run.rate:g}", *paired]
-        for run, paired in beside
-        if paired != _NO_PAIRS
-    ]
-    if stored:
-        head = ["method", "on", "rate", "loss less", "forgetting less", "KL over"]
-        parts += ["Against replay, which stores the earlier tasks, the same:", _table(head, stored)]
+    head = ["method", "on", "rate", "loss less", "forgetting less", "KL over"]
+    for reference, keeps in _BESIDE.items():
+        beside = [(run, _beside(run, reference, found)) for run in found]
+        stored = [
+            [get_method(run.method).title, run.targets, f"{run.rate:g}", *paired]
+            for run, paired in beside
+            if paired != _NO_PAIRS
+        ]
+        if stored:
+            parts += [f"Against {keeps}, the same:", _table(head, stored)]
     return "\n\n".join(parts)
 
 

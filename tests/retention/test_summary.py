@@ -152,7 +152,7 @@ def test_a_sequence_has_its_paired_difference_from_two_seeds_on():
     )
 
 
-def test_a_sequence_is_compared_with_replay_too():
+def test_a_sequence_is_compared_with_replay_and_ewc_too():
     def records(method, loss):
         rises = ((1, loss), (2, loss + 0.1 * loss))
         return [in_turn(n, rise + seed, loss, method, seed) for seed in (0, 1) for n, rise in rises]
@@ -162,7 +162,10 @@ def test_a_sequence_is_compared_with_replay_too():
     loss, forgetting = "0.21 [0.21, 0.21]", "0.02 [0.02, 0.02]"
     row = "| LoRA + EWC of earlier tasks | mlp | 0.001 |"
     assert f"{row} {loss} | {forgetting} | 1.00 [1.00, 1.00] |" in table.splitlines()
-    assert "Against replay" in table and "replay" not in report.sequence_table(records("ewc", 0.7))
+    row, forgetting = row.replace("EWC", "replay"), "-0.02 [-0.02, -0.02]"
+    assert f"{row} -{loss.replace('[', '[-').replace(', ', ', -')} | {forgetting} | 1.00" in table
+    alone = report.sequence_table(records("ewc", 0.7))
+    assert "Against replay" in table and "Against EWC" in table and "Against" not in alone
 
 
 def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
