@@ -191,22 +191,27 @@ def check_reading(
 
 @contextmanager
 def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[None]:
-    """Eval mode, with gradients through the cores; modes, flags and gradients as before after."""
+    """Eval mode, with gradients through the cores, none of them held; all as before after."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     cores: list[Any] = [one.U for one, _ in adapters.values()]
     frozen = [core for core in cores if not core.requires_grad]
+    held = [(part, part.held) for part in model.modules() if isinstance(part, CABR)]
     model.eval()
     try:
         for parameter, _ in gradients:
             parameter.grad = None
         for core in frozen:
             core.requires_grad_(True)
+        for part, _ in held:
+            part.held = None
         with torch.enable_grad():
             yield
     finally:
         for core in frozen:
             core.requires_grad_(False)
+        for part, before in held:
+            part.held = before
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module in training:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from micro_batches import batches, check_equal, layer, plainly, sgd
 from torch import nn
@@ -47,6 +48,17 @@ def test_another_optimizer_than_the_one_named():
         sgd(other).step()
         with pytest.raises(RuntimeError, match="another optimizer"):
             sgd(model).step()
+
+
+def test_an_anchor_is_no_part_of_a_gradient_that_is_held():
+    model, ids = tiny.adapted(core="u", norm="none"), tiny.tokens()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        secura.anchor(model, list(tiny.tokens(3, 9)))
+        accumulation.check_finished()
+        accumulation.last = True
+        found = tiny.gradients(model, ids)
+    for name, gradient in tiny.gradients(model, ids).items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_a_closure_has_to_finish_what_it_begins():
