@@ -348,6 +348,18 @@ def test_what_is_told_of_folds_is_read_off_what_is_saved(tmp_path):
         model.save_pretrained(tmp_path, state_dict=unlearned)
 
 
+def test_what_is_trained_beside_the_adapter_is_told(tmp_path):
+    model = tiny.adapted(norm="none", modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "all of it")
+    layer = next(iter(tiny.layers(model)))
+    model.get_submodule(layer).base_layer.bias.requires_grad_(True)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"2 parameter\(s\) beside .*q_proj\.base_layer\.bias"):
+        model.save_pretrained(tmp_path / "less")
+
+
 def test_a_file_is_compared_with_its_base_once(folder, monkeypatch):
     """A pass over every adapted weight: once to make the adapter, once to load it."""
     seen, sums = [], []

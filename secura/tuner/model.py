@@ -104,7 +104,7 @@ class SecuraModel(BaseTuner):
         layers = saved.adapted_layers(model, adapter_name)
         for name, layer in layers.items():
             layer.renew_saved(found, f"{name}{INNER}{adapter_name}.", adapter_name)
-        saved.warn_of_unsaved(config, adapter_name, layers, found)
+        saved.warn_of_unsaved(model, config, adapter_name, layers, found)
         return found
 
     @classmethod

@@ -33,6 +33,7 @@ def named_labels(model: Any) -> dict[int, str] | None:
 
 
 def warn_of_unsaved(
+    model: Any,
     config: Any,
     adapter: str,
     layers: Mapping[str, SecuraLayer],
@@ -41,6 +42,7 @@ def warn_of_unsaved(
     """Warn of what an adapter does, or was to do, that is not in its file.
 
     Args:
+        model: what is saved.
         config: the adapter's.
         adapter: its name.
         layers: those it is on.
@@ -62,6 +64,13 @@ def warn_of_unsaved(
         warnings.warn(
             f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
             "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
+            stacklevel=4,
+        )
+    if beside := _trained_beside(model, adapter):
+        warnings.warn(
+            f"{len(beside)} parameter(s) beside the adapter are trained here, {beside[0]} first, "
+            "and are not in its file: name their modules in modules_to_save, or save the model's "
+            "own state_dict() too",
             stacklevel=4,
         )
 
@@ -164,6 +173,19 @@ def _saved_in_full(model: Any, adapter: str) -> set[str]:
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter).values()
     }
+
+
+def _trained_beside(model: Any, adapter: str) -> list[str]:
+    """Names of parameters that are trained and that neither an adapter nor PEFT saves."""
+    wrappers = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    known = {id(value) for wrapper in wrappers for value in wrapper.parameters()}
+    embeddings = _embeddings(model, adapter)  # which PEFT saves where they were resized
+    return [
+        bare(name)
+        for name, value in model.named_parameters()
+        if value.requires_grad and id(value) not in known and not is_own(name)
+        if bare(name) not in embeddings and not name.endswith("_flat_param")  # FSDP1's, of all
+    ]
 
 
 def _embeddings(model: Any, adapter: str) -> dict[str, Tensor]:
