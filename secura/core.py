@@ -63,6 +63,16 @@ class Core(AdapterState):
         self.trained.zero_()
         self._note_core(folded=True)  # most likely, and looking would wait for the device
 
+    def take_fixed(self, other: Core) -> None:
+        """Take over what is not trained of ``other``, on the same weight: core, anchor, scaling."""
+        if other.waits:  # for the weight, after which both choose the same
+            return
+        for name in self._FIXED:
+            tensor = getattr(other, name)
+            self._buffers[name] = None if tensor is None else tensor.clone()
+        self.scaling = other.scaling
+        self._note_loaded()
+
     @torch.no_grad()
     def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
         """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""

@@ -22,7 +22,7 @@ from trl import (
     SFTTrainer,
 )
 
-from secura import FoldCallback, fold, from_pretrained
+from secura import FoldCallback, anchor, fold, from_pretrained
 
 TEXT = {"text": [f"t{3 + i} t{4 + i} t{5 + i} t{6 + i}" for i in range(8)]}
 PAIRS = {
@@ -100,35 +100,35 @@ def test_trainers_take_the_config(method, norm, tokenizer, tmp_path):
     assert torch.equal(tiny.logits(loaded.eval()), tiny.logits(run.model.eval()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"core": "u"}], ids=["ab", "u"])
+@pytest.mark.parametrize(("core", "anchored"), [("ab", False), ("u", False), ("u", True)])
 @pytest.mark.parametrize("folded", [False, True])
-def test_the_reference_of_a_trained_adapter(folded, settings, tokenizer, tmp_path):
-    """TRL copies the trained parameters, so what was folded is missing from its reference."""
-    model = tiny.adapted(norm="channel", **settings)
-    before = tiny.logits(model)
+def test_the_reference_is_the_adapter_as_it_was(folded, core, anchored, tokenizer, tmp_path):
+    """TRL copies parameters alone; what was folded, anchored or rescaled is in it all the same."""
+    model = tiny.adapted(norm="channel", norm_reference="folded", core=core)
+    for layer in tiny.layers(model).values():
+        layer.set_scale("default", 1.5)
+    if anchored:
+        anchor(model, list(tiny.tokens(3, 9)))
     if folded:
         fold(model)
+        tiny.perturb(model)
+    before = tiny.logits(model)
     run = trainer("dpo", tmp_path, tokenizer, model)
     run.model.set_adapter("ref")
-    reference = tiny.logits(run.model.eval())
-    if folded:
-        torch.testing.assert_close(reference, tiny.logits(tiny.llama()))
-        assert (reference - before).abs().max() > 0.01
-    else:
-        torch.testing.assert_close(reference, before)
+    torch.testing.assert_close(tiny.logits(run.model.eval()), before)
+    run.model.set_adapter("default")
+    run.train()
+    assert abs(run.state.log_history[0]["rewards/chosen"]) < 1e-6
+    run.model.set_adapter("ref")
+    torch.testing.assert_close(tiny.logits(run.model.eval()), before)
 
 
-def test_a_merged_reference_counts_what_was_folded(tokenizer, tmp_path):
-    """Before its first step a model is no better than its reference, if that is the model."""
-    rewards = {}
-    for given in (False, True):
-        model = tiny.adapted(norm="none")
-        fold(model)
-        more = {"ref_model": copy.deepcopy(model).merge_and_unload()} if given else {}
-        run = trainer("dpo", tmp_path, tokenizer, model, **more)
-        run.train()
-        rewards[given] = abs(run.state.log_history[0]["rewards/chosen"])
-    assert rewards[True] < 1e-6 and rewards[False] > 1e-4
+def test_another_adapter_with_the_same_config_starts_anew():
+    model = tiny.adapted(norm="none")
+    fold(model)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(tiny.llama()))
 
 
 def test_sft_trainer_trains_the_tokens_of_another_models_chat_template(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -23,7 +24,7 @@ from .config import SecuraConfig
 from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
 from .overlooked import refuse_overlooked
-from .several import BASE
+from .several import BASE, REFERENCE
 from .unmatched import unmatched_layers, unmatched_names, warn_unmatched
 
 
@@ -80,6 +81,11 @@ class SecuraModel(BaseTuner):
                     model.set_submodule(name, layer.base_layer)
             raise
         warn_unmatched(unmatched_layers(model, config, adapter_name))
+        copied = [name for name, own in self.peft_config.items() if own is given]
+        if adapter_name == REFERENCE and copied:  # TRL copies parameters alone
+            for _, layer in _secura_layers(model):
+                for one, other in product(layer._named([adapter_name]), layer._named(copied[:1])):
+                    one.take_fixed(other)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

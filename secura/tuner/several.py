@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 BASE = "__base__"
 """PEFT's name, among ``adapter_names``, for rows that no adapter changes."""
 
+REFERENCE = "ref"
+"""TRL's name for a copy of an adapter, which it adds with that one's very config."""
+
 
 def by_row(layer: SecuraLayer, x: Tensor, names: Sequence[str]) -> Tensor:
     """The output ``[B, ..., N]`` where row i of ``x [B, ..., K]`` has the adapter names[i].
@@ -91,4 +94,4 @@ def sum_biases(adapters: list[CABR]) -> Tensor | None:
     return torch.stack(biases).sum(0) if biases else None
 
 
-__all__ = ["BASE", "added_up", "adds_up", "by_row", "sum_biases"]
+__all__ = ["BASE", "REFERENCE", "added_up", "adds_up", "by_row", "sum_biases"]
