@@ -127,7 +127,7 @@ class CABR(Core):
             return self.beside(base, x)
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
-        self._refresh(base)
+        self._refresh(base, weight)
         layer = self._layer(base, weight, self.held and self._holding(weight))
         mask = self.dropout_mask(x) if self.config.dropout else None
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
@@ -141,7 +141,7 @@ class CABR(Core):
             return tensor_parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
-        self._refresh(base)
+        self.refresh_beside(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if self.columns is None and bases.is_elsewhere(base):
             self._keep_columns(base)
@@ -151,7 +151,6 @@ class CABR(Core):
             y0 = bases.product(base, x, self.name) if y0 is None else y0
             layer = self._layer(base, weight, held)
             if torch.is_grad_enabled() and bases.is_trained(base):
-                self._stale = True  # for the next pass, after the step
                 layer = layer._replace(**bases.trained(base, self.name))
             return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := bases.why_not_product(base)):
@@ -163,6 +162,24 @@ class CABR(Core):
             x = x.to(dense.device)
         layer = self._layer(base, bases.weight(base, values=False), held)
         return secura_linear(x, layer, *self.factors(), **trained)
+
+    def core_and_update(self, base: Any, weight: Tensor | None) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward.
+
+        ``weight`` is the base's, or None where it may be trained.
+        """
+        if weight is None:
+            self.refresh_beside(base)
+        else:
+            self._refresh(base, weight)
+        return self.update() + self.core if self.folded else self.update()
+
+    def refresh_beside(self, base: nn.Module) -> None:
+        """Bring up to date what follows from a base that may be trained: then in every pass."""
+        trained = bases.is_trained(base)
+        self._stale |= trained
+        self._refresh(base)
+        self._stale |= trained
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.
@@ -287,6 +304,11 @@ class CABR(Core):
         needs_columns = split or config.keep_columns or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
+        whole = None if torch.compiler.is_compiling() else bases.weight_between(base)
+        if whole is None or whole.is_inference():
+            self._derived_from = None
+        else:
+            self._derived_from = whole._version, whole.data_ptr()
         weight = bases.weight(base, values=False)
         if needs_columns:
             self.columns = weight.index_select(1, self.cols)

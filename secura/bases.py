@@ -260,7 +260,8 @@ def trained(base: Any, name: str) -> dict[str, Any]:
             "it: freeze it, or shard by decoder layer with FSDP2"
         )
     own = weight(base) if dense is None else dense
-    return {"weight": own, "bias": getattr(base, "bias", None), "columns": None}
+    bias = getattr(base, "bias", None)
+    return {"weight": own, "bias": bias if isinstance(bias, Tensor) else None, "columns": None}
 
 
 def why_not_product(base: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ class Core(AdapterState):
     """
 
     folds = False
+    _derived_from: tuple[int, int] | None = None  # version and place of the weight, where it has
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -37,11 +38,6 @@ class Core(AdapterState):
     def update(self) -> Tensor:
         """The trained core times s, ``[m, m]``, fp32 or wider, autocast or not."""
         return update(*self.factors(), self.scaling)
-
-    def core_and_update(self, base: Any) -> Tensor:
-        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
-        self._refresh(base)
-        return self.update() + self.core if self.folded else self.update()
 
     def whole_factors(self) -> tuple[Tensor, Tensor | None]:
         """:meth:`factors`, gathered where the parameters are sharded."""
@@ -65,12 +61,12 @@ class Core(AdapterState):
 
     def take_fixed(self, other: Core) -> None:
         """Take over what is not trained of ``other``, on the same weight: core, anchor, scaling."""
+        self.scaling = other.scaling
         if other.waits:  # for the weight, after which both choose the same
             return
         for name in self._FIXED:
             tensor = getattr(other, name)
             self._buffers[name] = None if tensor is None else tensor.clone()
-        self.scaling = other.scaling
         self._note_loaded()
 
     @torch.no_grad()
@@ -99,7 +95,8 @@ class Core(AdapterState):
             parts.append(f"form={config.norm_form or 'default'}")
         return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
 
-    def _refresh(self, base: Any) -> None:
+    def _refresh(self, base: Any, weight: Any = None) -> None:
+        """Bring up to date what follows from the base, whose frozen ``weight`` may be given."""
         if self.waits:
             choose_late(self, base)
         if self._assigned:
@@ -108,6 +105,10 @@ class Core(AdapterState):
             core: Any = self._buffers["core"]
             if self._core_version != (0 if core.is_inference() else core._version):
                 self._note_core()
+            known = self._derived_from
+            told = known is not None and weight is not None and not weight.is_inference()
+            if told and known != (weight._version, weight.data_ptr()):
+                self._stale = True
         if self._stale:
             self._derive(base)
 

@@ -71,7 +71,7 @@ class Experts(Core):
         Raises:
             ValueError: the experts' own weights are trained, which would get none.
         """
-        if torch.is_grad_enabled() and base.weight.requires_grad:
+        if torch.is_grad_enabled() and base.weight.requires_grad and base.weight.is_leaf:
             raise ValueError(
                 f"{self.name}: the experts' weights are trained themselves, and would get no "
                 "gradient past their adapter: freeze them, or leave them out of target_parameters"

@@ -252,12 +252,17 @@ def _run(
         raise TypeError(f"the input is {x.dtype}: the ops take floating numbers")
     lead = x.shape[:-1]
     check_call(n, lead, layer, a, b, delta_bias, z_scale)
-    if torch.is_grad_enabled() and _is_trained(layer):
+    w, bias, columns = layer.weight, layer.bias, layer.columns
+    trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
+    trained = trained or (columns is not None and columns.requires_grad)
+    if trained and torch.is_grad_enabled():
         if not given:
             raise ValueError(
                 "the layer's weight, bias or columns require a gradient, of which they would get "
                 "none: detach or freeze them, or call secura_add with the base's own output"
             )
+        if layer.options.norm == "channel" and w is None:
+            raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
         with without_autocast(x.device.type):
             out = naive.secura_add(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
         return out.to(dtype)
@@ -271,12 +276,6 @@ def _run(
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
     call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
     return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
-
-
-def _is_trained(layer: Layer) -> bool:
-    """Whether a tensor of the layer that is frozen otherwise is to have a gradient."""
-    frozen = (layer.weight, layer.bias, layer.columns)
-    return any(tensor is not None and tensor.requires_grad for tensor in frozen)
 
 
 def _flat(tensor: Tensor) -> Tensor:

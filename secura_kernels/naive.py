@@ -1,5 +1,7 @@
 """The oracle: the functions of :mod:`secura_kernels.api` in plain torch, as the equations read.
 
+A layer whose own weight or bias is trained is computed by them too.
+
 For any float dtype and device. It trusts none of the shortcuts the kernels take: R is gathered and
 multiplied, ΔW is formed whole, norms are taken of the matrices themselves. Everything is
 differentiable by autograd; the gain M is detached, as released. Integers are indices, everything
@@ -46,10 +48,8 @@ def magnitude_gain(rho: Tensor, form: str, scale: float) -> Tensor:
     if form == "calibrated":
         return 2 - torch.tanh(scale * rho / 2)
     peak = rho.max()
-    if peak == 0:
-        return torch.full_like(rho, 2.0)
-    shifted = rho / peak - 0.5 if form == "paper" else rho
-    return 2 - torch.sigmoid(scale * shifted)
+    shifted = rho / torch.where(peak == 0, 1, peak) - 0.5 if form == "paper" else rho
+    return torch.where(peak == 0, 2.0, 2 - torch.sigmoid(scale * shifted))
 
 
 def combine(base: Tensor, delta: Tensor, gain: Tensor, how: str) -> Tensor:

@@ -356,7 +356,8 @@ def test_what_is_trained_beside_the_adapter_is_told(tmp_path):
     layer = next(iter(tiny.layers(model)))
     model.get_submodule(layer).base_layer.bias.requires_grad_(True)
     model.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"2 parameter\(s\) beside .*q_proj\.base_layer\.bias"):
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"3 parameter\(s\) beside .*embed_tokens"):
         model.save_pretrained(tmp_path / "less")
 
 

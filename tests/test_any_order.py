@@ -11,6 +11,7 @@ import copy
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,10 @@ class Walk:
         made: list[str] = []
         while len(made) < count:
             name = self.draw.choice(names)
-            if getattr(self, name)() is NotImplemented:
-                continue
-            made.append(name.removeprefix("move_"))
             try:
+                if getattr(self, name)() is NotImplemented:
+                    continue
+                made.append(name.removeprefix("move_"))
                 self.look()
             except AssertionError as error:
                 raise AssertionError(f"after {', '.join(made)}: {error}") from error
@@ -369,7 +370,13 @@ class Walk:
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* acts with scaling")
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("norm", tiny.NORMS)
+# the other seeds found something once
+@pytest.mark.parametrize(
+    ("norm", "seed"),
+    [
+        *product(tiny.NORMS, range(2)),
+        *(("none", 8), ("none", 9), ("none", 24), ("none", 37), ("channel", 14)),
+    ],
+)
 def test_any_order_of_moves(norm, seed, tmp_path):
     Walk(norm, seed, tmp_path).go(MOVES)

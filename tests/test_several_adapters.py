@@ -56,6 +56,16 @@ def test_two_active_additive_adapters_add_up():
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in grads} == {"default", "second"}
 
 
+def test_trained_biases_of_a_sum_have_gradients_of_their_own():
+    model = two_adapters(train_bias=True)
+    model.base_model.set_adapter(["default", "second"])
+    once = tiny.gradients(model)
+    model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.backward()
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, 2 * once[name])
+
+
 def test_a_sum_takes_the_columns_that_were_loaded_last():
     def summed(selection):
         model = tiny.adapted(norm="none", keep_columns=True, selection=selection)

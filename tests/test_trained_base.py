@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from secura import AdapterConfig, SecuraConfig, SECURALinear, bases, tensor_parallel
-from secura_kernels import naive, secura_linear
+from secura_kernels import naive, secura_add, secura_linear
 from secura_kernels.cur import important_channels
 
 N, K, T = 20, 24, 7
@@ -115,15 +116,64 @@ def test_a_sum_of_adapters_trains_its_base_exactly():
     torch.testing.assert_close(found, base.weight.grad)
 
 
-def test_a_base_in_bf16_trains_under_autocast():
-    layer = SECURALinear(nn.Linear(K, N), AdapterConfig(r=4, norm="channel"))
+@pytest.mark.parametrize("norm", ADDING)
+def test_a_base_trains_in_16_bits_and_under_autocast(norm):
+    torch.manual_seed(0)
+    layer = adapted(nn.Linear(K, N), norm=norm)
     layer.base.requires_grad_(True)
     x = torch.randn(T, K)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
-    torch.testing.assert_close(layer.base.bias.grad, torch.full((N,), float(T)))
+    (exact,) = torch.autograd.grad(expected(layer, x.double()).square().sum(), layer.base.weight)
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        layer.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x.to(dtype))
+        assert out.dtype == torch.bfloat16
+        (found,) = torch.autograd.grad(out.float().square().sum(), layer.base.weight)
+        assert (found.double() - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("form", ["paper", "released", "calibrated"])
+def test_a_trained_base_is_compiled_whole(form):
+    layer = adapted(nn.Linear(K, N), norm="activation", norm_form=form)
+    layer.base.requires_grad_(True)
+    x = torch.randn(T, K).double()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["looked at before the step", "under another", "switched off"])
+def test_a_weight_that_was_trained_meanwhile_is_seen(how):
+    """Also where the adapter that follows from it had no pass, or one too many."""
+    model = tiny.adapted(norm="channel", keep_columns=True)
+    model.add_adapter("other", tiny.config(norm="channel"))
+    tiny.perturb(model, 1, "other")
+    tiny.logits(model)
+    base, ids = next(iter(tiny.layers(model).values())).base_layer, tiny.tokens()
+    base.requires_grad_(True)
+    looked = how.startswith("looked")
+    optimizer = torch.optim.AdamW(
+        base.parameters(), lr=0.1, fused=looked
+    )  # fused: no version tells
+    if how == "under another":
+        model.set_adapter("other")
+    with model.disable_adapter() if how == "switched off" else nullcontext():
+        model(input_ids=ids, labels=ids).loss.backward()
+        if looked:
+            tiny.logits(model)
+        optimizer.step()
+    base.requires_grad_(False)
+    model.set_adapter("default")
+    found = tiny.logits(model)
+    for one in tiny.parts(model):
+        one._stale = True
+    assert torch.equal(tiny.logits(model), found)
+
+
+def test_norms_of_a_trained_weight_need_the_weight():
+    layer = adapted(nn.Linear(K, N), norm="channel")
+    columns = layer.base.weight[:, layer.cols].detach().requires_grad_()
+    given = layer._layer(layer.base, None)._replace(columns=columns)
+    with pytest.raises(ValueError, match="norms of a weight that is trained: give it"):
+        secura_add(torch.randn(T, N).double(), given, *layer.factors())
 
 
 def test_where_no_gradient_would_come_it_is_refused():

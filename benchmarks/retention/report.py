@@ -33,7 +33,7 @@ BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
 _BESIDE = {
     "er": "replay, which stores the earlier tasks",
-    "ewc": "EWC, which stores two numbers for each that is trained",
+    "ewc": "EWC, which stores two numbers for each trained parameter",
 }
 """Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _PREFERRED = (

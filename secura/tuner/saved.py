@@ -66,11 +66,11 @@ def warn_of_unsaved(
             "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
             stacklevel=4,
         )
-    if beside := _trained_beside(model, adapter):
+    if beside := _trained_beside(model):
         warnings.warn(
             f"{len(beside)} parameter(s) beside the adapter are trained here, {beside[0]} first, "
-            "and are not in its file: name their modules in modules_to_save, or save the model's "
-            "own state_dict() too",
+            "and are not in its file, where PEFT puts resized embeddings alone: name their "
+            "modules in modules_to_save, or save the model's own state_dict() too",
             stacklevel=4,
         )
 
@@ -175,16 +175,15 @@ def _saved_in_full(model: Any, adapter: str) -> set[str]:
     }
 
 
-def _trained_beside(model: Any, adapter: str) -> list[str]:
-    """Names of parameters that are trained and that neither an adapter nor PEFT saves."""
+def _trained_beside(model: Any) -> list[str]:
+    """Names of parameters that are trained and are neither an adapter's nor saved in full."""
     wrappers = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
     known = {id(value) for wrapper in wrappers for value in wrapper.parameters()}
-    embeddings = _embeddings(model, adapter)  # which PEFT saves where they were resized
     return [
         bare(name)
         for name, value in model.named_parameters()
         if value.requires_grad and id(value) not in known and not is_own(name)
-        if bare(name) not in embeddings and not name.endswith("_flat_param")  # FSDP1's, of all
+        if not name.endswith("_flat_param")  # FSDP1's, of all
     ]
 
 
