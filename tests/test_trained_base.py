@@ -208,3 +208,12 @@ def test_experts_that_are_trained_themselves_are_refused():
     with pytest.raises(ValueError, match="experts' weights are trained themselves"):
         model(input_ids=tiny.tokens())
     tiny.logits(model)
+
+
+def test_frozen_experts_are_not_taken_for_trained_where_fsdp1_shows_views(monkeypatch):
+    torch.manual_seed(0)
+    model = get_peft_model(mixtral(), SecuraConfig(r=4, target_parameters=["experts.down_proj"]))
+    stored = bases.Stack.weight.fget
+    view = property(lambda self: stored(self).detach().requires_grad_() * 1)
+    monkeypatch.setattr(bases.Stack, "weight", view)
+    assert model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.requires_grad
