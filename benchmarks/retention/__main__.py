@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seeds", type=_integers, default=[0])
     one.add_argument("--tasks", type=_words, default=["gsm8k"], help="learned one after another")
     one.add_argument("--steps", type=int, default=128, help="of each task")
-    one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    one.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="other settings"
+    )
     one.add_argument("--list", action="store_true", help="print the cells and stop")
     one.add_argument("--jobs", type=int, default=1, help="processes side by side")
     one.add_argument("--threads", type=int, default=1, help="of a process")

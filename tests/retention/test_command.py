@@ -14,7 +14,7 @@ BAD = {
     "unknown place 'foo'": ["run", "try", "--methods", "lora", "--targets", "foo"],
     "unknown task 'nope'": ["run", "try", "--methods", "lora", "--tasks", "nope"],
     "held_out takes int": ["run", "try", "--methods", "lora", "--set", "held_out=abc"],
-    "the settings are": ["run", "screen", "--set", "foo=1"],
+    "the settings are": ["run", "screen", "--set", "foo=1", "--set", "held_out=8"],
     "rank takes int": ["run", "try", "--methods", "lora@rank=x"],
     "keyword argument 'foo'": ["run", "try", "--methods", "anchored-self@foo=1"],
     "is no folder": ["run", "screen", "--set", "model=nowhere"],
