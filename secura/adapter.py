@@ -27,7 +27,7 @@ from secura_kernels.ops.project.op import project
 from . import bases, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
-from .core import Core
+from .core import Core, Seen
 from .integrity import SKETCH
 from .sharding import on_rank_0_alone
 
@@ -68,7 +68,7 @@ class CABR(Core):
     important: Tensor | None
     here: Tensor | None
     r_here: Tensor | None
-    wants_whole = False
+    wants_whole = _trains = False
     held: Held | None = None
 
     def __init__(
@@ -163,23 +163,18 @@ class CABR(Core):
         layer = self._layer(base, bases.weight(base, values=False), held)
         return secura_linear(x, layer, *self.factors(), **trained)
 
-    def core_and_update(self, base: Any, weight: Tensor | None) -> Tensor:
-        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward.
-
-        ``weight`` is the base's, or None where it may be trained.
-        """
-        if weight is None:
-            self.refresh_beside(base)
-        else:
-            self._refresh(base, weight)
+    def core_and_update(self, base: Any) -> Tensor:
+        """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
+        self.refresh_beside(base, bases.weight_between(base))
         return self.update() + self.core if self.folded else self.update()
 
-    def refresh_beside(self, base: nn.Module) -> None:
+    def refresh_beside(self, base: nn.Module, weight: Tensor | None = None) -> None:
         """Bring up to date what follows from a base that may be trained: then in every pass."""
-        trained = bases.is_trained(base)
-        self._stale |= trained
-        self._refresh(base)
-        self._stale |= trained
+        if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
+            self._trains = bases.is_trained(base)
+        self._stale |= self._trains
+        self._refresh(base, weight)
+        self._stale |= self._trains
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.
@@ -308,7 +303,7 @@ class CABR(Core):
         if whole is None or whole.is_inference():
             self._derived_from = None
         else:
-            self._derived_from = whole._version, whole.data_ptr()
+            self._derived_from = Seen((whole._version, whole.data_ptr()))
         weight = bases.weight(base, values=False)
         if needs_columns:
             self.columns = weight.index_select(1, self.cols)

@@ -14,6 +14,13 @@ from .sharding import gathered, put
 from .state import AdapterState, factors
 
 
+class Seen(tuple[int, int]):
+    """Version and place of a weight; of a copy neither, for its place may be given out again."""
+
+    def __deepcopy__(self, memo: Any) -> Seen:
+        return Seen((-1, 0))
+
+
 class Core(AdapterState):
     """``U_acc + s · U [m, m]`` between C and R, whatever they are columns and rows of.
 
@@ -25,7 +32,7 @@ class Core(AdapterState):
     """
 
     folds = False
-    _derived_from: tuple[int, int] | None = None  # version and place of the weight, where it has
+    _derived_from: Seen | None = None
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -106,7 +113,7 @@ class Core(AdapterState):
             if self._core_version != (0 if core.is_inference() else core._version):
                 self._note_core()
             known = self._derived_from
-            told = known is not None and weight is not None and not weight.is_inference()
+            told = known is not None and type(weight) is Tensor and not weight.is_inference()
             if told and known != (weight._version, weight.data_ptr()):
                 self._stale = True
         if self._stale:
@@ -125,4 +132,4 @@ class Core(AdapterState):
         raise NotImplementedError
 
 
-__all__ = ["Core"]
+__all__ = ["Core", "Seen"]

@@ -52,8 +52,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     Raises:
         ValueError: for a tensor parallel base.
     """
-    frozen = bases.product_weight(base)
-    core = torch.block_diag(*(adapter.core_and_update(base, frozen) for adapter in adapters))
+    core = torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters))
     masks = [adapter.dropout_mask(x) for adapter in adapters]
     if any(mask is not None for mask in masks):
         shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
@@ -93,8 +92,10 @@ def adds_up(adapter: CABR) -> bool:
 def sum_biases(adapters: list[CABR]) -> Tensor | None:
     """The sum ``[N]`` of the adapters' trained biases, or None where none has one."""
     biases = [sharding.gathered(adapter.bias) for adapter in adapters if adapter.bias is not None]
-    # not of a stack, whose backward gives all of them one tensor for a gradient
-    return functools.reduce(torch.add, biases) if biases else None
+    if not biases:
+        return None
+    # a new tensor; not of a stack, whose backward gives all of them one tensor for a gradient
+    return functools.reduce(torch.add, biases, torch.zeros_like(biases[0]))
 
 
 __all__ = ["BASE", "REFERENCE", "added_up", "adds_up", "by_row", "sum_biases"]
