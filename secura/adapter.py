@@ -24,7 +24,7 @@ from secura_kernels.cur import check_fits
 from secura_kernels.held import Held
 from secura_kernels.ops.project.op import project
 
-from . import bases, tensor_parallel
+from . import bases, products, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
 from .core import Core, Seen
@@ -122,7 +122,7 @@ class CABR(Core):
             ValueError: for another last dimension, a base weight that is not at hand, or with
                 ``norm="weight"`` a dense base that is more than a frozen product.
         """
-        weight = bases.product_weight(base)
+        weight = products.product_weight(base)
         if weight is None:
             return self.beside(base, x)
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
@@ -148,13 +148,13 @@ class CABR(Core):
         weight = bases.weight(base, values=False) if self.columns is None else None
         held = self.held and self._holding(bases.weight_between(base))
         if not self.config.replaces_product:
-            y0 = bases.product(base, x, self.name) if y0 is None else y0
+            y0 = products.product(base, x, self.name) if y0 is None else y0
             layer = self._layer(base, weight, held)
-            if torch.is_grad_enabled() and bases.is_trained(base):
-                layer = layer._replace(**bases.trained(base, self.name))
+            if self._trains and torch.is_grad_enabled():
+                layer = layer._replace(**products.trained_tensors(base, self.name))
             return secura_add(y0, layer, *self.factors(), **trained)
-        if dense is not None and (skipped := bases.why_not_product(base)):
-            if not bases.only_places(base):
+        if dense is not None and (skipped := products.why_not_product(base)):
+            if not products.only_places(base):
                 raise ValueError(
                     f"{self.name}: norm='weight' and stochastic_rounding replace the layer's "
                     f"product, so {skipped} would be skipped: use norm='channel' without rounding"
@@ -171,7 +171,7 @@ class CABR(Core):
     def refresh_beside(self, base: nn.Module, weight: Tensor | None = None) -> None:
         """Bring up to date what follows from a base that may be trained: then in every pass."""
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
-            self._trains = bases.is_trained(base)
+            self._trains = products.is_trained(base)
         self._stale |= self._trains
         self._refresh(base, weight)
         self._stale |= self._trains

@@ -1,11 +1,10 @@
-"""What the adapter asks of the frozen layer it sits on: its shape, its weight, its product."""
+"""What the adapter asks of the layer it sits on: shape, weight and bias, and where they are."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import quantised
@@ -17,9 +16,6 @@ from .sharding import (
     on_rank_0_alone,
     reshard,
 )
-
-_GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
-"""Modules whose hooks gather a weight for a forward."""
 
 
 class Stack:
@@ -74,7 +70,7 @@ def is_transposed(base: Any) -> bool:
 
 def is_conv1d(base: nn.Module) -> bool:
     """Whether ``base`` is transformers' ``Conv1D``, whose weight is ``[K, N]``."""
-    conv1d = _conv1d()
+    conv1d = conv1d_class()
     return conv1d is not None and isinstance(base, conv1d)
 
 
@@ -106,27 +102,6 @@ def dense_weight(base: Any) -> Tensor | None:
     if weight.dtype.itemsize < 2 or quantised.dequantizer(base) is not None:
         return None
     return oriented(base, weight)
-
-
-def product_weight(base: nn.Module) -> Tensor | None:
-    """The weight ``[N, K]``, detached, of a base that is no more than a frozen product with it.
-
-    None for every other base, a quantised or hooked one say.
-
-    Raises:
-        ValueError: where the weight is not here, as in :func:`weight`.
-    """
-    if type(base) is nn.Linear:  # most layers by far, and the quickest to tell
-        stored: Any = base._parameters.get("weight")
-        own_bias = base._parameters.get("bias")
-        plain = type(stored) is nn.Parameter and stored.is_floating_point() and stored.dim() == 2
-        if plain and stored.itemsize > 1 and not stored.is_meta and not stored.requires_grad:
-            frozen = own_bias is None or not own_bias.requires_grad
-            if frozen and not _adds(base) and "forward" not in base.__dict__:
-                return stored.detach()
-    if dense_weight(base) is None or why_not_product(base):
-        return None
-    return weight(base, values=False)
 
 
 def weight(base: Any, *, values: bool = True) -> Tensor:
@@ -241,123 +216,6 @@ def bias(base: Any) -> Tensor | None:
     return (value if is_split(base) else gathered(value)).detach()
 
 
-def is_trained(base: Any) -> bool:
-    """Whether a weight or bias of ``base`` itself is trained."""
-    # a view that is no leaf is FSDP1's, of a frozen weight beside trained ones
-    return any(value.requires_grad and value.is_leaf for value in base.parameters())
-
-
-def trained(base: Any, name: str) -> dict[str, Any]:
-    """What a :class:`secura_kernels.Layer` takes of a base that is trained: not detached.
-
-    Raises:
-        ValueError: where the weight of ``base``, the layer ``name``, is sharded now.
-    """
-    dense = dense_weight(base)
-    if is_elsewhere(base):
-        raise ValueError(
-            f"{name}: its own weight is trained, and sharded again by the time the adapter reads "
-            "it: freeze it, or shard by decoder layer with FSDP2"
-        )
-    own = weight(base) if dense is None else dense
-    bias = getattr(base, "bias", None)
-    return {"weight": own, "bias": bias if isinstance(bias, Tensor) else None, "columns": None}
-
-
-def why_not_product(base: nn.Module) -> str | None:
-    """What of ``base`` a plain ``x Wᵀ + b`` in its place would pass over; None where nothing is."""
-    if not _is_product(base, base.__dict__.get("forward")):
-        return "its own forward"
-    return _why_not_frozen(base)
-
-
-def only_places(base: nn.Module) -> bool:
-    """Whether what ``base`` adds to its product only says where its input and weight have to be.
-
-    Such are accelerate's hook that moves x, and those with which FSDP2 or ZeRO-3 gather a weight.
-    """
-    hook: Any = base.__dict__.get("_hf_hook")
-    if hook is None:
-        plain = _is_product(base, base.__dict__.get("forward")) and not base._modules
-        frozen = not any(value.requires_grad for value in base.parameters(recurse=False))
-        own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
-        return plain and frozen and all(name.startswith(_GATHERS) for name in own)
-    if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
-        return False
-    return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
-
-
-def _is_product(base: nn.Module, own_forward: Any) -> bool:
-    plain: Any = nn.Linear if isinstance(base, nn.Linear) else _conv1d()
-    if plain is None or type(base).forward is not plain.forward:
-        return False
-    if own_forward is None:
-        return True
-    same = getattr(own_forward, "__func__", None) is plain.forward
-    return same and own_forward.__self__ is base
-
-
-def _why_not_frozen(base: nn.Module) -> str | None:
-    if added := _adds(base):
-        return added
-    return "the training of its weight" if is_trained(base) else None
-
-
-def _adds(base: nn.Module) -> str | None:
-    """What is hung on ``base`` beside its own forward, or None."""
-    if any(_hooks(base)):
-        return "its hooks"
-    return "the modules in it" if base._modules else None
-
-
-def _hooks(base: nn.Module) -> tuple[Any, ...]:
-    return (
-        base._forward_hooks,
-        base._forward_pre_hooks,
-        base._backward_hooks,
-        base._backward_pre_hooks,
-    )
-
-
-def product(base: nn.Module, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-    """The output ``[..., N]`` that ``base``, the layer ``name``, itself makes of ``x [..., K]``.
-
-    ``args`` and ``kwargs`` are what else the layer is called with.
-
-    Raises:
-        ValueError: where the gradient of ``x`` would be lost in it.
-    """
-    if torch.is_grad_enabled():
-        quantised.unpack(base)
-    y0 = base(x, *args, **kwargs)
-    if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
-        kind = type(getattr(base, "weight", base)).__name__
-        raise ValueError(
-            f"{name}: the base layer ({kind}, which rounds its inputs) passes no gradient on to "
-            "its input, so the layers below it would not be trained: use norm='weight', which "
-            "multiplies by the dequantised weight, or quantise the weights alone"
-        )
-    return y0
-
-
-def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
-    """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
-    if not y0.requires_grad or torch.compiler.is_compiling():
-        return y0.requires_grad
-    if not quantised.is_torchao(getattr(base, "weight", None)):
-        return True
-    nodes, seen = [y0.grad_fn], {x.grad_fn, None}
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if "NotImplemented" in node.name():
-            return False
-        seen.add(node)
-        nodes.extend(before for before, _ in node.next_functions)
-    return True
-
-
 def make_writable(base: Any) -> None:
     """Have FSDP2 put its shards in the place of what it gathered for a forward, to be written.
 
@@ -389,7 +247,8 @@ def plain_linear(base: nn.Module, value: Tensor, delta_bias: Tensor | None) -> n
     return made.train(base.training)
 
 
-def _conv1d() -> Any:
+def conv1d_class() -> Any:
+    """transformers' ``Conv1D``, or None where nothing has imported it."""
     module = sys.modules.get("transformers.pytorch_utils")
     return None if module is None else module.Conv1D
 
@@ -401,22 +260,17 @@ __all__ = [
     "check_linear",
     "check_whole",
     "comes_later",
+    "conv1d_class",
     "dense_weight",
     "is_conv1d",
     "is_elsewhere",
     "is_split",
-    "is_trained",
     "is_transposed",
     "make_writable",
-    "only_places",
     "oriented",
     "plain_linear",
-    "product",
-    "product_weight",
     "shape",
-    "trained",
     "weight",
     "weight_between",
     "weight_here",
-    "why_not_product",
 ]

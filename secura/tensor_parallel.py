@@ -40,7 +40,7 @@ from secura_kernels.norm import (
     unpack,
 )
 
-from . import bases
+from . import bases, products
 from .sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     Raises:
         ValueError: for what :func:`check` refuses, and a base that is trained itself.
     """
-    if torch.is_grad_enabled() and bases.is_trained(base):
+    if torch.is_grad_enabled() and products.is_trained(base):
         raise ValueError(
             f"{adapter.name}: its own weight is trained, of which tensor parallelism leaves each "
             "process a part: freeze it, or train it without tensor parallelism"

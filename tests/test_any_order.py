@@ -98,11 +98,12 @@ class Walk:
         made: list[str] = []
         while len(made) < count:
             name = self.draw.choice(names)
+            made.append(name.removeprefix("move_"))
             try:
                 if getattr(self, name)() is NotImplemented:
-                    continue
-                made.append(name.removeprefix("move_"))
-                self.look()
+                    made.pop()
+                else:
+                    self.look()
             except AssertionError as error:
                 raise AssertionError(f"after {', '.join(made)}: {error}") from error
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from secura import SECURALinear, bases, quantised
+from secura import SECURALinear, products, quantised
 
 N, K = 12, 16
 
@@ -85,7 +85,7 @@ SKIPPED = [
 @pytest.mark.parametrize(("change", "reason"), SKIPPED)
 def test_the_space_weight_refuses_what_its_product_would_skip(change, reason):
     base = change(frozen(nn.Linear(K, N)))
-    assert bases.why_not_product(base) == reason
+    assert products.why_not_product(base) == reason
     settings = {"r": 3, "norm_combine": "gated"}
     trained = reason.startswith("the training")
     layer = SECURALinear.from_linear(base, norm="weight", **settings)
@@ -124,7 +124,7 @@ def test_the_refusal_names_the_layer_of_a_model():
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_a_plain_product_is_taken_over(make, norm, monkeypatch):
     base = frozen(make())
-    assert bases.why_not_product(base) is None
+    assert products.why_not_product(base) is None
     layer = SECURALinear.from_linear(base, r=3, norm=norm)
     nn.init.normal_(layer.B)
     x = torch.randn(5, K)

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from secura import bases, merging
+from secura import bases, merging, products
 from secura.adapter import CABR
 from secura.choosing import choose_loaded
 from secura.core import Core
@@ -145,7 +145,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                     f"{active[0].name} is called with more than its input, which norm='weight', "
                     "stochastic_rounding and several adapters at once do not hand on to the base"
                 )
-            y0 = bases.product(base, x, active[0].name, *args, **kwargs)
+            y0 = products.product(base, x, active[0].name, *args, **kwargs)
             return active[0].beside(base, x, y0)
         if names is not None:
             return several.by_row(self, x, names)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from secura import bases, sharding
+from secura import bases, products, sharding
 from secura.adapter import CABR
 from secura_kernels import Layer, NormOptions, secura_add
 
@@ -73,10 +73,10 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
         options=NormOptions("none"),
         columns=torch.cat(parts, dim=1) if kept else None,
     )
-    if torch.is_grad_enabled() and bases.is_trained(base):
-        layer = layer._replace(**bases.trained(base, adapters[0].name))
+    if adapters[0]._trains and torch.is_grad_enabled():
+        layer = layer._replace(**products.trained_tensors(base, adapters[0].name))
     return secura_add(
-        bases.product(base, x, adapters[0].name),
+        products.product(base, x, adapters[0].name),
         layer,
         core,
         delta_bias=sum_biases(adapters),

@@ -21,6 +21,7 @@ from secura_kernels.dispatch import resolve
 from secura_kernels.inspection.layers import Case
 from secura_kernels.plan import CHANGE_MIB, CHUNK_MIB, MOST_SPLITS
 
+from .draws import every_option
 from .rule import SHAPES, case_of, check, check_example, check_project
 
 pytestmark = [
@@ -29,27 +30,11 @@ pytestmark = [
 ]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-OPTIONS = [
-    NormOptions("none"),
-    NormOptions("channel"),
-    NormOptions("channel", "paper", "averaged"),
-    NormOptions("weight"),
-    NormOptions("weight", "calibrated", "gated"),
-    NormOptions("activation"),
-    NormOptions("activation", "released", "averaged"),
-]
 DEVICE_SHAPES = [*SHAPES, (300, 1031, 517, 128), (70, 640, 768, 512), (1024, 512, 256, 64)]
 DEVICE_SHAPES += [(9000, 2048, 512, 128)]  # several chunks of dΔ, and N > 2 K
 # q and o, k and v, gate and up, down of an 8B Llama: N, K
 PROJECTIONS = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 MIB = 2**20
-
-
-def name(options):
-    return "-".join(part for part in options[:3] if part)
-
-
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=name)
 
 
 def big_enough(gib: float) -> None:

@@ -1,0 +1,163 @@
+"""How a base layer makes its product, and whether a plain ``x Wᵀ`` may stand in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import bases, quantised
+
+_GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
+"""Modules whose hooks gather a weight for a forward."""
+
+
+def product_weight(base: nn.Module) -> Tensor | None:
+    """The weight ``[N, K]``, detached, of a base that is no more than a frozen product with it.
+
+    None for every other base, a quantised or hooked one say.
+
+    Raises:
+        ValueError: where the weight is not here, as in :func:`weight`.
+    """
+    if type(base) is nn.Linear:  # most layers by far, and the quickest to tell
+        stored: Any = base._parameters.get("weight")
+        own_bias = base._parameters.get("bias")
+        plain = type(stored) is nn.Parameter and stored.is_floating_point() and stored.dim() == 2
+        if plain and stored.itemsize > 1 and not stored.is_meta and not stored.requires_grad:
+            frozen = own_bias is None or not own_bias.requires_grad
+            if frozen and not _adds(base) and "forward" not in base.__dict__:
+                return stored.detach()
+    if bases.dense_weight(base) is None or why_not_product(base):
+        return None
+    return bases.weight(base, values=False)
+
+
+def is_trained(base: Any) -> bool:
+    """Whether a weight or bias of ``base`` itself is trained."""
+    # a view that is no leaf is FSDP1's, of a frozen weight beside trained ones
+    return any(value.requires_grad and value.is_leaf for value in base.parameters())
+
+
+def trained_tensors(base: Any, name: str) -> dict[str, Any]:
+    """``weight [N, K]`` and ``bias [N]`` or None of a base that is trained, not detached.
+
+    By the names of :class:`secura_kernels.Layer`, with None for ``columns``, which are constant.
+
+    Raises:
+        ValueError: where the weight of ``base``, the layer ``name``, is sharded now.
+    """
+    dense = bases.dense_weight(base)
+    if bases.is_elsewhere(base):
+        raise ValueError(
+            f"{name}: its own weight is trained, and sharded again by the time the adapter reads "
+            "it: freeze it, or shard by decoder layer with FSDP2"
+        )
+    own = bases.weight(base) if dense is None else dense
+    bias = getattr(base, "bias", None)
+    return {"weight": own, "bias": bias if isinstance(bias, Tensor) else None, "columns": None}
+
+
+def why_not_product(base: nn.Module) -> str | None:
+    """What of ``base`` a plain ``x Wᵀ + b`` in its place would pass over; None where nothing is."""
+    if not _is_product(base, base.__dict__.get("forward")):
+        return "its own forward"
+    return _why_not_frozen(base)
+
+
+def only_places(base: nn.Module) -> bool:
+    """Whether what ``base`` adds to its product only says where its input and weight have to be.
+
+    Such are accelerate's hook that moves x, and those with which FSDP2 or ZeRO-3 gather a weight.
+    """
+    hook: Any = base.__dict__.get("_hf_hook")
+    if hook is None:
+        plain = _is_product(base, base.__dict__.get("forward")) and not base._modules
+        frozen = not any(value.requires_grad for value in base.parameters(recurse=False))
+        own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
+        return plain and frozen and all(name.startswith(_GATHERS) for name in own)
+    if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return False
+    return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
+
+
+def _is_product(base: nn.Module, own_forward: Any) -> bool:
+    plain: Any = nn.Linear if isinstance(base, nn.Linear) else bases.conv1d_class()
+    if plain is None or type(base).forward is not plain.forward:
+        return False
+    if own_forward is None:
+        return True
+    same = getattr(own_forward, "__func__", None) is plain.forward
+    return same and own_forward.__self__ is base
+
+
+def _why_not_frozen(base: nn.Module) -> str | None:
+    if added := _adds(base):
+        return added
+    return "the training of its weight" if is_trained(base) else None
+
+
+def _adds(base: nn.Module) -> str | None:
+    """What is hung on ``base`` beside its own forward, or None."""
+    if any(_hooks(base)):
+        return "its hooks"
+    return "the modules in it" if base._modules else None
+
+
+def _hooks(base: nn.Module) -> tuple[Any, ...]:
+    return (
+        base._forward_hooks,
+        base._forward_pre_hooks,
+        base._backward_hooks,
+        base._backward_pre_hooks,
+    )
+
+
+def product(base: nn.Module, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """The output ``[..., N]`` that ``base``, the layer ``name``, itself makes of ``x [..., K]``.
+
+    ``args`` and ``kwargs`` are what else the layer is called with.
+
+    Raises:
+        ValueError: where the gradient of ``x`` would be lost in it.
+    """
+    if torch.is_grad_enabled():
+        quantised.unpack(base)
+    y0 = base(x, *args, **kwargs)
+    if x.requires_grad and torch.is_grad_enabled() and not _is_derived(base, y0, x):
+        kind = type(getattr(base, "weight", base)).__name__
+        raise ValueError(
+            f"{name}: the base layer ({kind}, which rounds its inputs) passes no gradient on to "
+            "its input, so the layers below it would not be trained: use norm='weight', which "
+            "multiplies by the dequantised weight, or quantise the weights alone"
+        )
+    return y0
+
+
+def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
+    """Whether a gradient of ``y0`` reaches ``x``: not past an op that has no derivative."""
+    if not y0.requires_grad or torch.compiler.is_compiling():
+        return y0.requires_grad
+    if not quantised.is_torchao(getattr(base, "weight", None)):
+        return True
+    nodes, seen = [y0.grad_fn], {x.grad_fn, None}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if "NotImplemented" in node.name():
+            return False
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+    return True
+
+
+__all__ = [
+    "is_trained",
+    "only_places",
+    "product",
+    "product_weight",
+    "trained_tensors",
+    "why_not_product",
+]
