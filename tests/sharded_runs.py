@@ -313,11 +313,41 @@ def in_every_space(set_ups):
     }
 
 
+def trained_with_its_base(norm):
+    """An adapter that acts, whose layers' own weights and biases are trained too."""
+    model = adapted(norm)
+    tiny.perturb(model)
+    for layer in tiny.layers(model).values():
+        layer.base_layer.requires_grad_(True)
+    return model.train()
+
+
+def trains_its_base(folder):
+    """Gaps of all gradients to those of one process, by set-up and space."""
+    ids, found = tiny.tokens(4), {}
+    for norm in ("none", "channel", "activation"):
+        truth = tiny.gradients(trained_with_its_base(norm), ids)
+        for set_up, wrapped in (
+            ("DDP", DistributedDataParallel),
+            ("FSDP2 by layer", partial(by_layer, norm)),
+        ):
+            model = wrapped(trained_with_its_base(norm))
+            gradients = tiny.gradients(model, ids.chunk(2)[dist.get_rank()])
+            whole = {
+                name.removeprefix("module."): of.full_tensor() if isinstance(of, DTensor) else of
+                for name, of in gradients.items()
+            }
+            assert whole.keys() == truth.keys()
+            found[f"{set_up}, {norm}"] = max(gap(whole[name], truth[name]) for name in truth)
+    return worst(found)
+
+
 def cases():
     """What both processes run."""
     return in_every_space(SET_UPS) | {
         "LoRA by itself": lora_by_transformers,
         "anchor": anchored,
+        "trained base": trains_its_base,
     }
 
 

@@ -51,6 +51,16 @@ def test_a_run_that_diverges_publishes_nothing_and_keeps_the_checkpoint(
         assert all(bool(torch.isfinite(value.float()).all()) for value in tensors.values())
 
 
+@pytest.mark.parametrize("word", ["--target_modules", "--target-modules"])
+def test_a_list_in_two_parts_is_no_list_of_the_last(word, base, data, tmp_path, capfd):
+    """For argparse it would be."""
+    output = tmp_path / "out"
+    argv = train_flags(base, data, output, "--target_modules", "q_proj", word, "v_proj")
+    fails(argv, capfd, "--target_modules is there twice: give all its values after one")
+    fails([*argv[:-2], f"{word}=v_proj"], capfd, "--target_modules is there twice")
+    assert not output.exists()
+
+
 def test_training_on_an_adapter_is_refused(trained, data, tmp_path, capfd):
     output = tmp_path / "out"
     argv = train_flags(trained, data, output)

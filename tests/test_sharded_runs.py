@@ -57,6 +57,12 @@ def test_processes_share_the_texts_of_an_anchor_and_add_up_what_they_find(found)
     torch.testing.assert_close(torch.tensor(right), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_that_is_trained_too_has_the_gradients_of_one_process(found):
+    gaps = found["trained base"]
+    assert not isinstance(gaps, str), gaps
+    assert len(gaps) == 6 and max(gaps.values()) < 1e-5
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero_is_equal_to_one_process(tmp_path):
     found = two_processes.run("sharded_runs:deepspeed_cases", tmp_path)

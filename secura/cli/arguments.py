@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 from secura._extras import require
 from secura.cli.config_file import as_defaults, read_config, take_config_flag
 from secura.cli.docstrings import docstring_entries
-from secura.cli.errors import Parser, UserError, refuse_unknown
+from secura.cli.errors import Parser, UserError, refuse_repeated, refuse_unknown
 from secura.cli.hub import check_strategy
 from secura.cli.models import DTYPES
 
@@ -264,6 +264,7 @@ def make_parser() -> Any:
             raise UserError(f"{message}{hint} (see '{PROG} --help')")
 
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            refuse_repeated(args or [], self._actions)
             parsed, unknown = super().parse_known_args(args, namespace)
             refuse_unknown(unknown, self._option_string_actions, PROG)
             settle(parsed)

@@ -45,6 +45,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--kernels",
         nargs="*",
+        action="extend",
         metavar="TARGET",
         help="instead: compile every kernel's default configuration, for sm_80, gfx942, … or all "
         "chips, and print registers, spills and shared memory; needs triton but no GPU",

@@ -49,6 +49,15 @@ def refuse_unknown(unknown: list[str], known: Iterable[str], prog: str) -> None:
     raise UserError(f"unknown flag {flags[0]}{did_you_mean(flags[0], known)} (see '{prog} --help')")
 
 
+def refuse_repeated(words: list[str], actions: Iterable[Any]) -> None:
+    """Raises `UserError` for a flag of several values that is given twice: the last would count."""
+    lists = {word: a.dest for a in actions if a.nargs in ("+", "*") for word in a.option_strings}
+    given = [lists[flag] for word in words if (flag := word.partition("=")[0]) in lists]
+    for name in given:
+        if given.count(name) > 1:
+            raise UserError(f"--{name} is there twice: give all its values after one")
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message on one line; its type's name where it has none.
 
