@@ -68,7 +68,7 @@ class CABR(Core):
     important: Tensor | None
     here: Tensor | None
     r_here: Tensor | None
-    wants_whole = _trains = False
+    wants_whole = _base_trained = False
     held: Held | None = None
 
     def __init__(
@@ -150,7 +150,7 @@ class CABR(Core):
         if not self.config.replaces_product:
             y0 = products.product(base, x, self.name) if y0 is None else y0
             layer = self._layer(base, weight, held)
-            if self._trains and torch.is_grad_enabled():
+            if self._base_trained and torch.is_grad_enabled():
                 layer = layer._replace(**products.trained_tensors(base, self.name))
             return secura_add(y0, layer, *self.factors(), **trained)
         if dense is not None and (skipped := products.why_not_product(base)):
@@ -171,10 +171,10 @@ class CABR(Core):
     def refresh_beside(self, base: nn.Module, weight: Tensor | None = None) -> None:
         """Bring up to date what follows from a base that may be trained: then in every pass."""
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
-            self._trains = products.is_trained(base)
-        self._stale |= self._trains
+            self._base_trained = products.is_trained(base)
+        self._stale |= self._base_trained
         self._refresh(base, weight)
-        self._stale |= self._trains
+        self._stale |= self._base_trained
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import naive
-from .checks import check_call
+from .checks import check_call, check_trained
 from .dispatch import (
     alone,
     as_dtype,
@@ -256,13 +256,7 @@ def _run(
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
     if trained and torch.is_grad_enabled():
-        if not given:
-            raise ValueError(
-                "the layer's weight, bias or columns require a gradient, of which they would get "
-                "none: detach or freeze them, or call secura_add with the base's own output"
-            )
-        if layer.options.norm == "channel" and w is None:
-            raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
+        check_trained(layer, given)
         with without_autocast(x.device.type):
             out = naive.secura_add(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
         return out.to(dtype)

@@ -63,4 +63,18 @@ def check_call(
         raise ValueError(f"unknown save {layer.save!r}: choose one of {SAVES}")
 
 
-__all__ = ["check_call"]
+def check_trained(layer: Layer, given: bool) -> None:
+    """Raise ``ValueError`` where a layer whose tensors require a gradient cannot give it.
+
+    ``given`` says that the base made y0 itself.
+    """
+    if not given:
+        raise ValueError(
+            "the layer's weight, bias or columns require a gradient, of which they would get none: "
+            "detach or freeze them, or call secura_add with the base's own output"
+        )
+    if layer.options.norm == "channel" and layer.weight is None:
+        raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
+
+
+__all__ = ["check_call", "check_trained"]

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -84,8 +83,9 @@ class SecuraModel(BaseTuner):
         copied = [name for name, own in self.peft_config.items() if own is given]
         if adapter_name == REFERENCE and copied:  # TRL copies parameters alone
             for _, layer in _secura_layers(model):
-                for one, other in product(layer._named([adapter_name]), layer._named(copied[:1])):
-                    one.take_fixed(other)
+                both = layer._named([copied[0], adapter_name])
+                if len(both) == 2:
+                    both[1].take_fixed(both[0])
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -73,7 +73,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
         options=NormOptions("none"),
         columns=torch.cat(parts, dim=1) if kept else None,
     )
-    if adapters[0]._trains and torch.is_grad_enabled():
+    if adapters[0]._base_trained and torch.is_grad_enabled():
         layer = layer._replace(**products.trained_tensors(base, adapters[0].name))
     return secura_add(
         products.product(base, x, adapters[0].name),

@@ -78,74 +78,9 @@ from ..jit import (
 from ..launch import Kernel
 from ..lowrank.triton import add_columns, gather
 from . import tiles
+from .jit import base_and_delta, load_chunk, load_z
 
 _TILES_A_PROGRAM = 8
-
-
-@triton.jit
-def _load_rows(ptr, offs, offs_m, size, m):
-    """A tile of z [T, m] or P [N, m], both contiguous, m a multiple of 16."""
-    mask = (offs[:, None] < size) & (offs_m[None, :] < m)
-    return tl.load(ptr + offs[:, None] * m + offs_m[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_chunk(ptr, offs, size, m, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
-    """The rows of z or P where m is one chunk and ``ptr`` is not None; else nothing to be read."""
-    tile = 0.0
-    if CHUNKS == 1 and ptr is not None:
-        tile = _load_rows(ptr, offs, tl.arange(0, BLOCK_M), size, m)
-    return tile
-
-
-@triton.jit
-def _add_product(
-    acc, z, p, z_ptr, p_ptr, offs_t, offs_n, t, n, m,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """``acc + z Pᵀ`` of one tile, from the tiles ``z``, ``p`` where m is one chunk, else memory."""
-    offs_m = tl.arange(0, BLOCK_M)
-    if CHUNKS == 1:
-        acc = dot(z, tl.trans(p), acc, PRECISION)
-    else:
-        for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-            z_part = _load_rows(z_ptr, offs_t, chunk * BLOCK_M + offs_m, t, m)
-            p_part = _load_rows(p_ptr, offs_n, chunk * BLOCK_M + offs_m, n, m)
-            acc = dot(z_part, tl.trans(p_part), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
-    """This block's z and zd where m is one chunk; ``z_ptr`` is None where nothing reads z alone."""
-    zd = _load_chunk(zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
-    z = zd
-    if z_ptr is not None:
-        z = _load_chunk(z_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
-    return z, zd
-
-
-@triton.jit
-def _base_and_delta(
-    z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t, offs_n,
-    t, n, m, stride_y0, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
-    base = tl.load(y0_ptr + offs_t[:, None] * stride_y0 + offs_n[None, :], mask=mask, other=0.0)
-    base = base.to(tl.float32)
-    if p_base_ptr is not None:
-        base = _add_product(
-            base, z, p_base, z_ptr, p_base_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M,
-            CHUNKS, STAGES,
-        )  # fmt: skip
-    delta = tl.zeros_like(base)
-    delta = _add_product(
-        delta, zd, p, zd_ptr, p_ptr, offs_t, offs_n, t, n, m, PRECISION, BLOCK_M, CHUNKS, STAGES
-    )
-    if delta_bias_ptr is not None:
-        delta += tl.load(delta_bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None]
-    return base, delta
 
 
 @Kernel
@@ -167,16 +102,16 @@ def activation_fwd_kernel(
     first = (pid % programs_n) * tiles
     if scalars_ptr is not None:
         eps, slope, offset = load_scalars(scalars_ptr)
-    z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
+    z, zd = load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     if PASS != "out":
         partial = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     last = tl.minimum(tiles, tl.cdiv(n, BLOCK_N) - first)
     for tile in tl.range(0, last, num_stages=STAGES if CHUNKS == 1 else 1):
         offs_n = (first + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (offs_t[:, None] < t) & (offs_n[None, :] < n)
-        p = _load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
-        p_base = _load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
-        base, delta = _base_and_delta(
+        p = load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        p_base = load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        base, delta = base_and_delta(
             z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t,
             offs_n, t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
         )  # fmt: skip
@@ -230,7 +165,7 @@ def activation_bwd_kernel(
     if kept_ptr is None:
         if scalars_ptr is not None:
             eps, slope, offset = load_scalars(scalars_ptr)
-        z, zd = _load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
+        z, zd = load_z(z_ptr, zd_ptr, offs_t, t, m, BLOCK_M, CHUNKS)
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     h_base = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     begin = tl.program_id(1) * width
@@ -244,10 +179,10 @@ def activation_bwd_kernel(
         g = g.to(tl.float32)
         if factor_ptr is not None:
             g *= tl.load(factor_ptr + offs_n, mask=offs_n < n, other=0.0)[None, :]
-        p = _load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
-        p_base = _load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        p = load_chunk(p_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
+        p_base = load_chunk(p_base_ptr, offs_n, n, m, BLOCK_M, CHUNKS)
         if kept_ptr is None:
-            base, delta = _base_and_delta(
+            base, delta = base_and_delta(
                 z, zd, p, p_base, y0_ptr, z_ptr, zd_ptr, p_ptr, p_base_ptr, delta_bias_ptr, offs_t,
                 offs_n, t, n, m, stride_y0, PRECISION, BLOCK_M, CHUNKS, STAGES,
             )  # fmt: skip
