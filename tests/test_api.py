@@ -58,10 +58,12 @@ def test_nan_is_not_hidden(options, save):
 
 
 @pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+@pytest.mark.parametrize("combine", ["gated", "averaged"])
 @pytest.mark.parametrize("y0_given", [True, False])
-def test_dropout_scales_z_of_the_change_alone(norm, y0_given):
-    folded = "base" if norm == "activation" else ""
-    close(Case(NormOptions(norm), **WIDE, dropout=True, folded=folded, given=y0_given).draw())
+def test_dropout_scales_z_of_the_change_alone(norm, combine, y0_given):
+    options = NormOptions(norm, combine=combine)
+    flags = {"dropout": True, "folded": "base", "restrained": norm != "none", "given": y0_given}
+    close(Case(options, **WIDE, **flags).draw())
 
 
 @pytest.mark.parametrize("y0_given", [True, False])

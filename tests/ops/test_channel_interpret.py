@@ -41,6 +41,13 @@ def test_relative_eps():
     check((7, 13, 11, 4), NormOptions("channel", eps=0.5, eps_relative=True))
 
 
+@pytest.mark.parametrize("combine", ["gated", "averaged"])
+@pytest.mark.parametrize("y0_given", [True, False])
+def test_dropout_beside_what_was_folded(combine, y0_given):
+    flags = {"dropout": True, "folded": "base", "restrained": True, "given": y0_given}
+    check((19, 13, 11, 4), NormOptions("channel", combine=combine), torch.bfloat16, **flags)
+
+
 def test_gains_are_made_once(monkeypatch):
     """In the kernel; beside it only for the restraint to count."""
     made = []

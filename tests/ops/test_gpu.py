@@ -73,7 +73,7 @@ def test_projection(shape, dtype, transposed):
 @every_option
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_folded_with_dropout_and_restraint(options, dtype):
-    dropout = options.norm == "activation"
+    dropout = options.norm in ("channel", "activation")
     flags = {"restrained": True, "dropout": dropout, "folded": "base", "scaling": 0.5}
     check((131, 67, 71, 33), options, dtype, "cuda", **flags)
 

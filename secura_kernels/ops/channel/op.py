@@ -7,6 +7,9 @@ so the layer is the additive one of :mod:`secura_kernels.ops.lowrank.op` with
 Q = share · P_base + P / M. N·m² operations and no pass over W: ``gram = R Rᵀ`` and ``‖W_base,i‖``
 are formed once a fold. M is detached, so ∂P = ∂Q / M. Saved for backward beside what the additive
 layer saves: 1/M ``[N]`` in fp32 or wider.
+
+Dropout acts on the change alone. Beside something folded Q is then ``[P / M, share · P_base]
+[N, 2m]``, of z twice, once with the mask.
 """
 
 from __future__ import annotations
@@ -148,18 +151,36 @@ def product(
     return q, share if shared else None, inverse
 
 
+def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
+    """``(out [T, N], what is saved)``."""
+    seed = rounding_seed(call.layer, step.x.dtype)
+    wanted = step.x.dtype if seed is None else step.u.dtype
+    make = _product
+    if step.z_scale is not None and step.u_base is not None:
+        rows = call.layer.rows
+        call = call._replace(layer=call.layer._replace(rows=torch.cat((rows, rows))))
+        whole = torch.ones_like(step.z_scale)
+        step = step._replace(z_scale=torch.cat((step.z_scale, whole), 1))
+        make = _products_apart
+    q, share, inverse = once(call.layer.held, ("Q", wanted, make), make, call, step, wanted)
+    out, saved = lowrank.add(call, step, q, share, seed)
+    return out, (*saved, inverse)
+
+
 def _product(call: Call, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
     p, p_base = projections(call, step.u, step.u_base, step.u.dtype)
     return product(call, p, p_base, dtype)
 
 
-def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
-    """``(out [T, N], what is saved)``."""
-    seed = rounding_seed(call.layer, step.x.dtype)
-    wanted = step.x.dtype if seed is None else step.u.dtype
-    q, share, inverse = once(call.layer.held, ("Q", wanted), _product, call, step, wanted)
-    out, saved = lowrank.add(call, step, q, share, seed)
-    return out, (*saved, inverse)
+def _products_apart(
+    call: Call, step: Step, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As :func:`product`, but Q ``[N, 2m]``: first of what is trained, then of what was folded."""
+    p, p_base = projections(call, step.u, step.u_base, step.u.dtype)
+    assert p_base is not None
+    q, share, inverse = product(call, p, None, dtype)
+    folded = p_base if share is None else share.unsqueeze(1) * p_base
+    return torch.cat((q, as_dtype(folded, dtype)), 1), share, inverse
 
 
 def backward(
@@ -167,7 +188,10 @@ def backward(
 ) -> Gradients:
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    return lowrank.backward(call, g, saved_by_add, needs, total)._replace(row_scale=inverse)
+    found = lowrank.backward(call, g, saved_by_add, needs, total)
+    m = call.layer.rows.numel()
+    p = found.p if found.p.shape[-1] <= m else found.p[:, :m].contiguous()
+    return found._replace(p=p, row_scale=inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]
