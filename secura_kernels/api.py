@@ -301,8 +301,6 @@ class _SecuraLayer(torch.autograd.Function):
         # once_differentiable is for a second derivative; it costs the first one 5 µs
         twice = torch.is_grad_enabled()
         run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
-        if total is not None and torch.compiler.is_compiling():
-            total = None  # compiled autograd adds up what it sees
         if twice and not g.requires_grad and not torch.compiler.is_compiling():
             g = g.detach().requires_grad_()  # else the refusal would not come: it looks at g alone
         if is_alone(g):
@@ -341,6 +339,8 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     ∂x goes to ``total``, if there is one.
     """
     call, needs, shape = ctx.call, ctx.needs_input_grad, ctx.shape
+    if torch.compiler.is_compiling():  # compiled autograd: it sees ops, and adds up what it sees
+        call, total = call._replace(watched=True), None
     scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
     wanted = [needs[0], needs[1] or needs[2], needs[3]]
     a, b, *saved = ctx.saved_tensors

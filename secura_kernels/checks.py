@@ -43,6 +43,8 @@ def check_call(
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
     if layer.weight is not None and layer.weight.shape[0] != n:
         raise ValueError(f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs")
+    if z_scale is not None and z_scale.requires_grad:
+        raise ValueError("z_scale requires a gradient, of which it would get none: detach it")
     norm, draws = layer.options.norm, layer.rounding_seed is not None
     if draws and norm == "activation":
         raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")

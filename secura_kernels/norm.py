@@ -40,6 +40,7 @@ REFERENCES = ("folded", "pretrained")
 SAVES = ("recompute", "8bit")
 
 _SMALLEST_PEAK = 1e-30
+_SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 
 class NormOptions(NamedTuple):
@@ -151,7 +152,7 @@ def pack(options: NormOptions, restrain: Restrain | None = None, *, traced: bool
     ``traced`` says that a compiler looks on, which knows no cache.
 
     Raises:
-        ValueError: for an unknown space, form or combination.
+        ValueError: for an unknown space, form or combination, or a number out of range.
     """
     limits = (0.0, 0.0, 0.0) if restrain is None else restrain[1:]
     return (_packed if traced else _packed_once)(options, restrain is not None, *limits)
@@ -173,6 +174,14 @@ def _packed(
         edge=float(edge),
         decay=float(decay),
     )
+    for name, value in norm._asdict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} of a norm or its restraint must be finite")
+    if norm.eps < _SMALLEST_EPS:
+        raise ValueError(
+            f"eps={norm.eps} must be at least {_SMALLEST_EPS:.2e}, fp32's smallest normal number: "
+            "less is 0 there, and 0 / 0 where base and change are 0"
+        )
     fields = [f"{name!r}: {value!r}" for name, value in zip(Norm._fields, norm, strict=True)]
     return "{" + ", ".join(fields) + "}"
 

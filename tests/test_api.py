@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -299,6 +300,11 @@ def test_what_a_space_cannot_do_is_refused():
         secura_linear(x, drawn, a, z_scale=torch.ones(7, 4))
     with pytest.raises(ValueError, match="stochastic rounding multiplies by W' itself"):
         secura_add(example.grad, drawn, a)
+    for name, value in (("eps", 0.0), ("scale", inf)):
+        with pytest.raises(ValueError, match=rf"{name}={value} .*must be"):
+            secura_linear(x, layer._replace(options=NormOptions("none", **{name: value})), a)
+    with pytest.raises(ValueError, match="z_scale requires a gradient"):
+        secura_linear(x, layer, a, z_scale=torch.ones(7, 4, requires_grad=True))
     with pytest.raises(ValueError, match="unknown norm 'rows'"):
         secura_linear(x, layer._replace(options=NormOptions("rows")), a)
 
@@ -400,3 +406,19 @@ def test_row_norms_are_those_of_the_folded_base():
     torch.testing.assert_close(gram, r @ r.T)
     torch.testing.assert_close(norms, (layer.weight + p_base @ r).norm(dim=1))
     assert important_channels(layer.weight, 4).sum() == (13 - 4) // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_row_norms_of_rows_that_a_fold_cancels(dtype, autocasts):
+    """The core takes 97% of R's rows away: W and P_base R as large, their sum small."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(96, 96, generator=generator) / 96**0.5).to(dtype)
+    rows = torch.arange(0, 96, 3)
+    p_base = torch.zeros(96, 32)
+    p_base[rows] = -0.97 * torch.eye(32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        gram, norms = row_norms(weight, rows, p_base)
+    exact = weight.double() + p_base.double() @ weight[rows].double()
+    assert gram.dtype == norms.dtype == torch.float32
+    torch.testing.assert_close(norms.double(), exact.norm(dim=1), rtol=1e-5, atol=0)

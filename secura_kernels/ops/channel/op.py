@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import absent, as_dtype, kernels, op, wide
+from ...dispatch import absent, as_dtype, kernels, op, wide, without_autocast
 from ...held import once
 from ...norm import (
     base_share,
@@ -35,6 +35,8 @@ from ..common import Call, Gradients, Saved, Step, rounding_seed
 from ..lowrank import op as lowrank
 from ..project.op import projections
 
+_CHUNK_ROWS = 1024
+
 
 def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor]:
     """What ``channel`` must know of the base: ``(gram [m, m], ‖W + P_base R‖ [N])``, fp32 or wider.
@@ -45,14 +47,16 @@ def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tens
         p_base: ``[N, m]``, what was folded, or None.
     """
     dtype = wide(weight.dtype)
-    r = weight.index_select(0, rows).to(dtype)
-    gram = r @ r.t()
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-    if p_base is not None:
-        p_base = p_base.to(dtype)
-        cross = (weight @ r.t().to(weight.dtype)).to(dtype)
-        squares = squares + 2 * (p_base * cross).sum(1) + (p_base * (p_base @ gram)).sum(1)
-    return gram, squares.clamp_min(0).sqrt()
+    with without_autocast(weight.device.type):
+        r = weight.index_select(0, rows).to(dtype)
+        gram = r @ r.t()
+        if p_base is None:
+            return gram, torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+        norms = []
+        for part, p in zip(weight.split(_CHUNK_ROWS), p_base.split(_CHUNK_ROWS), strict=True):
+            folded = torch.addmm(part.to(dtype), p.to(dtype), r)
+            norms.append(torch.linalg.vector_norm(folded, dim=1))
+        return gram, torch.cat(norms)
 
 
 def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
