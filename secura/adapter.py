@@ -51,6 +51,7 @@ class CABR(Core):
         U: ``[m, m]`` parameter, 0 at first, or None with ``core="ab"``.
         left: ``[m, m]`` fp32 or None, κ L of an anchor: the core is then left · U · right.
         right: ``[m, m]`` fp32 or None, S of an anchor.
+        damping: 0-dim fp32 or None, λ of an anchor.
         bias: ``[N]`` parameter, or None.
         rows: ``[m]`` int64, R = W[rows].
         cols: ``[m]`` int64, C = W[:, cols].
@@ -102,7 +103,7 @@ class CABR(Core):
         for name in ("rows", "cols"):
             self.register_buffer(name, torch.empty(m, dtype=torch.int64, **here))
         self.register_buffer("core", torch.empty(m, m, **here))
-        for name in ("left", "right"):
+        for name in self.ANCHOR:
             self.register_buffer(name, None)
         self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))

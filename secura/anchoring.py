@@ -32,6 +32,7 @@ from .config import check_damping
 from .curvature import Statistics, Texts, curvature, listed
 from .folding import active_adapters
 from .sharding import gathered, reshard
+from .state import in_digits
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,6 @@ def anchor(
     for name, (adapter, _) in adapters.items():
         if name in made:
             adapter.set_anchor(*made[name])
-        if damping is not None:
-            adapter.config.anchor_damping = float(damping)
     return AnchorReport(len(adapters), read, time.perf_counter() - start, texts is None, unseen)
 
 
@@ -239,12 +238,13 @@ def _solve(
     sums: Statistics,
     damping: float | None,
     add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(κ L, S, Ũ)`` of one layer, all ``[m, m]``; Ũ computes what U did."""
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """``(κ L, S, Ũ, λ)`` of one layer, all ``[m, m]`` but λ; Ũ computes what U did."""
     lam = adapter.config.anchor_damping if damping is None else float(damping)
     sigma, gamma = _per_mean(name, sums)
     if add and adapter.left is not None and adapter.right is not None:
-        before = adapter.config.anchor_damping
+        assert adapter.damping is not None
+        before = in_digits(adapter.damping)
         old = _undamped(adapter.right, before)
         count = old.diagonal().mean()
         sigma = sigma + old
@@ -263,7 +263,7 @@ def _solve(
                 f"{name}: the anchor would hold NaN or inf: nothing was "
                 "anchored; try a larger damping"
             )
-    return left.float(), right.float(), u
+    return left.float(), right.float(), u, lam
 
 
 def _stretch(gram: Tensor, root: Tensor) -> Tensor:

@@ -77,18 +77,19 @@ class Core(AdapterState):
         self._note_loaded()
 
     @torch.no_grad()
-    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor) -> None:
-        """Take over κ L, S and Ũ, each ``[m, m]``, of :func:`secura.anchor`."""
+    def set_anchor(self, left: Tensor, right: Tensor, u: Tensor, damping: float) -> None:
+        """Take over κ L, S and Ũ, each ``[m, m]``, and λ of :func:`secura.anchor`."""
         assert self.U is not None
         self.left, self.right = left.to(self.core), right.to(self.core)
+        self.damping = self.core.new_tensor(damping)
         put(self, "U", u)
-        self.config.anchored = True
+        self.config.anchored, self.config.anchor_damping = True, damping
 
     @torch.no_grad()
     def drop_anchor(self) -> None:
         """``U ← κ L Ũ S``: the same core in plain coordinates."""
         whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
-        self.left = self.right = None
+        self.left = self.right = self.damping = None
         put(self, "U", whole)
         self.config.anchored = False
 

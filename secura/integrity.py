@@ -193,7 +193,7 @@ def check_state(
                 f"{layer}: {name} must be distinct integers in [0, {limit}): the file was damaged "
                 "or belongs to a layer of another shape"
             )
-    for name in ("A", "B", "U", "left", "right", "core", "bias"):
+    for name in ("A", "B", "U", "left", "right", "damping", "core", "bias"):
         if name in state and not bool(torch.isfinite(state[name]).all()):
             raise ValueError(f"{layer}: {name} holds NaN or inf: the adapter file is damaged")
     if own_fingerprint is None or "fingerprint" not in state:

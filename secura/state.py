@@ -54,6 +54,7 @@ class AdapterState(nn.Module):
     U: nn.Parameter | None
     left: Tensor | None
     right: Tensor | None
+    damping: Tensor | None
     bias: nn.Parameter | None
     rows: Tensor
     cols: Tensor
@@ -66,18 +67,21 @@ class AdapterState(nn.Module):
     out_features: int
     in_features: int
 
+    ANCHOR = ("left", "right", "damping")
+    """Names of the tensors of an anchor: κ L, S, and λ, a number."""
+
     STATE = (
-        *("A", "B", "U", "left", "right"),
+        *("A", "B", "U", *ANCHOR),
         *("bias", "rows", "cols", "core", "fingerprint", "checksum"),
     )
     """Names of the tensors an adapter file may hold for one layer."""
 
-    CHOSEN = tuple(name for name in STATE if name not in ("left", "right"))
+    CHOSEN = ("A", "B", "U", "bias", "rows", "cols", "core", "fingerprint", "checksum")
     """Those that an adapter starts with, once the base weight is there."""
 
     name = "layer"
-    _KEEP_FP32 = ("core", "fingerprint", "left", "right", "gram", "base_norms")
-    _FIXED = ("rows", "cols", "core", "fingerprint", "left", "right")
+    _KEEP_FP32 = ("core", "fingerprint", *ANCHOR, "gram", "base_norms")
+    _FIXED = ("rows", "cols", "core", "fingerprint", *ANCHOR)
     waits = base_loaded = False
     _assigned = _awaits_file = False
     _before_meta: dict[str, Tensor] | None = None
@@ -96,8 +100,9 @@ class AdapterState(nn.Module):
         return cast(nn.Parameter, self.B if self.U is None else self.U)
 
     def expect_anchor(self) -> None:
-        """Make room for the κ L and S that a file is about to bring."""
+        """Make room for the κ L, S and λ that a file is about to bring."""
         self.left, self.right = (torch.eye(len(self.core)).to(self.core) for _ in range(2))
+        self.damping = self.core.new_tensor(self.config.anchor_damping)
 
     def await_file(self) -> None:
         """Make every use an error until the adapter's tensors are loaded."""
@@ -199,9 +204,10 @@ class AdapterState(nn.Module):
         self.check_loadable(state_dict, prefix)
         self._passed = None
         loaded = self._own(state_dict, prefix).keys()
-        if self.U is not None and self.left is None and prefix + "left" in state_dict:
-            self.expect_anchor()
-            self.config.anchored = True
+        if self.U is not None and prefix + "left" in state_dict:
+            if self.left is None:
+                self.expect_anchor()
+            self._take_damping(state_dict, prefix)
         state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
         if self.trained.is_meta:
             args[0]["assign_to_params_buffers"] = True
@@ -212,6 +218,13 @@ class AdapterState(nn.Module):
             args[2][:] = [name for name in args[2] if name not in came]
         if loaded and self.waits <= ({"rows", "cols"} <= loaded):
             self._note_loaded()
+
+    def _take_damping(self, state_dict: Any, prefix: str) -> None:
+        """Have the config say what the anchor in ``state_dict`` was damped with, if that does."""
+        self.config.anchored = True
+        damping = state_dict.setdefault(prefix + "damping", self.damping)
+        if not damping.is_meta:
+            self.config.anchor_damping = in_digits(damping)
 
     def check_loadable(
         self,
@@ -247,6 +260,9 @@ class AdapterState(nn.Module):
         expected.pop("checksum")
         if self.U is not None and self.left is None:  # an anchor comes with the file
             expected |= {name: self.core for name in ("left", "right") if name in state}
+            expected |= {"damping": self.checksum} if "damping" in state else {}
+        elif "damping" not in state:  # of a file that was written before there was one
+            expected.pop("damping", None)
         if not whole:
             expected = {name: tensor for name, tensor in expected.items() if name in state}
         own = weight = None
@@ -302,6 +318,11 @@ class AdapterState(nn.Module):
         return own
 
 
+def in_digits(number: Tensor) -> float:
+    """A 0-dim fp32 tensor as the number that was written: 0.01, where fp32 has 0.00999999978."""
+    return float(f"{float(number):.7g}")
+
+
 def factors(
     a: Tensor | None,
     b: Tensor | None,
@@ -319,4 +340,4 @@ def factors(
     return (u, None) if left is None else (update(left, u, 1.0), right)
 
 
-__all__ = ["AdapterState", "factors"]
+__all__ = ["AdapterState", "factors", "in_digits"]

@@ -59,7 +59,7 @@ def test_a_folded_core_and_an_anchor():
     check_equal(run(model, micro, [False, False, True]), plainly(model, micro))
     anchored = layer(core="u")
     eye = torch.eye(4, dtype=torch.float64)
-    anchored.set_anchor(eye + 0.1, eye - 0.2, anchored.U.detach().clone())
+    anchored.set_anchor(eye + 0.1, eye - 0.2, anchored.U.detach().clone(), 0.01)
     expected = plainly(anchored, micro)  # of an anchor in fp32, by which each part is rounded
     check_equal(run(anchored, micro, [False, False, True]), expected, rtol=1e-5)
 
@@ -195,7 +195,7 @@ def test_a_part_of_what_a_pass_may_be_asked_for():
     check_equal(found, {"A": model.A.grad, "B": model.B.grad})
 
     anchored, eye = layer(core="u"), torch.eye(4, dtype=torch.float64)
-    anchored.set_anchor(eye + 0.1, eye - 0.2, anchored.U.detach().clone())
+    anchored.set_anchor(eye + 0.1, eye - 0.2, anchored.U.detach().clone(), 0.01)
     expected, alone = plainly(anchored, micro), plainly(anchored, micro[:1])
     anchored.zero_grad()
     with secura.accumulate(anchored, sgd(anchored)) as accumulation:

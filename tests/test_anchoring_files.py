@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 from secura import SecuraConfig, anchor, unanchor
 
@@ -99,3 +104,23 @@ def test_two_models_of_one_config_are_anchored_each_for_itself():
     for untouched in (config, other.peft_config["default"]):
         assert not untouched.anchored and untouched.anchor_damping == 1e-2
     assert one.peft_config["default"].anchored and one.peft_config["default"].anchor_damping == 0.5
+
+
+def test_damping_comes_back_with_the_anchor():
+    """Into an adapter that was never anchored: statistics add up as in the run that was saved."""
+    model, other = (tiny.adapted(core="u", norm="none") for _ in range(2))
+    anchor(model, [torch.arange(5, 30)], damping=0.5)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert other.peft_config["default"].anchor_damping == 0.5
+    for one in (model, other):
+        anchor(one, [torch.arange(3, 25)], add=True)
+    tiny.assert_same(tiny.snapshot(other), tiny.snapshot(model))
+
+
+def test_a_file_without_damping_takes_the_configs():
+    model = anchored()
+    state = get_peft_model_state_dict(model)
+    state = {k: v for k, v in state.items() if not k.endswith(("damping", "checksum"))}
+    for other in (tiny.adapted(core="u", norm="none"), anchored()):
+        set_peft_model_state_dict(other, state)
+        assert {float(part.damping) for part in tiny.parts(other)} == {float(torch.tensor(1e-2))}

@@ -129,7 +129,7 @@ def test_an_anchored_core_is_a_plain_one_upstream(upstream):
     torch.manual_seed(0)
     settings = {"r": 8, "core": "u", "norm": "channel"}
     ours = SECURALinear(nn.Linear(48, 40), AdapterConfig(**settings))
-    ours.set_anchor(*(torch.randn(3, 8, 8) * 0.3).unbind())
+    ours.set_anchor(*(torch.randn(3, 8, 8) * 0.3).unbind(), 0.01)
     x = torch.randn(5, 48)
     expected = ours(x)
     ours.drop_anchor()

@@ -90,14 +90,15 @@ def _keep_side(model: nn.Module, side: str) -> None:
         for adapter in layer.active_cabr():
             weight = layer.get_base_layer().weight
             eye = torch.eye(len(adapter.rows), device=weight.device)
+            damping = adapter.config.anchor_damping
             if side == "in":
                 r = weight[adapter.rows]
                 right = adapter.right * (r.norm() / (adapter.right @ r).norm())
-                adapter.set_anchor(eye, right, torch.zeros_like(adapter.core))
+                adapter.set_anchor(eye, right, torch.zeros_like(adapter.core), damping)
             else:
                 c = weight[:, adapter.cols]
                 left = adapter.left * (c.norm() / (c @ adapter.left).norm())
-                adapter.set_anchor(left, eye, torch.zeros_like(adapter.core))
+                adapter.set_anchor(left, eye, torch.zeros_like(adapter.core), damping)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

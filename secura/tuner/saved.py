@@ -119,7 +119,7 @@ def _full_name(name: str, layers: dict[str, str], adapter: str) -> str:
     PEFT finds no name for those, nor for a checksum where the model's tensors are elsewhere.
     """
     layer, _, tensor = name.removeprefix(PREFIX).rpartition(INNER)
-    if layer not in layers or tensor not in ("checksum", "left", "right"):
+    if layer not in layers or tensor not in ("checksum", *CABR.ANCHOR):
         return name
     return f"{layers[layer]}{INNER}{adapter}.{tensor}"
 

@@ -159,14 +159,14 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)``."""
     seed = rounding_seed(call.layer, step.x.dtype)
     wanted = step.x.dtype if seed is None else step.u.dtype
-    make = _product
+    name, make = "Q", _product
     if step.z_scale is not None and step.u_base is not None:
         rows = call.layer.rows
         call = call._replace(layer=call.layer._replace(rows=torch.cat((rows, rows))))
         whole = torch.ones_like(step.z_scale)
         step = step._replace(z_scale=torch.cat((step.z_scale, whole), 1))
-        make = _products_apart
-    q, share, inverse = once(call.layer.held, ("Q", wanted, make), make, call, step, wanted)
+        name, make = "Q of z twice", _products_apart
+    q, share, inverse = once(call.layer.held, (name, wanted), make, call, step, wanted)
     out, saved = lowrank.add(call, step, q, share, seed)
     return out, (*saved, inverse)
 
