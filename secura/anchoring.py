@@ -91,17 +91,21 @@ def anchor(
         batch_size: pieces read at once.
         seed: of the sampled texts and labels; torch's own random state is left alone.
         add: whether the statistics of the anchor that is there count too, as they do at the end
-            of a task; they have to have been made with the same damping.
+            of a task; the damping of each is kept beside it.
 
     Raises:
         ValueError: no adapter to anchor, no text, a text of fewer than two tokens, strings without
-            a tokenizer, a model that cannot sample, or statistics that are not finite; adapters
-            are left as they were then, every one of them.
-        RuntimeError: while an adapter is merged.
+            a tokenizer, a model that takes no ``input_ids`` or cannot sample, or statistics that
+            are not finite; adapters are left as they were then, every one of them.
+        RuntimeError: while an adapter is merged or disabled, or under ``torch.inference_mode()``.
     """
     start = time.perf_counter()
     adapters = u_adapters(model)
     check_anchorable(adapters)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("an anchor takes a backward pass: leave torch.inference_mode() for it")
+    if any(getattr(layer, "disable_adapters", False) for _, layer in adapters.values()):
+        raise RuntimeError("the adapters are disabled: enable them to anchor them")
     given = None if texts is None else listed(texts)
     check_reading(given, tokenizer, tokens=tokens, length=length, batch_size=batch_size)
     if damping is not None:

@@ -7,6 +7,7 @@ writes some. One pass forward and backward over them sums z zᵀ and h hᵀ of e
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,9 +56,10 @@ def curvature(
         texts, tokenizer, tokens, length, batch_size, seed: see :func:`secura.anchor`.
 
     Raises:
-        ValueError: no text, one of fewer than two tokens, a model that cannot sample, or logits
-            that are not finite.
+        ValueError: no text, one of fewer than two tokens, a model that gives no logits for
+            ``input_ids`` or cannot sample, or logits that are not finite.
     """
+    check_reads(model)
     for _, layer in adapters.values():
         bases.check_whole(layer.adapted)
     device = next(iter(adapters.values()))[0].rows.device
@@ -107,9 +109,32 @@ def _config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+_READS = "an anchor is for models that take input_ids alone and give logits"
+
+
+def check_reads(model: Any) -> None:
+    """Raise ``ValueError`` where a model's config or forward says it reads no ``input_ids``."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(_config(model), "is_encoder_decoder", False):
+        raise ValueError(f"{_READS}: {type(base).__name__} is an encoder-decoder")
+    taken = inspect.signature(base.forward).parameters.values()
+    if not any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in taken):
+        raise ValueError(f"{_READS}: {type(base).__name__} takes no input_ids")
+
+
+def _logits(out: Any) -> Tensor:
+    logits = getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{_READS}: this one gives a {type(out).__name__} without (return_dict=False in its "
+            "config, or a model without a head)"
+        )
+    return logits
+
+
 def _read(model: Any, ids: Tensor, generator: Any) -> None:
     """One pass forward and backward over ``ids [B, T]``, with labels drawn from the model."""
-    logits = model(input_ids=ids).logits
+    logits = _logits(model(input_ids=ids))
     labels = _draw(logits.detach(), generator)
     flat = logits.float().flatten(0, -2)
     F.cross_entropy(flat, labels.flatten(), reduction="sum").backward()
@@ -171,8 +196,13 @@ def _sample(
                     "the model cannot sample: its forward takes no past_key_values and use_cache "
                     f"({error}); give texts to anchor by"
                 ) from error
-            past = getattr(out, "past_key_values", None)
-            ids = torch.cat([ids, _draw(out.logits[:, -1:], generator)], dim=1)
+            past, logits = getattr(out, "past_key_values", None), _logits(out)
+            if logits.dim() != 3:
+                raise ValueError(
+                    "the model cannot sample: its logits are of a whole text, as a classifier's "
+                    "are; give texts to anchor by"
+                )
+            ids = torch.cat([ids, _draw(logits[:, -1:], generator)], dim=1)
         pieces += list(ids.cpu())
     return pieces
 
@@ -269,4 +299,4 @@ def _processes() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-__all__ = ["Statistics", "Texts", "curvature", "listed"]
+__all__ = ["Statistics", "Texts", "check_reads", "curvature", "listed"]

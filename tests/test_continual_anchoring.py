@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import secura
 from secura import anchor
 from secura.cli import arguments, main
-from secura.continual import AnchorCallback, AnchorDecayCallback
+from secura.continual import AnchorCallback, AnchorDecayCallback, anchoring
 
 
 def cored():
@@ -61,10 +61,41 @@ def test_a_model_without_a_core_is_refused_before_the_first_step(callback, tmp_p
         trainer(tmp_path, tiny.adapted(), [callback]).train()
 
 
+def test_a_decay_that_turns_the_sign_is_refused(tmp_path, base, data, capfd):  # noqa: F811
+    model = cored()
+    before = tiny.snapshot(model)
+    settings = {"optim": "sgd", "learning_rate": 0.1, "warmup_steps": 2}
+    run = trainer(tmp_path, model, [AnchorDecayCallback(30)], **settings)
+    with pytest.raises(ValueError, match=r"multiply U by -0.5 a step|multiply U by -2 a step"):
+        run.train()
+    assert tiny.snapshot(model).keys() == before.keys() and not tiny.parts(model)[0].U.isnan().any()
+    flags = train_flags(base, data, tmp_path / "out", "--anchor", "--learning_rate", "0.1")
+    fails(flags, capfd, "--anchor_decay=30 at a learning rate of 0.1")
+
+
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_decay_that_is_none(value):
     with pytest.raises(ValueError, match="anchor_decay"):
         AnchorDecayCallback(value)
+
+
+def test_a_model_that_reads_no_tokens_is_refused_before_the_first_step(tmp_path):
+    config = tiny.config(core="u", norm="none", target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    run = trainer(tmp_path, get_peft_model(tiny.t5(), config), [AnchorCallback()])
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_packed_rows_are_read_text_by_text():
+    ids = torch.arange(3, 23)
+    packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(7), *range(13)]])}
+    padded = {"input_ids": ids[None], "attention_mask": (ids > 5)[None].long()}
+    found = anchoring._read([packed, padded], 100)
+    assert [text.tolist() for text in found] == [[*ids[:7]], [*ids[7:]], [*ids[3:]]]
+    assert len(anchoring._read([packed, padded], 20)) == 2
+    with pytest.raises(ValueError, match="a batch has pixel_values and no input_ids"):
+        anchoring._read([{"pixel_values": ids}], 8)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +218,7 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
 )
 def test_a_file_of_no_old_text_is_one_line(name, text, message, base, data, tmp_path, capfd):  # noqa: F811
     (tmp_path / name).write_text(text)
-    flags = ("--core", "u", "--norm", "none", "--anchor", tmp_path / name)
+    flags = ("--anchor", tmp_path / name, "--anchor_decay", 1)
     fails(train_flags(base, data, tmp_path / "out", *flags), capfd, message)
 
 

@@ -14,12 +14,15 @@ from secura.cli.rows import check_rows
 SELF = "self"
 
 
-def check(arguments: Any, config: Any) -> None:
-    """Refuses flags that would do nothing, before a model is loaded.
+def check(arguments: Any, config: Any, learning_rate: float) -> None:
+    """Refuses flags that would do nothing, or harm, before a model is loaded.
 
     Raises:
-        UserError: there is no core to anchor or to pull back, or no such file.
+        UserError: there is no core to anchor or to pull back, it would be pulled too hard, or there
+            is no such file.
     """
+    from secura.continual.anchoring import check_decay
+
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"
         raise UserError(f"{flag} acts on a core that is trained itself: it wants --core u")
@@ -45,6 +48,10 @@ def check(arguments: Any, config: Any) -> None:
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
         )
+    try:
+        check_decay(arguments.anchor_decay, learning_rate)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
 
 def announce(arguments: Any) -> str:

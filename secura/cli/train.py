@@ -43,7 +43,7 @@ def run(
     """Trains with parsed flags; the output folder is this run's alone."""
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
-    anchoring.check(anchor_args, config)
+    anchoring.check(anchor_args, config, training.learning_rate)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     loading = {

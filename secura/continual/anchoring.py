@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
-from secura.curvature import listed
+from secura.curvature import check_reads, listed
 from secura.folding import fold
 
 from .state import Unfolded
@@ -34,7 +34,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         ...     Trainer(model, train_dataset=task, callbacks=[AnchorCallback()]).train()
 
     Args:
-        texts: of the task: strings or 1-D tensors of token ids; None takes those it trained on.
+        texts: of the task: strings or 1-D tensors of token ids; None takes those it trained on,
+            replayed ones too.
         tokenizer: for strings.
         fold: whether the core is folded first.
         tokens: how many to read at most.
@@ -47,8 +48,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: strings without a tokenizer, or a number out of range. When training begins, for
-            a model with no ``core="u"``, or with one on experts; at its end as
-            :func:`secura.anchor`.
+            a model with no ``core="u"``, with one on experts, or that reads something else than
+            ``input_ids``; at its end as :func:`secura.anchor`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         """Refuse a model that cannot be anchored before the first step is paid for."""
         assert model is not None
         check_anchorable(u_adapters(model))
+        check_reads(model)
 
     def on_train_end(
         self,
@@ -115,8 +117,9 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     Raises:
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
             ``core="u"``, or one that folds while training, since the decay does not reach what was
-            folded. At a step: where it was folded, and for an optimizer that holds copies of the
-            cores (ZeRO).
+            folded. At a step: where it was folded, for an optimizer that holds copies of the
+            cores (ZeRO), and where the rate times ``anchor_decay`` is 1 or more, which turns U's
+            sign instead of making it smaller.
     """
 
     def __init__(self, anchor_decay: float) -> None:
@@ -155,25 +158,46 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "the optimizer trains none of the model's cores U themselves (they are frozen, or "
                 "it holds copies, as ZeRO's does), so anchor_decay would do nothing: leave it out"
             )
+        check_decay(self.anchor_decay, max(float(rate) for rate, _ in found))
         for rate, core in found:
             core.mul_(1 - rate * self.anchor_decay)
 
 
+def check_decay(anchor_decay: float, rate: float) -> None:
+    """Raise ``ValueError`` where a step at ``rate`` would turn U's sign, or let it grow."""
+    if rate * anchor_decay >= 1:
+        raise ValueError(
+            f"anchor_decay={anchor_decay:g} at a learning rate of {rate:g} would multiply U by "
+            f"{1 - rate * anchor_decay:g} a step: their product has to be below 1, and is 0.015 in "
+            "the recipe that was measured (30 at 5e-4, AdamW)"
+        )
+
+
 def _read(dataloader: Any, tokens: int) -> list[Tensor]:
-    """The first ``tokens`` token ids of a data loader's examples, padding left out."""
+    """The first ``tokens`` token ids of a data loader's examples, padding left out.
+
+    A packed row is as many texts as there are in it, where its ``position_ids`` tell.
+    """
     texts: list[Tensor] = []
     left = tokens
     for batch in dataloader:
-        masks = batch.get("attention_mask")
-        masks = torch.ones_like(batch["input_ids"]) if masks is None else masks
-        for ids, mask in zip(batch["input_ids"], masks, strict=True):
-            text = ids[mask.bool()].cpu()
-            if len(text) > 1:
-                texts.append(text)
-                left -= len(text)
+        if "input_ids" not in batch:
+            raise ValueError(
+                f"a batch has {', '.join(batch)} and no input_ids to anchor by: give "
+                "AnchorCallback the task's texts"
+            )
+        rows = batch["input_ids"]
+        masks, places = batch.get("attention_mask"), batch.get("position_ids")
+        masks = torch.ones_like(rows) if masks is None else masks
+        places = torch.ones_like(rows) if places is None or places.shape != rows.shape else places
+        for ids, mask, place in zip(rows, masks.bool(), places, strict=True):
+            starts = (place[mask] == 0).nonzero().flatten().cpu()
+            found = [text for text in ids[mask].cpu().tensor_split(starts) if len(text) > 1]
+            texts += found
+            left -= sum(map(len, found))
         if left <= 0:
             break
     return texts
 
 
-__all__ = ["AnchorCallback", "AnchorDecayCallback"]
+__all__ = ["AnchorCallback", "AnchorDecayCallback", "check_decay"]

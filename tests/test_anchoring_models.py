@@ -1,0 +1,54 @@
+"""``secura.anchor`` on models that read or give something else, and where no gradient comes."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from secura import anchor
+
+TEXTS = [torch.arange(3, 25)]
+
+
+def vit():
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def tuples():
+    model = tiny.llama()
+    forward = model.forward
+    model.forward = lambda input_ids, **rest: forward(input_ids, **rest).to_tuple()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "texts", "message"),
+    [
+        (tiny.t5, ["q", "v"], TEXTS, "is an encoder-decoder"),
+        (vit, "all-linear", TEXTS, "ViTForImageClassification takes no input_ids"),
+        (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
+        (tuples, ["q_proj"], TEXTS, "this one gives a tuple without"),
+    ],
+)
+def test_models_that_read_or_give_something_else(make, targets, texts, message):
+    config = tiny.config(core="u", norm="none", target_modules=targets, task_type=None)
+    model = get_peft_model(make(), config)
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        anchor(model, texts, tokens=64)
+    tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_where_no_gradient_comes():
+    model = tiny.adapted(core="u", norm="none")
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="enable them to anchor"):
+        anchor(model, TEXTS)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"leave torch.inference_mode"):
+        anchor(model, TEXTS)
