@@ -73,7 +73,8 @@ class AdapterConfig:
             so. To load there all the same,
             ``PeftModel.from_pretrained(model, folder, check_base=False)``, or give it a config from
             ``SecuraConfig.from_pretrained(folder, check_base=False)``.
-        allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW.
+        allow_inexact_merge: let ``norm="activation"``, which is not linear in x, merge W + ΔW, and
+            any norm into a layer whose forward is more than ``x Wᵀ + b``.
         merge_dequantized: let a merge put a plain ``nn.Linear`` with the dequantised, merged weight
             in the place of a quantised base, in the model's dtype; unmerging puts it back.
         anchor_damping: λ, what :func:`secura.anchor` adds to its statistics, as a share of their

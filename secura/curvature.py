@@ -113,12 +113,13 @@ _READS = "an anchor is for models that take input_ids alone and give logits"
 
 
 def check_reads(model: Any) -> None:
-    """Raise ``ValueError`` where a model's config or forward says it reads no ``input_ids``."""
+    """Raise ``ValueError`` where a model's class, config or forward says it reads no such ids."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(_config(model), "is_encoder_decoder", False):
         raise ValueError(f"{_READS}: {type(base).__name__} is an encoder-decoder")
     taken = inspect.signature(base.forward).parameters.values()
-    if not any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in taken):
+    takes = any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in taken)
+    if not takes or getattr(base, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"{_READS}: {type(base).__name__} takes no input_ids")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import bases, sharding
+from . import bases, products, sharding
 
 if TYPE_CHECKING:
     from .adapter import CABR
@@ -74,8 +74,15 @@ def weight_before(merged: MergedState | None, base: Any) -> Tensor | None:
 
 
 def check_mergeable(base: Any, adapters: list[CABR]) -> None:
-    """Raise ``ValueError`` where a merge into ``base`` would be lost, or may not dequantise it."""
+    """Raise ``ValueError`` where a merge would be lost, inexact, or may not dequantise ``base``."""
     if bases.dense_weight(base) is not None:
+        allowed = all(adapter.config.allow_inexact_merge for adapter in adapters)
+        if isinstance(base, nn.Module) and not allowed and products.is_another_function(base):
+            raise ValueError(
+                f"{type(base).__name__} computes something else than x Wᵀ + b, and the adapter is "
+                "added to its output: merged into the weight it would go through that too, unless "
+                "allow_inexact_merge=True in the config"
+            )
         bases.make_writable(base)
         return
     if not all(adapter.config.merge_dequantized for adapter in adapters):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bases, quantised
@@ -64,6 +65,21 @@ def why_not_product(base: nn.Module) -> str | None:
     if not _is_product(base, base.__dict__.get("forward")):
         return "its own forward"
     return _why_not_frozen(base)
+
+
+def is_another_function(base: nn.Module) -> bool:
+    """Whether a forward of its own makes something else than ``x Wᵀ + b``: tried on two tokens.
+
+    Forwards that frameworks write differ by casts, or by inputs that are rounded.
+    """
+    weight = bases.dense_weight(base)
+    own = base.__dict__.get("_old_forward", base.__dict__.get("forward"))  # accelerate's hooks
+    if _is_product(base, own) or type(weight) not in (nn.Parameter, Tensor):
+        return False
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        product, made = F.linear(x, weight, bases.bias(base)), base.forward(x)
+    return bool((made - product).norm() > 0.1 * product.norm())
 
 
 def only_places(base: nn.Module) -> bool:

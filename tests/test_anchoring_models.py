@@ -16,7 +16,7 @@ TEXTS = [torch.arange(3, 25)]
 def vit():
     config = ViTConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        image_size=16, patch_size=8,
+        image_size=16, patch_size=8, num_labels=8,
     )  # fmt: skip
     return ViTForImageClassification(config)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from secura import SecuraConfig
 
 EXACT = ("none", "channel", "weight")
 
@@ -271,6 +274,61 @@ def test_a_weight_that_two_modules_share_is_not_merged_into(merge):
         adapted = tiny.logits(mergeable)
         getattr(mergeable, merge)()
         torch.testing.assert_close(tiny.logits(mergeable), adapted, rtol=0, atol=1e-5)
+
+
+class Twins(nn.Module):
+    """One Linear under two names, and a parent of another under two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.one = nn.Sequential(nn.Linear(8, 8))
+        self.other = self.one
+
+    def forward(self, x):
+        return self.other(self.one(self.b(self.a(x))))
+
+
+def test_a_module_under_two_names_is_not_merged_into():
+    torch.manual_seed(0)
+    config = SecuraConfig(r=4, target_modules=["a"], init_weights=False)
+    model = get_peft_model(Twins(), config)
+    with pytest.raises(ValueError, match=r"a: its weight is also that of b"):
+        model.merge_and_unload()
+    model = get_peft_model(Twins(), SecuraConfig(r=4, target_modules=["0"], init_weights=False))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Own(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_a_layer_that_is_more_than_a_product_is_not_merged_into(norm):
+    settings = {"r": 4, "norm": norm, "target_modules": ["0"], "init_weights": False}
+    model = get_peft_model(nn.Sequential(Doubled(8, 8)), SecuraConfig(**settings))
+    before = tiny.snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="0: Doubled computes something else"):
+            merge()
+    tiny.assert_same(tiny.snapshot(model), before)
+    own = get_peft_model(nn.Sequential(Own(8, 8)), SecuraConfig(**settings))
+    x = torch.randn(3, 8)
+    expected = own(x)
+    torch.testing.assert_close(own.merge_and_unload()(x), expected)
+    config = SecuraConfig(**settings, allow_inexact_merge=True)
+    get_peft_model(nn.Sequential(Doubled(8, 8)), config).merge_and_unload()
 
 
 def test_a_merged_adapter_can_not_be_trained_folded_or_joined():

@@ -211,7 +211,9 @@ class SecuraModel(BaseTuner):
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
         owners: dict[Any, list[str]] = {}
-        for name, part in self.model.named_modules():
+        paths: dict[nn.Module, list[str]] = {}
+        for name, part in self.model.named_modules(remove_duplicate=False):
+            paths.setdefault(part, []).append(f"{name}.base_layer")
             for parameter in part._parameters.values():
                 owners.setdefault(parameter, []).append(name)
         for name, layer in _secura_layers(self.model):
@@ -221,7 +223,7 @@ class SecuraModel(BaseTuner):
                 raise type(error)(f"{name}: {error}") from error
             weight = getattr(layer.adapted, "weight", None)
             others = [] if weight is None else owners.get(weight, [])
-            shared = [other for other in others if not other.startswith(f"{name}.base_layer")]
+            shared = [other for other in others if not other.startswith(tuple(paths[layer]))]
             if merging and shared:
                 raise ValueError(
                     f"{name}: its weight is also that of {shared[0]}, which the merge would change "
