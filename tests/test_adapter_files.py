@@ -324,6 +324,19 @@ def test_a_scale_that_the_file_has_not_is_told(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_layers_that_were_never_trained_are_told(tmp_path):
+    model = tiny.adapted(norm="none", init_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)  # none was
+        tiny.perturb(model)
+        model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        tiny.parts(model)[1].B.zero_()
+    with pytest.warns(UserWarning, match=r"1 of 4 layers.*layers\.0\.self_attn\.v_proj first"):
+        model.save_pretrained(tmp_path)
+
+
 def test_folds_that_never_came_are_told(tmp_path):
     """`fold_every` is the callback's: without it nothing folds."""
     model = tiny.adapted(norm="none", fold_every=1)

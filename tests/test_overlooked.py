@@ -1,4 +1,7 @@
-"""Quantised layers that nothing here dequantises, or that PEFT passes over: refused by name."""
+"""Layers that an adapter would do nothing for are refused by name.
+
+Quantised ones that nothing here dequantises or that PEFT passes over, and such as are not called.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import torch
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from secura import SecuraConfig
 
 
 class QuantLinear(nn.Module):
@@ -80,3 +86,40 @@ def test_all_linear_leaves_no_quantised_layer_out_unless_told_to():
     headless = tiny.wide()
     headless.lm_head = QuantLinear(headless.lm_head)
     assert len(tiny.layers(get_peft_model(headless, tiny.config(**config)))) == 14
+
+
+FAST = ["out_proj", "linear1", "linear2"]
+
+
+def encoder():
+    """Reads its out_proj, and in eval its linears too."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    return nn.ModuleDict({"block": layer, "head": nn.Linear(16, 8)})
+
+
+def mamba():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCAB, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "unread", "message"),
+    [
+        (encoder, ["out_proj"], FAST, "block.self_attn.out_proj: MultiheadAttention reads"),
+        (encoder, ["head", "linear2"], FAST, "block.linear2: TransformerEncoderLayer reads"),
+        (
+            mamba,
+            "all-linear",
+            ["x_proj", "dt_proj", "out_proj"],
+            r"x_proj: MambaMixer reads .*exclude_modules=\['x_proj'\]",
+        ),
+    ],
+)
+def test_a_layer_that_is_read_and_not_called_is_refused(make, targets, unread, message):
+    model = make()
+    before = kinds(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, SecuraConfig(r=4, target_modules=targets))
+    assert kinds(model) == before
+    config = SecuraConfig(r=4, target_modules="all-linear", exclude_modules=unread)
+    assert tiny.layers(get_peft_model(model, config))

@@ -22,7 +22,7 @@ from . import saved
 from .config import SecuraConfig
 from .experts import ParamWrapper
 from .layer import SecuraLayer, SecuraLinear
-from .overlooked import refuse_overlooked
+from .overlooked import refuse_overlooked, refuse_read
 from .several import BASE, REFERENCE
 from .unmatched import unmatched_layers, unmatched_names, warn_unmatched
 
@@ -175,6 +175,7 @@ class SecuraModel(BaseTuner):
         try:
             base: Any = target if adapted is None else adapted.get_base_layer()
             if named is None:
+                refuse_read(parent, target_name)
                 bases.check_linear(base)
             if not bases.is_split(base):
                 bases.check_at_hand(base if named is None else bases.Stack(base, named))

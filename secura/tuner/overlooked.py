@@ -1,4 +1,4 @@
-"""Refuse quantised layers that the config means and PEFT would skip in silence."""
+"""Refuse layers that an adapter would do nothing for: passed over in silence, or never called."""
 
 from __future__ import annotations
 
@@ -33,6 +33,29 @@ def refuse_overlooked(model: nn.Module, config: SecuraConfig) -> None:
     for name, owner in model.named_modules() if config.target_parameters else ():
         for target in config.target_parameters or ():
             _refuse_no_parameter(name.replace(".base_layer", ""), owner, target)
+
+
+_MAMBA_2 = ("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "NemotronHMamba2Mixer")
+_READ: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys((*_MAMBA_2, "Zamba2MambaMixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
+    "JambaMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+}
+"""Layers that a module of such a class hands on as weights, always or in its fast path."""
+
+
+def refuse_read(parent: nn.Module, child: str) -> None:
+    """Raise ``ValueError`` where ``parent`` reads the weight of its layer ``child``, uncalled."""
+    for kind in type(parent).__mro__:
+        if child in _READ.get(kind.__name__, ()):
+            raise ValueError(
+                f"{kind.__name__} reads this layer's weight, always or in its fast path, and does "
+                f"not call it, so an adapter would not act: exclude_modules=['{child}'] leaves it "
+                "out"
+            )
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,4 +104,4 @@ def _refuse_no_parameter(name: str, owner: nn.Module, target: str) -> None:
         raise ValueError(f"{name}.{own}: {error}") from error
 
 
-__all__ = ["refuse_overlooked"]
+__all__ = ["refuse_overlooked", "refuse_read"]

@@ -59,8 +59,21 @@ def warn_of_unsaved(
             stacklevel=4,
         )
     waits = config.fold_every and not any(one.folds or one.folded for one in adapters)
-    trained = [tensor for name, tensor in state_dict.items() if name.endswith((".B", ".U"))]
-    if waits and any(bool(tensor.any()) for tensor in trained):
+    acts = {
+        bare(name).rpartition(INNER)[0]: bool(tensor.any())
+        or bool(state_dict.get(f"{name[:-1]}core", tensor).any())
+        for name, tensor in state_dict.items()
+        if name.endswith((".B", ".U")) and is_own(name)
+    }
+    still = [name for name, moved in acts.items() if not moved]
+    if 0 < len(still) < len(acts):
+        warnings.warn(
+            f"{len(still)} of {len(acts)} layers of adapter {adapter!r}, {still[0]} first, were "
+            "never trained: no token reached them, they are frozen, or their module reads their "
+            "weight instead of calling them; exclude_modules leaves them out",
+            stacklevel=4,
+        )
+    if waits and any(acts.values()):
         warnings.warn(
             f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
             "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
