@@ -82,12 +82,9 @@ class AccumulateCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Hold gradients from here on, to the backward passes that accelerate calls the last."""
         assert model is not None
-        gradients, optimizer = (
-            require("accelerate.state", "train").GradientState(),
-            kwargs["optimizer"],
-        )
+        gradients = require("accelerate.state", "train").GradientState()
         self.close()
-        within = accumulate(model, optimizer, lambda: gradients.sync_gradients)
+        within = accumulate(model, kwargs["optimizer"], lambda: gradients.sync_gradients)
         accumulation = self._within.enter_context(within)
         self._within.callback(accumulation.drop)  # of a step that is not taken
 

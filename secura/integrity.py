@@ -96,7 +96,8 @@ def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     raise ValueError(
         f"{layer}: the adapter's tensors do not match their checksum: the file (or its "
         "adapter_config.json) was damaged or changed after it was saved; save or download it "
-        "again"
+        "again, or, where you changed them on purpose (an average, say), leave out the tensors "
+        "named checksum"
     )
 
 

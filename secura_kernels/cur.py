@@ -121,13 +121,14 @@ def init_a(
         generator: CPU generator.
 
     Raises:
-        ValueError: for an unknown init, or ``"svd"`` with ``inner_r > K``.
+        ValueError: for an unknown init.
+        RankError: for ``"svd"`` with ``inner_r > K``.
     """
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: choose one of {INITS}")
     if init == "svd":
         if inner_r > weight.shape[1]:
-            raise ValueError(
+            raise RankError(
                 f"init='svd' takes A from the weight's first {inner_r} columns, but it has "
                 f"{weight.shape[1]}: lower inner_r or use init='kaiming'"
             )

@@ -219,6 +219,14 @@ def test_adapters_on_different_layers_may_be_active_together():
     assert not torch.equal(tiny.logits(model), first)
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "__base__"])
+def test_an_adapter_name_that_no_module_can_have_is_an_error(name):
+    model = tiny.adapted()
+    with pytest.raises(ValueError, match=f"adapter name '{name}' is '__base__'"):
+        model.add_adapter(name, tiny.config())
+    assert set(model.peft_config) == {"default"}
+
+
 def test_an_adapter_name_that_is_also_a_tensors_is_an_error():
     model = tiny.adapted()
     with pytest.raises(ValueError, match="adapter name 'B' is a tensor's name"):

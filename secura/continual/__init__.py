@@ -37,7 +37,9 @@ Its callbacks are not refused under sharded training, in which they have not bee
 Trainer. The others work under one process and under DDP. Sharded training (FSDP, DeepSpeed) keeps
 parameters and gradients where a callback cannot reach them, and is refused, as is an adapter whose
 config folds during training (``fold_every``): folding moves what was learned out of the parameters
-these methods watch. Fold at the end of a task, before ``Fisher.estimate``.
+these methods watch. Fold at the end of a task, before ``Fisher.estimate``. For the same reason
+:class:`LongTermMemory`, whose copy is used after a run, does not go with :class:`AnchorCallback`,
+which folds and anchors anew at its end.
 """
 
 from __future__ import annotations

@@ -56,14 +56,10 @@ class SecuraModel(BaseTuner):
 
         Raises:
             ValueError: for a rank that does not fit, a weight that cannot be decomposed, a target
-                that PEFT would pass over, or a name that is also a tensor's.
+                that PEFT would pass over, or a name that no adapter can have.
             TypeError: for a target that is no linear layer.
         """
-        if adapter_name in CABR.STATE:
-            raise ValueError(
-                f"adapter name {adapter_name!r} is a tensor's name in the adapter file: take "
-                f"another than {CABR.STATE}"
-            )
+        _check_name(adapter_name)
         given = self.peft_config[adapter_name]
         self.peft_config[adapter_name] = copy.copy(given)  # its own: anchoring writes to it
         config = copy.copy(given)  # as given: PEFT fills in its targets
@@ -265,6 +261,19 @@ class SecuraModel(BaseTuner):
             raise RuntimeError("nothing to undo: no adapter is merged")
         for part in merged:
             part.unmerge()
+
+
+def _check_name(adapter: str) -> None:
+    if adapter in CABR.STATE:
+        raise ValueError(
+            f"adapter name {adapter!r} is a tensor's name in the adapter file: take another than "
+            f"{CABR.STATE}"
+        )
+    if adapter == BASE or not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+        raise ValueError(
+            f"adapter name {adapter!r} is {BASE!r} (which stands for none), empty, one of "
+            "torch.nn.ModuleDict's attributes, or has a dot in it: take another"
+        )
 
 
 def _keep_dense(model: Any) -> None:
