@@ -74,7 +74,7 @@ def is_another_function(base: nn.Module) -> bool:
     """
     weight = bases.dense_weight(base)
     own = base.__dict__.get("_old_forward", base.__dict__.get("forward"))  # accelerate's hooks
-    if _is_product(base, own) or type(weight) not in (nn.Parameter, Tensor):
+    if weight is None or _is_product(base, own) or type(weight) not in (nn.Parameter, Tensor):
         return False
     x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
