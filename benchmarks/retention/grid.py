@@ -25,10 +25,12 @@ class Stage:
     Args:
         settings: of all of them.
         cells: in the order of running.
+        shown_in: the stage in whose section of the report its cells stand, if not in its own.
     """
 
     settings: Settings
     cells: tuple[Cell, ...]
+    shown_in: str = ""
 
 
 def front(tried: Tried, targets: str, seeds: Iterable[int], steps: int = 128) -> Iterator[Cell]:
@@ -186,6 +188,7 @@ STAGES: dict[str, Stage] = {
     "gemma-settings": Stage(
         replace(_MEASURED, model="gemma3-270m", part=0.25, probe_questions=0),
         tuple(front(_ON_GEMMA, "mlp", (0,))),
+        shown_in="gemma",
     ),
     # Four tasks in turn, each method at its rate of equal learning of the first.
     "sequence": Stage(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.retention.grid import BEST
+from benchmarks.retention.grid import BEST, STAGES
 from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
 from benchmarks.retention.plots import write_front
 from benchmarks.retention.record import Record, read_all
@@ -64,7 +64,8 @@ def write_report(folder: Path) -> Path:
     """
     stages: dict[str, list[Record]] = defaultdict(list)
     for record in read_all(folder):
-        stages[record.stage].append(record)
+        known = STAGES.get(record.stage)
+        stages[known.shown_in if known and known.shown_in else record.stage].append(record)
     parts = ["# What fine-tuning keeps", ""]
     for stage, records in sorted(stages.items()):
         parts += [f"## {stage}", "", *_about(records), ""]
@@ -127,7 +128,7 @@ def main_table(front: Front, *, brief: bool = False) -> str:
     if front.above(level):
         caption += f" {_ABOVE}"
     if not brief:
-        some = front.some(REFERENCE)
+        some = max(front.records(REFERENCE), key=lambda record: len(record.probes))
         low, high = _question_errors(some)
         caption += (
             " Rise of loss, mean over the kinds of old text, and probes, accuracy as a share of "
@@ -248,11 +249,13 @@ def _about(records: Sequence[Record]) -> list[str]:
     failed = sum(record.status == "failed" for record in records)
     hours = sum(record.seconds.get("total", 0.0) for record in records) / 3600
     facts, settings = _facts(records), records[0].settings
+    asked = {record.settings.probe_questions for record in records}
+    questions = f"{max(asked)} questions of each probe{', not in every cell' * (len(asked) > 1)}"
     return [
         f"{len(records)} cells, {failed} of them failed; seeds {', '.join(map(str, seeds))}; "
         f"{facts['model']}; batches of {settings.batch_size}, at most {settings.max_tokens} tokens "
         f"an example; scored on {settings.held_out} held-out examples, {settings.text_count} "
-        f"texts of each kind and {settings.probe_questions} questions of each probe. "
+        f"texts of each kind and {questions}. "
         f"{facts['machine.name']}, torch {facts['torch']}, bf16 autocast: {facts['bf16']}; commit "
         f"{facts['commit']}; {hours:.1f} hours of one core or GPU share."
     ]
@@ -260,8 +263,12 @@ def _about(records: Sequence[Record]) -> list[str]:
 
 def _made(front: Front) -> str:
     """What the figures of a front are of, where they were made, and by which command."""
-    runs = (found for seeds in front.runs.values() for found in seeds.values())
-    some, facts = front.some(REFERENCE), _facts(record for found in runs for record in found)
+    records = [record for method in front.methods for record in front.records(method)]
+    some, facts = front.some(REFERENCE), _facts(records)
+    stages = sorted({record.stage for record in records})
+    commands = ", ".join(
+        f"`python -m benchmarks.retention run {name} --out DIR`" for name in stages
+    )
     place, rank = some.cell.targets, LORA_RANKS[some.cell.targets]
     names = {"True": "bf16 autocast", "False": "fp32"}
     arithmetic = " and ".join(names.get(word, word) for word in facts["bf16"].split(", "))
@@ -269,8 +276,7 @@ def _made(front: Front) -> str:
         f"Where no rank is named, LoRA's is {rank} (alpha {2 * rank}), the core's {CUR_RANK}. "
         f"{facts['model']}; adapters on {place}, {some.cell.steps} steps of batch "
         f"{some.settings.batch_size}, {arithmetic}; {facts['machine.name']}, torch "
-        f"{facts['torch']}; commit {facts['commit']}; "
-        f"`python -m benchmarks.retention run {some.stage} --out DIR`."
+        f"{facts['torch']}; commit {facts['commit']}; {commands}."
     )
 
 

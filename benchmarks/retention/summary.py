@@ -145,7 +145,7 @@ class Front:
 
     def above(self, level: float) -> bool:
         """Whether the reference has learned more than a level at every rate and seed."""
-        found = (record for seeds in self.runs[REFERENCE].values() for record in seeds)
+        found = self.records(REFERENCE)
         return all(learned(record.end, record.task) > level for record in found)
 
     def paid(self, method: str, level: float, value: Value) -> dict[int, float]:
@@ -160,6 +160,10 @@ class Front:
         """
         value = kl_of(*(kinds or unseen(self.some(method))))
         return ratio(self.paid(method, level, value), self.paid(REFERENCE, level, value))
+
+    def records(self, method: str) -> list[Record]:
+        """All records of a method."""
+        return [record for found in self.runs[method].values() for record in found]
 
     def some(self, method: str) -> Record:
         """Any record of a method."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.retention import record as records
 from benchmarks.retention import report
 from benchmarks.retention.cells import Cell, Settings
+from benchmarks.retention.grid import STAGES
 from benchmarks.retention.record import Measure, Probe, Record, Score
 from benchmarks.retention.summary import (
     SCALED,
@@ -187,6 +189,21 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     first = (tmp_path / "screen-mlp.png").read_bytes()
     report.write_report(tmp_path)
     assert (tmp_path / "screen-mlp.png").read_bytes() == first
+
+
+def test_a_stage_may_stand_in_the_section_of_another(tmp_path):
+    """One curve of LoRA's through both; probes were asked in the first alone."""
+    whole = made(path=((0.3, 0.01), (0.6, 0.04)))
+    more = made("anchored-self", path=((0.3, 0.01), (0.7, 0.02)))
+    fewer = replace(more.settings, probe_questions=0)
+    for stage, record in (("gemma", whole), ("gemma-settings", replace(more, settings=fewer))):
+        record = replace(record, stage=stage)
+        records.write(tmp_path / stage / record.cell.path, record)
+    text = report.write_report(tmp_path).read_text()
+    assert "## gemma\n" in text and "## gemma-settings" not in text
+    assert "questions of each probe, not in every cell" in text and "2 cells" in text
+    commands = (f"`python -m benchmarks.retention run {name} --out DIR`" for name in STAGES)
+    assert ", ".join(c for c in commands if "run gemma" in c) in text
 
 
 def test_a_stage_of_one_method_has_its_cells_alone(tmp_path):
