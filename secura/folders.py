@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,25 @@ def clear(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def move_out(source: Path, target: Path) -> None:
+def move_out(source: Path, target: Path, *, replaces: Sequence[str] = ()) -> None:
     """Move every file of ``source`` into ``target``, and remove ``source``.
+
+    What in ``target`` is called by a pattern in ``replaces`` does not stay beside them.
 
     Over an older configuration all change at once (see :func:`_exchange`). Where that is not to be
     had the configuration goes last, and the older one first, so that no mixture is ever loaded.
     """
     use_umask(source)
     older = [target / name for name in _LAST if (target / name).exists()]
-    if older and _exchange(source, target.resolve()):
+    stale = {file.name for pattern in replaces for file in target.glob(pattern)}
+    stale -= {file.name for file in source.iterdir()}
+    if older and _exchange(source, target.resolve(), stale):
         return
     for file in older:
         if (source / file.name).exists():
             file.unlink()
+    for name in stale:
+        clear(target / name)
     for file in sorted(source.iterdir(), key=lambda file: file.name in _LAST):
         if file.is_dir():
             clear(target / file.name)
@@ -93,8 +99,8 @@ def move_out(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _exchange(source: Path, target: Path) -> bool:
-    """Put a folder of ``target``'s files and ``source``'s over them in ``target``'s place.
+def _exchange(source: Path, target: Path, stale: set[str]) -> bool:
+    """Put a folder of ``target``'s files, ``source``'s over them, in ``target``'s place.
 
     The folder is made beside ``target`` of links to the files, so none is copied, and none is lost
     whenever the process is killed; then one rename exchanges the two. Linux alone can do it, on
@@ -115,15 +121,16 @@ def _exchange(source: Path, target: Path) -> bool:
         return False
     try:
         _link_all(target, made, ignore=shutil.ignore_patterns(SCRATCH))
-        for file in source.iterdir():
-            clear(made / file.name)
+        for name in {file.name for file in source.iterdir()} | stale:
+            clear(made / name)
         _link_all(source, made)
         made.chmod(stat.S_IMODE(target.stat().st_mode))
         here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         exchanged = rename(here, os.fsencode(made), here, os.fsencode(target), swap) == 0
     except OSError:
         pass
-    shutil.rmtree(made, ignore_errors=True)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return exchanged
 
 

@@ -342,7 +342,7 @@ def test_yaml_words_and_the_flag_rank(base, data, tmp_path, capfd):
     for text, parts in (
         ("r: 4.5", ["r", "'4.5'"]),
         ("max_steps: no", ["max_steps", "'no'"]),
-        ("eval_strategy: off", ["off is not a valid IntervalStrategy"]),
+        ("eval_strategy: off", ["'off' is none of no, steps, epoch"]),
         ("rank: 3\nr: 4", ["'r' gives 'r' a second time"]),
         ("model: a\nmodel_name_or_path: b", ["'model_name_or_path' a second time"]),
     ):

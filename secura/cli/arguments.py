@@ -296,11 +296,12 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     Raises:
         UserError: an unknown flag or key, a value of the wrong kind, a required flag missing.
     """
-    parser = make_parser()
     argv, file = take_config_flag(argv)
+    read = None if file is None else read_config(file)  # first: libraries read its env on import
+    parser = make_parser()
     defaults: dict[str, Any] = {}
-    if file is not None:
-        defaults = as_defaults(_by_field(read_config(file), file, parser), file, parser)
+    if file is not None and read is not None:
+        defaults = as_defaults(_by_field(read, file, parser), file, parser)
     flagged = any(word.partition("=")[0] == "--anchor" for word in argv)
     if flagged or defaults.get("anchor") is not None:
         parser.set_defaults(**ANCHORED)
@@ -310,7 +311,8 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
 
 def _by_field(read: dict[str, Any], name: str, parser: Any) -> dict[str, Any]:
     """A file's nodes by the flags' fields, which some keys are other names of."""
-    known = {word.lstrip("-"): a.dest for a in parser._actions for word in a.option_strings}
+    named = [a for a in parser._actions if a.const is not False or a.nargs != 0]  # not --no_X
+    known = {word.lstrip("-"): a.dest for a in named for word in a.option_strings}
     found: dict[str, Any] = {}
     for key, value in read.items():
         dest = known.get(key, key)

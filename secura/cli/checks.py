@@ -10,6 +10,8 @@ from secura.cli.rows import listed
 from secura.names import is_own
 
 _NUMBER = "secura_row"
+_LOOKED_AT = 256
+"""How many rows `never_ends` reads."""
 
 
 def number(dataset: Any) -> Any:
@@ -17,29 +19,81 @@ def number(dataset: Any) -> Any:
     return dataset.add_column(_NUMBER, list(range(1, len(dataset) + 1)))
 
 
-def lost_rows(trainer: Any, given: Any) -> str | None:
+def lost_rows(trainer: Any, given: Any, which: str = "train") -> str | None:
     """Says which rows TRL dropped because nothing of them is left to learn; unnumbers the others.
 
+    Args:
+        trainer: TRL's, whose data set loses the numbers.
+        given: the rows it was given, or None.
+        which: ``"train"`` or ``"eval"``.
+
     Raises:
-        UserError: no row is left.
+        UserError: no row is left, or nothing to learn in packed ones.
     """
-    dataset, length = trainer.train_dataset, trainer.args.max_length
-    if len(dataset) == 0:
+    dataset, length = getattr(trainer, f"{which}_dataset"), trainer.args.max_length
+    if given is None:
+        return None
+    rows = f"{len(given)} {'evaluation ' * (which == 'eval')}rows"
+    if len(dataset) == 0 or not _learns(dataset):
         raise UserError(
-            f"none of the {len(given)} rows has anything left to learn within --max_length {length}"
-            ": raise it, or shorten the prompts"
+            f"none of the {rows} has anything left to learn within --max_length {length}: raise "
+            "it, or shorten the prompts"
         )
-    if _NUMBER not in dataset.column_names:  # packed, where rows are not dropped
+    if _NUMBER not in dataset.column_names:  # packed: what is cut off is lost within a row
         return None
     kept = set(dataset[_NUMBER])
-    trainer.train_dataset = dataset.remove_columns(_NUMBER)
+    setattr(trainer, f"{which}_dataset", dataset.remove_columns(_NUMBER))
     lost = [row for row in range(1, len(given) + 1) if row not in kept]
     if not lost:
         return None
     return (
-        f"{len(lost)} of {len(given)} rows have nothing left to learn within --max_length {length} "
-        f"and are left out ({listed(lost)}); raise it, or shorten their prompts"
+        f"{len(lost)} of {rows} have nothing left to learn within --max_length {length} and are "
+        f"left out ({listed(lost)}); raise it, or shorten their prompts"
     )
+
+
+def cut_rows(trainer: Any) -> str | None:
+    """Says how many rows are as long as `--max_length` allows, and so most likely cut there."""
+    dataset, length = trainer.train_dataset, trainer.args.max_length
+    if length is None or "input_ids" not in dataset.column_names or trainer.args.packing:
+        return None
+    compute = require("pyarrow.compute", "train")
+    count = 0
+    for batch in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        lengths = compute.list_value_length(batch.column("input_ids"))
+        count += compute.sum(compute.greater_equal(lengths, length)).as_py() or 0
+    if not count:
+        return None
+    return (
+        f"{count} of {len(dataset)} rows are cut at --max_length {length}: nothing of their ends "
+        "is learned; raise it to keep them"
+    )
+
+
+def never_ends(trainer: Any) -> str | None:
+    """Says that no row ends in a token at which generation would stop, so that none is learned."""
+    dataset, tokenizer = trainer.train_dataset, trainer.processing_class
+    if "input_ids" not in dataset.column_names:
+        return None
+    found = getattr(trainer.model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
+    column = "labels" if "labels" in dataset.column_names else "input_ids"
+    if any(ends & set(row) for row in dataset[: min(_LOOKED_AT, len(dataset))][column]):
+        return None
+    return (
+        f"no row ends in {tokenizer.eos_token!r}, at which an answer stops: answers will run on to "
+        "--max_new_tokens; give the token that ends a turn, such as --eos_token '<|im_end|>'"
+    )
+
+
+def _learns(dataset: Any) -> bool:
+    """Whether a token is left to learn; True where TRL made no column of them."""
+    if "labels" not in dataset.column_names:
+        return True
+    compute = require("pyarrow.compute", "train")
+    rows = dataset.select_columns("labels").with_format("arrow").iter(batch_size=1000)
+    most = (compute.max(compute.list_flatten(batch.column("labels"))).as_py() for batch in rows)
+    return any(label is not None and label >= 0 for label in most)
 
 
 def check_lengths(trainer: Any) -> None:
@@ -141,8 +195,10 @@ def not_rounded(training: Any, config: Any, model: Any) -> str | None:
 __all__ = [
     "adapted_kinds",
     "check_lengths",
+    "cut_rows",
     "left_out",
     "lost_rows",
+    "never_ends",
     "not_rounded",
     "nothing_held",
     "number",

@@ -31,10 +31,12 @@ def as_written(node: Any, action: Any, hint: Any) -> Any:
         ValueError: a list, a mapping or no value for a flag that takes none.
         yaml.YAMLError: a value in a list or a mapping that YAML cannot read.
     """
-    if _is_word(node):
-        return node.value
     options = (hint,) if get_origin(hint) is list else get_args(hint) or (hint,)
     kinds = {get_origin(kind) or kind for kind in options}
+    if _is_word(node):
+        if action.choices and node.value not in map(str, action.choices):
+            raise ValueError(f"{node.value!r} is none of {', '.join(map(str, action.choices))}")
+        return [node.value] if list in kinds and str not in kinds else node.value
     value = require("yaml.constructor", "train").SafeConstructor().construct_document(node)
     if value is None and (type(None) in kinds or action.default is None):
         return None
@@ -114,7 +116,7 @@ def as_defaults(config: dict[str, Any], name: str, parser: Any) -> dict[str, Any
         UserError: an unknown key, or a value of another kind than the flag takes.
     """
     yaml = require("yaml", "train")
-    known = {action.dest: action for action in parser._actions}
+    known = {action.dest: action for action in parser._actions if action.dest != "help"}
     hints = {k: v for group in parser.dataclass_types for k, v in get_type_hints(group).items()}
     found = {}
     for key, node in config.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import re
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,15 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
 
 
 def _load_file(datasets: Any, path: Path, split: str) -> Any:
-    files, kind = {"train": str(path)}, FORMATS[path.suffix.lower()]
+    kind = FORMATS[path.suffix.lower()]
+    files = {"train": glob.escape(str(path))}  # which datasets takes for a pattern
     if kind != "parquet":
         _check_utf8(path)
-    more = {"features": _as_text_columns(datasets, path)} if kind == "csv" else {}
+    more: dict[str, Any] = {}
+    if kind == "csv":
+        _check_fields(path)
+        more = {"features": _as_text_columns(datasets, path)}
+        more |= {"keep_default_na": False, "na_values": [""]}  # "None" is what is written there
     return datasets.load_dataset(kind, data_files=files, split=split, **more)
 
 
@@ -91,6 +97,22 @@ def _check_utf8(path: Path) -> None:
                 raise ValueError(
                     f"line {number} is not UTF-8 text ({error.reason}): save the file as UTF-8"
                 ) from None
+
+
+def _check_fields(path: Path) -> None:
+    """Raises `ValueError` for the first row that has more or fewer fields than the header.
+
+    The reader would take the first of too many for the row's name, and move the others.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} fields, and the header {len(header)}: "
+                    "put what holds a comma in double quotes"
+                )
 
 
 def _as_text_columns(datasets: Any, path: Path) -> Any:

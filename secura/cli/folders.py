@@ -38,6 +38,26 @@ def refuse_no_folder(path: Path) -> None:
         raise UserError(f"{path} is {what}, not a folder; choose another --output_dir")
 
 
+def refuse_written_over(output: Path, **named: str | None) -> None:
+    """Raises `UserError` where what a flag names is the output folder, or in a checkpoint of it.
+
+    Args:
+        output: where a run writes its adapter, and its checkpoints.
+        named: by flag what it was given, a path or anything else.
+    """
+    own = output.expanduser().resolve()
+    for flag, value in named.items():
+        path = Path(value or "").expanduser().resolve()
+        if not value or not path.exists() or not path.is_relative_to(own):
+            continue
+        within = path.relative_to(own).parts
+        if not within or _CHECKPOINT.fullmatch(within[0]):
+            raise UserError(
+                f"--{flag} {value} lies where the run writes, in --output_dir {output}, and would "
+                "be overwritten: choose another --output_dir"
+            )
+
+
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[None]:
     """Keeps an output folder, which has to be empty or not there, for this run alone.

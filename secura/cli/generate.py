@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     """Answers each prompt on standard output."""
     args = make_parser().parse_args(argv)
     check(args)
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = [read_stdin() if prompt == "-" else prompt for prompt in args.prompt]
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty")
     model, tokenizer = load(args)
@@ -68,6 +68,13 @@ def main(argv: list[str]) -> int:
             print()
         answer(model, tokenizer, prompt, args, stream=True)
     return 0
+
+
+def read_stdin() -> str:
+    """What standard input holds, without the line break that ends a file."""
+    if sys.stdin is None:
+        raise UserError("--prompt - reads standard input, which is closed")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def check(args: Any) -> None:

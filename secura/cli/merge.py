@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secura.cli.adapters import load, load_adapter_config
-from secura.cli.errors import Parser, UserError
+from secura.cli.errors import Parser, UserError, one_line
 from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
 from secura.folders import complete_folder
@@ -45,6 +45,7 @@ def merge(args: Any, output: Path) -> None:
     allow_inexact(config, adapter, allow=args.allow_inexact)
     model, tokenizer = load(args, config, args.dtype)
     refuse_lost_biases(model, adapter)
+    refuse_generation_config(model)
     merged = model.merge_and_unload(progressbar=True)
     with complete_folder(output) as folder:
         merged.save_pretrained(folder)
@@ -63,6 +64,19 @@ def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
             "norm, or serve the adapter unmerged"
         )
     config.allow_inexact_merge = True
+
+
+def refuse_generation_config(model: Any) -> None:
+    """Refuses, before the work, settings of generation that transformers would not save."""
+    config = getattr(model.get_base_model(), "generation_config", None)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"the base's generation_config.json cannot be saved again: {one_line(error)}. Mend it "
+            "in the base's folder (do_sample: true, where it has a temperature)"
+        ) from error
 
 
 def refuse_lost_biases(model: Any, adapter: str) -> None:

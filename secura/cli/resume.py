@@ -62,12 +62,7 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
     """
     output, wanted = Path(training.output_dir), training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "no", "none", "0"):
-        if not overwrite and int(os.environ.get("RANK", "0")) == 0:
-            check_output_folder(
-                output,
-                hint="choose another --output_dir, go on with --resume_from_checkpoint, or give "
-                "--overwrite_output_dir",
-            )
+        _refuse_other_work(output, overwrite=overwrite)
         return None
     if str(wanted).lower() not in ("true", "yes", "1"):
         if Path(wanted).resolve() == output.resolve():
@@ -77,6 +72,8 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
             )
         if reason := why_incomplete(Path(wanted)):
             raise UserError(f"cannot resume from {wanted}: {reason}")
+        if Path(wanted).resolve().parent != output.resolve():  # another run's
+            _refuse_other_work(output, overwrite=overwrite)
         return str(wanted)
     reasons = []
     for checkpoint in reversed(checkpoints(output)):
@@ -88,6 +85,15 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
         f"{output} has no complete checkpoint to resume from ({'; '.join(reasons) or 'none'}); "
         "leave out --resume_from_checkpoint to begin anew"
     )
+
+
+def _refuse_other_work(output: Path, *, overwrite: bool) -> None:
+    if not overwrite and int(os.environ.get("RANK", "0")) == 0:
+        check_output_folder(
+            output,
+            hint="choose another --output_dir, go on with its own --resume_from_checkpoint, or "
+            "give --overwrite_output_dir",
+        )
 
 
 def settings(training: Any, config: Any, dataset: Any, data: Any) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from secura.cli.errors import UserError
 
+ASKED = ("prompt", "question")
+"""Columns of text that is read, and not learned."""
+
 _SHOWN = 5
 """How many rows a message names."""
 
@@ -42,9 +45,16 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
 
 
 def check_filled(dataset: Any, name: str, column: str) -> None:
-    """Refuses rows that have no value in a column."""
-    if dataset.data.column(column).null_count:
-        rows = [row for row, value in enumerate(dataset[column], 1) if value is None]
+    """Refuses rows that have no value in a column, or, where it is learned, nothing but spaces."""
+    learned = column not in ASKED and _kind(dataset.features[column]) == "text"
+    if dataset.data.column(column).null_count or learned:
+        rows = [
+            row
+            for row, value in enumerate(dataset[column], 1)
+            if value is None or (learned and not value.strip())
+        ]
+        if not rows:
+            return
         raise UserError(
             f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
             f"({listed(rows)}); fill or remove them"

@@ -15,11 +15,19 @@ from secura.cli import anchoring, arguments, checks, hub
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
-from secura.cli.folders import TRAINER_STATE, checkpoints, sole_use
+from secura.cli.folders import TRAINER_STATE, checkpoints, refuse_written_over, sole_use
 from secura.cli.models import load_model, load_tokenizer, refuse_adapter
 from secura.cli.resume import resume_point
+from secura.cli.rows import holds_turns
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
 from secura.names import is_own
+
+_PUBLISHED = (
+    *("adapter_model.*", "chat_template.*", "additional_chat_templates", "tokenizer*"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("sentencepiece*.model", "processor_config.json", "preprocessor_config.json"),
+)
+"""What an older adapter's files are called, which no new one may be read with."""
 
 
 def main(argv: list[str]) -> int:
@@ -41,6 +49,12 @@ def run(
     training: Any, model_args: Any, data_args: Any, adapter_args: Any, anchor_args: Any
 ) -> None:
     """Trains with parsed flags; the output folder is this run's alone."""
+    refuse_written_over(
+        Path(training.output_dir),
+        model=model_args.model_name_or_path,
+        dataset=data_args.dataset_name,
+        anchor=anchor_args.anchor,
+    )
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
     anchoring.check(anchor_args, config, training.learning_rate)
@@ -52,8 +66,13 @@ def run(
     }
     refuse_adapter(model_args.model_name_or_path, model_args.model_revision)
     tokenizer = load_tokenizer(model_args.model_name_or_path, **loading)
-    chat = bool(tokenizer.chat_template)
+    chat = bool(tokenizer.chat_template or training.chat_template_path)
     train_set, eval_set, unread = load_data(training, data_args, chat=chat)
+    if not chat and holds_turns(train_set, train_set.column_names[0]):
+        raise UserError(
+            f"{data_args.dataset_name} holds messages, and the tokenizer of "
+            f"{model_args.model_name_or_path} no chat template: give one with --chat_template_path"
+        )
     settings = resuming.settings(training, config, train_set, data_args) | vars(anchor_args)
     if resume is not None:
         resuming.check_settings(resume, settings)
@@ -68,7 +87,7 @@ def run(
         model=model,
         args=training,
         train_dataset=checks.number(train_set),
-        eval_dataset=eval_set,
+        eval_dataset=None if eval_set is None else checks.number(eval_set),
         processing_class=tokenizer,
         peft_config=config,
         callbacks=callbacks(
@@ -81,6 +100,9 @@ def run(
     for note in (
         unread,
         checks.lost_rows(trainer, train_set),
+        checks.lost_rows(trainer, eval_set, "eval"),
+        checks.cut_rows(trainer),
+        checks.never_ends(trainer),
         checks.left_out(trainer.model, wanted),
         checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
         checks.not_rounded(trainer.args, config, trainer.model),
@@ -118,7 +140,8 @@ def train(trainer: Any, resume: str | None) -> str:
         with closed_progress(trainer):
             result = trainer.train(resume_from_checkpoint=resume)
     except FinishedError as finished:
-        if resuming.saved_step(output) >= trainer.state.global_step:
+        same_run = Path(resume or output).resolve().parent == output.resolve()
+        if same_run and resuming.saved_step(output) >= trainer.state.global_step:
             return f"secura: {finished}; the adapter in {output} stays as it is"
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
@@ -253,4 +276,4 @@ def save(trainer: Any) -> None:
         return
     (scratch / "training_args.bin").unlink(missing_ok=True)
     trainer.state.save_to_json(str(scratch / TRAINER_STATE))
-    move_out(scratch, output)
+    move_out(scratch, output, replaces=_PUBLISHED)

@@ -1,0 +1,164 @@
+"""What a run of the command line must not destroy, pass over or train in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+from cli_fixtures import base, data, fails, main, train_flags, trained  # noqa: F401
+from safetensors.torch import load_file
+
+NO_CHECKPOINTS = ("--save_strategy", "no")
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("place", ["own", "own/checkpoint-100"])
+def test_a_base_is_not_overwritten(place, base, data, tmp_path, capfd):  # noqa: F811
+    model, output = tmp_path / place, tmp_path / "own"
+    shutil.copytree(base, model)
+    before = tree(output)
+    argv = train_flags(model, data, output, "--overwrite_output_dir", *NO_CHECKPOINTS)
+    fails(argv, capfd, f"--model {model} lies where the run writes", "another --output_dir")
+    assert tree(output) == before
+
+
+def test_resuming_another_runs_checkpoint(trained, base, data, tmp_path, capfd):  # noqa: F811
+    """Not over other work; of a finished one, its adapter is published in the folder asked for."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(trained / name, tmp_path / "old" / name)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "adapter_config.json").write_text("{}")
+    last = tmp_path / "old" / "checkpoint-4"
+    resumed = ("--save_steps", 2, "--logging_steps", 1, "--resume_from_checkpoint", last)
+    fails(train_flags(base, data, taken, *resumed), capfd, "taken is not empty")
+    fresh = tmp_path / "fresh"
+    assert main(train_flags(base, data, fresh, *resumed)) == 0
+    published, saved = (load_file(at / "adapter_model.safetensors") for at in (fresh, last))
+    assert published.keys() == saved.keys()
+    assert all(value.equal(saved[name]) for name, value in published.items())
+
+
+def test_a_row_with_more_fields_than_its_header(base, tmp_path, capfd):  # noqa: F811
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nhow many apples are left, if ann has 1,1\n")
+    argv = train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)
+    fails(argv, capfd, "line 2 has 3 fields, and the header 2", "double quotes")
+
+
+def test_words_of_a_csv_file_that_readers_take_for_nothing(base, tmp_path):  # noqa: F811
+    from secura.cli.data import load_split
+
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\nwho,"None"\nwhich,NA\n')
+    assert load_split(str(path), None, "train")["answer"] == ["None", "NA"]
+
+
+def test_a_file_is_no_pattern(tmp_path):
+    from secura.cli.data import load_split
+
+    folder = tmp_path / "dir [x] y"
+    folder.mkdir()
+    path = jsonl(folder / "rows[1].jsonl", {"text": "right"})
+    jsonl(folder / "rows1.jsonl", {"text": "wrong"})
+    assert load_split(str(path), None, "train")["text"] == ["right"]
+
+
+def test_a_template_that_is_given_is_used_and_its_end_looked_at(base, data, tmp_path, capfd):  # noqa: F811
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    flags = ("--chat_template_path", tmp_path / "chat.jinja", *NO_CHECKPOINTS)
+    assert main(train_flags(base, data, tmp_path / "a", *flags)) == 0
+    assert "note: no row ends in '</s>'" in capfd.readouterr().out
+    assert main(train_flags(base, data, tmp_path / "b", *NO_CHECKPOINTS)) == 0
+    assert "no row ends" not in capfd.readouterr().out
+    again = train_flags(base, data, tmp_path / "a", "--overwrite_output_dir", *NO_CHECKPOINTS)
+    assert (tmp_path / "a" / "chat_template.jinja").is_file()
+    assert main(again) == 0
+    assert not (tmp_path / "a" / "chat_template.jinja").exists()  # the former run's
+
+
+def test_rows_that_are_cut_are_told_and_packed_ones_without_an_answer_refused(
+    base,  # noqa: F811
+    data,  # noqa: F811
+    tmp_path,
+    capfd,
+):
+    flags = ("--max_length", 13, *NO_CHECKPOINTS)
+    assert main(train_flags(base, data, tmp_path / "a", *flags)) == 0
+    assert "note: 16 of 16 rows are cut at --max_length 13" in capfd.readouterr().out
+    flags = ("--packing", "--max_length", 6, *NO_CHECKPOINTS)
+    fails(train_flags(base, data, tmp_path / "b", *flags), capfd, "none of the 16 rows has")
+    assert not (tmp_path / "b").exists()
+
+
+def test_evaluation_rows_that_are_left_out_are_told(base, data, tmp_path, capfd):  # noqa: F811
+    short, long = ({"question": "how many" + " apples" * n, "answer": "1"} for n in (1, 30))
+    flags = ("--eval_strategy", "steps", "--eval_steps", 2, "--max_length", 20, *NO_CHECKPOINTS)
+    for rows, status in (((short, long), 0), ((long,), 2)):
+        path = jsonl(tmp_path / f"{status}.jsonl", *(4 * (short,)), *rows)
+        split = ("--dataset_train_split", "train[:4]", "--dataset_test_split", "train[4:]")
+        argv = train_flags(base, path, tmp_path / f"out{status}", *flags, *split)
+        assert main(argv) == status
+        said = capfd.readouterr()
+        told = "1 of 2 evaluation rows have nothing left to learn"
+        assert (told in said.out) if status == 0 else ("none of the 1 evaluation rows" in said.err)
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": " "}, {"question": "how many", "answer": ""}], ids=["text", "answer"]
+)
+def test_rows_of_nothing_are_refused(row, base, tmp_path, capfd):  # noqa: F811
+    path = jsonl(tmp_path / "rows.jsonl", row)
+    argv = train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)
+    fails(argv, capfd, f"1 of 1 rows have no {list(row)[-1]!r} (row 1)")
+
+
+def test_messages_want_a_template(base, tmp_path, capfd):  # noqa: F811
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "how many"}]})
+    argv = train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)
+    fails(argv, capfd, "holds messages", "--chat_template_path")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("no_check_base: true\n", "unknown key 'no_check_base'"),
+        ("help: true\n", "unknown key 'help'"),
+        ("dtype: float8\n", "'float8' is none of"),
+        ("modules_to_save: head\n", "'head' matches no layer"),
+    ],
+)
+def test_yaml_is_taken_at_its_word(text, part, base, data, tmp_path, capfd):  # noqa: F811
+    (tmp_path / "run.yaml").write_text(text)
+    argv = train_flags(base, data, tmp_path / "out", *NO_CHECKPOINTS)
+    fails([*argv, "--config", tmp_path / "run.yaml"], capfd, part)
+
+
+def test_a_base_whose_settings_of_generation_cannot_be_saved(base, data, tmp_path, capfd):  # noqa: F811
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    (own / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    assert main(train_flags(own, data, tmp_path / "adapter", *NO_CHECKPOINTS)) == 0
+    argv = ["merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
+    fails(argv, capfd, "generation_config.json cannot be saved again", "do_sample: true")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_standard_input(trained, base, capfd, monkeypatch):  # noqa: F811
+    from secura.cli.generate import read_stdin
+
+    monkeypatch.setattr(sys, "stdin", None)
+    fails(["generate", "--model", base, "--prompt", "-"], capfd, "standard input, which is closed")
+    monkeypatch.setattr(sys, "stdin", (type("In", (), {"read": lambda self: "how many\n"}))())
+    assert read_stdin() == "how many"
