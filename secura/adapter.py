@@ -21,6 +21,7 @@ from secura_kernels import (
 )
 from secura_kernels.api import additive_product
 from secura_kernels.cur import check_fits
+from secura_kernels.dispatch import without_autocast
 from secura_kernels.held import Held
 from secura_kernels.ops.project.op import project
 
@@ -106,7 +107,7 @@ class CABR(Core):
         for name in self.ANCHOR:
             self.register_buffer(name, None)
         self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
-        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64, **here))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
         for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
@@ -166,15 +167,15 @@ class CABR(Core):
 
     def core_and_update(self, base: Any) -> Tensor:
         """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
-        self.refresh_beside(base, bases.weight_between(base))
+        self.refresh_beside(base)
         return self.update() + self.core if self.folded else self.update()
 
-    def refresh_beside(self, base: nn.Module, weight: Tensor | None = None) -> None:
+    def refresh_beside(self, base: nn.Module) -> None:
         """Bring up to date what follows from a base that may be trained: then in every pass."""
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
             self._base_trained = products.is_trained(base)
         self._stale |= self._base_trained
-        self._refresh(base, weight)
+        self._refresh(base)
         self._stale |= self._base_trained
 
     def _holding(self, weight: Tensor | None) -> Held | None:
@@ -245,7 +246,8 @@ class CABR(Core):
         weight = bases.weight(base)
         u = self.whole_update() + self.core
         p = project(weight, self.cols, u, u.dtype, None)
-        return p @ weight.index_select(0, self.rows).to(p.dtype)
+        with without_autocast(weight.device.type):
+            return p @ weight.index_select(0, self.rows).to(p.dtype)
 
     @torch.no_grad()
     def effective_of(self, base: nn.Module, *, allow_inexact: bool = False) -> Tensor:
@@ -300,11 +302,8 @@ class CABR(Core):
         needs_columns = split or config.keep_columns or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
-        whole = None if torch.compiler.is_compiling() else bases.weight_between(base)
-        if whole is None or whole.is_inference():
-            self._derived_from = None
-        else:
-            self._derived_from = Seen((whole._version, whole.data_ptr()))
+        mark = None if torch.compiler.is_compiling() else bases.mark(base)
+        self._derived_from = None if mark is None else Seen(mark)
         weight = bases.weight(base, values=False)
         if needs_columns:
             self.columns = weight.index_select(1, self.cols)

@@ -192,6 +192,20 @@ def weight_between(base: Any) -> Tensor | None:
     return None if managed else weight_here(base)
 
 
+def mark(base: Any) -> tuple[int, int] | None:
+    """Version and place of the stored weight, which tell when it was written to or replaced.
+
+    None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version.
+    """
+    stored = getattr(base, "_parameters", {}).get("weight")
+    gathered_anew = getattr(base, "_is_fsdp_managed_module", False) or is_elsewhere(base)
+    if not isinstance(stored, nn.Parameter) or gathered_anew:  # FSDP1 puts in views
+        return None
+    if stored.is_meta or stored.is_inference():
+        return None
+    return stored._version, stored.data_ptr() if dense_weight(base) is not None else id(stored)
+
+
 def check_at_hand(base: Any) -> None:
     """Raise ``ValueError`` where the weight of ``base`` is kept elsewhere between its forwards."""
     stored = getattr(base, "weight", None)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .core import Core
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def choose(adapter: Core, base: nn.Module) -> None:
     """Choose rows and columns and start A, B or U, now that the weight of ``base`` is there.
 
@@ -78,7 +80,7 @@ def _chosen(adapter: Core, base: nn.Module) -> dict[str, Tensor]:
     name, inner = ("U", m) if adapter.B is None else ("B", adapter.B.shape[0])
     values[name] = (start(inner, m) / inner**0.5).to(weight.device)
     values["core"] = torch.zeros(m, m, device=weight.device)
-    values["checksum"] = torch.zeros((), dtype=torch.int64)
+    values["checksum"] = torch.zeros((), dtype=torch.int64, device=weight.device)
     if adapter.bias is not None:
         values["bias"] = torch.zeros(adapter.out_features, device=weight.device)
     return values

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secura_kernels.layer import update
 
+from . import bases
 from .choosing import choose_late
 from .sharding import gathered, put
 from .state import AdapterState, factors
@@ -62,6 +63,12 @@ class Core(AdapterState):
         With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
         are sharded, every process has to call this: it gathers them.
         """
+        if self.core.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"{self.name}: U_acc was cast to {self.core.dtype}, in which folds would be lost: "
+                "FSDP1's mixed precision casts buffers, so give its MixedPrecision "
+                "buffer_dtype=torch.float32"
+            )
         self.core.add_(self.whole_update())
         self.trained.zero_()
         self._note_core(folded=True)  # most likely, and looking would wait for the device
@@ -113,10 +120,13 @@ class Core(AdapterState):
             core: Any = self._buffers["core"]
             if self._core_version != (0 if core.is_inference() else core._version):
                 self._note_core()
-            known = self._derived_from
-            told = known is not None and type(weight) is Tensor and not weight.is_inference()
-            if told and known != (weight._version, weight.data_ptr()):
-                self._stale = True
+            if (known := self._derived_from) is not None:
+                now: Any = None
+                if type(weight) is not Tensor:
+                    now = bases.mark(base)
+                elif not weight.is_inference():
+                    now = weight._version, weight.data_ptr()
+                self._stale |= now is not None and now != known
         if self._stale:
             self._derive(base)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secura_kernels.dispatch import without_autocast
 from secura_kernels.experts import expert_weights
 
 from . import bases
@@ -60,7 +61,7 @@ class Experts(Core):
             self.register_buffer(name, index + offsets * size)
         self.register_buffer("core", torch.stack([part.core for part in parts]))
         self.register_buffer("fingerprint", fingerprint(weight))
-        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("checksum", self.core.new_zeros((), dtype=torch.int64))
         for name in (*self.ANCHOR, "columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self.folded, self._core_version, self._assigned = False, 0, False
@@ -105,7 +106,8 @@ class Experts(Core):
         rows, cols = _within(weight, rows, cols)
         r = weight.gather(1, rows[:, :, None].expand(-1, -1, weight.shape[2])).to(u.dtype)
         c = weight.gather(2, cols[:, None, :].expand(-1, weight.shape[1], -1)).to(u.dtype)
-        return c @ u @ r
+        with without_autocast(weight.device.type):
+            return c @ u @ r
 
     def _sketch_of_change(self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         return fingerprint(self._change(weight, u, rows, cols))

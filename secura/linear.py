@@ -116,6 +116,8 @@ class SECURALinear(CABR):
         self._check_unmerged()
         return self.effective_of(self.base, allow_inexact=allow_inexact)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, *, allow_inexact: bool = False) -> None:
         """Write the effective weight (and bias) into the base; :meth:`unmerge` undoes it.
 
@@ -128,8 +130,8 @@ class SECURALinear(CABR):
         self._check_unmerged()
         merging.check_mergeable(self.base, [self])
         weight = self.effective_weight(allow_inexact=allow_inexact)
-        merging.check_finite(weight)
         bias = None if self.bias is None else sharding.gathered(self.bias).detach()
+        merging.check_finite(self.base, weight, bias)
         merged = merging.MergedState(self.base, weight, bias)
         self.base, self._merged = merged.exchange(self.base), merged
 

@@ -55,7 +55,7 @@ class MergedState:
             ValueError: for a base whose weight cannot be written; it is left as it was.
         """
         if self.other is not None:
-            put, self.other = self.other.to(base.weight.device), base
+            put, self.other = self.other.to(base.weight.device).train(base.training), base
             return put
         bases.make_writable(base)
         for name, value in self.held.items():
@@ -84,6 +84,13 @@ def check_mergeable(base: Any, adapters: list[CABR]) -> None:
                 "allow_inexact_merge=True in the config"
             )
         bases.make_writable(base)
+        stored = getattr(base, "_parameters", {})
+        if isinstance(base, nn.Module) and ("weight" not in stored or "bias" not in stored):
+            raise ValueError(
+                "the base's weight or bias is computed anew in each forward (pruned, normed or "
+                "parametrised), so a merge into it would be lost: make it plain first "
+                "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+            )
         return
     if not all(adapter.config.merge_dequantized for adapter in adapters):
         raise ValueError(
@@ -92,12 +99,20 @@ def check_mergeable(base: Any, adapters: list[CABR]) -> None:
         )
 
 
-def check_finite(weight: Tensor) -> None:
-    """Raise ``ValueError`` for a merged weight with NaN or inf."""
-    if not bool(torch.isfinite(weight).all()):
+def check_finite(base: Any, weight: Tensor, delta_bias: Tensor | None) -> None:
+    """Raise ``ValueError`` where a merge into ``base`` would write NaN or inf.
+
+    ``weight [N, K]`` and ``delta_bias [N]`` are those of :class:`MergedState`.
+    """
+    finite = torch.isfinite(weight).all()
+    if delta_bias is not None:
+        own = bases.bias(base)
+        bias = delta_bias if own is None else own + delta_bias
+        finite &= torch.isfinite(bias.to(weight.dtype)).all()
+    if not bool(finite):
         raise ValueError(
-            "the merged weight would hold NaN or inf, so nothing was merged: training diverged, or "
-            "the adapter file is damaged"
+            "the merged weight or bias would hold NaN or inf, so nothing was merged: training "
+            "diverged, or the adapter file is damaged"
         )
 
 

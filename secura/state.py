@@ -108,6 +108,7 @@ class AdapterState(nn.Module):
         """Make every use an error until the adapter's tensors are loaded."""
         self._assigned = self._awaits_file = True
 
+    @torch.inference_mode(False)
     def check_assigned(self, base: nn.Module) -> None:
         """Take over tensors that were assigned without ``load_state_dict``.
 
@@ -129,6 +130,7 @@ class AdapterState(nn.Module):
         self._check_not_merged(self.name, state, weight, own)
         self._note_loaded()
 
+    @torch.inference_mode(False)
     def _check_assigned_sum(self) -> None:
         if self._assigned and not self._awaits_file and not self.rows.is_meta:
             own = self._tensors()
@@ -212,6 +214,10 @@ class AdapterState(nn.Module):
         if self.trained.is_meta:
             args[0]["assign_to_params_buffers"] = True
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self._KEEP_FP32:  # tensors that were cast may have been put in their place
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+                self._buffers[name] = tensor.float()
         if self._before_meta and not self.trained.is_meta:
             self._come_back(loaded)
             came = {prefix + name for name in self._FIXED}

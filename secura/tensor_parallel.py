@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from secura_kernels import secura_add
+from secura_kernels.dispatch import without_autocast
 from secura_kernels.layer import cores, update
 from secura_kernels.norm import (
     Norm,
@@ -135,10 +136,11 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
     assert columns is not None
     r = w.index_select(0, adapter.rows) if r is None else r
     layer = adapter._layer(base, None)
-    u, u_base = cores(layer, core, None)
-    p_base = None if u_base is None else columns.to(u.dtype) @ u_base
     norm = unpack(pack(layer.options))
-    part = _NormedWeight.apply(columns.to(u.dtype) @ u, p_base, w, r, norm, group)
+    with without_autocast(w.device.type):
+        u, u_base = cores(layer, core, None)
+        p_base = None if u_base is None else columns.to(u.dtype) @ u_base
+        part = _NormedWeight.apply(columns.to(u.dtype) @ u, p_base, w, r, norm, group)
     own: dict[str, Any] = base._parameters
     own["weight"] = _laid_as(stored, part.t() if bases.is_conv1d(base) else part)
     try:
@@ -297,7 +299,8 @@ class _NormedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         r, m = ctx.saved_tensors
-        return (g / m) @ r.t(), None, None, None, None, None
+        with without_autocast(g.device.type):
+            return (g / m) @ r.t(), None, None, None, None, None
 
 
 __all__ = ["check", "forward", "keep_rows", "share_start"]

@@ -225,8 +225,16 @@ def send_buffers(trainer: Any) -> None:
 
 
 def gather_to_save(trainer: Any) -> None:
-    """Has FSDP save whole tensors: of FSDP2's default, shards alone, no adapter is written."""
+    """Has FSDP save whole tensors: of FSDP2's default, shards alone, no adapter is written.
+
+    FSDP1 is kept from casting buffers: U_acc stays fp32.
+    """
+    import torch
+
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if getattr(policy, "buffer_dtype", None) is not None:
+        policy.buffer_dtype = torch.float32
     if plugin is not None:
         plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of shards
         plugin.set_state_dict_type("FULL_STATE_DICT")

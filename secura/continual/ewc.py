@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.folding import secura_layers
 
 from .state import (
     Unfolded,
+    check_alike,
     check_run,
     coordinates,
     placed,
@@ -71,10 +73,13 @@ class Fisher:
                 now: online EWC without decay, one penalty however many tasks there were.
 
         Raises:
-            ValueError: no batch, no trainable parameter, a loss that is missing or not finite, or a
-                ``previous`` of other parameters, or from before a fold or another anchor.
+            ValueError: no batch, no trainable parameter, a merged adapter, a loss that is missing
+                or not finite, or a ``previous`` of other parameters, or from before a fold or
+                another anchor.
         """
         parameters = trainable(model)
+        if any(layer.merged for layer in secura_layers(model)):
+            raise ValueError("an adapter is merged, so its loss has no gradient: unmerge it first")
         if previous is not None:
             previous = previous.on(model)
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
@@ -179,6 +184,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         assert model is not None
         self._unfolded = check_run(model)
         self.fisher = self.fisher.on(model)
+        check_alike(self.fisher.importance | self.fisher.anchor, "the Fisher information")
 
     @torch.no_grad()
     def on_pre_optimizer_step(

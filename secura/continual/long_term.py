@@ -166,12 +166,14 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         Raises:
             ValueError: as :meth:`copy_to`.
         """
-        before = {name: value.detach().clone() for name, value in trainable(model).items()}
+        before = [(value, value.detach().clone()) for value in trainable(model).values()]
         self.copy_to(model)
         try:
             yield
         finally:
-            _copy(before, model)
+            with torch.no_grad():
+                for value, own in before:
+                    value.copy_(own)
 
     def _read(self, file: Path, model: nn.Module) -> None:
         if not file.is_file():

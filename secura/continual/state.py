@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -87,6 +88,21 @@ def coordinates(model: nn.Module) -> str:
     }
     tensors = {name: t.detach().contiguous() for name, t in parts.items() if t is not None}
     return hashlib.sha256(save(tensors)).hexdigest()
+
+
+def check_alike(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ``ValueError`` where the processes of a run hold other numbers of ``what``."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    here = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, hashlib.sha256(save(here)).hexdigest())
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes hold different numbers of {what}, by which their copies of the model "
+            "would drift apart: make it on one, save it, and load that file on every process"
+        )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,6 +198,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
 
 __all__ = [
     "Unfolded",
+    "check_alike",
     "check_run",
     "coordinates",
     "placed",

@@ -267,6 +267,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             for adapter in self._named([adapter_name])
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weight into the base; :meth:`unmerge` restores it bit for bit.
 
@@ -290,10 +292,11 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         names = [*self.merged_adapters, *names]
         with self._before_merging():
             weight, bias = self._sum_weight(names)
-        merging.check_finite(weight)
+            merging.check_finite(self.adapted, weight, bias)
+            merged = merging.MergedState(self.adapted, weight, bias)
         if self._merged is not None:
             self._put_base(self._merged.exchange(self.adapted))
-        self._merged = merging.MergedState(self.adapted, weight, bias)
+        self._merged = merged
         self._put_base(self._merged.exchange(self.adapted))
         self.merged_adapters = names
 
@@ -308,8 +311,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if not names:
             return None
         with self._before_merging():
-            weight, _ = self._sum_weight([*self.merged_adapters, *names])
-        merging.check_finite(weight)
+            weight, bias = self._sum_weight([*self.merged_adapters, *names])
+            merging.check_finite(self.adapted, weight, bias)
         return weight
 
     @contextmanager

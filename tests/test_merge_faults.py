@@ -1,0 +1,118 @@
+"""Merges that would be lost, or leave a layer that cannot go on, and what goes wrong within one."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from secura import AdapterConfig, SecuraConfig, SECURALinear, merging
+
+
+def pruned(linear):
+    prune.l1_unstructured(linear, "weight", 0.3)
+    return linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("make", [pruned, weight_norm, parametrizations.weight_norm])
+def test_a_weight_that_is_made_anew_in_each_forward(make):
+    torch.manual_seed(0)
+    config = AdapterConfig(r=4, norm="none", init_weights=False)
+    layer, x = SECURALinear(make(nn.Linear(8, 8)), config), torch.randn(3, 8)
+    adapted = layer(x)
+    with pytest.raises(ValueError, match=r"computed anew in each forward.*make it plain first"):
+        layer.merge()
+    torch.testing.assert_close(layer(x), adapted)
+
+
+def test_a_pruned_weight_in_a_model():
+    config = SecuraConfig(r=4, norm="none", target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(pruned(nn.Linear(8, 8))), config)
+    with pytest.raises(ValueError, match=r"0: .*computed anew in each forward"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, torch.nan), (torch.float16, 1e6)])
+def test_a_bias_with_nan_or_inf_is_not_merged(dtype, value):
+    config = AdapterConfig(r=4, norm="none", train_bias=True)
+    layer = SECURALinear(nn.Linear(8, 8, dtype=dtype), config)
+    layer.bias = nn.Parameter(layer.bias.detach().float())
+    with torch.no_grad():
+        layer.bias[2] = value
+    before = tiny.snapshot(layer.base)
+    with pytest.raises(ValueError, match="weight or bias would hold NaN or inf"):
+        layer.merge()
+    tiny.assert_same(tiny.snapshot(layer.base), before)
+    model = tiny.adapted(norm="none", train_bias=True)
+    with torch.no_grad():
+        tiny.parts(model)[-1].bias[0] = torch.nan
+    before = tiny.base_weights(model)
+    with pytest.raises(ValueError, match=r"v_proj: .*weight or bias would hold NaN"):
+        model.merge_adapter()
+    tiny.assert_same(tiny.base_weights(model), before)
+
+
+def test_a_merge_in_inference_mode_leaves_a_model_that_can_be_trained():
+    model = tiny.adapted(norm="channel")
+    with torch.inference_mode():
+        plain = model.merge_and_unload()
+    assert not any(value.is_inference() for value in plain.parameters())
+    again = tiny.adapted(plain, norm="channel")
+    assert all(value.isfinite().all() for value in tiny.gradients(again).values())
+
+
+@pytest.mark.parametrize("seen", ["merge", "run"])
+def test_a_failure_in_a_second_merge_leaves_the_first(seen, monkeypatch):
+    model = tiny.adapted(norm="none")
+    model.add_adapter("second", tiny.config(norm="none", init_weights=False))
+    model.merge_adapter()
+    merged = tiny.logits(model)
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(merging, "MergedState", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.merge_adapter(adapter_names=["second"])
+    monkeypatch.undo()
+    torch.testing.assert_close(tiny.logits(model), merged)
+    if seen == "merge":
+        model.unmerge_adapter()
+        assert not any(layer.merged for layer in tiny.layers(model).values())
+
+
+def test_a_layer_that_is_chosen_late_in_inference_mode_can_be_trained():
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 8), AdapterConfig(r=4, norm="none"))
+    with torch.inference_mode():
+        layer.base.to_empty(device="cpu")
+        layer.base.load_state_dict(nn.Linear(8, 8).state_dict())
+        layer(torch.randn(2, 8))
+    own = [value for name, value in layer.state_dict().items() if not name.startswith("base")]
+    assert not any(value.is_inference() for value in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_that_were_cast_come_back_wide(dtype):
+    layer = SECURALinear(nn.Linear(8, 8), AdapterConfig(r=4, norm="none"))
+    state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.core.dtype == layer.fingerprint.dtype == torch.float32
+    layer.core.data = layer.core.to(dtype)  # as FSDP1's mixed precision does it
+    with pytest.raises(RuntimeError, match=r"buffer_dtype=torch\.float32"):
+        layer.fold()
+
+
+@pytest.mark.parametrize("norm", ["none", "weight"])
+def test_a_change_is_wide_under_autocast(norm):
+    torch.manual_seed(0)
+    layer = SECURALinear(nn.Linear(48, 40), AdapterConfig(r=8, norm=norm, init_weights=False))
+    expected = layer.delta_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.delta_weight()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,96 @@
+"""What follows from a base weight is renewed where it was written to, in every path there is."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from secura import AdapterConfig, SecuraConfig, SECURALinear
+
+RESTRAIN = {"restrain": True, "restrain_percent": 0.1, "restrain_edge": 1.9, "restrain_decay": 0.5}
+DERIVED = {
+    "channel": {"norm": "channel"},
+    "channel, columns": {"norm": "channel", "keep_columns": True},
+    "none, columns": {"norm": "none", "keep_columns": True},
+    "weight, restrained": {"norm": "weight", **RESTRAIN},
+    "activation, restrained": {"norm": "activation", **RESTRAIN},
+}
+
+
+def written(settings, hooked=False):
+    """A layer that ran and whose base was written to then, and one made on that base."""
+    torch.manual_seed(0)
+    config = AdapterConfig(r=8, init_weights=False, **settings)
+    layer, x = SECURALinear(nn.Linear(40, 48), config).eval(), torch.randn(3, 40)
+    if hooked:
+        layer.base.register_forward_hook(lambda module, args, out: out * 1.0)
+    layer(x)
+    rows, cols = layer.rows.clone(), layer.cols.clone()
+    with torch.no_grad():
+        layer.base.weight.mul_(1.7)
+        layer.base.weight[3] += 1
+    fresh = SECURALinear(nn.Linear(40, 48), config).eval()
+    fresh.base.load_state_dict(layer.base.state_dict())
+    for name in ("A", "B", "core"):
+        getattr(fresh, name).data.copy_(getattr(layer, name))
+    fresh.rows, fresh.cols = rows, cols
+    fresh.fingerprint = layer.fingerprint
+    fresh._note_loaded()
+    return layer, fresh, x
+
+
+@pytest.mark.parametrize("name", [name for name in DERIVED if "activation" not in name])
+def test_a_merge_is_into_the_weight_as_it_is(name):
+    layer, fresh, _ = written(DERIVED[name])
+    torch.testing.assert_close(
+        layer.effective_weight(), fresh(torch.eye(40)).T - fresh.base.bias[:, None]
+    )
+    if "weight" not in name:
+        for got, expected in zip(layer.product(layer.base), fresh.product(fresh.base), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in DERIVED if "weight" not in name])
+def test_a_hooked_base_is_looked_at_too(name):
+    layer, fresh, x = written(DERIVED[name], hooked=True)
+    torch.testing.assert_close(layer(x), fresh(x))
+
+
+@pytest.mark.parametrize("settings", [DERIVED["channel"], DERIVED["none, columns"]], ids=str)
+def test_a_base_that_was_loaded_again_is_merged_into_as_it_is(settings):
+    model = tiny.adapted(**settings)
+    tiny.logits(model)
+    state = {name: value + 0.1 for name, value in tiny.llama(3).state_dict().items()}
+    own = {n.replace(".base_layer", ""): v for n, v in model.base_model.model.state_dict().items()}
+    renamed = {n: n.replace(".base_layer", "") for n in model.base_model.model.state_dict()}
+    base = {n: state[plain] for n, plain in renamed.items() if plain in state and plain in own}
+    model.base_model.model.load_state_dict(base, strict=False)
+    model.merge_adapter()
+    merged = tiny.logits(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(merged, tiny.logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_columns_of_a_quantised_weight_that_was_replaced(assign):
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def quantised(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return model
+
+    config = SecuraConfig(r=8, norm="none", target_modules=["0"], init_weights=False)
+    model, x = get_peft_model(quantised(0), config).eval(), torch.randn(3, 64)
+    model(x)
+    layer = model.base_model.model[0]
+    state = {"weight": quantised(1)[0].weight}
+    layer.base_layer.load_state_dict(state, assign=assign)
+    weight = layer.base_layer.weight.dequantize()
+    part = tiny.parts(model)[0]
+    delta = weight[:, part.cols] @ (part.A @ part.B) @ weight[part.rows]
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta.T, rtol=1e-4, atol=1e-4)
