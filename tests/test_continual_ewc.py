@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from secura.continual import EWCCallback, Fisher
+from secura.continual.state import check_alike
 
 BATCHES = [pad([row]) for row in rows(5)]
 
@@ -97,6 +98,24 @@ def test_what_fisher_cannot_be_estimated_from():
         Fisher.estimate(model, [unscored])
     with pytest.raises(ValueError, match="no trainable parameter"):
         Fisher.estimate(model.requires_grad_(False), BATCHES)
+    merged = adapted("secura")
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge it first"):
+        Fisher.estimate(merged, BATCHES)
+
+
+def test_processes_with_different_numbers_are_refused(monkeypatch):
+    def gather(found, own):
+        found[:] = [own, own] if alike else [own, "another"]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    alike = True
+    check_alike({"a": torch.ones(2)}, "the Fisher information")
+    alike = False
+    with pytest.raises(ValueError, match=r"different numbers of the Fisher .*load that file"):
+        check_alike({"a": torch.ones(2)}, "the Fisher information")
 
 
 def test_fisher_survives_its_file(tmp_path):

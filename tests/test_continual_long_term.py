@@ -219,6 +219,10 @@ def test_applied_swaps_and_restores_bit_for_bit():
         memory.copy_to(adapted("lora"))
     with pytest.raises(ValueError, match="other parameters"), LongTermMemory().applied(model):
         pass
+    own = parameters(model)
+    with memory.applied(model):
+        model.requires_grad_(False)
+    tiny.assert_same({n: v for n, v in tiny.snapshot(model).items() if n in own}, own)
 
 
 def test_training_that_breaks_off_is_taken_up_by_the_next(tmp_path):
