@@ -96,7 +96,7 @@ def test_rows_that_are_cut_are_told_and_packed_ones_without_an_answer_refused(
 ):
     flags = ("--max_length", 13, *NO_CHECKPOINTS)
     assert main(train_flags(base, data, tmp_path / "a", *flags)) == 0
-    assert "note: 16 of 16 rows are cut at --max_length 13" in capfd.readouterr().out
+    assert "note: 16 of 16 rows are as long as --max_length 13 allows" in capfd.readouterr().out
     flags = ("--packing", "--max_length", 6, *NO_CHECKPOINTS)
     fails(train_flags(base, data, tmp_path / "b", *flags), capfd, "none of the 16 rows has")
     assert not (tmp_path / "b").exists()

@@ -65,8 +65,8 @@ def cut_rows(trainer: Any) -> str | None:
     if not count:
         return None
     return (
-        f"{count} of {len(dataset)} rows are cut at --max_length {length}: nothing of their ends "
-        "is learned; raise it to keep them"
+        f"{count} of {len(dataset)} rows are as long as --max_length {length} allows: what was cut "
+        "off their ends is not learned; raise it to keep that"
     )
 
 

@@ -72,7 +72,7 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
             )
         if reason := why_incomplete(Path(wanted)):
             raise UserError(f"cannot resume from {wanted}: {reason}")
-        if Path(wanted).resolve().parent != output.resolve():  # another run's
+        if not is_of(str(wanted), output):
             _refuse_other_work(output, overwrite=overwrite)
         return str(wanted)
     reasons = []
@@ -85,6 +85,11 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
         f"{output} has no complete checkpoint to resume from ({'; '.join(reasons) or 'none'}); "
         "leave out --resume_from_checkpoint to begin anew"
     )
+
+
+def is_of(checkpoint: str | None, output: Path) -> bool:
+    """Whether a run that goes on from ``checkpoint`` is the one whose folder ``output`` is."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
 
 
 def _refuse_other_work(output: Path, *, overwrite: bool) -> None:
@@ -189,4 +194,4 @@ def saved_step(folder: Path) -> int:
         return -1
 
 
-__all__ = ["check_settings", "digest", "resume_point", "saved_step", "settings"]
+__all__ = ["check_settings", "digest", "is_of", "resume_point", "saved_step", "settings"]

@@ -118,9 +118,10 @@ def run(
             "secura: note: the core has no anchor, so nothing holds its steps to what the model "
             "knows: --anchor self gives it one"
         )
-    if data_args.overwrite_output_dir and resume is None and trainer.is_world_process_zero():
-        for old in checkpoints(Path(training.output_dir)):
-            clear(old)
+    output = Path(training.output_dir)
+    anew = data_args.overwrite_output_dir and not resuming.is_of(resume, output)
+    for old in checkpoints(output) if anew and trainer.is_world_process_zero() else ():
+        clear(old)
     trainer.accelerator.print(train(trainer, resume))
     if training.push_to_hub:
         hub.push(trainer)
@@ -140,8 +141,10 @@ def train(trainer: Any, resume: str | None) -> str:
         with closed_progress(trainer):
             result = trainer.train(resume_from_checkpoint=resume)
     except FinishedError as finished:
-        same_run = Path(resume or output).resolve().parent == output.resolve()
-        if same_run and resuming.saved_step(output) >= trainer.state.global_step:
+        if (
+            resuming.is_of(resume, output)
+            and resuming.saved_step(output) >= trainer.state.global_step
+        ):
             return f"secura: {finished}; the adapter in {output} stays as it is"
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
