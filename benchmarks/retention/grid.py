@@ -134,8 +134,9 @@ _BESIDE = {
     "secura-weight@norm_reference=pretrained": 3e-4,
 }
 # Decided after the core of `gemma` had stopped learning at half of its steps.
+_HELD_LESS = BEST.replace("decay=30", "decay=3")
 _ON_GEMMA: Tried = {
-    BEST.replace("decay=30", "decay=3"): (5e-4, 1e-3),
+    _HELD_LESS: (5e-4, 1e-3),
     "lora": (3e-4,),
     BEST.replace("decay=30", "decay=10"): (1e-3, 5e-4),
 }
@@ -184,10 +185,15 @@ STAGES: dict[str, Stage] = {
         replace(_MEASURED, model="gemma3-270m", part=0.25),
         tuple(front({"lora": _LORA[:2], BEST: BEST_RATES[:2]}, "mlp", (0, 1, 2))),
     ),
-    # One seed of it: a smaller penalty, more rates, and LoRA where it learns less; no probes.
+    # One seed of it: a smaller penalty, more rates, and LoRA where it learns less; no probes. Then
+    # what of that learned as much as LoRA, on the other seeds.
     "gemma-settings": Stage(
         replace(_MEASURED, model="gemma3-270m", part=0.25, probe_questions=0),
-        tuple(front(_ON_GEMMA, "mlp", (0,))),
+        (
+            *front(_ON_GEMMA, "mlp", (0,)),
+            *front({_HELD_LESS: (1e-3,), "lora": (3e-4,)}, "mlp", (1, 2)),
+            *front({"lora": (1e-3,)}, "mlp", (2,)),
+        ),
         shown_in="gemma",
     ),
     # Four tasks in turn, each method at its rate of equal learning of the first.
