@@ -235,7 +235,7 @@ def gather_to_save(trainer: Any) -> None:
     import torch
 
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if getattr(policy, "buffer_dtype", None) is not None:
         policy.buffer_dtype = torch.float32
     if plugin is not None:
