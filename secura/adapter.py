@@ -107,7 +107,7 @@ class CABR(Core):
         for name in self.ANCHOR:
             self.register_buffer(name, None)
         self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
-        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64, **here))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
         for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .core import Core
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def choose(adapter: Core, base: nn.Module) -> None:
     """Choose rows and columns and start A, B or U, now that the weight of ``base`` is there.
 
@@ -28,8 +26,10 @@ def choose(adapter: Core, base: nn.Module) -> None:
         ValueError: for a weight that cannot be decomposed.
     """
     own = {name: value for name, value in adapter._tensors().items() if name in adapter.CHOSEN}
-    for name, value in from_rank_0(lambda: _chosen(adapter, base), own).items():
-        put(adapter, name, value)
+    within = any(value.is_inference() for value in own.values())
+    with torch.inference_mode(within and torch.is_inference_mode_enabled()), torch.no_grad():
+        for name, value in from_rank_0(lambda: _chosen(adapter, base), own).items():
+            put(adapter, name, value)
     adapter.waits, adapter._stale = False, True
     adapter._note_core()
     if bases.is_split(base):
@@ -80,7 +80,7 @@ def _chosen(adapter: Core, base: nn.Module) -> dict[str, Tensor]:
     name, inner = ("U", m) if adapter.B is None else ("B", adapter.B.shape[0])
     values[name] = (start(inner, m) / inner**0.5).to(weight.device)
     values["core"] = torch.zeros(m, m, device=weight.device)
-    values["checksum"] = torch.zeros((), dtype=torch.int64, device=weight.device)
+    values["checksum"] = torch.zeros((), dtype=torch.int64)
     if adapter.bias is not None:
         values["bias"] = torch.zeros(adapter.out_features, device=weight.device)
     return values

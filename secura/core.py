@@ -126,7 +126,8 @@ class Core(AdapterState):
                     now = bases.mark(base)
                 elif not weight.is_inference():
                     now = weight._version, weight.data_ptr()
-                self._stale |= now is not None and now != known
+                if now is not None and now != known:
+                    self._stale = True
         if self._stale:
             self._derive(base)
 

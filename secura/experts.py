@@ -61,7 +61,7 @@ class Experts(Core):
             self.register_buffer(name, index + offsets * size)
         self.register_buffer("core", torch.stack([part.core for part in parts]))
         self.register_buffer("fingerprint", fingerprint(weight))
-        self.register_buffer("checksum", self.core.new_zeros((), dtype=torch.int64))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         for name in (*self.ANCHOR, "columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self.folded, self._core_version, self._assigned = False, 0, False

@@ -175,7 +175,7 @@ def _packed(
         decay=float(decay),
     )
     for name, value in norm._asdict().items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not abs(value) < math.inf:  # NaN too
             raise ValueError(f"{name}={value} of a norm or its restraint must be finite")
     if norm.eps < _SMALLEST_EPS:
         raise ValueError(

@@ -192,10 +192,10 @@ def backward(
 ) -> Gradients:
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
-    found = lowrank.backward(call, g, saved_by_add, needs, total)
-    m = call.layer.rows.numel()
-    p = found.p if found.p.shape[-1] <= m else found.p[:, :m].contiguous()
-    return found._replace(p=p, row_scale=inverse)
+    x, p, delta_bias, _ = lowrank.backward(call, g, saved_by_add, needs, total)
+    if p.shape[1:] > call.layer.rows.shape:  # of z twice
+        p = p[:, : call.layer.rows.shape[0]].contiguous()
+    return Gradients(x, p, delta_bias, inverse)
 
 
 __all__ = ["backward", "channel", "forward", "product", "row_norms"]

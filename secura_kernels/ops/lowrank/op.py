@@ -234,8 +234,7 @@ def add(
     if q.dtype != dtype:
         q = q.to(dtype)
     weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)
-    # an op's fake cannot tell whether it goes through W'
-    keep = seed is None and not call.watched and plan.keeps_weight()
+    keep = seed is None and plan.keeps_weight(call.watched)
     beside = [share, step.delta_bias, z_scale]
     run = lowrank if call.watched else lowrank.body
     how = (step.needs_p, keep, seed, call.impl)
