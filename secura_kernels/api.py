@@ -339,8 +339,8 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     ∂x goes to ``total``, if there is one.
     """
     call, needs, shape = ctx.call, ctx.needs_input_grad, ctx.shape
-    if torch.compiler.is_compiling():  # compiled autograd: it sees ops, and adds up what it sees
-        call, total = call._replace(watched=True), None
+    if type(ctx) is not _SecuraLayer._backward_cls and torch.compiler.is_compiling():
+        call, total = call._replace(watched=True), None  # compiled autograd adds up what it sees
     scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
     wanted = [needs[0], needs[1] or needs[2], needs[3]]
     a, b, *saved = ctx.saved_tensors
