@@ -76,14 +76,13 @@ def clear(path: Path) -> None:
 def move_out(source: Path, target: Path, *, replaces: Sequence[str] = ()) -> None:
     """Move every file of ``source`` into ``target``, and remove ``source``.
 
-    What in ``target`` is called by a pattern in ``replaces`` does not stay beside them.
-
     Over an older configuration all change at once (see :func:`_exchange`). Where that is not to be
     had the configuration goes last, and the older one first, so that no mixture is ever loaded.
+    Files beside an older configuration that are called as in ``replaces`` go with it.
     """
     use_umask(source)
     older = [target / name for name in _LAST if (target / name).exists()]
-    stale = {file.name for pattern in replaces for file in target.glob(pattern)}
+    stale = {name for name in replaces if older and (target / name).is_file()}
     stale -= {file.name for file in source.iterdir()}
     if older and _exchange(source, target.resolve(), stale):
         return

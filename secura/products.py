@@ -170,6 +170,7 @@ def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
 
 
 __all__ = [
+    "is_another_function",
     "is_trained",
     "only_places",
     "product",

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from secura.continual import EWCCallback, Fisher
-from secura.continual.state import check_alike
 
 BATCHES = [pad([row]) for row in rows(5)]
 
@@ -104,18 +103,28 @@ def test_what_fisher_cannot_be_estimated_from():
         Fisher.estimate(merged, BATCHES)
 
 
-def test_processes_with_different_numbers_are_refused(monkeypatch):
+@pytest.mark.parametrize("part", [None, "importance", "anchor"])
+def test_processes_with_different_numbers_are_refused(part, monkeypatch):
+    """Each process says in turn what it has; the second one has another number in ``part``."""
+    model = adapted()
+    fisher, said = Fisher.estimate(model, BATCHES), []
+
     def gather(found, own):
-        found[:] = [own, own] if alike else [own, "another"]
+        said.append(own)
+        found[:] = [first[len(said) - 1] if first else own, own]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    alike = True
-    check_alike({"a": torch.ones(2)}, "the Fisher information")
-    alike = False
+    first = []
+    EWCCallback(fisher, 1.0).on_train_begin(None, None, None, model=model)
+    first, said = said, []
+    if part is None:
+        EWCCallback(fisher, 1.0).on_train_begin(None, None, None, model=model)
+        return
+    next(iter(getattr(fisher, part).values())).add_(1)
     with pytest.raises(ValueError, match=r"different numbers of the Fisher .*load that file"):
-        check_alike({"a": torch.ones(2)}, "the Fisher information")
+        EWCCallback(fisher, 1.0).on_train_begin(None, None, None, model=model)
 
 
 def test_fisher_survives_its_file(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from secura._extras import require
 from secura.cli.errors import UserError
 
 ASKED = ("prompt", "question")
@@ -46,15 +47,14 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
 
 def check_filled(dataset: Any, name: str, column: str) -> None:
     """Refuses rows that have no value in a column, or, where it is learned, nothing but spaces."""
-    learned = column not in ASKED and _kind(dataset.features[column]) == "text"
-    if dataset.data.column(column).null_count or learned:
-        rows = [
-            row
-            for row, value in enumerate(dataset[column], 1)
-            if value is None or (learned and not value.strip())
-        ]
-        if not rows:
-            return
+    compute = require("pyarrow.compute", "train")
+    values = dataset.data.column(column)
+    empty = compute.is_null(values)
+    if column not in ASKED and _kind(dataset.features[column]) == "text":
+        blank = compute.equal(compute.utf8_trim_whitespace(values), "")
+        empty = compute.or_kleene(empty, compute.fill_null(blank, False))
+    if compute.any(empty).as_py():
+        rows = [row for row, one in enumerate(empty.to_pylist(), 1) if one]
         raise UserError(
             f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
             f"({listed(rows)}); fill or remove them"

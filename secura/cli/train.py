@@ -23,11 +23,11 @@ from secura.folders import SCRATCH, clear, empty_scratch, move_out
 from secura.names import is_own
 
 _PUBLISHED = (
-    *("adapter_model.*", "chat_template.*", "additional_chat_templates", "tokenizer*"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("sentencepiece*.model", "processor_config.json", "preprocessor_config.json"),
+    *("adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja", "tokenizer.json"),
+    *("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
-"""What an older adapter's files are called, which no new one may be read with."""
+"""What an older adapter's files are called, which a new one is not to be read with."""
 
 
 def main(argv: list[str]) -> int:

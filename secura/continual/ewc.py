@@ -184,7 +184,8 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         assert model is not None
         self._unfolded = check_run(model)
         self.fisher = self.fisher.on(model)
-        check_alike(self.fisher.importance | self.fisher.anchor, "the Fisher information")
+        for part in (self.fisher.importance, self.fisher.anchor):
+            check_alike(part, "the Fisher information")
 
     @torch.no_grad()
     def on_pre_optimizer_step(
