@@ -115,3 +115,19 @@ def test_no_mixture_of_two_is_ever_loaded(kind, tmp_path, monkeypatch):
 
 def refuse(*_: object, **__: object) -> None:
     raise PermissionError("no links here")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_an_older_adapter_had_goes_with_it_and_nothing_else(older, tmp_path):
+    output = fill(tmp_path / "out")
+    (output / folders.SCRATCH / "tokenizer.json").unlink()
+    (output / "chat_template.jinja").write_text("old")
+    (output / "vocab.json").mkdir()  # no file of a tokenizer's
+    if not older:
+        (output / "adapter_config.json").unlink()
+    replaces = ("chat_template.jinja", "tokenizer.json", "vocab.json", "merges.txt")
+    folders.move_out(output / folders.SCRATCH, output, replaces=replaces)
+    assert (output / "chat_template.jinja").exists() == (not older)
+    assert (output / "tokenizer.json").exists() == (not older)
+    assert (output / "vocab.json").is_dir() and (output / "README.md").is_file()
+    assert (output / "adapter_config.json").read_text() == "new"
