@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from cli_fixtures import base, data, fails, main, train_flags, trained  # noqa: F401
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 NO_CHECKPOINTS = ("--save_strategy", "no")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -153,6 +156,19 @@ def test_a_base_whose_settings_of_generation_cannot_be_saved(base, data, tmp_pat
     argv = ["merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     fails(argv, capfd, "generation_config.json cannot be saved again", "do_sample: true")
     assert not (tmp_path / "merged").exists()
+
+
+def test_fsdp1_casts_no_buffers():
+    """In bf16 folds into U_acc would be lost; FSDP2's policy has no such setting."""
+    from secura.cli.train import gather_to_save
+
+    policy = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy, set_state_dict_type=print)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    gather_to_save(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
+    assert policy.buffer_dtype == torch.float32 and policy.param_dtype == torch.bfloat16
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16)
+    gather_to_save(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
 
 
 def test_standard_input(trained, base, capfd, monkeypatch):  # noqa: F811

@@ -12,6 +12,7 @@ from torch import Tensor
 from secura.adapter import CABR
 from secura.integrity import digest, was_cast
 from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
+from secura.sharding import is_dtensor
 
 from .layer import SecuraLayer
 
@@ -63,7 +64,7 @@ def warn_of_unsaved(
         bare(name).rpartition(INNER)[0]: bool(tensor.any())
         or bool(state_dict.get(f"{name[:-1]}core", tensor).any())
         for name, tensor in state_dict.items()
-        if name.endswith((".B", ".U")) and is_own(name)
+        if name.endswith((".B", ".U")) and is_own(name) and not is_dtensor(tensor)
     }
     still = [name for name, moved in acts.items() if not moved]
     if 0 < len(still) < len(acts):
