@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.retention.figures import interval, markdown, percent, plus_minus
 from benchmarks.retention.grid import BEST, STAGES
 from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
 from benchmarks.retention.plots import write_front
@@ -95,7 +96,7 @@ def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
             picture = f"{stage}-{targets}.png"
             write_front(front, folder / picture, f"{stage}: adapters on {targets}")
             parts += [f"![Learned and drifted, {targets}]({picture})", ""]
-            parts += [main_table(front), "", *_levels(front), ""]
+            parts += [main_table(front), "", *_levels(front), "", *_ends(front), ""]
     return parts
 
 
@@ -116,7 +117,7 @@ def main_table(front: Front, *, brief: bool = False) -> str:
     for name in shown:
         some = front.some(name)
         cells = [_title(front, name), f"{some.trained / 1e3:,.0f}k"]
-        cells.append(_plain(estimate(list(front.best(name).values()))))
+        cells.append(plus_minus(estimate(list(front.best(name).values()))))
         cells += [_ratio(front, name, level, kind) for kind in kinds]
         table.append(cells if brief else [*cells, *_costs(front, name, level, some.task)])
     caption = (
@@ -143,7 +144,7 @@ def main_table(front: Front, *, brief: bool = False) -> str:
                 "of all kinds leaves out."
             )
     caption += f" {_made(front)}"
-    return f"{_table(head if brief else [*head, *more], table)}\n\n{caption}"
+    return f"{markdown(head if brief else [*head, *more], table)}\n\n{caption}"
 
 
 def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
@@ -153,10 +154,10 @@ def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
     return [
         _ratio(front, name, level),
         _ratio(front, name, level, task),
-        _plain(estimate([_rise(end) for end in ends.values()]), sign=True) + note
+        plus_minus(estimate([_rise(end) for end in ends.values()]), sign=True) + note
         if ends
         else _NOTHING,
-        _percent(estimate(kept)) + note if kept else _NOTHING,
+        percent(estimate(kept)) + note if kept else _NOTHING,
     ]
 
 
@@ -170,7 +171,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         row = [get_method(run.method).title, run.targets, f"{run.rate:g}", str(len(run.loss))]
         owns, paired = (run.loss, run.forgetting, run.kl), _beside(run, REFERENCE, found)
         for own, against in zip(owns, paired, strict=True):
-            row += [_plain(estimate(list(own.values()))), against]
+            row += [plus_minus(estimate(list(own.values()))), against]
         rows.append(row)
     head = ["method", "on", "rate", "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL"]
     caption = (
@@ -180,7 +181,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         f"over them. Beside each figure what it is against LoRA's, paired by seed; {_NOTHING}: on "
         "fewer than two."
     )
-    parts = [_table([*head, "KL over LoRA"], rows), caption]
+    parts = [markdown([*head, "KL over LoRA"], rows), caption]
     head = ["method", "on", "rate", "loss less", "forgetting less", "KL over"]
     for reference, keeps in _BESIDE.items():
         beside = [(run, _beside(run, reference, found)) for run in found]
@@ -190,7 +191,7 @@ def sequence_table(records: Iterable[Record]) -> str:
             if paired != _NO_PAIRS
         ]
         if stored:
-            parts += [f"Against {keeps}, the same:", _table(head, stored)]
+            parts += [f"Against {keeps}, the same:", markdown(head, stored)]
     return "\n\n".join(parts)
 
 
@@ -240,7 +241,7 @@ def every_cell(records: Iterable[Record]) -> str:
             ]
         )
     head = ["method", "on", "rate", "seed", "tasks", "steps", "learned", "token accuracy"]
-    return _table([*head, "KL of the kinds", "rises", "probes"], rows)
+    return markdown([*head, "KL of the kinds", "rises", "probes"], rows)
 
 
 def _about(records: Sequence[Record]) -> list[str]:
@@ -335,7 +336,23 @@ def _levels(front: Front) -> list[str]:
         "runs all end above a level is taken at the one that drifted least: it may pay less than "
         "is shown."
     )
-    return ["", _table(head, rows), "", f"{note} †: {_ABOVE}" if any(above) else note]
+    return ["", markdown(head, rows), "", f"{note} †: {_ABOVE}" if any(above) else note]
+
+
+def _ends(front: Front) -> list[str]:
+    """Ends of runs beside those of LoRA's that learned next to as much, paired by seed."""
+    rows = [
+        [front.title(name), f"{rate:g}", f"{other:g}", str(more.count), *map(interval, (more, kl))]
+        for name in front.methods
+        if name != REFERENCE and not name.endswith(SCALED)
+        for rate, other, more, kl in front.around(name)
+    ]
+    head = ["method", "rate", "LoRA's rate", "seeds", "learned more", "KL over"]
+    note = (
+        "Ends of runs beside LoRA's whose ends lie next below and above in what they learned, "
+        "nothing read between. KL over all kinds, a ratio."
+    )
+    return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
 
 
 def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
@@ -357,16 +374,6 @@ def _partly(front: Front, count: int) -> str:
     return f" ({count} of {seeds})" if count < seeds else ""
 
 
-def _plain(found: Estimate, *, sign: bool = False) -> str:
-    mean = f"{found.mean:+.3f}" if sign else f"{found.mean:.3f}"
-    return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.3f}"
-
-
-def _percent(found: Estimate) -> str:
-    mean = f"{found.mean:.0%}"
-    return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.0%}"
-
-
 def _rise(record: Record) -> float:
     return fmean(score.rise for score in record.end.texts.values())
 
@@ -384,11 +391,6 @@ def _dig(content: dict, key: str) -> object:
     for part in key.split("."):
         content = content.get(part, {})
     return content
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 __all__ = ["REPORT", "every_cell", "main_table", "sequence_table", "write_report"]

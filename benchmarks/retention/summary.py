@@ -161,6 +161,34 @@ class Front:
         value = kl_of(*(kinds or unseen(self.some(method))))
         return ratio(self.paid(method, level, value), self.paid(REFERENCE, level, value))
 
+    def around(self, method: str) -> list[tuple[float, float, Estimate, Estimate]]:
+        """A method's ends beside the reference's that lie next below and above in learning.
+
+        Returns:
+            For each pair of rates, the method's and the reference's, that share two seeds or more:
+            both rates, what the method learned more, and its KL over the reference's.
+        """
+        value, found = kl_of(*unseen(self.some(method))), []
+        for rate, own in self._by_rate(method).items():
+            beside = []
+            for other, theirs in self._by_rate(REFERENCE).items():
+                both = (own, theirs)
+                levels = ({s: learned(r.end, r.task) for s, r in each.items()} for each in both)
+                more = difference(*levels)
+                kl = ratio(*({s: value(r.end) for s, r in each.items()} for each in both))
+                if more and kl and more.count > 1:
+                    beside.append((rate, other, more, kl))
+            for side in (True, False):
+                some = [one for one in beside if (one[2].mean >= 0) == side]
+                found += [min(some, key=lambda one: abs(one[2].mean))] if some else []
+        return found
+
+    def _by_rate(self, method: str) -> dict[float, dict[int, Record]]:
+        found: dict[float, dict[int, Record]] = defaultdict(dict)
+        for record in self.records(method):
+            found[record.cell.rate][record.cell.seed] = record
+        return found
+
     def records(self, method: str) -> list[Record]:
         """All records of a method."""
         return [record for found in self.runs[method].values() for record in found]

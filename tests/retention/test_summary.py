@@ -191,6 +191,28 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     assert (tmp_path / "screen-mlp.png").read_bytes() == first
 
 
+def test_ends_stand_beside_the_references_next_below_and_above():
+    """Paired by seed; of three of LoRA's ends the one far below is not named."""
+    ends = {1e-4: (0.2, 0.01), 1e-3: (0.5, 0.02), 3e-3: (0.8, 0.08)}
+    plain = [
+        made(rate=rate, seed=seed, path=((learned + 0.01 * seed, kl),))
+        for rate, (learned, kl) in ends.items()
+        for seed in (0, 1, 2)
+    ]
+    ours = [
+        made("anchored-self", rate=5e-4, seed=seed, path=((0.51 + 0.01 * seed, 0.01),))
+        for seed in (0, 1, 2)
+    ]
+    found = Front([*plain, *ours, made("dora", path=((0.6, 0.01),))], "mlp")
+    below, above = found.around("anchored-self")
+    assert below[:2] == (5e-4, 1e-3) and above[:2] == (5e-4, 3e-3)
+    for beside, more, kl in ((below, 0.01, 0.5), (above, -0.29, 0.125)):
+        for got, expected in zip(beside[2:], (more, kl), strict=True):
+            assert got.count == 3
+            assert (got.mean, got.low, got.high) == pytest.approx((expected,) * 3)
+    assert found.around("dora") == []  # of one seed
+
+
 def test_a_stage_may_stand_in_the_section_of_another(tmp_path):
     """One curve of LoRA's through both; probes were asked in the first alone."""
     whole = made(path=((0.3, 0.01), (0.6, 0.04)))

@@ -1,0 +1,34 @@
+"""How the report writes figures, and tables of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from benchmarks.retention.summary import Estimate
+
+
+def interval(found: Estimate) -> str:
+    """A mean with the ends of its interval."""
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def plus_minus(found: Estimate, *, sign: bool = False) -> str:
+    """A mean and half its interval; the mean alone where there is none."""
+    mean = f"{found.mean:+.3f}" if sign else f"{found.mean:.3f}"
+    return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.3f}"
+
+
+def percent(found: Estimate) -> str:
+    """The same in percent."""
+    mean = f"{found.mean:.0%}"
+    return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.0%}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, all columns but the first to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+__all__ = ["interval", "markdown", "percent", "plus_minus"]
