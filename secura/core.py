@@ -62,6 +62,9 @@ class Core(AdapterState):
 
         With ``core="u"`` it is s · U that is added, and U that starts at 0 again. Where parameters
         are sharded, every process has to call this: it gathers them.
+
+        Raises:
+            RuntimeError: U_acc was cast to 16 bits.
         """
         if self.core.dtype.itemsize < 4:
             raise RuntimeError(

@@ -7,7 +7,6 @@ writes some. One pass forward and backward over them sums z zᵀ and h hᵀ of e
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,30 +111,25 @@ def _config(model: Any) -> Any:
 _READS = "an anchor is for models that take input_ids alone and give logits"
 
 
+@torch.no_grad()
 def check_reads(model: Any) -> None:
-    """Raise ``ValueError`` where a model's class, config or forward says it reads no such ids."""
+    """Raise ``ValueError`` where a model, in eval mode, cannot read two tokens of ``input_ids``."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(_config(model), "is_encoder_decoder", False):
-        raise ValueError(f"{_READS}: {type(base).__name__} is an encoder-decoder")
-    taken = inspect.signature(base.forward).parameters.values()
-    takes = any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in taken)
-    if not takes or getattr(base, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"{_READS}: {type(base).__name__} takes no input_ids")
-
-
-def _logits(out: Any) -> Tensor:
-    logits = getattr(out, "logits", None)
-    if not isinstance(logits, Tensor):
+    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    try:
+        out = model(input_ids=ids)
+    except Exception as error:  # whatever a forward of another kind says
+        raise ValueError(f"{_READS}: {type(base).__name__} says {error}") from error
+    if not isinstance(getattr(out, "logits", None), Tensor):
         raise ValueError(
-            f"{_READS}: this one gives a {type(out).__name__} without (return_dict=False in its "
-            "config, or a model without a head)"
+            f"{_READS}: {type(base).__name__} gives a {type(out).__name__} without (return_dict="
+            "False in its config, or a model without a head)"
         )
-    return logits
 
 
 def _read(model: Any, ids: Tensor, generator: Any) -> None:
     """One pass forward and backward over ``ids [B, T]``, with labels drawn from the model."""
-    logits = _logits(model(input_ids=ids))
+    logits = model(input_ids=ids).logits
     labels = _draw(logits.detach(), generator)
     flat = logits.float().flatten(0, -2)
     F.cross_entropy(flat, labels.flatten(), reduction="sum").backward()
@@ -197,7 +191,7 @@ def _sample(
                     "the model cannot sample: its forward takes no past_key_values and use_cache "
                     f"({error}); give texts to anchor by"
                 ) from error
-            past, logits = getattr(out, "past_key_values", None), _logits(out)
+            past, logits = getattr(out, "past_key_values", None), out.logits
             if logits.dim() != 3:
                 raise ValueError(
                     "the model cannot sample: its logits are of a whole text, as a classifier's "

@@ -70,15 +70,23 @@ def why_not_product(base: nn.Module) -> str | None:
 def is_another_function(base: nn.Module) -> bool:
     """Whether a forward of its own makes something else than ``x Wᵀ + b``: tried on two tokens.
 
-    Forwards that frameworks write differ by casts, or by inputs that are rounded.
+    Forwards that frameworks write differ by casts, or by inputs that are rounded. One that takes
+    something else than ``x [1, 2, K]`` cannot be tried, and is taken for a product.
     """
     weight = bases.dense_weight(base)
-    own = base.__dict__.get("_old_forward", base.__dict__.get("forward"))  # accelerate's hooks
-    if weight is None or _is_product(base, own) or type(weight) not in (nn.Parameter, Tensor):
+    plain = _is_product(base, base.__dict__.get("forward"))
+    if weight is None or plain or type(weight) not in (nn.Parameter, Tensor):
         return False
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        product, made = F.linear(x, weight, bases.bias(base)), base.forward(x)
+    x = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    training = base.training
+    base.training = False
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            product, made = F.linear(x, weight, bases.bias(base)), base.forward(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        base.training = training
     return bool((made - product).norm() > 0.1 * product.norm())
 
 

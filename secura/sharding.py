@@ -65,7 +65,8 @@ def exchange(parameter: Any, value: Tensor) -> Tensor:
         parameter._local_tensor.copy_(value)
         return held
     held = parameter.data
-    parameter.data = value.to(held)
+    with torch.inference_mode(held.is_inference()):  # a tensor of the kind that it replaces
+        parameter.data = value.to(held, copy=held.is_inference())
     return held
 
 

@@ -331,8 +331,10 @@ def test_layers_that_were_never_trained_are_told(tmp_path):
         model.save_pretrained(tmp_path)  # none was
         tiny.perturb(model)
         model.save_pretrained(tmp_path)
+        list(tiny.layers(model).values())[1].fold()
+        model.save_pretrained(tmp_path)  # B is 0 there, and what was folded is not
     with torch.no_grad():
-        tiny.parts(model)[1].B.zero_()
+        tiny.parts(model)[1].core.zero_()
     with pytest.warns(UserWarning, match=r"1 of 4 layers.*layers\.0\.self_attn\.v_proj first"):
         model.save_pretrained(tmp_path)
 

@@ -6,7 +6,12 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from secura import anchor
 
@@ -31,10 +36,10 @@ def tuples():
 @pytest.mark.parametrize(
     ("make", "targets", "texts", "message"),
     [
-        (tiny.t5, ["q", "v"], TEXTS, "is an encoder-decoder"),
-        (vit, "all-linear", TEXTS, "ViTForImageClassification takes no input_ids"),
+        (tiny.t5, ["q", "v"], TEXTS, "T5ForConditionalGeneration says You must specify"),
+        (vit, "all-linear", TEXTS, "take input_ids alone.*: ViTForImageClassification says"),
         (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
-        (tuples, ["q_proj"], TEXTS, "this one gives a tuple without"),
+        (tuples, ["q_proj"], TEXTS, "LlamaForCausalLM gives a tuple without"),
     ],
 )
 def test_models_that_read_or_give_something_else(make, targets, texts, message):
@@ -44,6 +49,18 @@ def test_models_that_read_or_give_something_else(make, targets, texts, message):
     with pytest.raises(ValueError, match=message):
         anchor(model, texts, tokens=64)
     tiny.assert_same(tiny.snapshot(model), before)
+
+
+def test_an_encoder_decoder_that_reads_input_ids_alone():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 24, "vocab_size": tiny.VOCAB}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        **sizes, **heads, **tokens, forced_eos_token_id=2, max_position_embeddings=64
+    )
+    adapter = tiny.config(core="u", norm="none", task_type=None)
+    model = get_peft_model(BartForConditionalGeneration(config), adapter)
+    assert anchor(model, TEXTS).layers == len(tiny.parts(model))
 
 
 def test_where_no_gradient_comes():

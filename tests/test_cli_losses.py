@@ -26,6 +26,18 @@ def jsonl(path, *rows):
     return path
 
 
+@pytest.mark.parametrize("flag", ["--dataset", "--anchor"])
+def test_data_in_a_checkpoint_is_not_overwritten(flag, base, data, tmp_path, capfd):  # noqa: F811
+    own = tmp_path / "out" / "checkpoint-1" / data.name
+    own.parent.mkdir(parents=True)
+    shutil.copy(data, own)
+    given = own if flag == "--dataset" else data
+    more = ("--anchor", own) if flag == "--anchor" else ()
+    argv = train_flags(base, given, tmp_path / "out", "--overwrite_output_dir", *more)
+    fails(argv, capfd, f"{flag} {own} lies where the run writes")
+    assert own.is_file()
+
+
 @pytest.mark.parametrize("place", ["own", "own/checkpoint-100"])
 def test_a_base_is_not_overwritten(place, base, data, tmp_path, capfd):  # noqa: F811
     model, output = tmp_path / place, tmp_path / "own"
@@ -51,6 +63,14 @@ def test_resuming_another_runs_checkpoint(trained, base, data, tmp_path, capfd):
     published, saved = (load_file(at / "adapter_model.safetensors") for at in (fresh, last))
     assert published.keys() == saved.keys()
     assert all(value.equal(saved[name]) for name, value in published.items())
+    for name in ("checkpoint-2", "checkpoint-4"):  # over another run's, which has got as far
+        shutil.copytree(trained / name, taken / name)
+    shutil.copy(trained / "trainer_state.json", taken)
+    again = train_flags(base, data, taken, *resumed, "--overwrite_output_dir")
+    assert main(again) == 0
+    assert "stays as it is" not in capfd.readouterr().out
+    assert load_file(taken / "adapter_model.safetensors").keys() == saved.keys()
+    assert not list(taken.glob("checkpoint-*"))
 
 
 def test_a_row_with_more_fields_than_its_header(base, tmp_path, capfd):  # noqa: F811
@@ -58,6 +78,17 @@ def test_a_row_with_more_fields_than_its_header(base, tmp_path, capfd):  # noqa:
     path.write_text("question,answer\nhow many apples are left, if ann has 1,1\n")
     argv = train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)
     fails(argv, capfd, "line 2 has 3 fields, and the header 2", "double quotes")
+
+
+def test_csv_files_that_are_as_they_should_be(tmp_path):
+    """A long text, a row without its last field, quoted lines, a last line of spaces."""
+    from secura.cli.data import load_split
+
+    path, long = tmp_path / "rows.csv", "x" * 200_000
+    path.write_text(f'prompt,completion,notes\n{long},b,c\na,"b\n, b"\n   \n', encoding="utf-8-sig")
+    rows = load_split(str(path), None, "train")
+    assert rows["prompt"][0] == long and rows["completion"][1] == "b\n, b"
+    assert rows["notes"][1] is None
 
 
 def test_words_of_a_csv_file_that_readers_take_for_nothing(base, tmp_path):  # noqa: F811
@@ -82,9 +113,9 @@ def test_a_template_that_is_given_is_used_and_its_end_looked_at(base, data, tmp_
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     flags = ("--chat_template_path", tmp_path / "chat.jinja", *NO_CHECKPOINTS)
     assert main(train_flags(base, data, tmp_path / "a", *flags)) == 0
-    assert "note: no row ends in '</s>'" in capfd.readouterr().out
+    assert "note: no row holds '</s>'" in capfd.readouterr().out
     assert main(train_flags(base, data, tmp_path / "b", *NO_CHECKPOINTS)) == 0
-    assert "no row ends" not in capfd.readouterr().out
+    assert "no row holds" not in capfd.readouterr().out
     again = train_flags(base, data, tmp_path / "a", "--overwrite_output_dir", *NO_CHECKPOINTS)
     assert (tmp_path / "a" / "chat_template.jinja").is_file()
     assert main(again) == 0
@@ -119,12 +150,24 @@ def test_evaluation_rows_that_are_left_out_are_told(base, data, tmp_path, capfd)
 
 
 @pytest.mark.parametrize(
-    "row", [{"text": " "}, {"question": "how many", "answer": ""}], ids=["text", "answer"]
+    ("row", "said"),
+    [
+        ({"text": " "}, "no row has any 'text'"),
+        ({"question": "how many", "answer": ""}, "1 of 1 rows have no 'answer' (row 1)"),
+    ],
 )
-def test_rows_of_nothing_are_refused(row, base, tmp_path, capfd):  # noqa: F811
+def test_rows_of_nothing_are_refused(row, said, base, tmp_path, capfd):  # noqa: F811
     path = jsonl(tmp_path / "rows.jsonl", row)
     argv = train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)
-    fails(argv, capfd, f"1 of 1 rows have no {list(row)[-1]!r} (row 1)")
+    fails(argv, capfd, said)
+
+
+def test_blank_lines_of_a_text_are_left_out_and_told(base, tmp_path, capfd):  # noqa: F811
+    rows = [{"text": text} for text in ("", "how many apples", " \n", "ann has 1")]
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    assert main(train_flags(base, path, tmp_path / "out", *NO_CHECKPOINTS)) == 0
+    said = capfd.readouterr().out
+    assert "2 of 4 rows have no 'text' and are left out (rows 1, 3)" in said and "; 2 rows)" in said
 
 
 def test_messages_want_a_template(base, tmp_path, capfd):  # noqa: F811

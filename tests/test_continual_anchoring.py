@@ -82,15 +82,27 @@ def test_decay_that_is_none(value):
 def test_a_model_that_reads_no_tokens_is_refused_before_the_first_step(tmp_path):
     config = tiny.config(core="u", norm="none", target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
     run = trainer(tmp_path, get_peft_model(tiny.t5(), config), [AnchorCallback()])
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration says You must specify"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_the_highest_rate_of_all_groups_is_looked_at(tmp_path):
+    model = cored()
+    first, *rest = (part.U for part in tiny.parts(model))
+    run = trainer(tmp_path, model, [AnchorDecayCallback(30)], lr_scheduler_type="constant")
+    groups = [{"params": [first], "lr": 0.1}, {"params": rest, "lr": 1e-4}]
+    run.optimizer = torch.optim.SGD(groups)
+    with pytest.raises(ValueError, match="multiply U by -2 a step"):
+        run.train()
 
 
 def test_packed_rows_are_read_text_by_text():
     ids = torch.arange(3, 23)
     packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(7), *range(13)]])}
     padded = {"input_ids": ids[None], "attention_mask": (ids > 5)[None].long()}
+    of_images = {"input_ids": ids[None], "position_ids": torch.zeros(3, 1, 20)}  # Qwen2-VL's
+    assert [text.tolist() for text in anchoring._read([of_images], 100)] == [ids.tolist()]
     found = anchoring._read([packed, padded], 100)
     assert [text.tolist() for text in found] == [[*ids[:7]], [*ids[7:]], [*ids[3:]]]
     assert len(anchoring._read([packed, padded], 20)) == 2

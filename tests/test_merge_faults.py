@@ -65,6 +65,20 @@ def test_a_merge_in_inference_mode_leaves_a_model_that_can_be_trained():
     assert all(value.isfinite().all() for value in tiny.gradients(again).values())
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_merge_keeps_the_kind_of_tensor_that_the_base_has(made, merged):
+    with torch.inference_mode(made):
+        model = tiny.adapted(norm="channel")
+        adapted = tiny.logits(model)
+    with torch.inference_mode(merged):
+        model.merge_adapter()
+    with torch.inference_mode(made):
+        torch.testing.assert_close(tiny.logits(model), adapted, rtol=0, atol=1e-5)
+        plain = model.unload()
+    assert all(value.is_inference() == made for value in plain.parameters())
+
+
 @pytest.mark.parametrize("seen", ["merge", "run"])
 def test_a_failure_in_a_second_merge_leaves_the_first(seen, monkeypatch):
     model = tiny.adapted(norm="none")
@@ -105,6 +119,32 @@ def test_tensors_that_were_cast_come_back_wide(dtype):
     layer.core.data = layer.core.to(dtype)  # as FSDP1's mixed precision does it
     with pytest.raises(RuntimeError, match=r"buffer_dtype=torch\.float32"):
         layer.fold()
+
+
+class Shaped(nn.Linear):
+    """Takes ``[B, T, K]`` alone, counts its calls, and drops out while it trains."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        b, t, _ = x.shape
+        out = (x.reshape(b * t, -1) @ self.weight.T + self.bias).view(b, t, -1)
+        return nn.functional.dropout(out, 0.9, self.training)
+
+
+class Needing(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("kind", [Shaped, Needing])
+def test_a_forward_of_its_own_that_is_a_product_or_cannot_be_tried_is_merged_into(kind):
+    config = AdapterConfig(r=4, norm="none", init_weights=False)
+    layer = SECURALinear(kind(8, 8), config).train()
+    state = torch.get_rng_state()
+    layer.merge()
+    assert layer.merged and layer.base.training and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("norm", ["none", "weight"])

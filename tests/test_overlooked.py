@@ -88,6 +88,23 @@ def test_all_linear_leaves_no_quantised_layer_out_unless_told_to():
     assert len(tiny.layers(get_peft_model(headless, tiny.config(**config)))) == 14
 
 
+class MultiheadAttention(nn.Module):
+    """Of that name, and calls its layers, as remote code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out_proj(x)
+
+
+def test_a_module_of_ones_own_may_have_such_a_name():
+    config = SecuraConfig(r=4, target_modules=["out_proj"])
+    model = get_peft_model(nn.ModuleDict({"block": MultiheadAttention()}), config)
+    assert len(tiny.layers(model)) == 1
+
+
 FAST = ["out_proj", "linear1", "linear2"]
 
 

@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--traceback" in arguments:
         arguments.remove("--traceback")
         traceback = True
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # of characters that a terminal has not
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # of characters that a terminal has not
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from secura._extras import require
@@ -71,17 +72,20 @@ def cut_rows(trainer: Any) -> str | None:
 
 
 def never_ends(trainer: Any) -> str | None:
-    """Says that no row ends in a token at which generation would stop, so that none is learned."""
+    """Says that no row holds a token at which generation stops, so that none is learned."""
     dataset, tokenizer = trainer.train_dataset, trainer.processing_class
     if "input_ids" not in dataset.column_names:
         return None
     found = getattr(trainer.model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
     column = "labels" if "labels" in dataset.column_names else "input_ids"
-    if any(ends & set(row) for row in dataset[: min(_LOOKED_AT, len(dataset))][column]):
+    rows = dataset[: min(_LOOKED_AT, len(dataset))][column]
+    if not trainer.args.packing:  # whose ends were not cut
+        rows = [row for row in rows if len(row) < (trainer.args.max_length or math.inf)]
+    if not rows or any(ends & set(row) for row in rows):
         return None
     return (
-        f"no row ends in {tokenizer.eos_token!r}, at which an answer stops: answers will run on to "
+        f"no row holds {tokenizer.eos_token!r}, at which an answer stops: answers will run on to "
         "--max_new_tokens; give the token that ends a turn, such as --eos_token '<|im_end|>'"
     )
 

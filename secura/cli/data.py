@@ -10,7 +10,7 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
-from secura.cli.rows import check_filled, check_rows, holds_turns
+from secura.cli.rows import blank_rows, check_filled, check_rows, holds_turns, listed
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 QUESTIONS = ("question", "answer")
@@ -100,19 +100,23 @@ def _check_utf8(path: Path) -> None:
 
 
 def _check_fields(path: Path) -> None:
-    """Raises `ValueError` for the first row that has more or fewer fields than the header.
+    """Raises `ValueError` for the first row that has more fields than the header.
 
-    The reader would take the first of too many for the row's name, and move the others.
+    The reader would take the first of them for the row's name, and move the others.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        for row in rows:
-            if row and len(row) != len(header):
-                raise ValueError(
-                    f"line {rows.line_num} has {len(row)} fields, and the header {len(header)}: "
-                    "put what holds a comma in double quotes"
-                )
+    limit = csv.field_size_limit(2**31 - 1)  # a text may be long
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            for row in rows:
+                if len(row) > len(header):
+                    raise ValueError(
+                        f"line {rows.line_num} has {len(row)} fields, and the header "
+                        f"{len(header)}: put what holds a comma in double quotes"
+                    )
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _as_text_columns(datasets: Any, path: Path) -> Any:
@@ -171,11 +175,27 @@ def to_training_columns(
     if "chat_template_kwargs" in kept:
         check_filled(dataset, name, "chat_template_kwargs")
     lost = [column for column in columns if column not in kept]
-    note = f"training reads {_quoted(kept)}; not read: {_quoted(lost)}" if lost else None
+    notes = [f"training reads {_quoted(kept)}; not read: {_quoted(lost)}"] if lost else []
     dataset = dataset.select_columns(kept)
+    if len(shape) == 1 and not holds_turns(dataset, shape[0]):
+        dataset, left_out = _without_blanks(dataset, name, shape[0])
+        notes += left_out
     if shape == QUESTIONS:
         dataset = dataset.map(_as_chat if chat else _as_text, remove_columns=list(shape))
-    return dataset, note
+    return dataset, "; ".join(notes) or None
+
+
+def _without_blanks(dataset: Any, name: str, column: str) -> tuple[Any, list[str]]:
+    """The rows that hold text, and a note on the others."""
+    blank = blank_rows(dataset, column)
+    if len(blank) == len(dataset):
+        raise UserError(f"data set {name!r}: no row has any {column!r}")
+    if not blank:
+        return dataset, []
+    without = set(blank)
+    kept = [row - 1 for row in range(1, len(dataset) + 1) if row not in without]
+    note = f"{len(blank)} of {len(dataset)} rows have no {column!r} and are left out"
+    return dataset.select(kept), [f"{note} ({listed(blank)})"]
 
 
 def _quoted(names: list[str]) -> str:

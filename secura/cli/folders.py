@@ -38,7 +38,7 @@ def refuse_no_folder(path: Path) -> None:
         raise UserError(f"{path} is {what}, not a folder; choose another --output_dir")
 
 
-def refuse_written_over(output: Path, **named: str | None) -> None:
+def refuse_written_over(output: Path, named: dict[str, str | None]) -> None:
     """Raises `UserError` where what a flag names is the output folder, or in a checkpoint of it.
 
     Args:
@@ -53,7 +53,7 @@ def refuse_written_over(output: Path, **named: str | None) -> None:
         within = path.relative_to(own).parts
         if not within or _CHECKPOINT.fullmatch(within[0]):
             raise UserError(
-                f"--{flag} {value} lies where the run writes, in --output_dir {output}, and would "
+                f"{flag} {value} lies where the run writes, in --output_dir {output}, and would "
                 "be overwritten: choose another --output_dir"
             )
 

@@ -89,7 +89,7 @@ def resume_point(training: Any, *, overwrite: bool) -> str | None:
 
 def is_of(checkpoint: str | None, output: Path) -> bool:
     """Whether a run that goes on from ``checkpoint`` is the one whose folder ``output`` is."""
-    return checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
+    return checkpoint is not None and Path(checkpoint).parent.resolve() == output.resolve()
 
 
 def _refuse_other_work(output: Path, *, overwrite: bool) -> None:

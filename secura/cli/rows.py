@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from secura._extras import require
 from secura.cli.errors import UserError
 
-ASKED = ("prompt", "question")
-"""Columns of text that is read, and not learned."""
+_ANSWERS = ("completion", "answer")
+"""Columns of text that is learned beside another."""
 
 _SHOWN = 5
 """How many rows a message names."""
@@ -27,7 +26,7 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
     """
     kinds = {column: _kind(dataset.features[column]) for column in columns}
     for column, kind in kinds.items():
-        check_filled(dataset, name, column)
+        check_filled(dataset, name, column, blank=column in _ANSWERS and kind == "text")
         if kind == "text" and column != "messages":
             continue
         if kind == "turns" and column not in ("text", "question", "answer"):
@@ -45,20 +44,24 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
         raise UserError(f"data set {name!r}: {found}; make them both text or both messages")
 
 
-def check_filled(dataset: Any, name: str, column: str) -> None:
-    """Refuses rows that have no value in a column, or, where it is learned, nothing but spaces."""
-    compute = require("pyarrow.compute", "train")
-    values = dataset.data.column(column)
-    empty = compute.is_null(values)
-    if column not in ASKED and _kind(dataset.features[column]) == "text":
-        blank = compute.equal(compute.utf8_trim_whitespace(values), "")
-        empty = compute.or_kleene(empty, compute.fill_null(blank, False))
-    if compute.any(empty).as_py():
-        rows = [row for row, one in enumerate(empty.to_pylist(), 1) if one]
+def check_filled(dataset: Any, name: str, column: str, *, blank: bool = False) -> None:
+    """Refuses rows that have no value in a column, or with `blank` nothing but spaces."""
+    rows = blank_rows(dataset, column) if blank else []
+    if dataset.data.column(column).null_count:
+        rows = sorted(
+            {*rows, *(row for row, value in enumerate(dataset[column], 1) if value is None)}
+        )
+    if rows:
         raise UserError(
             f"data set {name!r}: {len(rows)} of {len(dataset)} rows have no {column!r} "
             f"({listed(rows)}); fill or remove them"
         )
+
+
+def blank_rows(dataset: Any, column: str) -> list[int]:
+    """The rows, counted from 1, whose text in a column is nothing but spaces."""
+    values = enumerate(dataset[column], 1)
+    return [row for row, value in values if isinstance(value, str) and not value.strip()]
 
 
 def check_turns(rows: Any, name: str, column: str) -> None:
@@ -107,4 +110,4 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", feature))
 
 
-__all__ = ["check_filled", "check_rows", "check_turns", "holds_turns", "listed"]
+__all__ = ["blank_rows", "check_filled", "check_rows", "check_turns", "holds_turns", "listed"]

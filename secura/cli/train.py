@@ -49,12 +49,12 @@ def run(
     training: Any, model_args: Any, data_args: Any, adapter_args: Any, anchor_args: Any
 ) -> None:
     """Trains with parsed flags; the output folder is this run's alone."""
-    refuse_written_over(
-        Path(training.output_dir),
-        model=model_args.model_name_or_path,
-        dataset=data_args.dataset_name,
-        anchor=anchor_args.anchor,
-    )
+    named = {
+        "--model": model_args.model_name_or_path,
+        "--dataset": data_args.dataset_name,
+        "--anchor": anchor_args.anchor,
+    }
+    refuse_written_over(Path(training.output_dir), named)
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
     anchoring.check(anchor_args, config, training.learning_rate)

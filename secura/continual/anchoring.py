@@ -17,7 +17,7 @@ from secura.anchoring import AnchorReport, anchor, check_anchorable, check_readi
 from secura.curvature import check_reads, listed
 from secura.folding import fold
 
-from .state import Unfolded
+from .state import Unfolded, without_dropout
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
@@ -75,7 +75,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         """Refuse a model that cannot be anchored before the first step is paid for."""
         assert model is not None
         check_anchorable(u_adapters(model))
-        check_reads(model)
+        with without_dropout(model):
+            check_reads(model)
 
     def on_train_end(
         self,

@@ -44,13 +44,15 @@ _READ: dict[str, tuple[str, ...]] = {
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
 }
-"""Layers that a module of such a class hands on as weights, always or in its fast path."""
+"""Layers that torch's or transformers' module of such a class hands on as weights, always or in its
+fast path."""
 
 
 def refuse_read(parent: nn.Module, child: str) -> None:
     """Raise ``ValueError`` where ``parent`` reads the weight of its layer ``child``, uncalled."""
     for kind in type(parent).__mro__:
-        if child in _READ.get(kind.__name__, ()):
+        theirs = kind.__module__.startswith(("torch.", "transformers."))
+        if theirs and child in _READ.get(kind.__name__, ()):
             raise ValueError(
                 f"{kind.__name__} reads this layer's weight, always or in its fast path, and does "
                 f"not call it, so an adapter would not act: exclude_modules=['{child}'] leaves it "

@@ -74,7 +74,8 @@ def warn_of_unsaved(
             "weight instead of calling them; exclude_modules leaves them out",
             stacklevel=4,
         )
-    if waits and any(acts.values()):
+    trained = (tensor for name, tensor in state_dict.items() if name.endswith((".B", ".U")))
+    if waits and any(bool(tensor.any()) for tensor in trained):
         warnings.warn(
             f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
             "folded: folding takes secura.FoldCallback() among the trainer's callbacks",

@@ -193,8 +193,8 @@ def backward(
     """Those of ``(x or y0, P, δb)``; ∂P is ∂Q with its rows yet to be multiplied by f/M."""
     *saved_by_add, inverse = saved
     x, p, delta_bias, _ = lowrank.backward(call, g, saved_by_add, needs, total)
-    if p.shape[1:] > call.layer.rows.shape:  # of z twice
-        p = p[:, : call.layer.rows.shape[0]].contiguous()
+    if (m := call.layer.rows.shape[0]) < p.shape[-1]:  # of z twice
+        p = p[:, :m].contiguous()
     return Gradients(x, p, delta_bias, inverse)
 
 
