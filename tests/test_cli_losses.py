@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_fixtures import base, data, fails, main, train_flags, trained  # noqa: F401
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
@@ -120,6 +123,25 @@ def test_a_template_that_is_given_is_used_and_its_end_looked_at(base, data, tmp_
     assert (tmp_path / "a" / "chat_template.jinja").is_file()
     assert main(again) == 0
     assert not (tmp_path / "a" / "chat_template.jinja").exists()  # the former run's
+
+
+def test_an_end_that_the_settings_of_generation_name_is_one():
+    from secura.cli.checks import never_ends
+
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7]))
+    args = SimpleNamespace(packing=False, max_length=4)
+    tokenizer = SimpleNamespace(eos_token="</s>", eos_token_id=2)
+    for labels, told in (([5, 7], False), ([5, 6], True), ([5, 6, 5, 6], False)):  # the last is cut
+        rows = Dataset.from_dict({"input_ids": [labels], "labels": [labels]})
+        own = {"train_dataset": rows, "processing_class": tokenizer, "model": model, "args": args}
+        assert (never_ends(SimpleNamespace(**own)) is not None) == told
+
+
+def test_a_terminal_without_greek_is_written_to():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "secura.cli", "train", "--help"]
+    run = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert run.returncode == 0 and b"--anchor_decay" in run.stdout
 
 
 def test_rows_that_are_cut_are_told_and_packed_ones_without_an_answer_refused(

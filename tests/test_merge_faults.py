@@ -79,6 +79,18 @@ def test_a_merge_keeps_the_kind_of_tensor_that_the_base_has(made, merged):
     assert all(value.is_inference() == made for value in plain.parameters())
 
 
+def test_a_quantised_base_comes_back_in_the_mode_that_the_model_is_in():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    config = SecuraConfig(r=8, norm="none", target_modules=["0"], merge_dequantized=True)
+    model = get_peft_model(model, config).eval()
+    model.merge_adapter()
+    model.train()
+    model.unmerge_adapter()
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("seen", ["merge", "run"])
 def test_a_failure_in_a_second_merge_leaves_the_first(seen, monkeypatch):
     model = tiny.adapted(norm="none")

@@ -184,7 +184,7 @@ def layers(settings, up, down, folder, tokens_split=False, training=False, casts
         own = x[:, part].clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):
             out = model(own).float()
-        (whole(out) * w[:, part]).sum().backward()
+            (whole(out) * w[:, part]).sum().backward()
         pieces = {"out": out.detach(), "x": own.grad}
         if split:
             pieces = {

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from secura import AdapterConfig, SecuraConfig, SECURALinear
+from secura import AdapterConfig, SecuraConfig, SECURALinear, bases
 
 RESTRAIN = {"restrain": True, "restrain_percent": 0.1, "restrain_edge": 1.9, "restrain_decay": 0.5}
 DERIVED = {
@@ -94,3 +94,15 @@ def test_columns_of_a_quantised_weight_that_was_replaced(assign):
     part = tiny.parts(model)[0]
     delta = weight[:, part.cols] @ (part.A @ part.B) @ weight[part.rows]
     torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_weight_that_each_forward_gathers_has_no_mark(made_anew):
+    """Under FSDP2 it lies elsewhere each time: what follows from it would be formed each time."""
+    base = nn.Linear(4, 4)
+    base._is_fsdp_managed_module = made_anew
+    before = bases.mark(base)
+    assert (before is None) == made_anew
+    with torch.no_grad():
+        base.weight.mul_(2)
+    assert (bases.mark(base) == before) == made_anew
