@@ -140,6 +140,8 @@ _ON_GEMMA: Tried = {
     "lora": (3e-4,),
     BEST.replace("decay=30", "decay=10"): (1e-3, 5e-4),
 }
+# Decided after those: the core's next rate, and the controls that could do as well.
+_ON_GEMMA_BESIDE: Tried = {_HELD_LESS: (2e-3,), "ewc-self": (1e-3,), "lora-whitened": (3e-3,)}
 _SEEDS = (0, 1, 2, 3, 4)
 _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 _IN_TURN = Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0)
@@ -186,13 +188,14 @@ STAGES: dict[str, Stage] = {
         tuple(front({"lora": _LORA[:2], BEST: BEST_RATES[:2]}, "mlp", (0, 1, 2))),
     ),
     # One seed of it: a smaller penalty, more rates, and LoRA where it learns less; no probes. Then
-    # what of that learned as much as LoRA, on the other seeds.
+    # what of that learned as much as LoRA, on the other seeds; then its next rate, and controls.
     "gemma-settings": Stage(
         replace(_MEASURED, model="gemma3-270m", part=0.25, probe_questions=0),
         (
             *front(_ON_GEMMA, "mlp", (0,)),
             *front({_HELD_LESS: (1e-3,), "lora": (3e-4,)}, "mlp", (1, 2)),
             *front({"lora": (1e-3,)}, "mlp", (2,)),
+            *front(_ON_GEMMA_BESIDE, "mlp", (0, 1, 2)),
         ),
         shown_in="gemma",
     ),
