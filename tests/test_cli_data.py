@@ -87,6 +87,8 @@ def test_columns(tmp_path, data):
         ('{"messages": [["user", "hi"]]}\n', ["row 1", "message 1"]),
         ('{"messages": [1]}\n', ["row 1", "message 1 has 1"]),
         ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n', ["both"]),
+        ('{"text": "2024-01-02"}\n', ["column 'text', row 1", "where all are dates", ".csv"]),
+        (TURN.replace("hi", "2024-01-02"), ["row 1: message 1", "where all are dates"]),
         ('{"text": "a"\n', ["rows.jsonl"]),
         ("", ["rows.jsonl"]),
     ],
@@ -96,6 +98,11 @@ def test_bad_data(text, parts, base, tmp_path, capfd):
     path.write_text(text)
     fails(train_flags(base, path, output), capfd, *parts)
     assert not output.exists()
+
+
+def test_a_file_has_no_configuration(base, data, tmp_path, capfd):
+    flags = train_flags(base, data, tmp_path / "out", "--dataset_config", "main")
+    fails(flags, capfd, "apples.jsonl", "no configuration, such as 'main'")
 
 
 def test_an_unknown_kind_of_file(base, tmp_path, capfd):

@@ -171,6 +171,12 @@ def test_evaluation_rows_that_are_left_out_are_told(base, data, tmp_path, capfd)
         assert (told in said.out) if status == 0 else ("none of the 1 evaluation rows" in said.err)
 
 
+def test_evaluating_never_is_told(base, data, tmp_path, capfd):  # noqa: F811
+    argv = train_flags(base, data, tmp_path / "out", "--eval_steps", 2, *NO_CHECKPOINTS)
+    assert main(argv) == 0
+    assert "--eval_steps evaluates nothing without --eval_strategy" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -221,6 +227,16 @@ def test_a_base_whose_settings_of_generation_cannot_be_saved(base, data, tmp_pat
     argv = ["merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     fails(argv, capfd, "generation_config.json cannot be saved again", "do_sample: true")
     assert not (tmp_path / "merged").exists()
+
+
+def test_how_a_base_reads_images_is_merged_along(trained, base, tmp_path):  # noqa: F811
+    own, merged = tmp_path / "own", tmp_path / "merged"
+    shutil.copytree(base, own)
+    (own / "preprocessor_config.json").write_text('{"image_processor_type": "Any"}')
+    argv = ["merge", "--adapter", trained, "--model", own, "--output_dir", merged]
+    assert main(list(map(str, argv))) == 0
+    assert (merged / "preprocessor_config.json").read_text() == '{"image_processor_type": "Any"}'
+    assert not (merged / "processor_config.json").exists()
 
 
 def test_fsdp1_casts_no_buffers():

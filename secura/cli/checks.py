@@ -154,6 +154,14 @@ def nothing_held(training: Any, *, holding: bool) -> str | None:
     )
 
 
+def never_evaluated(training: Any) -> str | None:
+    """Says that `--eval_steps` alone evaluates nothing."""
+    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    if strategy != "no" or training.eval_steps is None:
+        return None
+    return "--eval_steps evaluates nothing without --eval_strategy steps"
+
+
 def left_out(model: Any, config: Any) -> str | None:
     """Says which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
     if config.target_modules != "all-linear" or config.target_parameters:
@@ -203,6 +211,7 @@ __all__ = [
     "left_out",
     "lost_rows",
     "never_ends",
+    "never_evaluated",
     "not_rounded",
     "nothing_held",
     "number",

@@ -61,6 +61,8 @@ def _said(error: BaseException) -> str:
 def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
     path = Path(name).expanduser()
     if path.is_file():
+        if config is not None:
+            raise ValueError(f"a file has no configuration, such as {config!r}: leave it out")
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"unknown kind of file; {', '.join(FORMATS)} are read")
         return _load_file(datasets, path, split)

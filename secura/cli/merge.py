@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+from secura._extras import require
 from secura.cli.adapters import load, load_adapter_config
 from secura.cli.errors import Parser, UserError, one_line
 from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
 from secura.folders import complete_folder
 from secura.names import bare
+
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files beside a tokenizer's that say how a model reads images and sound."""
 
 
 def make_parser() -> Parser:
@@ -46,11 +55,31 @@ def merge(args: Any, output: Path) -> None:
     model, tokenizer = load(args, config, args.dtype)
     refuse_lost_biases(model, adapter)
     refuse_generation_config(model)
+    processors = processor_files(model)
     merged = model.merge_and_unload(progressbar=True)
     with complete_folder(output) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for file in processors:
+            shutil.copyfile(file, folder / file.name)
     print(f"secura: merged {adapter} into {output} ({merged.dtype})".replace("torch.", ""))
+
+
+def processor_files(model: Any) -> list[Path]:
+    """Paths of the files by which a base reads images and sound, beside its tokenizer's."""
+    found = require("transformers.utils", "train").cached_file
+    config = model.active_peft_config
+    paths = [
+        found(
+            config.base_model_name_or_path,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        for name in _PROCESSORS
+    ]
+    return [Path(path) for path in paths if path]
 
 
 def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from secura.cli.errors import UserError
 
 _ANSWERS = ("completion", "answer")
 """Columns of text that is learned beside another."""
+
+_REMEDIES: dict[type, str] = {
+    **dict.fromkeys((int, float, bool), "; write it in quotes"),
+    **dict.fromkeys(
+        (datetime.datetime, datetime.date),
+        "; where all are dates they are read as times: give them as text, in a .csv or .parquet",
+    ),
+}
+"""What to do about a value that is no text, by its type."""
 
 _SHOWN = 5
 """How many rows a message names."""
@@ -37,7 +47,7 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
         raise UserError(
             f"data set {name!r}, column {column!r}, row 1: wanted {wanted}, found "
             f"{first if len(first) < 60 else first[:59] + '…'}"
-            + ("; write numbers in quotes" if isinstance(dataset[0][column], int | float) else "")
+            + _REMEDIES.get(type(dataset[0][column]), "")
         )
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column!r} holds {kind}" for column, kind in kinds.items())
@@ -92,7 +102,8 @@ def _problem(turns: Any) -> str | None:
         if content is None and turn.get("tool_calls"):
             continue
         if not isinstance(content, str | list):
-            return f"message {place} has the content {content!r}; wanted text"
+            what_to_do = _REMEDIES.get(type(content), "")
+            return f"message {place} has the content {content!r}; wanted text{what_to_do}"
     return None
 
 

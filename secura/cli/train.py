@@ -103,6 +103,7 @@ def run(
         checks.lost_rows(trainer, eval_set, "eval"),
         checks.cut_rows(trainer),
         checks.never_ends(trainer),
+        checks.never_evaluated(trainer.args),
         checks.left_out(trainer.model, wanted),
         checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
         checks.not_rounded(trainer.args, config, trainer.model),
