@@ -133,6 +133,8 @@ _BESIDE = {
     "secura-weight": 3e-4,
     "secura-weight@norm_reference=pretrained": 3e-4,
 }
+# Decided after those: replay and EWC given the model's own samples too, as the anchor is.
+_WITH_OWN_SAMPLES = {"ewc-self": 3e-3, "replay-self": 3e-3}
 # Decided after the core of `gemma` had stopped learning at half of its steps.
 _HELD_LESS = BEST.replace("decay=30", "decay=3")
 _ON_GEMMA: Tried = {
@@ -212,6 +214,7 @@ STAGES: dict[str, Stage] = {
         replace(_IN_TURN, part=0.25),
         (
             *in_sequence(_DECIDING, "mlp", (0, 1, 2), 64),
+            *in_sequence(_WITH_OWN_SAMPLES, "mlp", (0, 1, 2), 64),
             *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
         ),
     ),
