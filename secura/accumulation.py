@@ -16,8 +16,8 @@ from torch.optim.optimizer import (
 
 from secura_kernels.held import Held
 
-from .adapter import CABR
-from .folding import secura_layers
+from .cabr import CABR
+from .layers import secura_layers
 
 
 class Accumulation:
@@ -31,7 +31,7 @@ class Accumulation:
         names = {module: name for name, module in model.named_modules()}
         self._adapters = {
             names[adapter]: adapter
-            for layer in secura_layers(model)
+            for layer in secura_layers(model).values()
             for adapter in layer.modules()
             if isinstance(adapter, CABR)
         }

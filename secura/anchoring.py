@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import CABR
+from .cabr import CABR
 from .config import check_damping
 from .curvature import Statistics, Texts, curvature, listed
-from .folding import active_adapters
+from .layers import active_adapters
 from .sharding import gathered, reshard
 from .state import in_digits
 

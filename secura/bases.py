@@ -11,6 +11,7 @@ from . import quantised
 from .sharding import (
     gathered,
     is_dtensor,
+    is_fsdp_managed,
     is_partitioned,
     is_zero3,
     on_rank_0_alone,
@@ -188,7 +189,7 @@ def weight_between(base: Any) -> Tensor | None:
 
     None where it is quantised, not here, or gathered for a forward by FSDP2.
     """
-    managed = getattr(base, "_is_fsdp_managed_module", False)
+    managed = is_fsdp_managed(base)
     return None if managed else weight_here(base)
 
 
@@ -198,7 +199,7 @@ def mark(base: Any) -> tuple[int, int] | None:
     None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version.
     """
     stored = getattr(base, "_parameters", {}).get("weight")
-    gathered_anew = getattr(base, "_is_fsdp_managed_module", False) or is_elsewhere(base)
+    gathered_anew = is_fsdp_managed(base) or is_elsewhere(base)
     if not isinstance(stored, nn.Parameter) or gathered_anew:  # FSDP1 puts in views
         return None
     if stored.is_meta or stored.is_inference():
@@ -236,7 +237,7 @@ def make_writable(base: Any) -> None:
     Raises:
         ValueError: where what a merge wrote into the weight would be lost.
     """
-    managed = getattr(base, "_is_fsdp_managed_module", False)
+    managed = is_fsdp_managed(base)
     if managed and not is_dtensor(base.weight):
         reshard(base)
     lost = "partitioned by ZeRO-3" if is_zero3(base.weight) else None

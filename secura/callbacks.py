@@ -9,7 +9,8 @@ from torch import nn
 
 from ._extras import require
 from .accumulation import accumulate
-from .folding import active_adapters, check_foldable, fold, fold_periods
+from .folding import check_foldable, fold, fold_periods
+from .layers import active_adapters
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 

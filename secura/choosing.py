@@ -11,7 +11,7 @@ from secura_kernels import init_a, select
 
 from . import bases, tensor_parallel
 from .integrity import fingerprint
-from .sharding import from_rank_0, on_rank_0_alone, put
+from .sharding import from_rank_0, is_fsdp_managed, on_rank_0_alone, put
 
 if TYPE_CHECKING:
     from .core import Core
@@ -46,7 +46,7 @@ def choose_late(adapter: Core, base: nn.Module) -> None:
     """
     if bases.comes_later(base) or adapter._awaits_file:
         return
-    if getattr(adapter, "_is_fsdp_managed_module", False):
+    if is_fsdp_managed(adapter):
         raise ValueError(
             f"{adapter.name}: the rows and columns were not chosen yet, and what a forward writes "
             "under FSDP2 is lost: load the weights with load_state_dict() (or torch's "

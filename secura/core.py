@@ -11,6 +11,7 @@ from secura_kernels.layer import update
 
 from . import bases
 from .choosing import choose_late
+from .integrity import version
 from .sharding import gathered, put
 from .state import AdapterState, factors
 
@@ -25,7 +26,7 @@ class Seen(tuple[int, int]):
 class Core(AdapterState):
     """``U_acc + s · U [m, m]`` between C and R, whatever they are columns and rows of.
 
-    :class:`secura.adapter.CABR` has one on a linear layer, :class:`secura.experts.Experts` one for
+    :class:`secura.cabr.CABR` has one on a linear layer, :class:`secura.experts.Experts` one for
     each weight of a stack.
 
     Attributes:
@@ -121,7 +122,7 @@ class Core(AdapterState):
             self.check_assigned(base)
         if not torch.compiler.is_compiling():  # which cannot ask for a version
             core: Any = self._buffers["core"]
-            if self._core_version != (0 if core.is_inference() else core._version):
+            if self._core_version != version(core):
                 self._note_core()
             if (known := self._derived_from) is not None:
                 now: Any = None

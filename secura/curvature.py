@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bases
-from .adapter import CABR
+from .cabr import CABR
+from .sharding import is_distributed
 
 Texts = Sequence[str] | Sequence[Tensor]
 
@@ -288,10 +289,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _processes() -> tuple[int, int]:
     """``(rank, processes)``."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 __all__ = ["Statistics", "Texts", "check_reads", "curvature", "listed"]

@@ -11,7 +11,7 @@ from secura_kernels.dispatch import without_autocast
 from secura_kernels.experts import expert_weights
 
 from . import bases
-from .adapter import CABR
+from .cabr import CABR
 from .config import AdapterConfig
 from .core import Core
 from .integrity import fingerprint
@@ -21,7 +21,7 @@ class Experts(Core):
     """ΔW_e = s · C_e A_e B_e R_e for every expert e of a stack, with S-MagNorm.
 
     Each expert has the rows, columns and start that a layer with its weight would have. Tensors are
-    those of :class:`secura.adapter.CABR` with a leading E: ``A [E, m, r]``, ``B [E, r, m]``,
+    those of :class:`secura.cabr.CABR` with a leading E: ``A [E, m, r]``, ``B [E, r, m]``,
     ``U``, ``core [E, m, m]``. ``rows [E, m]`` and ``cols [E, m]`` count through the stack, so
     expert e's lie in ``[e N, (e + 1) N)`` and ``[e K, (e + 1) K)``.
 
@@ -109,7 +109,9 @@ class Experts(Core):
         with without_autocast(weight.device.type):
             return c @ u @ r
 
-    def _sketch_of_change(self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    def _fingerprint_of_change(
+        self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor
+    ) -> Tensor:
         return fingerprint(self._change(weight, u, rows, cols))
 
     def _derive(self, base: Any) -> None:

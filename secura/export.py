@@ -19,6 +19,7 @@ from . import bases
 from ._extras import require
 from .config import AdapterConfig
 from .folders import complete_folder
+from .layers import layers_with
 from .names import PREFIX, bare, is_own, without_wrappers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -74,9 +75,7 @@ def export_lora(
         raise ValueError(f"no adapter {adapter_name!r}: the model has {sorted(model.peft_config)}")
     config = model.peft_config[adapter_name]
     check_exportable(config)
-    from .tuner.saved import adapted_layers
-
-    layers = {bare(name): layer for name, layer in adapted_layers(model, adapter_name).items()}
+    layers = {bare(name): layer for name, layer in layers_with(model, adapter_name).items()}
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
     adapters: dict[str, Any] = {
@@ -151,7 +150,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     """``(R [m, K], Q [N, m])`` of one layer in ``dtype``, contiguous, on the CPU."""
     try:
-        b, _ = adapter.product(base)
+        b, _ = adapter.additive_product(base)
         a = bases.weight(base).index_select(0, adapter.rows).to(b.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .layers import active_adapters, secura_layers
 from .sharding import reshard
 
 
@@ -28,16 +29,11 @@ def fold(model: nn.Module) -> int:
     layers = check_foldable(model)
     if any(layer.merged for layer in layers):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
-    active = [layer for layer in layers if layer.active_cabr()]
+    active = [layer for layer in layers if layer.acting_adapters()]
     reshard(model)
     for layer in active:
         layer.fold()
     return len(active)
-
-
-def secura_layers(model: nn.Module) -> list[Any]:
-    """The model's :class:`secura.SECURALinear` and PEFT-wrapped SECURA layers."""
-    return [module for module in model.modules() if getattr(module, "is_secura_layer", False)]
 
 
 def check_foldable(model: nn.Module) -> list[Any]:
@@ -46,20 +42,10 @@ def check_foldable(model: nn.Module) -> list[Any]:
     Raises:
         ValueError: there is none.
     """
-    layers = secura_layers(model)
+    layers = list(secura_layers(model).values())
     if not layers:
         raise ValueError("the model has no SECURA layer to fold: add an adapter first")
     return layers
-
-
-def active_adapters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The model's active SECURA adapters and the layers they are on, by the adapters' names."""
-    names = {module: name for name, module in model.named_modules()}
-    return {
-        names[adapter]: (adapter, layer)
-        for layer in secura_layers(model)
-        for adapter in layer.active_cabr()
-    }
 
 
 def fold_periods(model: nn.Module) -> set[int]:
@@ -67,4 +53,4 @@ def fold_periods(model: nn.Module) -> set[int]:
     return {adapter.config.fold_every for adapter, _ in active_adapters(model).values()}
 
 
-__all__ = ["active_adapters", "check_foldable", "fold", "fold_periods", "secura_layers"]
+__all__ = ["check_foldable", "fold", "fold_periods"]

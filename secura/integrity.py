@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-SKETCH = 8
-"""A fingerprint is ``[SKETCH, SKETCH]``."""
+FINGERPRINT_SIZE = 8
+"""A fingerprint is ``[FINGERPRINT_SIZE, FINGERPRINT_SIZE]``."""
 
 TOLERANCE = 0.01
 """Relative distance up to which two weights count as the same; a cast to bf16 makes 0.002."""
@@ -35,7 +35,7 @@ def fingerprint(weight: Tensor) -> Tensor:
     n, k = weight.shape
     right = _signs(k, 1, weight.device)
     left = _signs(n, 2, weight.device)
-    mixed = torch.zeros(SKETCH, k, device=weight.device)
+    mixed = torch.zeros(FINGERPRINT_SIZE, k, device=weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, n, _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
@@ -43,8 +43,8 @@ def fingerprint(weight: Tensor) -> Tensor:
         return mixed @ right
 
 
-def sketch(p: Tensor, rows: Tensor) -> Tensor:
-    """The fingerprint ``[8, 8]`` of ``P R``, from ``P [N, m]`` and ``R [m, K]``."""
+def fingerprint_of_product(p: Tensor, rows: Tensor) -> Tensor:
+    """The fingerprint ``[8, 8]`` of the product ``P R``, from ``P [N, m]`` and ``R [m, K]``."""
     left = _signs(p.shape[0], 2, p.device).to(p.dtype)
     right = _signs(rows.shape[1], 1, rows.device).to(p.dtype)
     return (left.t() @ p) @ (rows.to(p.dtype) @ right)
@@ -72,7 +72,7 @@ def checksum(tensors: Mapping[str, Tensor], settings: str = "") -> Tensor:
     return torch.tensor(int.from_bytes(values.digest() + rest.digest(), "big", signed=True))
 
 
-def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
+def verify_checksum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     """Raise ``ValueError`` where a layer's tensors or settings are not those that were saved.
 
     Tensors without a checksum, with 0 in its place, or cast after they were saved (``core`` and
@@ -101,13 +101,18 @@ def check_sum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     )
 
 
+def version(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to; 0 for one of inference mode, which is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def was_cast(state: Mapping[str, Tensor]) -> bool:
     """Whether a layer's tensors were cast to another dtype after they were saved."""
     fixed = [state[name] for name in ("core", "fingerprint") if name in state]
     return any(tensor.dtype != torch.float32 for tensor in fixed)
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
+def file_checksum(tensors: Iterable[Tensor]) -> str:
     """A checksum over all tensors of an adapter file, whatever their names and order."""
     parts = []
     for tensor in tensors:
@@ -214,27 +219,28 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _signs(count: int, salt: int, device: torch.device) -> Tensor:
-    """``[count, SKETCH]`` of ±1 from an integer hash, the same on every machine and version."""
+    """``[count, FINGERPRINT_SIZE]`` of ±1 from an integer hash, the same everywhere."""
     mask = 0xFFFFFFFF
-    value = torch.arange(count * SKETCH, device=device) + salt * 0x9E3779B9
+    value = torch.arange(count * FINGERPRINT_SIZE, device=device) + salt * 0x9E3779B9
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         value = ((value ^ (value >> shift)) * factor) & mask
     value ^= value >> 16
-    return (1 - 2 * (value & 1)).float().view(count, SKETCH)
+    return (1 - 2 * (value & 1)).float().view(count, FINGERPRINT_SIZE)
 
 
 __all__ = [
-    "SKETCH",
+    "FINGERPRINT_SIZE",
     "TOLERANCE",
     "check_file",
     "check_state",
-    "check_sum",
     "checksum",
-    "digest",
     "distance",
+    "file_checksum",
     "fingerprint",
+    "fingerprint_of_product",
     "opened",
     "read_file",
-    "sketch",
+    "verify_checksum",
+    "version",
     "was_cast",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import merging, sharding
-from .adapter import CABR
+from .cabr import CABR
 from .choosing import choose_loaded
 from .config import AdapterConfig
 
@@ -27,7 +27,7 @@ class SECURALinear(CABR):
         config: the settings; :class:`secura.SecuraConfig` serves too.
 
     Attributes:
-        base: the frozen layer. The others are :class:`secura.adapter.CABR`'s: ``A``, ``B``,
+        base: the frozen layer. The others are :class:`secura.cabr.CABR`'s: ``A``, ``B``,
             ``bias``, ``rows``, ``cols``, ``core``, ``fingerprint``.
 
     Raises:
@@ -88,7 +88,7 @@ class SECURALinear(CABR):
         self.check_loadable(state_dict, prefix, None if brings_base else self.base)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def active_cabr(self) -> list[CABR]:
+    def acting_adapters(self) -> list[CABR]:
         """The adapters that act in this layer: itself."""
         return [self]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import bases, products, sharding
 
 if TYPE_CHECKING:
-    from .adapter import CABR
+    from .cabr import CABR
 
 MERGED = "secura_merged"
 """Name of the mark in a ``state_dict`` that was taken while an adapter was merged."""

@@ -35,6 +35,11 @@ def is_dtensor(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
+def is_fsdp_managed(module: Any) -> bool:
+    """Whether FSDP gathers the parameters of ``module`` itself."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def is_zero3(tensor: Any) -> bool:
     """Whether ``tensor`` is a parameter that ZeRO-3 gathers for its layer's forward."""
     return hasattr(tensor, "ds_numel")
@@ -91,11 +96,16 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
         own.copy_(value)
 
 
+def is_distributed() -> bool:
+    """Whether processes of ``torch.distributed`` work together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def on_rank_0_alone() -> bool:
     """Whether accelerate has the first process load the weights, and the others wait for them."""
     asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     yes = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in asked)
-    return yes and dist.is_available() and dist.is_initialized()
+    return yes and is_distributed()
 
 
 @torch.no_grad()
@@ -149,7 +159,9 @@ __all__ = [
     "exchange",
     "from_rank_0",
     "gathered",
+    "is_distributed",
     "is_dtensor",
+    "is_fsdp_managed",
     "is_partitioned",
     "is_zero3",
     "on_rank_0_alone",

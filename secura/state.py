@@ -12,7 +12,14 @@ from secura_kernels.layer import update
 
 from . import bases
 from .config import AdapterConfig
-from .integrity import check_state, check_sum, checksum, fingerprint, sketch
+from .integrity import (
+    check_state,
+    checksum,
+    fingerprint,
+    fingerprint_of_product,
+    verify_checksum,
+    version,
+)
 
 _SAME = 1e-5
 _ALIKE = 0.6
@@ -134,7 +141,7 @@ class AdapterState(nn.Module):
     def _check_assigned_sum(self) -> None:
         if self._assigned and not self._awaits_file and not self.rows.is_meta:
             own = self._tensors()
-            check_sum(self.name, own, self._settings(own))
+            verify_checksum(self.name, own, self._settings(own))
             self.checksum = torch.zeros_like(self.checksum)
 
     def _note_loaded(self) -> None:
@@ -147,7 +154,7 @@ class AdapterState(nn.Module):
         """Note that ``core`` was changed, and whether it holds anything: looked at if not given."""
         core = self.core
         self.folded = (not core.is_meta and bool(core.any())) if folded is None else folded
-        self._core_version = 0 if core.is_inference() else core._version
+        self._core_version = version(core)
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterState:
@@ -250,12 +257,12 @@ class AdapterState(nn.Module):
             whole: whether every tensor has to be there.
         """
         state, layer = self._own(state_dict, prefix), prefix.rstrip(".")
-        versions = {name: 0 if t.is_inference() else t._version for name, t in state.items()}
+        versions = {name: version(tensor) for name, tensor in state.items()}
         passes = _Passed(dict(state), versions, whole, base is not None)
         if not state or (self._passed and self._passed.covers(passes)):
             return
         self._passed = None
-        check_sum(layer, state, self._settings(state))
+        verify_checksum(layer, state, self._settings(state))
         state.pop("checksum", None)
         if self.left is not None and "U" in state and "left" not in state:
             raise ValueError(
@@ -299,7 +306,7 @@ class AdapterState(nn.Module):
         )
         core, rows, cols = (state[name].to(here) for name in ("core", "rows", "cols"))
         u = update(*factors(a, b, u, left, right), self.config.scaling) + core
-        change = self._sketch_of_change(weight, u, rows, cols)
+        change = self._fingerprint_of_change(weight, u, rows, cols)
         alike = torch.cosine_similarity(gap.flatten().double(), change.flatten().double(), dim=0)
         if alike > _ALIKE:
             raise ValueError(
@@ -309,9 +316,13 @@ class AdapterState(nn.Module):
                 "command line)"
             )
 
-    def _sketch_of_change(self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    def _fingerprint_of_change(
+        self, weight: Tensor, u: Tensor, rows: Tensor, cols: Tensor
+    ) -> Tensor:
         """The fingerprint ``[8, 8]`` of ``W[:, cols] u W[rows]``."""
-        return sketch(weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows))
+        return fingerprint_of_product(
+            weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows)
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         own = {name: getattr(self, name) for name in self.STATE}

@@ -45,7 +45,7 @@ from . import bases, products
 from .sharding import is_dtensor
 
 if TYPE_CHECKING:
-    from .adapter import CABR
+    from .cabr import CABR
     from .core import Core
 
 

@@ -276,10 +276,10 @@ def restrain_factor(
     """
     if important is None:
         return None
-    return restrained(sum((part <= norm.edge).sum() for part in gains), numel, important, norm)
+    return suppression(sum((part <= norm.edge).sum() for part in gains), numel, important, norm)
 
 
-def restrained(small: Tensor | int, numel: int, important: Tensor, norm: Norm) -> Tensor:
+def suppression(small: Tensor | int, numel: int, important: Tensor, norm: Norm) -> Tensor:
     """``[N]`` fp32 factors of the output channels, from how many of ``numel`` gains are small."""
     crowded = small > norm.percent * numel
     factor = torch.ones_like(important, dtype=torch.float32)
@@ -305,6 +305,6 @@ __all__ = [
     "relative_change",
     "resolve_norm",
     "restrain_factor",
-    "restrained",
+    "suppression",
     "unpack",
 ]

@@ -8,7 +8,6 @@ whichever is longer. Ceilings are parameters: a choice is a function of a layer'
 |------------------------------|------------------------------------|-------------------------|
 | forward of `none`, `channel` | through y0, or through W' and x Rᵀ | :func:`takes_weight`    |
 | their ∂x                     | g W', h R + g W or ∂y0 W           | :func:`input_way`       |
-| a forward's W' for the other | rebuilt, or kept                   | :func:`keeps_weight`    |
 | ∂x of `activation`           | ∂y0 W, or h R + g W                | :func:`adds_h`          |
 | its dΔ, of which ∂P is made  | blocks of tokens and columns       | :func:`change_blocks`   |
 | gᵀx of `weight`, the same    | blocks of W's rows                 | :func:`rows_of_chunk`   |
@@ -22,7 +21,6 @@ chip's multiprocessors a launch fills, what stays in the L2 cache.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,7 +31,6 @@ from torch import Tensor
 from .norm import Norm
 
 SECTOR_BYTES = 32
-KEEPS = ("auto", "always", "never")
 MOST_SPLITS = 8
 CHANGE_MIB = 64
 """Workspace of dΔ, of which ∂P is made."""
@@ -246,55 +243,6 @@ def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool
         by_weight += _price({"product": product(shape)}, chip)
         by_output += min(_price(way, chip) for way in input_ways(shape, chip=chip).values())
     return by_weight < by_output
-
-
-def keeps_weight(watched: bool = False) -> bool:
-    """Whether a W' that a forward makes is kept for its backward pass, N K elements a layer.
-
-    ``SECURA_KEEP_WEIGHT`` says ``always`` or ``never``. ``auto``, which it is where nothing is set,
-    keeps it under checkpointing (:func:`checkpoints`): held there from the recomputation until
-    the backward pass has come through the checkpointed part.
-
-    Args:
-        watched: whether a compiler or a mode looks on: ``auto`` then keeps nothing, and a compiler
-            sees nothing kept.
-
-    Raises:
-        ValueError: for anything else that the variable says.
-    """
-    said = os.environ.get("SECURA_KEEP_WEIGHT", "auto")
-    if said not in KEEPS:
-        raise ValueError(f"unknown SECURA_KEEP_WEIGHT={said!r}: choose one of {KEEPS}")
-    if said != "auto":
-        return said == "always" and not (watched and torch.compiler.is_compiling())
-    return not watched and bool(checkpoints())
-
-
-def holds_weight() -> bool:
-    """Whether a W' that is kept is held over the micro-batches of a step too: with ``always``."""
-    return os.environ.get("SECURA_KEEP_WEIGHT") == "always"
-
-
-def checkpoints() -> str:
-    """How ``torch.utils.checkpoint`` is at work, ``""`` if not: what is saved is soon used.
-
-    ``"hooked"``, not re-entering: both its passes run under its hooks and must save tensors of the
-    same shapes. ``"again"``, re-entering: the second pass, within a backward pass; the first saves
-    nothing and is like any without gradient.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
-        return "hooked"
-    return "again" if torch._C._current_graph_task_id() != -1 else ""
-
-
-def foresees_kept() -> bool:
-    """Whether a W' that is to be kept may decide by which way a forward pass goes.
-
-    Not in the second pass of re-entrant checkpointing: the first did not know of it, and both must
-    give the same bits.
-    """
-    return holds_weight() or checkpoints() != "again"
 
 
 def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:

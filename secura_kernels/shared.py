@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .dispatch import as_dtype
-from .plan import checkpoints
+from .kept_weight import checkpointing
 
 
 class Total:
@@ -107,7 +107,7 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
 
 def _selects() -> bool:
     """Whether checkpointing is at work, and a dispatch mode says what it keeps."""
-    return is_in_torch_dispatch_mode() and bool(checkpoints())
+    return is_in_torch_dispatch_mode() and bool(checkpointing())
 
 
 def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

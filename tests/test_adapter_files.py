@@ -15,7 +15,7 @@ from torch import nn
 
 import secura
 from secura import FoldCallback, SecuraConfig, choosing, state
-from secura.integrity import checksum, digest
+from secura.integrity import checksum, file_checksum
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -39,7 +39,7 @@ def rewrite(folder, change, *, fix_checksum=False) -> None:
         settings = SecuraConfig.from_pretrained(folder).fixed_settings(bool(own["core"].any()))
         settings += f" of {list(tiny.llama().get_submodule(LAYER).weight.shape)}"
         state[FIRST + "checksum"] = checksum(own, settings)
-        edit(folder, checksum=digest(state.values()))
+        edit(folder, checksum=file_checksum(state.values()))
     (folder / WEIGHTS).unlink()
     save_file(state, folder / WEIGHTS)
 
@@ -384,8 +384,8 @@ def test_a_file_is_compared_with_its_base_once(folder, monkeypatch):
         monkeypatch.setattr(
             module, "fingerprint", lambda weight, made=made: seen.append(weight) or made(weight)
         )
-    checked = state.check_sum
-    monkeypatch.setattr(state, "check_sum", lambda *of: sums.append(of) or checked(*of))
+    checked = state.verify_checksum
+    monkeypatch.setattr(state, "verify_checksum", lambda *of: sums.append(of) or checked(*of))
     model = PeftModel.from_pretrained(tiny.llama(), folder)
     layers = len(tiny.layers(model))
     assert (len(seen), len(sums)) == (2 * layers, layers)

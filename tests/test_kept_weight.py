@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from secura_kernels import NormOptions, plan
+from secura_kernels import NormOptions, kept_weight
 from secura_kernels.inspection.layers import Case
 from secura_kernels.ops.weight import plain as weight
 
@@ -64,4 +64,4 @@ def test_recomputation_keeps_it_and_the_pass_before_does_not(reentrant, made):
 def test_another_word_is_an_error(monkeypatch):
     monkeypatch.setenv("SECURA_KEEP_WEIGHT", "yes")
     with pytest.raises(ValueError, match="unknown SECURA_KEEP_WEIGHT='yes'"):
-        plan.keeps_weight()
+        kept_weight.keeps_weight()

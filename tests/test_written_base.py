@@ -49,7 +49,9 @@ def test_a_merge_is_into_the_weight_as_it_is(name):
         layer.effective_weight(), fresh(torch.eye(40)).T - fresh.base.bias[:, None]
     )
     if "weight" not in name:
-        for got, expected in zip(layer.product(layer.base), fresh.product(fresh.base), strict=True):
+        for got, expected in zip(
+            layer.additive_product(layer.base), fresh.additive_product(fresh.base), strict=True
+        ):
             torch.testing.assert_close(got, expected)
 
 

@@ -17,7 +17,7 @@ from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method
 from benchmarks.retention.rows import causal
 from benchmarks.retention.score import autocast, evaluating
-from secura.folding import secura_layers
+from secura.layers import secura_layers
 
 _WHITENING_DAMPING = 1e-2
 
@@ -86,8 +86,8 @@ def _anchor(model: nn.Module, method: Method, texts: list[Tensor], **more: Any) 
 @torch.no_grad()
 def _keep_side(model: nn.Module, side: str) -> None:
     """Anchors by the inputs' statistics alone (``"in"``), or by the outputs' (``"out"``)."""
-    for layer in secura_layers(model):
-        for adapter in layer.active_cabr():
+    for layer in secura_layers(model).values():
+        for adapter in layer.acting_adapters():
             weight = layer.get_base_layer().weight
             eye = torch.eye(len(adapter.rows), device=weight.device)
             damping = adapter.config.anchor_damping

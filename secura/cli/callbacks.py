@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.folding import active_adapters
+from secura.layers import active_adapters
 from secura.names import PREFIX
 
 TrainerCallback = require("transformers", "train").TrainerCallback

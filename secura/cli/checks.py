@@ -136,11 +136,9 @@ def _longest(dataset: Any) -> int:
 
 def adapted_kinds(model: Any) -> list[str]:
     """Last names of the layers that a model's adapter is on, such as ``down_proj``."""
-    from secura.tuner import SecuraLayer
+    from secura.layers import secura_layers
 
-    modules = model.get_base_model().named_modules()
-    names = [name for name, module in modules if isinstance(module, SecuraLayer)]
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted({name.rpartition(".")[2] for name in secura_layers(model)})
 
 
 def nothing_held(training: Any, *, holding: bool) -> str | None:

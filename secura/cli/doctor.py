@@ -150,7 +150,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     Raises:
         UserError: for a shape, chip or norm that is none.
     """
-    from secura_kernels import NormOptions, plan
+    from secura_kernels import NormOptions, kept_weight, plan
     from secura_kernels.inspection.steps import choices, layer_steps
     from secura_kernels.norm import NORMS, pack, unpack
 
@@ -174,7 +174,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     if options.r > min(n, k):
         raise UserError(f"--r {options.r} must be at most {min(n, k)} on --layer {options.layer}")
     shape = plan.Shape(options.tokens, n, k, options.r)
-    norm, kept = unpack(pack(NormOptions(options.norm))), plan.keeps_weight()
+    norm, kept = unpack(pack(NormOptions(options.norm))), kept_weight.keeps_weight()
     passes = dict(zip(("forward", "backward"), layer_steps(shape, norm, kept, chip), strict=True))
     frozen = 2 * plan.product(shape).seconds(chip)
     return {

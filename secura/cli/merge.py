@@ -111,14 +111,13 @@ def refuse_generation_config(model: Any) -> None:
 def refuse_lost_biases(model: Any, adapter: str) -> None:
     """Refuses trained biases of layers that have none: transformers would load them nowhere."""
     from secura import bases
-    from secura.tuner import SecuraLayer
+    from secura.layers import secura_layers
 
     layers = [
         bare(name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, SecuraLayer)
-        and bases.bias(layer.base_layer) is None
-        and any(part.bias is not None for part in layer.active_cabr())
+        for name, layer in secura_layers(model).items()
+        if bases.bias(layer.base_layer) is None
+        and any(part.bias is not None for part in layer.acting_adapters())
     ]
     if layers:
         raise UserError(

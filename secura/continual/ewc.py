@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.folding import secura_layers
+from secura.layers import secura_layers
 
 from .state import (
     Unfolded,
@@ -78,7 +78,7 @@ class Fisher:
                 another anchor.
         """
         parameters = trainable(model)
-        if any(layer.merged for layer in secura_layers(model)):
+        if any(layer.merged for layer in secura_layers(model).values()):
             raise ValueError("an adapter is merged, so its loss has no gradient: unmerge it first")
         if previous is not None:
             previous = previous.on(model)

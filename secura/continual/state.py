@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.folders import use_umask
-from secura.folding import active_adapters, fold_periods
-from secura.integrity import check_file
+from secura.folding import fold_periods
+from secura.integrity import check_file, version
+from secura.layers import active_adapters
+from secura.sharding import is_distributed
 
 
 class Unfolded:
@@ -51,7 +53,7 @@ class Unfolded:
             )
 
     def _versions(self) -> list[int]:
-        return [0 if core.is_inference() else core._version for core in self._cores]
+        return [version(core) for core in self._cores]
 
 
 def check_run(model: nn.Module) -> Unfolded:
@@ -92,9 +94,9 @@ def coordinates(model: nn.Module) -> str:
 
 def check_alike(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise ``ValueError`` where the processes of a run hold other numbers of ``what``."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return
+    distributed = torch.distributed
     here = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, hashlib.sha256(save(here)).hexdigest())

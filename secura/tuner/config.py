@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from secura._extras import how_to_install
 from secura.config import AdapterConfig, check_rank
-from secura.integrity import check_file, digest, read_file
+from secura.integrity import check_file, file_checksum, read_file
 from secura.names import INNER, PREFIX, is_own, without_wrappers
 
 from .registration import peft_type
@@ -165,7 +165,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             tensors = read_file(folder / SAFETENSORS_WEIGHTS_NAME)
             written = json.loads((folder / CONFIG_NAME).read_text())
             anchored = any(name.endswith(f"{INNER}left") for name in tensors)
-            written["checksum"] = digest(tensors.values())
+            written["checksum"] = file_checksum(tensors.values())
             written["anchored"] = anchored
             written["base_tensors"] = self._base_tensors(tensors) or None
             (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))

@@ -52,7 +52,7 @@ class ParamWrapper(SecuraLayer):
             self.unmerge()
         if self.merged:
             merging.check_not_training(self)
-        active = [] if self.disable_adapters or self.merged else self.active_cabr()
+        active = [] if self.disable_adapters or self.merged else self.acting_adapters()
         if not active:
             return self.base_layer(*args, **kwargs)
         stack = self.adapted
@@ -60,7 +60,7 @@ class ParamWrapper(SecuraLayer):
         with _in_place_of(stack, weights):
             return self.base_layer(*args, **kwargs)
 
-    def active_cabr(self) -> list[Any]:
+    def acting_adapters(self) -> list[Any]:
         """The adapter that acts on the parameter, or none.
 
         Raises:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from secura import bases, merging, products
-from secura.adapter import CABR
+from secura.cabr import CABR
 from secura.choosing import choose_loaded
 from secura.core import Core
 
@@ -20,7 +20,7 @@ from .config import SecuraConfig
 
 
 class SecuraLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and its adapters, :class:`secura.adapter.CABR` by adapter name.
+    """A frozen linear layer and its adapters, :class:`secura.cabr.CABR` by adapter name.
 
     Several adapters may be active at once where the layer is additive (``norm="none"``).
     """
@@ -118,7 +118,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             TypeError: for integer or complex inputs, a dtype that is not the weight's, or more than
                 x to a layer whose adapters make the product themselves or are several.
             ValueError: for another last dimension, several active adapters with a norm, rows of
-                several adapters while one is merged, or see :meth:`secura.adapter.CABR.forward`.
+                several adapters while one is merged, or see :meth:`secura.cabr.CABR.forward`.
             RuntimeError: when trained while merged.
         """
         base = self.base_layer
@@ -134,7 +134,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             merging.check_not_training(self)
             return base(x, *args, **kwargs)
-        active = self.active_cabr() if names is None else self._named(list(dict.fromkeys(names)))
+        if names is None:
+            active = self.acting_adapters()
+        else:
+            active = self._named(list(dict.fromkeys(names)))
         if not active:
             return base(x, *args, **kwargs)
         if "_hf_hook" in base.__dict__:
@@ -151,7 +154,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             return several.by_row(self, x, names)
         if len(active) == 1:
             return active[0](base, x)
-        return several.added_up(self.base_layer, active, x)
+        return several.forward_sum(self.base_layer, active, x)
 
     def train(self, mode: bool = True) -> SecuraLayer:
         """As ``nn.Module.train``, and check what a loader assigned, where the base is here."""
@@ -218,14 +221,14 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         weight = merging.weight_before(self._merged, self.adapted)
         self._named([adapter])[0].renew(state_dict, prefix, weight)
 
-    def active_cabr(self) -> list[CABR]:
+    def acting_adapters(self) -> list[CABR]:
         """The adapters that act in this layer.
 
         Raises:
             ValueError: for several of which one has a norm.
         """
         adapters = self._named(self.active_adapters)
-        if len(adapters) > 1 and not all(map(several.adds_up, adapters)):
+        if len(adapters) > 1 and not all(map(several.is_additive, adapters)):
             raise ValueError(
                 f"adapters {self.active_adapters} are active together, but only norm='none' adds "
                 "up, without stochastic_rounding: activate one with set_adapter()"
@@ -245,7 +248,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge it to fold")
-        for adapter in self.active_cabr():
+        for adapter in self.acting_adapters():
             adapter.fold_core()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -334,7 +337,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
         else:
-            if not all(map(several.adds_up, adapters)):
+            if not all(map(several.is_additive, adapters)):
                 raise ValueError(
                     f"adapters {names} have a norm or stochastic_rounding and do not add up: merge "
                     "one alone"

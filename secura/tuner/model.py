@@ -14,7 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, g
 from torch import nn
 
 from secura import bases
-from secura.adapter import CABR
+from secura.cabr import CABR
+from secura.layers import layers_with
 from secura.names import INNER, without_wrappers
 from secura_kernels.cur import RankError
 
@@ -103,7 +104,7 @@ class SecuraModel(BaseTuner):
             model, config, adapter_name, state_dict, *args, **kwargs
         )
         config.id2label = saved.named_labels(model)
-        layers = saved.adapted_layers(model, adapter_name)
+        layers = layers_with(model, adapter_name)
         for name, layer in layers.items():
             layer.renew_saved(found, f"{name}{INNER}{adapter_name}.", adapter_name)
         saved.warn_of_unsaved(model, config, adapter_name, layers, found)

@@ -9,21 +9,13 @@ from typing import Any, cast
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from secura.adapter import CABR
-from secura.integrity import digest, was_cast
+from secura.cabr import CABR
+from secura.integrity import file_checksum, was_cast
+from secura.layers import layers_with
 from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
 from secura.sharding import is_dtensor
 
 from .layer import SecuraLayer
-
-
-def adapted_layers(model: Any, adapter: str) -> dict[str, SecuraLayer]:
-    """The layers with an adapter, by the name that a ``state_dict`` gives them."""
-    return {
-        name.replace("_fsdp_wrapped_module.", ""): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SecuraLayer) and adapter in layer.secura_adapter
-    }
 
 
 def named_labels(model: Any) -> dict[int, str] | None:
@@ -118,13 +110,13 @@ def for_loading(
             "or emptied; save or download it again"
         )
     mapped = remap(model=model, config=config, adapter_name=adapter, state_dict=state_dict)
-    layers = adapted_layers(model, adapter)
+    layers: dict[str, SecuraLayer] = layers_with(model, adapter)
     by_name = {bare(name): name for name in layers}
     mapped = {_full_name(name, by_name, adapter): tensor for name, tensor in mapped.items()}
     _check_names(model, config, adapter, mapped, layers)
     for name, layer in layers.items():
         layer.check_loadable(mapped, f"{name}.", whole=True)
-    _check_digest(config, state_dict, found)
+    _check_file_checksum(config, state_dict, found)
     return mapped
 
 
@@ -222,15 +214,15 @@ def _equal(mapped: Mapping[str, Tensor], name: str, own: Tensor) -> bool:
     return found is not None and found.shape == own.shape and bool((found.to(own) == own).all())
 
 
-def _check_digest(config: Any, state_dict: Mapping[str, Tensor], found: Any) -> None:
+def _check_file_checksum(config: Any, state_dict: Mapping[str, Tensor], found: Any) -> None:
     expected, config.checksum = config.checksum, None
     if not expected or was_cast({name.rpartition(".")[2]: t for name, t in found.items()}):
         return
-    if digest(state_dict.values()) != expected:
+    if file_checksum(state_dict.values()) != expected:
         raise ValueError(
             "the adapter's tensors do not match the checksum in its adapter_config.json: one of "
             "the two was damaged or changed after it was saved; save or download it again"
         )
 
 
-__all__ = ["adapted_layers", "for_loading", "named_labels"]
+__all__ = ["for_loading", "named_labels", "warn_of_unsaved"]

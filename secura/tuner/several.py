@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secura import bases, products, sharding
-from secura.adapter import CABR
+from secura.cabr import CABR
 from secura_kernels import Layer, NormOptions, secura_add
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def by_row(layer: SecuraLayer, x: Tensor, names: Sequence[str]) -> Tensor:
     return out
 
 
-def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
+def forward_sum(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     """The output ``[..., N]`` of a layer for ``x [..., K]`` with the sum of what adapters add.
 
     Raises:
@@ -84,7 +84,7 @@ def added_up(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     )
 
 
-def adds_up(adapter: CABR) -> bool:
+def is_additive(adapter: CABR) -> bool:
     """Whether the adapter can act on a layer together with others."""
     return adapter.config.norm == "none" and not adapter.config.stochastic_rounding
 
@@ -98,4 +98,4 @@ def sum_biases(adapters: list[CABR]) -> Tensor | None:
     return functools.reduce(torch.add, biases, torch.zeros_like(biases[0]))
 
 
-__all__ = ["BASE", "REFERENCE", "added_up", "adds_up", "by_row", "sum_biases"]
+__all__ = ["BASE", "REFERENCE", "by_row", "forward_sum", "is_additive", "sum_biases"]

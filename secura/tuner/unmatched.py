@@ -10,11 +10,11 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from secura.bases import is_conv1d
+from secura.layers import layers_with
 from secura.names import without_wrappers
 from secura.wording import did_you_mean
 
 from .config import SecuraConfig
-from .layer import SecuraLayer
 
 _ADDED = {"classifier", "score", "qa_outputs"}  # by PEFT, whichever of them a model has
 
@@ -62,11 +62,7 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         config: the adapter's settings as they were given.
         adapter: its name.
     """
-    adapted = [
-        _without_adapters(name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, SecuraLayer) and adapter in layer.secura_adapter
-    ]
+    adapted = [_without_adapters(name) for name in layers_with(model, adapter)]
     chosen = config.layers_to_transform
     indices = [chosen] if isinstance(chosen, int) else chosen or ()
     numbers = {part for name in adapted for part in name.split(".")}

@@ -93,7 +93,7 @@ def layer_steps(
     Args:
         shape: the layer's; its ``itemsize`` is of 16 bits.
         norm: of :func:`secura_kernels.norm.unpack`.
-        kept: whether W' is kept (:func:`secura_kernels.plan.keeps_weight`).
+        kept: whether W' is kept (:func:`secura_kernels.kept_weight.keeps_weight`).
         chip: its ceilings.
     """
     if norm.space == "activation":

@@ -57,7 +57,7 @@ from torch import Tensor
 
 from ... import plan
 from ...gpu import machine_of
-from ...norm import Norm, restrained
+from ...norm import Norm, suppression
 from ..common import Measured, Terms, product_wide
 from ..jit import (
     Tile,
@@ -291,7 +291,7 @@ def forward(
         gain_scalars(measure("peak") if norm.needs_peak else scalars, scalars, norm)
     if important is not None:
         small = measure("count", edge=norm.edge).sum(dtype=torch.float64)
-        factor = restrained(small, y0.numel(), important, norm)
+        factor = suppression(small, y0.numel(), important, norm)
     out = y0 if in_place else torch.empty_like(y0, memory_format=torch.contiguous_format)
     kept = torch.empty_like(out, dtype=torch.uint8) if keep else None
     launch("out", out, kept)

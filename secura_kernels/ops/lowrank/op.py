@@ -20,7 +20,7 @@ rather than made here, there is no W, and ∂y0 is what the backward pass ends w
 
 Forward and ∂x each take the way that :mod:`secura_kernels.plan` finds to move less; out is then
 cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias. A W' that the forward made
-may be kept for the backward pass (:func:`secura_kernels.plan.keeps_weight`).
+may be kept for the backward pass (:func:`secura_kernels.kept_weight.keeps_weight`).
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import plan
+from ... import kept_weight, plan
 from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...held import once
 from ...shared import added
@@ -66,7 +66,7 @@ def takes_weight(x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool) -> bo
     if z_scale is not None:
         return False
     shape = plan.Shape(t, n, k, m, x.element_size())
-    return plan.takes_weight(shape, keep and plan.foresees_kept(), plan.chip_of(x))
+    return plan.takes_weight(shape, keep and kept_weight.foresees_kept(), plan.chip_of(x))
 
 
 @op("lowrank")
@@ -234,7 +234,7 @@ def add(
     if q.dtype != dtype:
         q = q.to(dtype)
     weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)
-    keep = seed is None and plan.keeps_weight(call.watched)
+    keep = seed is None and kept_weight.keeps_weight(call.watched)
     beside = [share, step.delta_bias, z_scale]
     run = lowrank if call.watched else lowrank.body
     how = (step.needs_p, keep, seed, call.impl)

@@ -17,8 +17,8 @@ With a seed W' is rounded stochastically in the forward pass, as a merge rounds 
 rounded to nearest.
 
 Saved for backward: x and small tensors (ε, slope and offset of the gain, the factors); W' is
-rebuilt, or kept (:func:`secura_kernels.plan.keeps_weight`). ``paper`` and ``released`` take a first
-pass for the largest ρ. Neither ∂W nor ΔW is ever whole in memory: Triton forms W' in one pass over
+rebuilt, or kept (:mod:`secura_kernels.kept_weight`). ``paper`` and ``released`` take a first pass
+for the largest ρ. Neither ∂W nor ΔW is ever whole in memory: Triton forms W' in one pass over
 W and ∂P in chunks of W's rows (:mod:`.triton` counts the bytes), plain torch runs everything
 elementwise over chunks of rows of at most ``WORKSPACE_MIB``, on a CPU of what its cache holds
 (``CACHE_MIB``).
@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import plan
+from ... import kept_weight
 from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...held import once
 from ...norm import Norm, unpack
@@ -260,8 +260,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     p, p_base = once(layer.held, ("P", dtype), projections, *thin)
     terms = Terms(p, p_base, step.delta_bias)
     frozen = (layer.weight, as_dtype(layer.bias, x.dtype), layer.rows)
-    keep = seed is None and plan.keeps_weight(call.watched)
-    held = layer.held if keep and plan.holds_weight() else None
+    keep = seed is None and kept_weight.keeps_weight(call.watched)
+    held = layer.held if keep and kept_weight.holds_weight() else None
     known = None if held is None else held.get(("W'", x.dtype))
     if known is not None:
         fused, *found = known

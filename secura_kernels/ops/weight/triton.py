@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ... import plan
 from ...gpu import LARGE_SHARED, machine_of
-from ...norm import Norm, effective_eps, restrained
+from ...norm import Norm, effective_eps, suppression
 from ..common import noise_key
 from ..jit import (
     Tile,
@@ -325,7 +325,7 @@ def measure(tiles: Tiles, important: Tensor | None, norm: Norm) -> tuple[Tensor,
     if important is None:
         return scalars, None
     count = _stat("count", tiles, scalars, norm, norm.edge).sum(dtype=torch.float64)
-    return scalars, restrained(count, weight.numel(), important, norm)
+    return scalars, suppression(count, weight.numel(), important, norm)
 
 
 def _stat(what: str, tiles: Tiles, scalars: Tensor, norm: Norm, edge: float = 0.0) -> Tensor:

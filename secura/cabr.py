@@ -29,7 +29,7 @@ from . import bases, products, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
 from .core import Core, Seen
-from .integrity import SKETCH
+from .integrity import FINGERPRINT_SIZE, version
 from .sharding import on_rank_0_alone
 
 
@@ -106,7 +106,7 @@ class CABR(Core):
         self.register_buffer("core", torch.empty(m, m, **here))
         for name in self.ANCHOR:
             self.register_buffer(name, None)
-        self.register_buffer("fingerprint", torch.empty(SKETCH, SKETCH, **here))
+        self.register_buffer("fingerprint", torch.empty(FINGERPRINT_SIZE, FINGERPRINT_SIZE, **here))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
@@ -225,7 +225,7 @@ class CABR(Core):
             held=held,
         )
 
-    def product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def additive_product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
         bases.check_whole(base)
         self._refresh(base)
@@ -337,8 +337,7 @@ def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """What tells that a tensor was written to, given other numbers (``.data``) or frozen."""
     if tensor is None:
         return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.untyped_storage()._cdata, tensor.requires_grad
+    return version(tensor), tensor.untyped_storage()._cdata, tensor.requires_grad
 
 
 __all__ = ["CABR"]
