@@ -66,6 +66,15 @@ def stopwatch(call: Callable[[], Any], device: torch.device) -> list[float]:
     return [(time.perf_counter() - start) * 1e3]
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether an error has left the device useless to this process."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception:
+        return True
+    return False
+
+
 def interleaved(
     tasks: Mapping[Any, Task],
     device: torch.device,

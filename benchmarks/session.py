@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .measure import Task, interleaved, raise_ceilings, sample
+from .measure import Task, interleaved, is_lost, raise_ceilings, sample
 from .registry import Provider, excuse
-from .schema import SPENT, Recorder, Result, Row, new_result
+from .schema import LOST, SPENT, Recorder, Result, Row, new_result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_BUDGET_S, CPU_BUDGET_S = 480.0, 120.0
@@ -125,6 +125,9 @@ class Session:
             deadline = self._deadline([size for _, _, size in rest[index:]])
             self.recorder.add(measure(case, Turn(deadline, self.end, _say)))
             _say(f"{index + 1}/{len(rest)} {time.monotonic() - self.start:4.0f} s  {name}", "\n")
+            if is_lost(self.device):
+                _say("the device is lost: --resume goes on with the other cases", "\n")
+                return self.result
             collect(self.device)
         raise_ceilings(self.result.ceilings, self.device, self.dtype)
         self.recorder.close()
@@ -168,19 +171,27 @@ def in_turns(
     """
     rows: list[Row] = []
     tasks: dict[tuple[str, str], Task] = {}
+    lost = False
     for provider in providers:
         rows.append(row := Row(case, provider.name))
-        if time.monotonic() > turn.end:
-            row.fail("skipped", SPENT)
+        if lost or time.monotonic() > turn.end:
+            row.fail(*(("failed", LOST) if lost else ("skipped", SPENT)))
             continue
         turn.say(f"checking {provider.name}")
         try:
             found = prepare(provider, row)
         except Exception as error:  # a rival's failure must not end the run
             row.fail(*excuse(error))
+            lost = is_lost(device)
         else:
             tasks |= {(provider.name, phase): task for phase, task in found.items()}
-        collect(device)
+        if not lost:
+            collect(device)
+    if lost:  # what was checked cannot be timed any more
+        for row in rows:
+            if row.status == "ok":
+                row.fail("failed", LOST)
+        return rows
     times, failures = interleaved(
         tasks, device, timer=timer, rounds=rounds, deadline=turn.deadline, progress=turn.say
     )

@@ -221,18 +221,9 @@ def answer(question: Question, asker: Asker) -> Row:
         row.figures = question.ask(asker)
     except Exception as error:  # one question's failure must not end the others
         row.fail(*excuse(error))
-        if is_lost(asker.device):
+        if measure.is_lost(asker.device):
             row.note += f"; {LOST}"
     return row
-
-
-def is_lost(device: torch.device) -> bool:
-    """Whether an error has left the device useless to this process."""
-    try:
-        torch.zeros(1, device=device).add_(1).item()
-    except Exception:
-        return True
-    return False
 
 
 def begin_again(seconds: float) -> None:

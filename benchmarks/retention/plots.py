@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.retention.grid import BEST
+from benchmarks.retention.methods import get_method
 from benchmarks.retention.summary import REFERENCE, SCALED, Front, kl_of, learned, unseen
 from secura._extras import require
 
@@ -22,6 +23,8 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "cur-lora": ("#C2569B", "X"),
     "cabr": ("#00875F", "d"),
     "secura-weight": ("#5B8C5A", "^"),
+    "secura-weight-u": ("#9DBF6E", "v"),
+    "released-m1": ("#222222", "x"),
     "anchored-self": ("#6C8EBF", "s"),
     BEST: ("#0B2F57", "s"),
     BEST.replace("decay=30", "decay=10"): ("#3F7FBF", "X"),
@@ -36,6 +39,7 @@ _OTHER = ("#999999", ".")
 def draw_front(front: Front, title: str) -> Any:
     """A figure of a method's ends at each rate, means over seeds.
 
+    The KL is over the kinds of old text that none of the drawn methods has seen the source of.
     On the left all of it, with a dotted line from the untouched model at the origin, between which
     and the first end no run ended; on the right, with the KL on a logarithmic scale, where
     most was learned. Of variations there are those with a look.
@@ -44,8 +48,12 @@ def draw_front(front: Front, title: str) -> Any:
     figure = figure_class(figsize=(11, 4.6), dpi=150, layout="constrained")
     whole, near = figure.subplots(1, 2)
     tops = []
-    for name in [n for n in front.methods if "@" not in n or n in _LOOKS]:
-        points = _points(front, name)
+    names = [n for n in front.methods if "@" not in n or n in _LOOKS]
+    every = front.some(REFERENCE).settings.texts
+    kinds = [kind for kind in every if all(kind in unseen(front.some(name)) for name in names)]
+    runs = [len(records) for name in names for records in _alike(front, name).values()]
+    for name in names:
+        points = _points(front, name, kinds)
         colour, marker = _LOOKS.get(name, _OTHER)
         look = {"color": colour, "marker": marker, "markersize": 5}
         xs, ys = zip((0.0, 0.0), *points, strict=True)
@@ -55,26 +63,30 @@ def draw_front(front: Front, title: str) -> Any:
         tops.append(xs[-1])
     whole.plot(0, 0, color="black", marker="o", markersize=7, clip_on=False)
     whole.annotate("base", (0, 0), xytext=(6, 6), textcoords="offset points")
-    whole.set_ylim(0, _top(front))
+    whole.set_ylim(0, _top(front, kinds))
     near.set(yscale="log", xlim=(0.9 * max(tops), 1.005 * max(tops)), title="where most is learned")
-    whole.set(title=title, ylabel="KL(base ‖ tuned) on old text, nats a token")
-    for axes in (whole, near):
-        axes.set_xlabel("learned: fall of the held-out loss, nats a token")
+    whole.set(title=title, ylabel=f"KL(base ‖ tuned) on {', '.join(kinds)}, nats a token")
+    seeds = "" if len({*runs}) == 1 else f"; means over {min(runs)} to {max(runs)} seeds"
+    for axes, more in ((whole, seeds), (near, "")):
+        axes.set_xlabel(f"learned: fall of the held-out loss, nats a token{more}")
         axes.spines[["top", "right"]].set_visible(False)
     whole.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _points(front: Front, method: str) -> list[tuple[float, float]]:
-    """(learned, KL on old text) by a method's rates or scales, means over seeds, sorted."""
-    value = kl_of(*unseen(front.some(method)))
-    return sorted(
+def _points(front: Front, method: str, kinds: list[str]) -> list[tuple[float, float]]:
+    """(learned, KL on these kinds) by a method's rates or scales in their order, means over seeds.
+
+    That is the order in which :class:`Front` joins them.
+    """
+    value, found = kl_of(*kinds), _alike(front, method)
+    return [
         (
-            fmean(learned(record.end, record.task) for record in records),
-            fmean(value(record.end) for record in records),
+            fmean(learned(record.end, record.task) for record in found[place]),
+            fmean(value(record.end) for record in found[place]),
         )
-        for records in _alike(front, method).values()
-    )
+        for place in sorted(found)
+    ]
 
 
 def write_front(front: Front, path: Path, title: str) -> None:
@@ -82,17 +94,19 @@ def write_front(front: Front, path: Path, title: str) -> None:
     draw_front(front, title).savefig(path, metadata={"Software": None})
 
 
-def _alike(front: Front, method: str) -> dict[tuple[str, float], list[Any]]:
-    found: dict[tuple[str, float], list[Any]] = {}
+def _alike(front: Front, method: str) -> dict[tuple[float, float], list[Any]]:
+    """Records of several seeds by rate and scale."""
+    found: dict[tuple[float, float], list[Any]] = {}
     for records in front.runs[method].values():
         for record in records:
-            found.setdefault((record.cell.method, record.cell.rate), []).append(record)
+            place = record.cell.rate, get_method(record.cell.method).scale
+            found.setdefault(place, []).append(record)
     return found
 
 
-def _top(front: Front) -> float:
+def _top(front: Front, kinds: list[str]) -> float:
     """Where the picture ends: twice the reference's worst, so that a ruined model bends no axis."""
-    worst = max(kl_of()(r.end) for records in front.runs["lora"].values() for r in records)
+    worst = max(kl_of(*kinds)(r.end) for records in front.runs["lora"].values() for r in records)
     return 2 * worst
 
 

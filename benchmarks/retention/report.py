@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -52,7 +53,15 @@ _PREFERRED = (
 _NOTHING = "–"
 _NO_PAIRS = (_NOTHING,) * 3
 _INTERVALS = "Intervals are of 95% over the seeds of training, paired, on fixed texts."
-_ABOVE = "LoRA ends above this level at every rate it was run at: what it pays here is too much."
+_MARKED = "†"
+_ABOVE = (
+    "all its runs of a seed end above this level; it is read off the one that drifted least, and "
+    "may pay less than is shown."
+)
+_LORA_ABOVE = (
+    "LoRA ends above this level at every rate it was run at on a seed: what it pays here is too "
+    "much, and every ratio too small."
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -90,10 +99,15 @@ def write_report(folder: Path) -> Path:
 def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
     """A picture and the tables of each place of a stage of one task."""
     parts = []
-    for targets in sorted({record.cell.targets for record in records} - {"all"}):
-        front = Front(records, targets)
+    alike: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.status == "done":
+            alike[record.task, record.cell.steps].append(record)
+    places = sorted({record.cell.targets for record in records} - {"all"})
+    for ((task, steps), some), targets in product(sorted(alike.items()), places):
+        front = Front(some, targets)
         if REFERENCE in front.runs:
-            picture = f"{stage}-{targets}.png"
+            picture = f"{stage}-{targets}{f'-{task}-{steps}' * (len(alike) > 1)}.png"
             write_front(front, folder / picture, f"{stage}: adapters on {targets}")
             parts += [f"![Learned and drifted, {targets}]({picture})", ""]
             parts += [main_table(front), "", *_levels(front), "", *_ends(front), ""]
@@ -126,15 +140,16 @@ def main_table(front: Front, *, brief: bool = False) -> str:
         "as a multiple of what LoRA pays for that; below 1 drifts less. Read between the ends of "
         f"runs at different rates. {_INTERVALS}{_marks(table)}"
     )
-    if front.above(level):
-        caption += f" {_ABOVE}"
+    if front.above(REFERENCE, level):
+        caption += f" {_LORA_ABOVE}"
     if not brief:
         some = max(front.records(REFERENCE), key=lambda record: len(record.probes))
         low, high = _question_errors(some)
         caption += (
-            " Rise of loss, mean over the kinds of old text, and probes, accuracy as a share of "
-            "the base model's, are of the run that ends nearest above that level. Their ± is over "
-            "seeds alone: the standard error of a probe's accuracy over its "
+            " Rise of loss, mean over the kinds of old text, and probes, accuracy normalised by "
+            "the answers' lengths (acc_norm) as a share of the base model's, are of the run that "
+            "ends nearest above that level. Their ± is over seeds alone: the standard error of a "
+            "probe's accuracy over its "
             f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in "
             "it."
         )
@@ -168,12 +183,13 @@ def sequence_table(records: Iterable[Record]) -> str:
         return ""
     rows = []
     for run in found:
-        row = [get_method(run.method).title, run.targets, f"{run.rate:g}", str(len(run.loss))]
+        row = [*_what(run), str(len(run.loss))]
         owns, paired = (run.loss, run.forgetting, run.kl), _beside(run, REFERENCE, found)
         for own, against in zip(owns, paired, strict=True):
             row += [plus_minus(estimate(list(own.values()))), against]
         rows.append(row)
-    head = ["method", "on", "rate", "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL"]
+    what = ["method", "on", "rate", "steps"]
+    head = [*what, "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL", "KL over LoRA"]
     caption = (
         "After the last task: mean held-out loss of all of them; rise of the earlier ones' loss "
         "above the least it was; KL on old texts, geometric mean over the kinds but for news where "
@@ -181,23 +197,24 @@ def sequence_table(records: Iterable[Record]) -> str:
         f"over them. Beside each figure what it is against LoRA's, paired by seed; {_NOTHING}: on "
         "fewer than two."
     )
-    parts = [markdown([*head, "KL over LoRA"], rows), caption]
-    head = ["method", "on", "rate", "loss less", "forgetting less", "KL over"]
+    parts = [markdown(head, rows), caption]
+    head = [*what, "loss less", "forgetting less", "KL over"]
     for reference, keeps in _BESIDE.items():
         beside = [(run, _beside(run, reference, found)) for run in found]
-        stored = [
-            [get_method(run.method).title, run.targets, f"{run.rate:g}", *paired]
-            for run, paired in beside
-            if paired != _NO_PAIRS
-        ]
+        stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
             parts += [f"Against {keeps}, the same:", markdown(head, stored)]
     return "\n\n".join(parts)
 
 
+def _what(run: InTurn) -> list[str]:
+    return [get_method(run.method).title, run.targets, f"{run.rate:g}", str(run.steps)]
+
+
 def _beside(run: InTurn, reference: str, found: Sequence[InTurn]) -> tuple[str, str, str]:
     """Loss and forgetting less the reference's, and KL over its, paired by seed."""
-    plain = [r for r in found if r.method == reference and r.targets == run.targets]
+    own = run.targets, run.steps
+    plain = [r for r in found if r.method == reference and (r.targets, r.steps) == own]
     other = min(plain, key=lambda r: fmean(r.loss.values()), default=run)
     if run is other:
         return _NO_PAIRS
@@ -306,6 +323,8 @@ def _marks(table: Sequence[Sequence[str]]) -> str:
         text += f" {partly[0]}: of the seeds on which the level is reached, alone."
     if _NOTHING in cells:
         text += f" {_NOTHING}: it does not learn as much at any rate."
+    if _MARKED in whole:
+        text += f" {_MARKED}: {_ABOVE}"
     return text
 
 
@@ -322,7 +341,7 @@ def _question_errors(record: Record) -> tuple[float, float]:
 def _levels(front: Front) -> list[str]:
     """The KL over all kinds at three levels of learning."""
     levels = front.levels()
-    above = [" †" * front.above(level) for level in levels]
+    above = [" ‡" * front.above(REFERENCE, level) for level in levels]
     heads = zip(LEVELS, levels, above, strict=True)
     head = ["method", *(f"{share:.0%} ({x:.3f}){mark}" for share, x, mark in heads)]
     rows = [
@@ -332,11 +351,9 @@ def _levels(front: Front) -> list[str]:
     ]
     note = (
         "KL over all kinds as a multiple of LoRA's, at shares of what LoRA learns at its best, "
-        f"between the ends of runs at different rates. {_INTERVALS}{_marks(rows)} A method whose "
-        "runs all end above a level is taken at the one that drifted least: it may pay less than "
-        "is shown."
+        f"between the ends of runs at different rates. {_INTERVALS}{_marks(rows)}"
     )
-    return ["", markdown(head, rows), "", f"{note} †: {_ABOVE}" if any(above) else note]
+    return ["", markdown(head, rows), "", f"{note} ‡: {_LORA_ABOVE}" if any(above) else note]
 
 
 def _ends(front: Front) -> list[str]:
@@ -361,10 +378,11 @@ def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
     found = front.ratio(method, level, *kinds)
     if found is None:
         return _NOTHING
-    note = _partly(front, found.count)
+    note = f"{_MARKED * front.above(method, level)}{_partly(front, found.count)}"
     if math.isnan(found.low):
         return f"{found.mean:.2f}{note}"
-    mark = "**" if not note and (found.high < 1 or found.low > 1) else ""
+    whole = found.count == len(front.runs[REFERENCE])
+    mark = "**" if whole and (found.high < 1 or found.low > 1) else ""
     return f"{mark}{found.mean:.2f}{mark} [{found.low:.2f}, {found.high:.2f}]{note}"
 
 

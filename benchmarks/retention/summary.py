@@ -92,6 +92,9 @@ class Front:
     Args:
         records: of any stage; those that failed or learned several tasks are left out.
         targets: the place; ``"all"``, where full fine-tuning is, counts to every place.
+
+    Raises:
+        ValueError: for records of several tasks or numbers of steps, which are no one curve's.
     """
 
     def __init__(self, records: Iterable[Record], targets: str) -> None:
@@ -103,6 +106,8 @@ class Front:
             and len(record.cell.tasks) == 1
             and record.cell.targets in (targets, "all")
         ]
+        if len({(record.task, record.cell.steps) for record in used}) > 1:
+            raise ValueError(f"runs on {targets} of several tasks or lengths are no one front")
         scaled = {
             replace(record.cell, method=get_method(record.cell.method).trained_as)
             for record in used
@@ -143,10 +148,15 @@ class Front:
         reached = self.best(REFERENCE)
         return [share * min(reached.values()) for share in LEVELS] if reached else []
 
-    def above(self, level: float) -> bool:
-        """Whether the reference has learned more than a level at every rate and seed."""
-        found = self.records(REFERENCE)
-        return all(learned(record.end, record.task) > level for record in found)
+    def above(self, method: str, level: float) -> bool:
+        """Whether all of a method's runs end above a level, at one seed or more.
+
+        What it pays there is then read off a run that learned more, and may be too much.
+        """
+        return any(
+            all(learned(record.end, record.task) > level for record in found)
+            for found in self.runs[method].values()
+        )
 
     def paid(self, method: str, level: float, value: Value) -> dict[int, float]:
         """The least value where a method has learned `level` or more, by seed that reached it."""
@@ -243,6 +253,7 @@ class InTurn:
     """What became of tasks learned in turn by a method at a place and rate, by seed.
 
     Args:
+        steps: of each task.
         loss: mean held-out loss of the tasks at the end.
         forgetting: mean over earlier tasks of the loss at the end less the least it was.
         kl: geometric mean of the KL at the end, on old texts whose source was not trained on.
@@ -251,6 +262,7 @@ class InTurn:
     method: str
     targets: str
     rate: float
+    steps: int
     loss: dict[int, float] = field(default_factory=dict)
     forgetting: dict[int, float] = field(default_factory=dict)
     kl: dict[int, float] = field(default_factory=dict)
@@ -264,7 +276,7 @@ def sequences(records: Iterable[Record]) -> list[InTurn]:
             cell = record.cell
             runs[replace(cell, tasks=cell.tasks[:1])][len(cell.tasks)] = record
     longest = max((max(run) for run in runs.values()), default=0)
-    found: dict[tuple[str, str, float], InTurn] = {}
+    found: dict[tuple[str, str, float, int], InTurn] = {}
     for cell, run in sorted(runs.items()):
         if longest < 2 or len(run) < longest:
             continue
@@ -274,7 +286,7 @@ def sequences(records: Iterable[Record]) -> list[InTurn]:
             for count in range(1, longest + 1)
         ]
         tasks = last.cell.tasks
-        key = cell.method, cell.targets, cell.rate
+        key = cell.method, cell.targets, cell.rate, cell.steps
         own = found.setdefault(key, InTurn(*key))
         own.loss[cell.seed] = fmean(losses[-1][task] for task in tasks)
         own.forgetting[cell.seed] = fmean(

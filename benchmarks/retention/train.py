@@ -79,12 +79,11 @@ def run(
     Raises:
         DivergedError: the loss became NaN or infinite.
     """
-    began = time.perf_counter()
     run_ = _Run(record, material, folder, start)
     if get_method(record.cell.method).scale == 1:
         run_.train(on_step)
     run_.finish()
-    record.seconds["total"] = record.seconds.get("total", 0.0) + time.perf_counter() - began
+    record.seconds["total"] = run_.total()
     return run_.model
 
 
@@ -94,6 +93,7 @@ class _Run:
     def __init__(
         self, record: Record, material: Material, folder: Path, start: Path | None
     ) -> None:
+        self.began = time.perf_counter()
         self.record, self.material, self.folder = record, material, folder
         self.cell: Cell = record.cell
         self.method: Method = get_method(self.cell.method)
@@ -184,12 +184,17 @@ class _Run:
             finally:
                 self.model.unmerge_adapter()
 
+    def total(self) -> float:
+        """Seconds that the cell took up to now, those before a checkpoint among them."""
+        return self.record.seconds.get("total", 0.0) + time.perf_counter() - self.began
+
     def _save(self) -> None:
         record = self.record.to_json(exact=True)
         kept = {
             name: record[name]
             for name in ("measures", "losses", "gradient_norms", "anchor", "seconds")
         }
+        kept["seconds"] = kept["seconds"] | {"total": self.total()}
         moments = self.optimizer.state_dict()["state"]
         state = {
             "adapter": adapter_state(self.model),

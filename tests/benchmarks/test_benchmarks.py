@@ -31,7 +31,7 @@ from benchmarks.registry import (
     frozen_linear,
 )
 from benchmarks.rivals import StrongLoRA
-from benchmarks.schema import Recorder, Result, Row
+from benchmarks.schema import LOST, Recorder, Result, Row
 from benchmarks.session import Turn
 
 TINY = shapes.LayerCase("square", "linear", 1, T=24, N=40, K=56, m=6, r=3)
@@ -68,6 +68,29 @@ def test_a_result_survives_its_file(tmp_path):
     result.save(tmp_path / "deep" / "r.json")
     assert Result.load(tmp_path / "deep" / "r.json") == result
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.json"]
+
+
+def test_a_lost_device_costs_no_row_and_no_case_before_it(tmp_path, tiny_preset, monkeypatch):
+    """The second provider's error is one that leaves the device useless; nothing runs after it."""
+    lost = []
+
+    def fail(self, *_):
+        lost.append(True)
+        raise RuntimeError("an illegal memory access")
+
+    def collected(device):
+        if lost:
+            raise RuntimeError("an illegal memory access, still")
+
+    monkeypatch.setattr(StrongLoRA, "__init__", fail)
+    monkeypatch.setattr(session, "is_lost", lambda device: bool(lost))
+    monkeypatch.setattr(session, "collect", collected)
+    result = run_layer(tmp_path / "r.json")
+    assert not result.complete and {row.case["T"] for row in result.rows} == {TINY.T}
+    notes = {row.provider: row.note for row in result.rows}
+    assert "an illegal memory access" in notes.pop("strong lora")
+    assert notes["frozen"] == notes["secura channel reference"] == LOST
+    assert "ok" not in {row.status for row in result.rows}
 
 
 def test_another_schema_is_refused(tmp_path):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.retention import plots, report
 from benchmarks.retention import record as records
-from benchmarks.retention import report
 from benchmarks.retention.cells import Cell, Settings
 from benchmarks.retention.grid import STAGES
 from benchmarks.retention.record import Measure, Probe, Record, Score
@@ -64,7 +65,7 @@ def test_a_front_joins_the_ends_of_rates_and_no_run_that_has_not_ended():
     assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.04)}
     assert front.paid("lora", 0.9, kl_of("news")) == {}
     assert front.levels() == pytest.approx([0.768, 0.784, 0.8])
-    assert front.above(0.55) and not front.above(0.65)
+    assert front.above("lora", 0.55) and not front.above("lora", 0.65)
 
 
 def test_the_scales_of_a_rate_are_one_curve_that_ends_in_the_whole():
@@ -84,7 +85,7 @@ def test_the_scales_of_a_rate_are_one_curve_that_ends_in_the_whole():
 
 
 def test_ends_are_of_seeds_that_reach_the_level_alone():
-    runs = [made(), made(seed=1), made(seed=1, rate=3e-3, path=((0.9, 0.2),))]
+    runs = [made(), made(seed=1), made(seed=1, rate=3e-3, path=((0.4, 0.1), (0.9, 0.2)))]
     ends = Front(runs, "mlp").ends("lora", 0.7)
     assert {seed: end.cell.rate for seed, end in ends.items()} == {1: 3e-3}
 
@@ -140,17 +141,23 @@ def test_sequences_of_several_rates_are_apart():
     ]
 
 
+def test_sequences_of_several_lengths_are_apart():
+    runs = [replace(in_turn(n, n), cell=replace(in_turn(n, n).cell, steps=64)) for n in (1, 2)]
+    assert [run.steps for run in sequences([*runs, *(in_turn(n, n) for n in (1, 2))])] == [2, 64]
+
+
 def test_a_sequence_has_its_paired_difference_from_two_seeds_on():
     def records(method, seeds, loss):
         return [in_turn(n, loss + seed, loss, method, seed) for seed in seeds for n in (1, 2)]
 
     plain, kept = records("lora", (0, 1, 2), 1.0), records("er", (0, 1), 0.5)
     row = report.sequence_table([*plain, *kept]).splitlines()[3]
-    assert row.startswith("| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 0.750")
+    assert row.startswith("| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 2 | 0.750")
     assert "| -0.50 [-0.50, -0.50] |" in row
     row = report.sequence_table([*plain, *kept[:2]]).splitlines()[3]
     assert row == (
-        "| LoRA + replay of earlier tasks | mlp | 0.001 | 1 | 0.500 | – | 0.000 | – | 0.080 | – |"
+        "| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 1 | 0.500 | – | 0.000 | – | 0.080 "
+        "| – |"
     )
 
 
@@ -162,7 +169,7 @@ def test_a_sequence_is_compared_with_replay_and_ewc_too():
     both = [*records("er", 0.5), *records("ewc", 0.7)]
     table = report.sequence_table([*records("lora", 1.0), *both])
     loss, forgetting = "0.21 [0.21, 0.21]", "0.02 [0.02, 0.02]"
-    row = "| LoRA + EWC of earlier tasks | mlp | 0.001 |"
+    row = "| LoRA + EWC of earlier tasks | mlp | 0.001 | 2 |"
     assert f"{row} {loss} | {forgetting} | 1.00 [1.00, 1.00] |" in table.splitlines()
     row, forgetting = row.replace("EWC", "replay"), "-0.02 [-0.02, -0.02]"
     assert f"{row} -{loss.replace('[', '[-').replace(', ', ', -')} | {forgetting} | 1.00" in table
@@ -189,6 +196,54 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     first = (tmp_path / "screen-mlp.png").read_bytes()
     report.write_report(tmp_path)
     assert (tmp_path / "screen-mlp.png").read_bytes() == first
+
+
+def test_runs_of_several_lengths_are_several_pictures(tmp_path):
+    short = [made(name, path=((0.6, 0.04),)) for name in ("lora", "anchored-self")]
+    long = [made(name) for name in ("lora", "anchored-self")]
+    with pytest.raises(ValueError, match="several tasks or lengths"):
+        Front([*short, *long], "mlp")
+    for record in (*short, *long):
+        records.write(tmp_path / record.stage / record.cell.path, record)
+    text = report.write_report(tmp_path).read_text()
+    for steps in (1, 2):
+        assert f"(screen-mlp-gsm8k-{steps}.png)" in text
+        assert (tmp_path / f"screen-mlp-gsm8k-{steps}.png").exists()
+
+
+def test_what_is_read_off_a_run_that_learned_more_is_marked():
+    """One seed of the core ends above the level at every rate; the other is read between two."""
+    plain = [made(seed=seed, path=((0.3, 0.01), (0.6, 0.04))) for seed in (0, 1)]
+    ours = [made("anchored-self", seed=seed, path=((0.3, 0.01), (0.7, 0.02))) for seed in (0, 1)]
+    low = made("anchored-self", rate=1e-4, seed=1, path=((0.1, 0.01), (0.2, 0.01)))
+    for some, marked in (([*ours, low], True), ([*ours, low, replace_seed(low, 0)], False)):
+        table = report.main_table(Front([*plain, *some], "mlp"))
+        row = next(line for line in table.splitlines() if line.startswith("| anchored, no data |"))
+        assert ("†" in row) is marked and ("all its runs of a seed end above" in table) is marked
+
+
+def replace_seed(record, seed):
+    return replace(record, cell=replace(record.cell, seed=seed))
+
+
+def test_a_picture_joins_rates_in_their_order_over_kinds_that_none_has_seen():
+    """The curve turns back at its highest rate; news are out where they were an anchor's."""
+    ends = {2.5e-4: (0.5, 0.01), 5e-4: (0.7, 0.02), 1e-3: (0.6, 0.04)}
+    core = [made("anchored-self", rate=rate, path=((0.1, 0.1), end)) for rate, end in ends.items()]
+    front = Front([made(), *core], "mlp")
+    (line,) = front.lines("anchored-self", 0, kl_of("news"))
+    drawn = plots._points(front, "anchored-self", ["news"])
+    for got, joined, end in zip(drawn, line, ends.values(), strict=True):
+        assert got == joined == pytest.approx(end)
+    for more, shown in (([], "news, code"), ([made("anchored-text")], "code")):
+        figure = plots.draw_front(Front([made(), *core, *more], "mlp"), "a title")
+        assert f"on {shown}, nats" in figure.axes[0].get_ylabel()
+
+
+def test_the_committed_cells_are_of_their_stages():
+    folder = Path(__file__).parents[2] / "benchmarks/results/retention"
+    for record in records.read_all(folder):
+        assert record.cell in STAGES[record.stage].cells, record.cell.title
 
 
 def test_ends_stand_beside_the_references_next_below_and_above():
