@@ -30,7 +30,7 @@ class Core(AdapterState):
     each weight of a stack.
 
     Attributes:
-        folds: whether :class:`secura.FoldCallback` folds it while training.
+        folds: whether it was folded in this process, or :class:`secura.FoldCallback` will.
     """
 
     folds = False
@@ -73,6 +73,7 @@ class Core(AdapterState):
                 "FSDP1's mixed precision casts buffers, so give its MixedPrecision "
                 "buffer_dtype=torch.float32"
             )
+        self.folds = True
         self.core.add_(self.whole_update())
         self.trained.zero_()
         self._note_core(folded=True)  # most likely, and looking would wait for the device

@@ -179,11 +179,12 @@ def _saved_in_full(model: Any, adapter_name: str) -> dict[str, Tensor]:
 def _lora_config(config: Any, r: int, layers: set[str], modules: list[str]) -> Any:
     """A ``LoraConfig`` of rank r for ``layers``, by full name, and no other of ``modules``."""
     namesakes = [name for name in modules if name not in layers and _ends_like(name, layers)]
+    exactly = "|".join(map(re.escape, namesakes))  # a list would name layers that end alike too
     return require("peft", "train").LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules=sorted(layers),
-        exclude_modules=namesakes or None,
+        exclude_modules=exactly or None,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,

@@ -342,7 +342,7 @@ def test_layers_that_were_never_trained_are_told(tmp_path):
 def test_folds_that_never_came_are_told(tmp_path):
     """`fold_every` is the callback's: without it nothing folds."""
     model = tiny.adapted(norm="none", fold_every=1)
-    with pytest.warns(UserWarning, match=r"fold_every=1 and never folded.*FoldCallback"):
+    with pytest.warns(UserWarning, match=r"fold_every=1 and not folded.*FoldCallback"):
         model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -351,6 +351,32 @@ def test_folds_that_never_came_are_told(tmp_path):
         trained = tiny.adapted(norm="none", fold_every=100)
         FoldCallback().on_train_begin(None, None, None, model=trained)
         trained.save_pretrained(tmp_path)
+
+
+def test_folds_that_no_longer_come_are_told_too(tmp_path):
+    """An adapter that was folded, gone on with in a run without the callback."""
+    model = tiny.adapted(norm="none", fold_every=1)
+    secura.fold(model)
+    tiny.perturb(model)
+    model.save_pretrained(tmp_path / "folded")
+    for trains in (True, False):
+        loaded = secura.from_pretrained(tiny.llama(), tmp_path / "folded", is_trainable=trains)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            loaded.save_pretrained(tmp_path / "again")
+        assert any("not folded since" in str(one.message) for one in told) is trains
+
+
+def test_a_saved_adapter_is_put_beside_another(tmp_path):
+    model = tiny.adapted(norm="none")
+    tiny.perturb(model)
+    model.save_pretrained(tmp_path)
+    other = tiny.adapted(norm="channel")
+    assert secura.from_pretrained(other, tmp_path, adapter_name="saved") is other
+    other.set_adapter("saved")
+    assert torch.equal(tiny.logits(other), tiny.logits(model))
+    with pytest.raises(ValueError, match="has an adapter 'default' already: give another"):
+        secura.from_pretrained(other, tmp_path)
 
 
 def test_what_is_told_of_folds_is_read_off_what_is_saved(tmp_path):

@@ -10,11 +10,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from cli_fixtures import base, data, fails, main, train_flags, trained  # noqa: F401
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 NO_CHECKPOINTS = ("--save_strategy", "no")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -227,6 +229,31 @@ def test_a_base_whose_settings_of_generation_cannot_be_saved(base, data, tmp_pat
     argv = ["merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     fails(argv, capfd, "generation_config.json cannot be saved again", "do_sample: true")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_reads_images_is_merged_as_what_it_is(tmp_path):
+    """Its class is none of transformers' causal language models."""
+    text = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "mrope_section": [2, 3, 3],
+        "rope_theta": 1e4,
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    tokens = {"image_token_id": 20, "video_token_id": 21, "vision_start_token_id": 22}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, vision_end_token_id=23)
+    model = Qwen2VLForConditionalGeneration(config)
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    model.save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    model = tiny.adapted(model, norm="channel", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    tiny.perturb(model)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(adapter)
+    assert main(["merge", "--adapter", str(adapter), "--output_dir", str(merged)]) == 0
+    found = Qwen2VLForConditionalGeneration.from_pretrained(merged)
+    torch.testing.assert_close(tiny.logits(found), tiny.logits(model))
 
 
 def test_how_a_base_reads_images_is_merged_along(trained, base, tmp_path):  # noqa: F811

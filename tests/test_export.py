@@ -157,6 +157,29 @@ def test_layers_whose_names_end_alike(target, tmp_path):
     assert adapted == set(tiny.layers(model))
 
 
+class Deep(nn.Module):
+    """Layers ``fc``, ``sub.fc`` and ``big.sub.fc``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(8, 8)
+        self.sub = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.big = nn.ModuleDict({"sub": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+
+    def forward(self, x):
+        return self.fc(x) + self.sub["fc"](x) + self.big["sub"]["fc"](x)
+
+
+def test_a_layer_left_out_takes_none_along_that_ends_alike(tmp_path):
+    config = tiny.config(r=2, norm="channel", target_modules=["fc"], exclude_modules=r"sub\.fc")
+    model = get_peft_model(Deep(), config)
+    tiny.perturb(model)
+    export_lora(model, tmp_path / "lora")
+    lora, x = PeftModel.from_pretrained(Deep(), tmp_path / "lora"), torch.randn(3, 8)
+    torch.testing.assert_close(lora(x), model(x))
+
+
 def test_a_bf16_base_gives_an_fp32_lora(tmp_path):
     model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm="channel")
     export_lora(model, tmp_path / "lora")

@@ -20,7 +20,7 @@ import tiny
 import torch
 import yaml
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
 
 import secura
 
@@ -90,6 +90,12 @@ def stand_in(monkeypatch, framework: str, **modules) -> types.ModuleType:
     return importlib.import_module(name)
 
 
+def mixtral() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, **sizes, **heads))
+
+
 def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
     """By the signatures of 4.6.0."""
     tuners, callbacks = {}, {}
@@ -114,6 +120,10 @@ def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
     config = tuners["secura"].prepare_model(args, tiny.llama()).peft_config["default"]
     assert (config.r, config.norm, config.target_modules) == (3, "none", {"v_proj"})
     assert isinstance(callbacks["secura"](None, None), secura.FoldCallback)
+    args = types.SimpleNamespace(**vars(args) | {"target_parameters": ["experts.down_proj"]})
+    args.task_type = "generative_reranker"
+    config = tuners["secura"].prepare_model(args, mixtral()).peft_config["default"]
+    assert (config.task_type, config.target_parameters) == ("CAUSAL_LM", ["experts.down_proj"])
 
 
 def test_the_axolotl_plugin_without_axolotl(monkeypatch, tmp_path):
@@ -130,6 +140,28 @@ def test_the_axolotl_plugin_without_axolotl(monkeypatch, tmp_path):
         plugin.register(cfg | {"merge_method": "memory_efficient"})
     with pytest.raises(TypeError, match="rank"):
         plugin.register(cfg | {"secura": {"rank": 3}})
+    for key, said in (
+        ({"lora_r": 8, "lora_dropout": 0.0}, "^lora_r: adapter: secura does not read them"),
+        ({"peft_layers_to_transform": [1]}, "peft_layers_to_transform"),
+        ({"load_in_4bit": True}, "load_in_4bit: axolotl quantises for adapter: lora and qlora"),
+        ({"adapter": "lora"}, "read with adapter: secura alone"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plugin.register(cfg | key)
+    own = {"lora_modules_to_save": ["lm_head"], "peft_trainable_token_indices": [5]}
+    plugin.register(cfg | own)
+    model, config = plugin.load_adapter(
+        tiny.classifier(2), types.SimpleNamespace(**cfg, lora_model_dir=None)
+    )
+    assert config.task_type == "SEQ_CLS" and model.get_base_model().score.modules_to_save
+    _, config = plugin.load_adapter(
+        None, types.SimpleNamespace(**cfg | own, lora_model_dir=None), config_only=True
+    )
+    assert (config.modules_to_save, config.trainable_token_indices) == (["lm_head"], [5])
+    with pytest.raises(ValueError, match="TRL is given settings"):
+        plugin.load_adapter(
+            None, types.SimpleNamespace(**cfg, lora_model_dir="a"), config_only=True
+        )
     other = types.SimpleNamespace(adapter="lora")
     assert plugin.load_adapter(None, other) is None
     assert plugin.add_callbacks_pre_trainer(other, None) == []

@@ -128,6 +128,9 @@ def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
     file = weights_file(adapter)
     shapes = _shapes(file)
     kind = class_of(config)
+    if kind == CLASSES["CAUSAL_LM"]:
+        own = ("revision", "trust_remote_code")
+        kind = models.causal_class(base, **{key: kwargs[key] for key in own if key in kwargs})
     if labels := [shape[0] for name, shape in shapes.items() if _HEAD.search(name)]:
         kwargs["num_labels"] = labels[-1]
     if names := config.id2label:

@@ -29,7 +29,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """Exports, and leaves the LoRA adapter in `--output_dir`, complete or not at all."""
     args = make_parser().parse_args(argv)
-    output = Path(args.output_dir)
+    output = Path(args.output_dir).expanduser()
     with fresh_folder(output):
         export(args, output)
     return 0

@@ -91,6 +91,26 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
 
 
+def causal_class(name: str, **kwargs: Any) -> str:
+    """transformers' class of a causal language model, or of one that reads images as well.
+
+    Args:
+        name: a folder, or a model of the hub.
+        kwargs: `revision` and `trust_remote_code`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    transformers = require("transformers", "train")
+    try:
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name), **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r}: {one_line(error)}") from error
+    plain, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    known = type(config) in plain._model_mapping or type(config) not in images._model_mapping
+    return (plain if known else images).__name__
+
+
 def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:
     """A model, a causal language model unless `kind` names another class of transformers.
 

@@ -14,6 +14,14 @@ import secura
 
 NAME = "secura"
 
+_TASKS = {
+    "EMBEDDING": None,
+    "RERANKER": "SEQ_CLS",
+    "GENERATIVE_RERANKER": "CAUSAL_LM",
+    "DECISION": "CAUSAL_LM",
+}
+"""PEFT's ``task_type`` by ms-swift's, where it is another: as ms-swift's LoRA has it."""
+
 
 def register(**settings: Any) -> None:
     """Make ``--tuner_type secura`` and ``--callbacks secura``, which folds, known to ms-swift.
@@ -24,9 +32,10 @@ def register(**settings: Any) -> None:
         >>> register(norm="channel", fold_every=10)
 
     Args:
-        **settings: of :class:`secura.SecuraConfig`. ``r``, ``target_modules`` and
-            ``modules_to_save`` are ms-swift's ``--lora_rank``, ``--target_modules`` (or
-            ``--target_regex``) and ``--modules_to_save`` unless given here.
+        **settings: of :class:`secura.SecuraConfig`. ``r``, ``target_modules``,
+            ``target_parameters`` and ``modules_to_save`` are ms-swift's ``--lora_rank``,
+            ``--target_modules`` (or ``--target_regex``), ``--target_parameters`` and
+            ``--modules_to_save`` unless given here.
 
     Raises:
         TypeError: for a setting that there is not.
@@ -41,8 +50,9 @@ def register(**settings: Any) -> None:
             given = {
                 "r": args.lora_rank,
                 "target_modules": get_target_modules(args, model),
+                "target_parameters": getattr(args, "target_parameters", None),
                 "modules_to_save": get_modules_to_save(args, model, task) or None,
-                "task_type": task,
+                "task_type": _TASKS.get(task, task),
             }
             config = secura.SecuraConfig(**(given | settings))
             if config.fold_every and NAME not in args.callbacks:

@@ -20,7 +20,7 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
         >>> model = secura.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapter")
 
     Args:
-        model: the base model, changed in place.
+        model: the base model, changed in place; a ``PeftModel`` gets one more adapter.
         folder: the adapter's folder, or its name on the hub.
         **kwargs: as of ``PeftModel.from_pretrained`` (``adapter_name``, ``is_trainable``, …) and
             ``check_base``.
@@ -37,7 +37,16 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path / CONFIG_NAME} is no JSON ({error}): save it again") from error
     with _as_it_was(model):
-        return PeftModel.from_pretrained(model, str(folder), **kwargs)
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(folder), **kwargs)
+        name = kwargs.pop("adapter_name", "default")
+        if name in model.peft_config:
+            raise ValueError(
+                f"the model has an adapter {name!r} already: give another adapter_name, or the "
+                "base model"
+            )
+        model.load_adapter(str(folder), name, **kwargs)
+        return model
 
 
 @contextmanager

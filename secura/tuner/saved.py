@@ -51,7 +51,8 @@ def warn_of_unsaved(
             "set_scale() again after loading",
             stacklevel=4,
         )
-    waits = config.fold_every and not any(one.folds or one.folded for one in adapters)
+    trains = any(one.trained.requires_grad for one in adapters)
+    waits = config.fold_every and trains and not any(one.folds for one in adapters)
     acts = {
         bare(name).rpartition(INNER)[0]: bool(tensor.any())
         or bool(state_dict.get(f"{name[:-1]}core", tensor).any())
@@ -69,8 +70,9 @@ def warn_of_unsaved(
     trained = (tensor for name, tensor in state_dict.items() if name.endswith((".B", ".U")))
     if waits and any(bool(tensor.any()) for tensor in trained):
         warnings.warn(
-            f"adapter {adapter!r} was trained with fold_every={config.fold_every} and never "
-            "folded: folding takes secura.FoldCallback() among the trainer's callbacks",
+            f"adapter {adapter!r} was trained with fold_every={config.fold_every} and not folded "
+            "since it was made or loaded here: folding takes secura.FoldCallback() among the "
+            "trainer's callbacks",
             stacklevel=4,
         )
     if beside := _trained_beside(model):
