@@ -244,12 +244,12 @@ def test_a_base_that_reads_images_is_merged_as_what_it_is(tmp_path):
     tokens = {"image_token_id": 20, "video_token_id": 21, "vision_start_token_id": 22}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, vision_end_token_id=23)
     model = Qwen2VLForConditionalGeneration(config)
-    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
-    model.save_pretrained(base)
-    tiny.tokenizer().save_pretrained(base)
+    own, adapter, merged = (tmp_path / name for name in ("own", "adapter", "merged"))
+    model.save_pretrained(own)
+    tiny.tokenizer().save_pretrained(own)
     model = tiny.adapted(model, norm="channel", target_modules=["q_proj"], task_type="CAUSAL_LM")
     tiny.perturb(model)
-    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.peft_config["default"].base_model_name_or_path = str(own)
     model.save_pretrained(adapter)
     assert main(["merge", "--adapter", str(adapter), "--output_dir", str(merged)]) == 0
     found = Qwen2VLForConditionalGeneration.from_pretrained(merged)
