@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .cabr import CABR
 from .config import check_damping
-from .curvature import Statistics, Texts, curvature, listed
+from .curvature import BATCH_SIZE, LENGTH, TOKENS, Statistics, Texts, curvature, listed
 from .layers import active_adapters
 from .sharding import gathered, reshard
 from .state import in_digits
@@ -61,9 +61,9 @@ def anchor(
     *,
     tokenizer: Any = None,
     damping: float | None = None,
-    tokens: int = 8192,
-    length: int = 128,
-    batch_size: int = 8,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     add: bool = False,
 ) -> AnchorReport:

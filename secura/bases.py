@@ -282,6 +282,7 @@ __all__ = [
     "is_split",
     "is_transposed",
     "make_writable",
+    "mark",
     "oriented",
     "plain_linear",
     "shape",

@@ -28,7 +28,7 @@ from secura_kernels.ops.project.op import project
 from . import bases, products, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
-from .core import Core, Seen
+from .core import Core, WeightVersion
 from .integrity import FINGERPRINT_SIZE, version
 from .sharding import on_rank_0_alone
 
@@ -303,7 +303,7 @@ class CABR(Core):
         if config.norm != "channel" and not config.restrain and not needs_columns:
             return
         mark = None if torch.compiler.is_compiling() else bases.mark(base)
-        self._derived_from = None if mark is None else Seen(mark)
+        self._derived_from = None if mark is None else WeightVersion(mark)
         weight = bases.weight(base, values=False)
         if needs_columns:
             self.columns = weight.index_select(1, self.cols)

@@ -191,8 +191,8 @@ class AdapterConfig:
         """Whether a layer multiplies by another weight than the base's, which has to be at hand."""
         return self.norm_options.replaces_product or self.stochastic_rounding
 
-    def fixed_settings(self, folded: bool) -> str:
-        """What the settings say of the result, beside tensors' shapes: saved with a checksum.
+    def checksum_settings(self, folded: bool) -> str:
+        """The settings that the checksum covers, as text: those that decide the result.
 
         Args:
             folded: whether the adapter has a core, which the norm's reference is about.

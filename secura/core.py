@@ -16,11 +16,11 @@ from .sharding import gathered, put
 from .state import AdapterState, factors
 
 
-class Seen(tuple[int, int]):
-    """Version and place of a weight; of a copy neither, for its place may be given out again."""
+class WeightVersion(tuple[int, int]):
+    """Version and address of a weight; a copy matches none, for its address may be used again."""
 
-    def __deepcopy__(self, memo: Any) -> Seen:
-        return Seen((-1, 0))
+    def __deepcopy__(self, memo: Any) -> WeightVersion:
+        return WeightVersion((-1, 0))
 
 
 class Core(AdapterState):
@@ -34,7 +34,7 @@ class Core(AdapterState):
     """
 
     folds = False
-    _derived_from: Seen | None = None
+    _derived_from: WeightVersion | None = None
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -149,4 +149,4 @@ class Core(AdapterState):
         raise NotImplementedError
 
 
-__all__ = ["Core", "Seen"]
+__all__ = ["Core", "WeightVersion"]

@@ -20,6 +20,9 @@ from .sharding import is_distributed
 
 Texts = Sequence[str] | Sequence[Tensor]
 
+TOKENS, LENGTH, BATCH_SIZE = 8192, 128, 8
+"""Of old text that is read at most, of a piece of it, and pieces at once, unless asked for."""
+
 
 class Statistics(NamedTuple):
     """What one layer's tokens sum up to, and its own C and R, ``[m, m]`` each, fp32.
@@ -294,4 +297,13 @@ def _processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-__all__ = ["Statistics", "Texts", "check_reads", "curvature", "listed"]
+__all__ = [
+    "BATCH_SIZE",
+    "LENGTH",
+    "TOKENS",
+    "Statistics",
+    "Texts",
+    "check_reads",
+    "curvature",
+    "listed",
+]

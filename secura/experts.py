@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secura_kernels.dispatch import without_autocast
 from secura_kernels.experts import expert_weights
+from secura_kernels.layer import with_folded
 
 from . import bases
 from .cabr import CABR
@@ -81,11 +82,9 @@ class Experts(Core):
 
     def _weights(self, base: Any, u: Tensor) -> Tensor:
         self._refresh(base)
-        u_base = None
-        if self.folded and self.config.norm_reference == "folded" and self.config.norm != "none":
-            u_base = self.core
-        elif self.folded:
-            u = u + self.core
+        u_base, config = None, self.config
+        if self.folded:
+            u, u_base = with_folded(u, self.core, config.norm_reference == "folded", config.norm)
         weight = bases.weight(base)
         rows, cols = _within(weight, self.rows, self.cols)
         return expert_weights(weight, rows, cols, u, self.config.norm_options, u_base=u_base)

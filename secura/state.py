@@ -25,8 +25,8 @@ _SAME = 1e-5
 _ALIKE = 0.6
 
 
-class _Passed(NamedTuple):
-    """What was found fit to be loaded, so that nobody looks again on its way in.
+class _Checked(NamedTuple):
+    """Tensors that passed ``check_loadable``, so that they are not checked again when loaded.
 
     Attributes:
         tensors: by name.
@@ -40,7 +40,7 @@ class _Passed(NamedTuple):
     whole: bool
     with_base: bool
 
-    def covers(self, other: _Passed) -> bool:
+    def covers(self, other: _Checked) -> bool:
         """Whether this answers for the same tensors, as they are now, as much as is asked."""
         same = self.tensors.keys() == other.tensors.keys() and all(
             tensor is self.tensors[name] for name, tensor in other.tensors.items()
@@ -92,7 +92,7 @@ class AdapterState(nn.Module):
     waits = base_loaded = False
     _assigned = _awaits_file = False
     _before_meta: dict[str, Tensor] | None = None
-    _passed: _Passed | None = None
+    _passed: _Checked | None = None
     _stale = True
     _core_version = -1
 
@@ -206,7 +206,7 @@ class AdapterState(nn.Module):
     def _settings(self, own: Mapping[str, Tensor]) -> str:
         """What a sum over the tensors ``own`` counts in: settings, and the weight's shape."""
         core = own.get("core")
-        settings = self.config.fixed_settings(core is not None and bool(core.any()))
+        settings = self.config.checksum_settings(core is not None and bool(core.any()))
         return f"{settings} of [{self.out_features}, {self.in_features}]"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -258,7 +258,7 @@ class AdapterState(nn.Module):
         """
         state, layer = self._own(state_dict, prefix), prefix.rstrip(".")
         versions = {name: version(tensor) for name, tensor in state.items()}
-        passes = _Passed(dict(state), versions, whole, base is not None)
+        passes = _Checked(dict(state), versions, whole, base is not None)
         if not state or (self._passed and self._passed.covers(passes)):
             return
         self._passed = None

@@ -14,3 +14,6 @@ ops = getattr(torch.ops, _OPS_NAME)
 def add_op_namespace_prefix(op_name: str) -> str:
     """``namespace::op_name``."""
     return f"{_OPS_NAME}::{op_name}"
+
+
+__all__ = ["add_op_namespace_prefix", "ops"]

@@ -1,4 +1,4 @@
-"""The one door: an adapted layer as one op, from the adapter's own parameters to the output.
+"""Run an adapted layer as one op, from the adapter's own parameters to the output.
 
     U = s · A B      P = C (U + U_acc)   or, with the norm's reference "folded",
                      P = C U, P_base = C U_acc
@@ -16,7 +16,7 @@
 What each saves for the backward pass, and the bytes it moves, stand in its folder's ``op.py``;
 :mod:`secura_kernels.naive` has the same functions as plain equations. One ``autograd.Function``
 serves them all: a function's way through autograd takes the host 11 µs beside an H100, forward
-alone. Where a compiler, a dispatch mode or a tensor subclass looks on, it calls the ops through
+alone. Under torch.compile, a dispatch mode or with a tensor subclass it calls the ops through
 torch's dispatcher, else their bodies.
 """
 

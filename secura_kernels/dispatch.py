@@ -117,7 +117,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """``torch.library.custom_op`` of that name with autocast off and its device current.
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
-    the tensors are real and no compiler looks on. The first argument must be a tensor. An op has no
+    the tensors are real and nothing is compiled. The first argument must be a tensor. An op has no
     gradient of its own: :mod:`secura_kernels.api` pairs it with its backward op.
 
     Outside compilers, dispatch modes and tensor subclasses (:func:`is_watched`) the body runs at
@@ -235,6 +235,7 @@ __all__ = [
     "alone",
     "as_dtype",
     "compute_dtype",
+    "exporting_to_onnx",
     "interpreting",
     "is_alone",
     "is_watched",

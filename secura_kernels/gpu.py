@@ -1,4 +1,4 @@
-"""What a choice of tiles depends on: a GPU's shared memory, multiprocessors and maker."""
+"""Properties of the GPU that the choice of tiles uses: shared memory, multiprocessors and maker."""
 
 from __future__ import annotations
 

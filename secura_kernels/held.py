@@ -1,4 +1,4 @@
-"""What a layer holds from one micro-batch to the next, where an optimizer step is made of several.
+"""Share P and add up ∂P over the micro-batches of one optimizer step.
 
     ∂U = Cᵀ Σ ∂P      the sum over the micro-batches' backward passes
 

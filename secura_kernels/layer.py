@@ -1,4 +1,4 @@
-"""What of an adapted layer is not trained, in one object, and the core that is made of what is.
+"""The frozen part and settings of one adapted layer (:class:`Layer`), and its cores U of A and B.
 
     U = s · A B      P = C (U + U_acc)   or, with the norm's reference "folded",
                      P = C U, P_base = C U_acc
@@ -92,9 +92,19 @@ def cores(layer: Layer, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | N
     u = _update(a, b, layer.scaling)
     if layer.core is None:
         return u, None
-    core = as_dtype(layer.core, u.dtype)
-    is_base = layer.core_is_base and layer.options.norm != "none"
-    return (u, core) if is_base else (u + core, None)
+    return with_folded(u, as_dtype(layer.core, u.dtype), layer.core_is_base, layer.options.norm)
 
 
-__all__ = ["Layer", "cores", "update"]
+def with_folded(u: Tensor, core: Tensor, is_base: bool, norm: str) -> tuple[Tensor, Tensor | None]:
+    """``(U of the change, U of the base or None)`` of a trained U and what was folded.
+
+    Args:
+        u: ``[..., m, m]``.
+        core: U_acc, of the same shape and dtype.
+        is_base: whether U_acc belongs to the norm's base, or to its change.
+        norm: the space.
+    """
+    return (u, core) if is_base and norm != "none" else (u + core, None)
+
+
+__all__ = ["Layer", "cores", "update", "with_folded"]

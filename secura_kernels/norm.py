@@ -149,7 +149,7 @@ def resolve_norm(norm: str, form: str | None = None, combine: str | None = None)
 def pack(options: NormOptions, restrain: Restrain | None = None, *, traced: bool = False) -> str:
     """Pack a norm into one string, as an op's schema takes it: fields of :class:`Norm` by name.
 
-    ``traced`` says that a compiler looks on, which knows no cache.
+    ``traced``: under torch.compile, which knows no cache.
 
     Raises:
         ValueError: for an unknown space, form or combination, or a number out of range.

@@ -289,3 +289,41 @@ def rows_of_chunk(n: int, k: int, itemsize: int) -> int:
     rows = max(1, -(-n // chunks))
     whole_tiles = -(-rows // _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE
     return whole_tiles if whole_tiles <= min(most, n - 1) else min(rows, most)
+
+
+__all__ = [
+    "CHANGE_MIB",
+    "CHIPS",
+    "CHUNK_MIB",
+    "DEFAULT",
+    "MOST_ROW_SPLITS",
+    "MOST_SPLITS",
+    "ROWS_OF_A_PROGRAM",
+    "ROWS_OF_A_SPLIT",
+    "SECTOR_BYTES",
+    "SMALL_MIB",
+    "Chip",
+    "Cost",
+    "Shape",
+    "Steps",
+    "added_h",
+    "adds_h",
+    "base_gradient",
+    "change_blocks",
+    "chip_of",
+    "fused_weight",
+    "gathered_rows",
+    "input_way",
+    "input_ways",
+    "out_by_output",
+    "out_by_weight",
+    "output_gradient",
+    "parts_of_h",
+    "product",
+    "rows_of_chunk",
+    "seconds",
+    "sectors",
+    "splits",
+    "summed_h",
+    "takes_weight",
+]

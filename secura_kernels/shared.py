@@ -88,7 +88,7 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
     """``(x in dtype, total)``, the same for each layer that is given the same ``x [..., K]``.
 
     The total is None, and x cast for this layer alone, where there is no gradient to add up, where
-    x is a leaf of autograd's, where a compiler looks on, which fuses the additions itself, and in
+    x is a leaf of autograd's, under torch.compile, which fuses the additions itself, and in
     selective checkpointing, whose passes have to run the same operators. An x that was written to,
     or that another stream works on, is another x.
     """

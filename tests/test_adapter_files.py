@@ -36,7 +36,7 @@ def rewrite(folder, change, *, fix_checksum=False) -> None:
     if fix_checksum:
         own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
         own.pop("checksum")
-        settings = SecuraConfig.from_pretrained(folder).fixed_settings(bool(own["core"].any()))
+        settings = SecuraConfig.from_pretrained(folder).checksum_settings(bool(own["core"].any()))
         settings += f" of {list(tiny.llama().get_submodule(LAYER).weight.shape)}"
         state[FIRST + "checksum"] = checksum(own, settings)
         edit(folder, checksum=file_checksum(state.values()))

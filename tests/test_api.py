@@ -1,4 +1,4 @@
-"""The door against the oracle: values and every gradient, each space, form and combination."""
+"""The api against the oracle: values and every gradient, each space, form and combination."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
 
 
 def close(example, **tolerance):
-    for got, expected in zip(example.run(), example.run(door=naive), strict=True):
+    for got, expected in zip(example.run(), example.run(functions=naive), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -103,7 +103,7 @@ def test_dtypes_err_no_more_than_plain_torch(norm, dtype):
     """Error against the fp64 oracle ≤ 2 × that of plain torch in the same dtype + a floor."""
     case = Case(NormOptions(norm), dtype, 8, 29, 33, 40, trains_bias=False)
     low, wide = case.draw(), case.draw().to(torch.float64)
-    got, exact = low.run(), wide.run(door=naive)
+    got, exact = low.run(), wide.run(functions=naive)
 
     def plain(example):
         layer = example.layer

@@ -1,4 +1,4 @@
-"""What the door refuses: operands that do not fit, and what a space cannot do."""
+"""What the api refuses: operands that do not fit, and what a space cannot do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("door", ["secura_linear", "secura_add", "effective_weight"])
-def test_a_part_of_the_layer_that_does_not_fit_is_refused(name, door):
+@pytest.mark.parametrize("function", ["secura_linear", "secura_add", "effective_weight"])
+def test_a_part_of_the_layer_that_does_not_fit_is_refused(name, function):
     example = Case(NormOptions("channel"), **WIDE).draw()
     layer = example.layer._replace(**{name: CHANGES[name]})
-    first = {"secura_linear": [example.x], "secura_add": [example.grad]}.get(door, [])
+    first = {"secura_linear": [example.x], "secura_add": [example.grad]}.get(function, [])
     with pytest.raises(ValueError, match="must be"):
-        getattr(secura_kernels, door)(*first, layer, example.a)
+        getattr(secura_kernels, function)(*first, layer, example.a)
 
 
 @pytest.mark.parametrize("norm", ["none", "activation"])

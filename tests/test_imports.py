@@ -56,19 +56,25 @@ def imported(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
 
     ``from a import b`` counts as ``a.b`` where that is a module, else as ``a``.
     """
-    package = module_of(path, root).split(".")
-    package = package if path.name == "__init__.py" else package[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if _is_own(alias.name))
-        elif isinstance(node, ast.ImportFrom):
+    for line, name, taken in names_imported(path, root):
+        found = root.joinpath(*f"{name}.{taken}".split("."))
+        is_module = found.is_dir() or found.with_suffix(".py").exists()
+        yield line, f"{name}.{taken}" if is_module else name
+
+
+def names_imported(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str, str]]:
+    """``(line, module, name)`` of each name that is imported from an own module."""
+    package = module_of(path, root).split(".")
+    package = package if path.name == "__init__.py" else package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
             for alias in node.names if _is_own(name) else ():
-                whole = f"{name}.{alias.name}"
-                found = root.joinpath(*whole.split("."))
-                is_module = found.is_dir() or found.with_suffix(".py").exists()
-                yield node.lineno, whole if is_module else name
+                yield node.lineno, name, alias.name
 
 
 def hidden(path: Path) -> Iterator[tuple[int, str]]:
@@ -138,6 +144,37 @@ def problems(root: Path = ROOT) -> list[str]:
 
 def test_imports_run_down():
     assert problems() == []
+
+
+def test_what_another_module_imports_is_public():
+    """It stands in ``__all__`` of where it comes from, which every module of the two has."""
+    listed = {}
+    for package in PACKAGES[:2]:
+        for path in (ROOT / package).rglob("*.py"):
+            found = [node for node in ast.parse(path.read_text()).body if _assigns_all(node)]
+            names = {
+                each.value for node in found for each in ast.walk(node.value) if _is_text(each)
+            }
+            listed[module_of(path)] = names
+    hidden_away = [
+        f"{module_of(path)}:{line} takes {name} of {source}"
+        for package in PACKAGES[:2]
+        for path in (ROOT / package).rglob("*.py")
+        for line, source, name in names_imported(path)
+        if source in listed
+        and name not in listed[source] | {"__version__"}
+        and f"{source}.{name}" not in listed
+    ]
+    assert hidden_away == []
+
+
+def _assigns_all(node: ast.AST) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(isinstance(one, ast.Name) and one.id == "__all__" for one in targets)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_the_table_names_what_is_there():

@@ -387,5 +387,5 @@ def test_options_reach_the_kernels():
 def test_the_norms_reference_counts_where_something_was_folded():
     """Until then both references compute the same, so a file may be continued under either."""
     first, second = (AdapterConfig(r=4, norm="channel", norm_reference=name) for name in REFERENCES)
-    assert first.fixed_settings(False) == second.fixed_settings(False)
-    assert first.fixed_settings(True) != second.fixed_settings(True)
+    assert first.checksum_settings(False) == second.checksum_settings(False)
+    assert first.checksum_settings(True) != second.checksum_settings(True)

@@ -192,10 +192,10 @@ def test_the_same_functions_as_the_door_are_the_equations_of_p(options, folded, 
         p, p_base = p + p_base, None
     arguments = (example.x, weight, layer.bias, layer.rows, p, options)
     expected = naive.linear(*arguments, p_base=p_base, delta_bias=example.delta_bias)
-    torch.testing.assert_close(example.output(door=naive), expected)
+    torch.testing.assert_close(example.output(functions=naive), expected)
     if not options.replaces_product:
         y0 = example.x @ weight.T + layer.bias
-        added = example._replace(x=y0, given=True).output(door=naive)
+        added = example._replace(x=y0, given=True).output(functions=naive)
         torch.testing.assert_close(added, expected)
 
 
@@ -267,7 +267,7 @@ def test_effective_weight_computes_the_layer(norm):
     flags = {"folded": "base", "restrained": True, "trains_bias": False}
     example = Case(NormOptions(norm), torch.float64, **flags).draw()
     weight = naive.effective_weight(example.layer, example.a)
-    out = example.output(door=naive)
+    out = example.output(functions=naive)
     torch.testing.assert_close(example.x @ weight.T + example.layer.bias, out)
 
 

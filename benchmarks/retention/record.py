@@ -211,4 +211,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-__all__ = ["Measure", "Probe", "Record", "Score", "measure_from", "read", "read_all", "write"]
+__all__ = [
+    "Measure",
+    "Probe",
+    "Record",
+    "Score",
+    "measure_from",
+    "read",
+    "read_all",
+    "replacing",
+    "write",
+]

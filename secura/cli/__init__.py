@@ -75,3 +75,6 @@ def _run(arguments: list[str]) -> int:
         return 2
     module = importlib.import_module(COMMANDS[command][0])
     return module.main(arguments[1:]) or 0
+
+
+__all__ = ["main"]

@@ -115,4 +115,9 @@ def read_texts(name: str) -> list[str]:
     return found
 
 
-__all__ = ["anchor", "check", "read_texts"]
+__all__ = [
+    "anchor",
+    "announce",
+    "check",
+    "read_texts",
+]

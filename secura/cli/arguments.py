@@ -392,3 +392,21 @@ def _check_pattern(pattern: str) -> None:
         raise UserError(
             f"{pattern!r} is no layer's name, and as a regular expression it has an error: {error}"
         ) from error
+
+
+__all__ = [
+    "ANCHORED",
+    "COMMON_TRAINER_FLAGS",
+    "LEARNING_RATE",
+    "PROG",
+    "REQUIRED",
+    "AnchorArguments",
+    "DataArguments",
+    "ModelArguments",
+    "adapter_arguments",
+    "make_parser",
+    "parse",
+    "print_help",
+    "settle",
+    "to_secura_config",
+]

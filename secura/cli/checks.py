@@ -1,4 +1,4 @@
-"""What is looked at between making the trainer and the first step, while nothing is lost yet."""
+"""Checks and notes between making the trainer and the first step, while nothing is lost yet."""
 
 from __future__ import annotations
 

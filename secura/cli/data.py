@@ -213,3 +213,14 @@ def _as_chat(row: dict[str, str]) -> dict[str, Any]:
 
 def _as_text(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": f"{row['question']}\n", "completion": row["answer"]}
+
+
+__all__ = [
+    "FORMATS",
+    "QUESTIONS",
+    "SHAPES",
+    "TEMPLATES",
+    "WANTED",
+    "load_split",
+    "to_training_columns",
+]

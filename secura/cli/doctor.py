@@ -263,3 +263,19 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
     print()
+
+
+__all__ = [
+    "ANCHOR_LIMIT",
+    "PACKAGES",
+    "anchor_error",
+    "devices",
+    "layer_plan",
+    "main",
+    "make_parser",
+    "print_kernels",
+    "print_table",
+    "run_checks",
+    "settle",
+    "versions",
+]

@@ -68,3 +68,14 @@ def one_line(error: BaseException) -> str:
         extra = next((extra for package, extra in EXTRAS.items() if package in text), None)
         return text + (f" ({how_to_install(extra)})" if extra else "")
     return text
+
+
+__all__ = [
+    "EXTRAS",
+    "USER_ERRORS",
+    "Parser",
+    "UserError",
+    "one_line",
+    "refuse_repeated",
+    "refuse_unknown",
+]

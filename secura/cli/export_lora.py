@@ -71,3 +71,6 @@ def _for_vllm(output: Path, config: Any) -> str:
     if needed is None:
         return f"its rank is {r}, and vLLM takes no more than {VLLM_RANKS[-1]}"
     return f"vLLM takes it with --max-lora-rank {needed}"
+
+
+__all__ = ["export", "main", "make_parser"]

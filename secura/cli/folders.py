@@ -134,3 +134,17 @@ def why_incomplete(checkpoint: Path) -> str | None:
         except ValueError as error:
             return f"{name} is damaged ({error})"
     return None
+
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "TRAINER_STATE",
+    "check_output_folder",
+    "checkpoints",
+    "fresh_folder",
+    "refuse_no_folder",
+    "refuse_written_over",
+    "sole_use",
+    "why_incomplete",
+]

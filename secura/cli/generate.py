@@ -190,3 +190,6 @@ def compare(model: Any, tokenizer: Any, prompts: list[str], args: Any) -> None:
     for cells in zip(prompts, plain, adapted, strict=True):
         table.add_row(*map(text, cells))
     require("rich.console", "train").Console().print(table)
+
+
+__all__ = ["answer", "check", "compare", "load", "main", "make_parser", "read_stdin", "settle"]

@@ -126,3 +126,14 @@ def refuse_lost_biases(model: Any, adapter: str) -> None:
             "loads the merged checkpoint. Serve the adapter unmerged, or train one with "
             "train_bias=False"
         )
+
+
+__all__ = [
+    "allow_inexact",
+    "main",
+    "make_parser",
+    "merge",
+    "processor_files",
+    "refuse_generation_config",
+    "refuse_lost_biases",
+]

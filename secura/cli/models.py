@@ -137,3 +137,15 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
             "be random; give one that was saved whole as a causal language model"
         )
     return model
+
+
+__all__ = [
+    "DTYPES",
+    "add_adapter_flags",
+    "add_loading_flags",
+    "causal_class",
+    "load_model",
+    "load_tokenizer",
+    "refuse_adapter",
+    "resolve_model",
+]

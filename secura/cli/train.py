@@ -289,3 +289,18 @@ def save(trainer: Any) -> None:
     (scratch / "training_args.bin").unlink(missing_ok=True)
     trainer.state.save_to_json(str(scratch / TRAINER_STATE))
     move_out(scratch, output, replaces=_PUBLISHED)
+
+
+__all__ = [
+    "callbacks",
+    "closed_progress",
+    "describe",
+    "gather_to_save",
+    "load_data",
+    "main",
+    "make_trainer",
+    "run",
+    "save",
+    "send_buffers",
+    "train",
+]

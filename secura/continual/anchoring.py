@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
-from secura.curvature import check_reads, listed
+from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, check_reads, listed
 from secura.folding import fold
 
 from .state import Unfolded, without_dropout
@@ -58,9 +58,9 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         *,
         tokenizer: Any = None,
         fold: bool = True,
-        tokens: int = 8192,
-        length: int = 128,
-        batch_size: int = 8,
+        tokens: int = TOKENS,
+        length: int = LENGTH,
+        batch_size: int = BATCH_SIZE,
         seed: int = 0,
     ) -> None:
         self.texts = None if texts is None else listed(texts)

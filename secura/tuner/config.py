@@ -117,9 +117,9 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both")
 
-    def fixed_settings(self, folded: bool) -> str:
+    def checksum_settings(self, folded: bool) -> str:
         """As of :class:`secura.AdapterConfig`, with the tokens that the trained rows belong to."""
-        own = super().fixed_settings(folded)
+        own = super().checksum_settings(folded)
         tokens = self.trainable_token_indices
         return own if tokens is None else f"{own} {tokens}"
 

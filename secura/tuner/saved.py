@@ -1,4 +1,4 @@
-"""From an adapter file's tensors to a model's: nothing may lack, nothing be left over."""
+"""Match an adapter file's tensors to a model's, and warn of what a file leaves out."""
 
 from __future__ import annotations
 

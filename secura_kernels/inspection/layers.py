@@ -51,17 +51,17 @@ class Example(NamedTuple):
         own = self._replace(layer=self.layer._replace(**_cast(self.layer, cast)))
         return own._replace(**_cast(own, cast))
 
-    def output(self, impl: str | None = None, door: ModuleType = api) -> Tensor:
-        """``out [T, N]`` by ``door``: :mod:`secura_kernels.api` or :mod:`secura_kernels.naive`."""
-        run = door.secura_add if self.given else door.secura_linear
+    def output(self, impl: str | None = None, functions: ModuleType = api) -> Tensor:
+        """``out [T, N]`` by those of :mod:`secura_kernels.api` or :mod:`secura_kernels.naive`."""
+        run = functions.secura_add if self.given else functions.secura_linear
         named = {"delta_bias": self.delta_bias, "z_scale": self.z_scale, "impl": impl}
         return run(self.x, self.layer, self.a, self.b, **named)
 
-    def run(self, impl: str | None = None, door: ModuleType = api) -> list[Tensor]:
+    def run(self, impl: str | None = None, functions: ModuleType = api) -> list[Tensor]:
         """``[out, ∂x, ∂A, ∂B, ∂δb]``, those of tensors that are there."""
         held = {name: getattr(self, name) for name in ("x", "a", "b", "delta_bias")}
         leaves = {k: v.detach().clone().requires_grad_() for k, v in held.items() if v is not None}
-        out = self._replace(**leaves).output(impl, door)
+        out = self._replace(**leaves).output(impl, functions)
         found = torch.autograd.grad(out, list(leaves.values()), self.grad.to(out.dtype))
         return [out.detach(), *found]
 

@@ -111,7 +111,7 @@ def _error(op: str, case: Case, device: torch.device | str) -> float:
         got = [api.effective_weight(low.layer, low.a, low.b)]
         exact = [naive.effective_weight(wide.layer, wide.a, wide.b)]
     else:
-        got, exact = low.run(), wide.run(door=naive)
+        got, exact = low.run(), wide.run(functions=naive)
     return max(
         float((value.double() - true).norm() / true.norm())
         for value, true in zip(got, exact, strict=True)

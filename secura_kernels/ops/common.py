@@ -1,4 +1,4 @@
-"""What the spaces share: a call as :mod:`secura_kernels.api` hands it on, terms, wide products."""
+"""Types and small torch functions that all spaces use: a call of the api, terms, wide products."""
 
 from __future__ import annotations
 

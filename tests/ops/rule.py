@@ -46,7 +46,7 @@ def case_of(shape, options: NormOptions, dtype=torch.float32, **flags) -> Case:
 
 def exactly(example: Example) -> list[Tensor]:
     """Output and gradients by the fp64 oracle, of the same values."""
-    return example.to(torch.float64).run(door=naive)
+    return example.to(torch.float64).run(functions=naive)
 
 
 def assert_no_worse(ours, plain, exact, dtype: torch.dtype, step: float = 0.0) -> None:

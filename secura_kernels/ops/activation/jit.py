@@ -76,3 +76,6 @@ def base_and_delta(
     if delta_bias_ptr is not None:
         delta += tl.load(delta_bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None]
     return base, delta
+
+
+__all__ = ["add_product", "base_and_delta", "load_chunk", "load_rows", "load_z"]

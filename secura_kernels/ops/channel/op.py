@@ -39,7 +39,7 @@ _CHUNK_ROWS = 1024
 
 
 def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What ``channel`` must know of the base: ``(gram [m, m], ‖W + P_base R‖ [N])``, fp32 or wider.
+    """Compute ``R Rᵀ [m, m]`` and ``‖W + P_base R‖ [N]``, which ``channel`` needs, fp32 or wider.
 
     Args:
         weight: ``W [N, K]``.
@@ -198,4 +198,11 @@ def backward(
     return Gradients(x, p, delta_bias, inverse)
 
 
-__all__ = ["backward", "channel", "forward", "product", "row_norms"]
+__all__ = [
+    "backward",
+    "channel",
+    "delta_norms",
+    "forward",
+    "product",
+    "row_norms",
+]

@@ -146,7 +146,7 @@ def fused(
     """W' ``[N, K]`` in ``dtype`` and W's layout, in plain torch."""
     scalars, factor = found
     fused = torch.empty_like(chunks.w, dtype=dtype)
-    in_place = not exporting_to_onnx()  # what is exported has autograd look on, which takes no out=
+    in_place = not exporting_to_onnx()  # an export runs under autograd, which takes no out=
     for chunk in chunks:
         m = _gain(chunks, *chunk[1:], scalars, norm)
         _write_normed(fused, chunk, m, factor, norm, seed, in_place)
