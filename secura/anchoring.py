@@ -31,7 +31,7 @@ from .cabr import CABR
 from .config import check_damping
 from .curvature import BATCH_SIZE, LENGTH, TOKENS, Statistics, Texts, curvature, listed
 from .layers import active_adapters
-from .sharding import gathered, reshard
+from .sharding import gathered, reshard, summoned
 from .state import in_digits
 
 
@@ -122,14 +122,15 @@ def anchor(
             seed=seed,
         )
     unseen = tuple(name for name, one in sums.items() if not bool(one.sigma.any()))
-    made = {
-        name: _solve(name, adapter, sums[name], damping, add)
-        for name, (adapter, _) in adapters.items()
-        if not (add and name in unseen and adapter.left is not None)  # it says nothing new of these
-    }
-    for name, (adapter, _) in adapters.items():
-        if name in made:
-            adapter.set_anchor(*made[name])
+    with summoned(model):
+        made = {
+            name: _solve(name, adapter, sums[name], damping, add)
+            for name, (adapter, _) in adapters.items()
+            if not (add and name in unseen and adapter.left is not None)  # nothing new of these
+        }
+        for name, (adapter, _) in adapters.items():
+            if name in made:
+                adapter.set_anchor(*made[name])
     return AnchorReport(len(adapters), read, time.perf_counter() - start, texts is None, unseen)
 
 
@@ -143,8 +144,9 @@ def unanchor(model: nn.Module) -> int:
         How many layers had an anchor.
     """
     found = [one for one, _ in u_adapters(model).values() if one.left is not None]
-    for adapter in found:
-        adapter.drop_anchor()
+    with summoned(model):
+        for adapter in found:
+            adapter.drop_anchor()
     return len(found)
 
 

@@ -156,13 +156,14 @@ def is_elsewhere(base: nn.Module) -> bool:
 
 def is_split(base: Any) -> bool:
     """Whether tensor parallelism split the weight of ``base``, which works on its part as it is."""
-    if not ("forward" in base.__dict__ or getattr(base, "_forward_pre_hooks", None)):
+    module = getattr(base, "owner", base)
+    if not ("forward" in module.__dict__ or getattr(module, "_forward_pre_hooks", None)):
         return False  # transformers puts a forward, torch hooks, where a plan splits the weight
     if not is_dtensor(dense_weight(base)):
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return not isinstance(base, FSDPModule)
+    return not isinstance(module, FSDPModule)
 
 
 def check_whole(base: nn.Module) -> None:
@@ -189,8 +190,12 @@ def weight_between(base: Any) -> Tensor | None:
 
     None where it is quantised, not here, or gathered for a forward by FSDP2.
     """
-    managed = is_fsdp_managed(base)
-    return None if managed else weight_here(base)
+    return None if _is_gathered(base) else weight_here(base)
+
+
+def _is_gathered(base: Any) -> bool:
+    """Whether FSDP gathers the stored weight for a forward."""
+    return is_fsdp_managed(getattr(base, "owner", base))
 
 
 def mark(base: Any) -> tuple[int, int] | None:
@@ -199,7 +204,7 @@ def mark(base: Any) -> tuple[int, int] | None:
     None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version.
     """
     stored = getattr(base, "_parameters", {}).get("weight")
-    gathered_anew = is_fsdp_managed(base) or is_elsewhere(base)
+    gathered_anew = _is_gathered(base) or is_elsewhere(base)
     if not isinstance(stored, nn.Parameter) or gathered_anew:  # FSDP1 puts in views
         return None
     if stored.is_meta or stored.is_inference():
@@ -237,9 +242,9 @@ def make_writable(base: Any) -> None:
     Raises:
         ValueError: where what a merge wrote into the weight would be lost.
     """
-    managed = is_fsdp_managed(base)
+    managed = _is_gathered(base)
     if managed and not is_dtensor(base.weight):
-        reshard(base)
+        reshard(getattr(base, "owner", base))
     lost = "partitioned by ZeRO-3" if is_zero3(base.weight) else None
     if managed and not is_dtensor(base.weight):
         lost = "a copy or a part that FSDP holds"

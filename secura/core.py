@@ -49,8 +49,18 @@ class Core(AdapterState):
         return update(*self.factors(), self.scaling)
 
     def whole_factors(self) -> tuple[Tensor, Tensor | None]:
-        """:meth:`factors`, gathered where the parameters are sharded."""
+        """:meth:`factors`, gathered where the parameters are sharded.
+
+        Raises:
+            RuntimeError: they are parts of FSDP1's, outside of a forward.
+        """
         a, b, u = (gathered(tensor) for tensor in (self.A, self.B, self.U))
+        if any(part is not None and part.dim() != self.core.dim() for part in (a, b, u)):
+            raise RuntimeError(
+                f"{self.name}: FSDP1 holds a part of the adapter's parameters here: call "
+                "secura.fold(model), secura.anchor or unanchor with the whole model, or go into "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
         return factors(a, b, u, self.left, self.right)
 
     def whole_update(self) -> Tensor:

@@ -69,11 +69,11 @@ def curvature(
     rank, world = _processes()
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
     length = min(length, tokens, _limit(model))
+    finite = True
     if texts is None:
         count = max(1, tokens // (length * world))
-        own = every = _batches(
-            _sample(model, tokenizer, count, length, batch_size, generator), batch_size
-        )
+        pieces, finite = _sample(model, tokenizer, count, length, batch_size, generator)
+        own = every = _batches(pieces, batch_size)
     else:
         every = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
         own = every[rank::world]
@@ -83,21 +83,33 @@ def curvature(
         watches.append(_Watch(adapter, sums[name]))
         handles.append(layer.register_forward_hook(watches[-1]))
     # all processes read as often, for sharded ones wait for one another, and fail together
-    most = _most(len(own), device)
+    most = largest(len(own), device)
     try:
         for index in range(most):
             for watch in watches:
                 watch.counts = index < len(own)
             batch = own[index] if index < len(own) else every[0]
-            _read(model, batch.to(device), generator)
+            finite &= _read(model, batch.to(device), generator)
     finally:
         for handle in handles:
             handle.remove()
+    if largest(int(not finite), device):
+        raise ValueError("the model's logits hold NaN or inf on old text: nothing was anchored")
     read = torch.tensor(sum(batch.numel() for batch in own), device=device)
     if world > 1:
-        for tensor in (read, *(side for one in sums.values() for side in (one.sigma, one.gamma))):
-            torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(read)
+        for one in sums.values():
+            _add_up(one)
     return sums, int(read)
+
+
+def _add_up(sums: Statistics) -> None:
+    """Add the sums of all processes; C and R are those of any that a token reached."""
+    reached = sums.rows.any().float()
+    for tensor in (*sums, reached):
+        torch.distributed.all_reduce(tensor)
+    for tensor in (sums.columns, sums.rows):
+        tensor.div_(reached.clamp_min(1))
 
 
 def _limit(model: Any) -> int:
@@ -131,14 +143,19 @@ def check_reads(model: Any) -> None:
         )
 
 
-def _read(model: Any, ids: Tensor, generator: Any) -> None:
-    """One pass forward and backward over ``ids [B, T]``, with labels drawn from the model."""
+def _read(model: Any, ids: Tensor, generator: Any) -> bool:
+    """One pass forward and backward over ``ids [B, T]``, with labels drawn from the model.
+
+    Returns:
+        Whether its logits are finite; if not, the pass is made all the same, for the others' sake.
+    """
     logits = model(input_ids=ids).logits
-    labels = _draw(logits.detach(), generator)
+    labels, finite = _draw(logits.detach(), generator)
     flat = logits.float().flatten(0, -2)
     F.cross_entropy(flat, labels.flatten(), reduction="sum").backward()
     for parameter in model.parameters():
         parameter.grad = None
+    return finite
 
 
 def listed(texts: Texts) -> list[Any]:
@@ -175,13 +192,17 @@ def _pieces(texts: list[Any], tokenizer: Any, tokens: int, length: int) -> list[
 @torch.no_grad()
 def _sample(
     model: Any, tokenizer: Any, count: int, length: int, batch_size: int, generator: Any
-) -> list[Tensor]:
+) -> tuple[list[Tensor], bool]:
     """``count`` texts of ``length`` tokens that the model writes from its start token.
 
     An end token does not end a text: what the model writes after one belongs to what it knows.
+
+    Returns:
+        The texts, and whether the model's logits were finite.
     """
     token = _start_token(model, tokenizer)
     pieces: list[Tensor] = []
+    finite = True
     while len(pieces) < count:
         batch = min(4 * batch_size, count - len(pieces))
         ids = torch.full((batch, 1), token, device=generator.device)
@@ -201,9 +222,10 @@ def _sample(
                     "the model cannot sample: its logits are of a whole text, as a classifier's "
                     "are; give texts to anchor by"
                 )
-            ids = torch.cat([ids, _draw(logits[:, -1:], generator)], dim=1)
+            drawn, is_finite = _draw(logits[:, -1:], generator)
+            ids, finite = torch.cat([ids, drawn], dim=1), finite and is_finite
         pieces += list(ids.cpu())
-    return pieces
+    return pieces, finite
 
 
 def _start_token(model: Any, tokenizer: Any) -> int:
@@ -219,17 +241,17 @@ def _start_token(model: Any, tokenizer: Any) -> int:
     )
 
 
-def _draw(logits: Tensor, generator: Any) -> Tensor:
-    """A token ``[B, T]`` from each of ``logits [B, T, V]``.
+def _draw(logits: Tensor, generator: Any) -> tuple[Tensor, bool]:
+    """A token ``[B, T]`` from each of ``logits [B, T, V]``; the first of all where not finite.
 
-    Raises:
-        ValueError: they hold NaN or inf.
+    Returns:
+        The tokens, and whether the logits are finite.
     """
     shares = logits.float().softmax(-1)
     if not bool(torch.isfinite(shares).all()):
-        raise ValueError("the model's logits hold NaN or inf on old text: nothing was anchored")
+        return shares.new_zeros(logits.shape[:-1], dtype=torch.int64), False
     flat = shares.flatten(0, -2)
-    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
+    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1]), True
 
 
 def _batches(pieces: Sequence[Tensor], batch_size: int) -> list[Tensor]:
@@ -244,7 +266,7 @@ def _batches(pieces: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     ]
 
 
-def _most(count: int, device: torch.device) -> int:
+def largest(count: int, device: torch.device) -> int:
     """The largest ``count`` of all processes."""
     most = torch.tensor(count, device=device)
     if _processes()[1] > 1:
@@ -305,5 +327,6 @@ __all__ = [
     "Texts",
     "check_reads",
     "curvature",
+    "largest",
     "listed",
 ]

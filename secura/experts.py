@@ -47,6 +47,7 @@ class Experts(Core):
     ) -> None:
         super().__init__()
         check_settings(config)
+        _check_not_split(base)
         weight = bases.weight(base)
         count, n, k = weight.shape
         parts = [_one(config, number, one, r, dtype) for number, one in enumerate(weight)]
@@ -78,6 +79,7 @@ class Experts(Core):
                 f"{self.name}: the experts' weights are trained themselves, and would get no "
                 "gradient past their adapter: freeze them, or leave them out of target_parameters"
             )
+        _check_not_split(base)
         return self._weights(base, self.update())
 
     def _weights(self, base: Any, u: Tensor) -> Tensor:
@@ -115,6 +117,15 @@ class Experts(Core):
 
     def _derive(self, base: Any) -> None:
         self._stale = False
+
+
+def _check_not_split(base: bases.Stack) -> None:
+    """Raise ``ValueError`` where a plan shares the experts out over processes."""
+    if bases.is_split(base):
+        raise ValueError(
+            "tensor parallelism shares the experts out over processes, and an adapter would act on "
+            "another's: leave target_parameters out, or shard the model with FSDP2"
+        )
 
 
 def check_settings(config: Any) -> None:

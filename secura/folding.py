@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from .layers import active_adapters, secura_layers
-from .sharding import reshard
+from .sharding import reshard, summoned
 
 
 def fold(model: nn.Module) -> int:
     """Move what the model's active SECURA adapters learned into their cores (B starts at 0 again).
 
-    Sharded with FSDP2, every process has to call this: it gathers A and B.
+    Sharded with FSDP, every process has to call this: it gathers A and B.
 
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
@@ -31,8 +31,9 @@ def fold(model: nn.Module) -> int:
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
     active = [layer for layer in layers if layer.acting_adapters()]
     reshard(model)
-    for layer in active:
-        layer.fold()
+    with summoned(model):
+        for layer in active:
+            layer.fold()
     return len(active)
 
 

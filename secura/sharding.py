@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -96,6 +97,15 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
         own.copy_(value)
 
 
+def summoned(model: nn.Module) -> Any:
+    """A context in which FSDP1's parts of a model's parameters are whole, and may be written to."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    if wrapper is None or not any(isinstance(part, wrapper) for part in model.modules()):
+        return nullcontext()
+    return wrapper.summon_full_params(model, writeback=True)
+
+
 def is_distributed() -> bool:
     """Whether processes of ``torch.distributed`` work together."""
     return dist.is_available() and dist.is_initialized()
@@ -168,4 +178,5 @@ __all__ = [
     "part_of",
     "put",
     "reshard",
+    "summoned",
 ]

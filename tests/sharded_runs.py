@@ -58,11 +58,12 @@ def linears_alone(norm):
     return by_layer(norm, model)
 
 
-def fsdp1(norm):
+def fsdp1(norm, model=None):
     policy = ModuleWrapPolicy({LlamaDecoderLayer})
     cpu = torch.device("cpu")
+    model = adapted(norm) if model is None else model
     return FullyShardedDataParallel(
-        adapted(norm), auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
     )
 
 

@@ -19,11 +19,9 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
 }
 """What `accelerate launch --use_fsdp --fsdp_version 2` sets, and no more."""
-TCP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "LOCAL_WORLD_SIZE": "2"}
-"""Asked for by accelerate, which finds the processes connected already."""
 
 
-def trains(name, environment, folder):
+def trains(name, environment, folder, *more):
     """The trainer of a run; the second process would choose other rows than the first."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -32,7 +30,7 @@ def trains(name, environment, folder):
     import secura.cli.train as command
     from secura.cli import main
 
-    os.environ |= environment | TCP
+    os.environ |= environment
     select, make, made = secura.choosing.select, command.make_trainer, []
 
     def chosen(*args):
@@ -48,7 +46,7 @@ def trains(name, environment, folder):
     secura.choosing.select, command.make_trainer = chosen, kept
     try:
         flags = train_flags(folder / "base", folder / "rows.jsonl", folder / name, "--use_cpu")
-        assert main([*flags, "--save_steps", "2"]) == 0
+        assert main([*flags, "--save_steps", "2", *more]) == 0
     finally:
         secura.choosing.select, command.make_trainer = select, make
     dist.barrier()
@@ -70,9 +68,26 @@ def fsdp2(folder):
     return [type(trains("fsdp2", FSDP2, folder).model_wrapped).__name__]
 
 
+def fsdp2_resumed(folder):
+    """How far an anchored run that is resumed ends from the one that was not interrupted."""
+    more = ("--core", "u", "--norm", "none", "--anchor", "--anchor_tokens", "256")
+    more += ("--anchor_decay", "1", "--lr_scheduler_type", "constant")
+    trains("anchored", FSDP2, folder, *more)
+    file = folder / "anchored" / "adapter_model.safetensors"
+    whole = load_file(file)
+    if not dist.get_rank():
+        shutil.rmtree(folder / "anchored" / "checkpoint-4")
+    dist.barrier()
+    again = ("--resume_from_checkpoint", str(folder / "anchored" / "checkpoint-2"))
+    trains("anchored", FSDP2, folder, *more, *again)
+    found = load_file(file)
+    assert any(name.endswith(".left") for name in found)
+    return max(float((found[name] - whole[name]).abs().max()) for name in whole)
+
+
 def cases():
     """What both processes run, DDP first: the environment of FSDP2 stays."""
-    return {"ddp": ddp, "fsdp2": fsdp2}
+    return {"ddp": ddp, "fsdp2": fsdp2, "fsdp2 resumed": fsdp2_resumed}
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +115,7 @@ def test_fsdp2_publishes_what_ddp_does(ran):
         assert trained
         for name in trained:
             torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_anchored_run_is_resumed_under_fsdp2(ran):
+    assert ran[1]["fsdp2 resumed"] == 0

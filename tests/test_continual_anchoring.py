@@ -102,10 +102,12 @@ def test_packed_rows_are_read_text_by_text():
     packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(7), *range(13)]])}
     padded = {"input_ids": ids[None], "attention_mask": (ids > 5)[None].long()}
     of_images = {"input_ids": ids[None], "position_ids": torch.zeros(3, 1, 20)}  # Qwen2-VL's
-    assert [text.tolist() for text in anchoring._read([of_images], 100)] == [ids.tolist()]
-    found = anchoring._read([packed, padded], 100)
+    assert [text.tolist() for text in anchoring._read([of_images], 100, torch.device("cpu"))] == [
+        ids.tolist()
+    ]
+    found = anchoring._read([packed, padded], 100, torch.device("cpu"))
     assert [text.tolist() for text in found] == [[*ids[:7]], [*ids[7:]], [*ids[3:]]]
-    assert len(anchoring._read([packed, padded], 20)) == 2
+    assert len(anchoring._read([packed, padded], 20, torch.device("cpu"))) == 2
     with pytest.raises(ValueError, match="a batch has pixel_values and no input_ids"):
         anchoring._read([{"pixel_values": ids}], 8)
 

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+TCP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "LOCAL_WORLD_SIZE": "2"}
+"""Asked for by accelerate, which finds the processes connected already."""
+
 Cases = dict[str, Callable[[Path], Any]]
 
 
@@ -41,7 +44,7 @@ def _process(cases: str, folder: str, rank: int) -> None:
     import importlib
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | TCP
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)

@@ -54,6 +54,14 @@ def check(arguments: Any, config: Any, learning_rate: float) -> None:
         raise UserError(f"--{error}") from error
 
 
+def expect(trainer: Any) -> None:
+    """Makes room for the anchors of the checkpoint to resume at, which FSDP2 does not."""
+    from secura.anchoring import u_adapters
+
+    for adapter, _ in u_adapters(trainer.model).values():
+        adapter.expect_anchor()
+
+
 def announce(arguments: Any) -> str:
     """One line before what takes minutes on a CPU."""
     source = "the model's own samples" if arguments.anchor == SELF else arguments.anchor
@@ -119,5 +127,6 @@ __all__ = [
     "anchor",
     "announce",
     "check",
+    "expect",
     "read_texts",
 ]

@@ -114,6 +114,8 @@ def run(
     if anchor_args.anchor and resume is None:
         trainer.accelerator.print(anchoring.announce(anchor_args))
         trainer.accelerator.print(anchoring.anchor(trainer, anchor_args, training.seed))
+    elif anchor_args.anchor:
+        anchoring.expect(trainer)
     elif config.core == "u" and resume is None:
         trainer.accelerator.print(
             "secura: note: the core has no anchor, so nothing holds its steps to what the model "

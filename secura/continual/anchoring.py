@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
-from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, check_reads, listed
+from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, check_reads, largest, listed
 from secura.folding import fold
 
 from .state import Unfolded, without_dropout
@@ -89,7 +89,9 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Fold, and add the statistics."""
         assert model is not None
-        texts = _read(train_dataloader, self.tokens) if self.texts is None else self.texts
+        texts = self.texts
+        if texts is None:
+            texts = _read(train_dataloader, self.tokens, next(model.parameters()).device)
         if self.fold:
             fold(model)
         self.report = anchor(
@@ -174,14 +176,19 @@ def check_decay(anchor_decay: float, rate: float) -> None:
         )
 
 
-def _read(dataloader: Any, tokens: int) -> list[Tensor]:
+def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
     """The first ``tokens`` token ids of a data loader's examples, padding left out.
 
-    A packed row is as many texts as there are in it, where its ``position_ids`` tell.
+    A packed row is as many texts as there are in it, where its ``position_ids`` tell. Processes
+    take equally many batches, which one may hand out to all of them.
     """
     texts: list[Tensor] = []
-    left = tokens
-    for batch in dataloader:
+    left, batches = tokens, iter(dataloader)
+    while largest(left, device) > 0:
+        batch = next(batches, None)
+        if batch is None or left <= 0:
+            left = 0
+            continue
         if "input_ids" not in batch:
             raise ValueError(
                 f"a batch has {', '.join(batch)} and no input_ids to anchor by: give "
@@ -196,8 +203,6 @@ def _read(dataloader: Any, tokens: int) -> list[Tensor]:
             found = [text for text in ids[mask].cpu().tensor_split(starts) if len(text) > 1]
             texts += found
             left -= sum(map(len, found))
-        if left <= 0:
-            break
     return texts
 
 
