@@ -109,7 +109,7 @@ def test_packed_rows_are_read_text_by_text():
     assert [text.tolist() for text in found] == [[*ids[:7]], [*ids[7:]], [*ids[3:]]]
     assert len(anchoring._read([packed, padded], 20, torch.device("cpu"))) == 2
     with pytest.raises(ValueError, match="a batch has pixel_values and no input_ids"):
-        anchoring._read([{"pixel_values": ids}], 8)
+        anchoring._read([{"pixel_values": ids}], 8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
