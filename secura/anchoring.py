@@ -81,7 +81,7 @@ def anchor(
         model: a PEFT model or any other that holds :class:`secura.SECURALinear`, with a forward
             that takes ``input_ids [B, T]`` and gives an object with ``logits [B, T, V]``. Under DDP
             or FSDP2 every process calls this, with the same arguments: each reads its share.
-        texts: what the model is to keep: strings, or token ids, a 1-D integer tensor a text. None
+        texts: what the model is to keep: strings, or token ids, a list or 1-D tensor a text. None
             samples from the model itself, from its start token.
         tokenizer: for texts that are strings; also asked for the start token.
         damping: λ; None takes the config's ``anchor_damping`` (1e-2).

@@ -18,7 +18,7 @@ from . import bases
 from .cabr import CABR
 from .sharding import is_distributed
 
-Texts = Sequence[str] | Sequence[Tensor]
+Texts = Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
 TOKENS, LENGTH, BATCH_SIZE = 8192, 128, 8
 """Of old text that is read at most, of a piece of it, and pieces at once, unless asked for."""
@@ -171,8 +171,17 @@ def _pieces(texts: list[Any], tokenizer: Any, tokens: int, length: int) -> list[
     for number, text in enumerate(texts):
         if isinstance(text, str):
             text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+        elif isinstance(text, list | tuple) and all(type(token) is int for token in text):
+            text = torch.tensor(text, dtype=torch.int64)
+        if isinstance(text, Mapping):
+            raise ValueError(
+                f"text {number} is a row with {', '.join(text)}: give one column, such as "
+                "dataset['input_ids']"
+            )
         if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() != 1:
-            raise ValueError(f"text {number} is neither a string nor a 1-D tensor of token ids")
+            raise ValueError(
+                f"text {number} is neither a string nor token ids (a list or 1-D tensor)"
+            )
         if text.numel() < 2:
             raise ValueError(
                 f"text {number} has {text.numel()} token(s): there is nothing to predict in fewer "

@@ -1,10 +1,11 @@
-"""Find the adapted layers of a model, and the adapters that act in them."""
+"""Find layers of a model: the adapted ones, the adapters that act in them, the embeddings."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def secura_layers(model: nn.Module) -> dict[str, Any]:
@@ -25,6 +26,19 @@ def layers_with(model: nn.Module, adapter: str) -> dict[str, Any]:
     }
 
 
+def embeddings(model: Any) -> tuple[Any, Any]:
+    """The layers that embed a model's tokens and that give its logits; None for one it has not.
+
+    What embeds patches of an image or sound has no weight a token, and is none.
+    """
+    found: list[Any] = [None, None]
+    with suppress(NotImplementedError, AttributeError):
+        found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    has_weight = [isinstance(getattr(one, "weight", None), Tensor) for one in found]
+    first, last = (one if has else None for one, has in zip(found, has_weight, strict=True))
+    return first, last
+
+
 def active_adapters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The model's active SECURA adapters and the layers they are on, by the adapters' names."""
     names = {module: name for name, module in model.named_modules()}
@@ -35,4 +49,4 @@ def active_adapters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-__all__ = ["active_adapters", "layers_with", "secura_layers"]
+__all__ = ["active_adapters", "embeddings", "layers_with", "secura_layers"]

@@ -255,10 +255,13 @@ def _run(
     w, bias, columns = layer.weight, layer.bias, layer.columns
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
-    if trained and torch.is_grad_enabled():
-        check_trained(layer, given)
+    trained = trained and torch.is_grad_enabled()
+    if trained or torch.jit.is_tracing():
+        if trained:
+            check_trained(layer, given)
+        function = naive.secura_add if given else naive.secura_linear
         with without_autocast(x.device.type):
-            out = naive.secura_add(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
+            out = function(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
         return out.to(dtype)
     watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
     total = None

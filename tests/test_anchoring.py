@@ -129,6 +129,14 @@ def test_tokens_are_taken_from_every_text_in_turn():
     assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
 
 
+def test_token_ids_may_be_lists():
+    """As a tokenised data set holds them."""
+    models = [tiny.adapted(core="u", norm="none") for _ in range(2)]
+    anchor(models[0], [torch.arange(3, 12), torch.arange(5, 20)])
+    anchor(models[1], [[*range(3, 12)], [*range(5, 20)]])
+    assert torch.equal(*(tiny.parts(model)[0].left for model in models))
+
+
 def test_added_statistics_are_those_of_both_texts_at_equal_weight():
     model, texts = cored(), (TEXTS[:1], TEXTS[1:2])
     parts = [[t / t.diagonal().mean() for t in pair] for pair in statistics(model, texts[0])]
@@ -237,6 +245,7 @@ BAD = {
     "text 1 has 1 token": {"texts": [torch.arange(3, 9), torch.tensor([3])]},
     "give the tokenizer": {"texts": ["some text"]},
     "neither a string nor": {"texts": [torch.rand(5)]},
+    "text 0 is a row with input_ids": {"texts": [{"input_ids": [3, 4]}]},
     "damping=0 must be above 0 and at most 1e6": {"texts": TEXTS, "damping": 0},
     "damping=10000000.0 must be": {"texts": TEXTS, "damping": 1e7},
     "damping=nan": {"texts": TEXTS, "damping": float("nan")},

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_peft_contract import CONFIG, WEIGHTS, edit
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura import export_lora
 from secura.cli import main
@@ -97,7 +97,16 @@ def test_a_row_of_the_batch_has_tokens_of_its_own():
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_that_were_added(base, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_that_were_added(tied, base, tmp_path):
+    """Where tied, PEFT saves the head's names beside the embedding's, as the table was resized."""
+    own = AutoModelForCausalLM.from_pretrained(base)
+    own.config.tie_word_embeddings = tied
+    own.tie_weights()
+    own.save_pretrained(tmp_path / "own")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "own")
+    base = tmp_path / "own"
+
     def load():
         model = AutoModelForCausalLM.from_pretrained(base)
         model.resize_token_embeddings(count + 2, mean_resizing=False)
@@ -111,6 +120,8 @@ def test_tokens_that_were_added(base, tmp_path):
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     model.save_pretrained(adapter)
     loaded = PeftModel.from_pretrained(load(), adapter)
+    loaded.load_adapter(adapter, "default", is_trainable=True)  # as a Trainer that resumes
+    loaded.eval()
     ids = torch.tensor([[3, *added]])
     want = tiny.logits(model, ids)
     torch.testing.assert_close(tiny.logits(loaded, ids), want, rtol=0, atol=0)

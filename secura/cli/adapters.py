@@ -11,7 +11,8 @@ from secura._extras import require
 from secura.cli import models
 from secura.cli.errors import UserError, one_line
 from secura.cli.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from secura.names import PREFIX, is_own
+from secura.layers import embeddings
+from secura.names import PREFIX, bare, is_own
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -164,7 +165,7 @@ def fit_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], adapter: str)
     Raises:
         UserError: the file holds the resized embeddings, but not the head that grew with them.
     """
-    inputs, outputs = _embeddings(model)
+    inputs, outputs = embeddings(model)
     if inputs is None:
         return
     names = {module: name for name, module in model.named_modules()}
@@ -195,12 +196,15 @@ def undeclared(model: Any, file: Path) -> list[str]:
     """Tensors of an adapter's file that are neither SECURA's nor of its `modules_to_save`.
 
     Of a resized embedding in `modules_to_save`, PEFT writes a second copy and the untrained one
-    beside it; they are not counted.
+    beside it, and of trained tokens in a tied head a copy; they are not counted.
     """
+    from secura.tuner.saved import saved_in_full
+
     if not (names := list(_shapes(file))):
         return []
     own = require("peft", "train").get_peft_model_state_dict(model, save_embedding_layers=False)
-    return [name for name in names if _COPY.sub("", name) not in own]
+    copies = saved_in_full(model, model.active_adapter)
+    return [name for name in names if _COPY.sub("", name) not in own and bare(name) not in copies]
 
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
@@ -242,7 +246,7 @@ def tokenizer_for(model: Any, adapter: str, base: str, loading: dict[str, Any]) 
     tokenizer = models.load_tokenizer(
         _place(adapter), trust_remote_code=loading["trust_remote_code"]
     )
-    inputs, _ = _embeddings(model)
+    inputs, _ = embeddings(model)
     count, held = len(tokenizer), len(tokenizer) if inputs is None else inputs.weight.shape[0]
     if count > held and count > len(models.load_tokenizer(base, **loading)):
         raise UserError(
@@ -305,12 +309,6 @@ def _shapes(file: Path | None) -> dict[str, tuple[int, ...]]:
     with opened(file) as tensors:
         names = sorted(name for name in tensors.keys() if not is_own(name))  # noqa: SIM118
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-
-
-def _embeddings(model: Any) -> tuple[Any, Any]:
-    with suppress(NotImplementedError, AttributeError):
-        return model.get_input_embeddings(), model.get_output_embeddings()
-    return None, None
 
 
 __all__ = [

@@ -102,6 +102,7 @@ def causal_class(name: str, **kwargs: Any) -> str:
         UserError: there is no such model.
     """
     transformers = require("transformers", "train")
+    refuse_adapter(name, kwargs.get("revision"))
     try:
         config = transformers.AutoConfig.from_pretrained(resolve_model(name), **kwargs)
     except (OSError, ValueError) as error:

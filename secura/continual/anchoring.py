@@ -6,7 +6,6 @@ See :func:`secura.anchor`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
-from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, check_reads, largest, listed
+from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, Texts, check_reads, largest, listed
 from secura.folding import fold
 
 from .state import Unfolded, without_dropout
@@ -54,7 +53,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     def __init__(
         self,
-        texts: Sequence[str] | Sequence[Tensor] | None = None,
+        texts: Texts | None = None,
         *,
         tokenizer: Any = None,
         fold: bool = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -352,13 +353,10 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         return weight, None if bias is None else bias.detach()
 
     def unmerge(self) -> None:
-        """Restore the base weight.
-
-        Raises:
-            RuntimeError: when not merged.
-        """
+        """Restore the base weight; warn where nothing is merged, as PEFT's LoRA does."""
         if self._merged is None:
-            raise RuntimeError("nothing to undo: no adapter is merged")
+            warnings.warn("nothing to undo: no adapter is merged", stacklevel=2)
+            return
         self._put_base(self._merged.exchange(self.adapted))
         self._merged, self.merged_adapters = None, []
 

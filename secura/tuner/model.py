@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,9 @@ from .layer import SecuraLayer, SecuraLinear
 from .overlooked import refuse_overlooked, refuse_read
 from .several import BASE, REFERENCE
 from .unmatched import unmatched_layers, unmatched_names, warn_unmatched
+
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads by task, which PEFT adds to ``modules_to_save`` after the adapter was put on the model."""
 
 
 class SecuraModel(BaseTuner):
@@ -62,6 +66,8 @@ class SecuraModel(BaseTuner):
         """
         _check_name(adapter_name)
         given = self.peft_config[adapter_name]
+        if given.modules_to_save is None and given.task_type in _HEADS:
+            given.modules_to_save = [*_HEADS[given.task_type]]  # PEFT adds them again, later
         self.peft_config[adapter_name] = copy.copy(given)  # its own: anchoring writes to it
         config = copy.copy(given)  # as given: PEFT fills in its targets
         refuse_overlooked(model, config)
@@ -251,17 +257,25 @@ class SecuraModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Restore every base weight that holds an adapter, bit for bit.
-
-        Raises:
-            RuntimeError: when nothing is merged.
-        """
+        """Restore every base weight that holds an adapter, bit for bit; warn where none does."""
         parts = [part for part in self.model.modules() if isinstance(part, BaseTunerLayer)]
         merged = [part for part in parts if part.merged]  # of trained tokens too
         if not merged:
-            raise RuntimeError("nothing to undo: no adapter is merged")
+            warnings.warn("nothing to undo: no adapter is merged", stacklevel=2)
         for part in merged:
             part.unmerge()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: adapters of other rows and columns have no sum of that form.
+
+        Raises:
+            ValueError: always; the message says what adds up.
+        """
+        raise ValueError(
+            "SECURA adapters are not combined into one: each has C and R of its own; with "
+            "norm='none' several act and merge together, with base_model.set_adapter(['first', "
+            "'second'])"
+        )
 
 
 def _check_name(adapter: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secura.cabr import CABR
 from secura.integrity import file_checksum, was_cast
-from secura.layers import layers_with
+from secura.layers import embeddings, layers_with
 from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
 from secura.sharding import is_dtensor
 
@@ -143,11 +143,11 @@ def _check_names(
     owners = {name: f"{name}{INNER}{adapter}." for name in layers}
     taken = {own + tensor for own in owners.values() for tensor in CABR.STATE}
     filled = {name.rpartition(".")[0] + "." for name in mapped if name in taken}
-    others = _saved_in_full(model, adapter) | set(config.base_tensors or ())
+    others = saved_in_full(model, adapter) | set(config.base_tensors or ())
     if not config.checksum:  # then the config does not say what PEFT saved beside the adapter
-        embeddings = _embeddings(model, adapter)
-        resized = embeddings.keys() <= {bare(name) for name in mapped}
-        others |= {name for name, own in embeddings.items() if resized or _equal(mapped, name, own)}
+        own_rows = _embeddings(model, adapter)
+        resized = own_rows.keys() <= {bare(name) for name in mapped}
+        others |= {name for name, own in own_rows.items() if resized or _equal(mapped, name, own)}
     left = [n for n in mapped if n not in taken and bare(n) not in others]
     homeless = [name for name in left if is_own(name)]
     if homeless:
@@ -174,14 +174,26 @@ def _check_names(
         )
 
 
-def _saved_in_full(model: Any, adapter: str) -> set[str]:
-    """Names of the tensors of ``modules_to_save`` and the like, without PEFT's prefix."""
+def saved_in_full(model: Any, adapter: str) -> set[str]:
+    """Names of the tensors of ``modules_to_save`` and the like, without PEFT's prefix.
+
+    Those of trained tokens in a tied head PEFT writes where it saves resized embeddings too.
+    """
+    tied = ("base_layer.weight", "trainable_tokens_delta", f"trainable_tokens_delta.{adapter}")
     return {
         bare(f"{name}.{key}")
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter).values()
+        for key in (
+            *module.adapter_state_dict_load_map(adapter).values(),
+            *(f"token_adapter.{part}" for part in tied if _is_tied(module)),
+        )
     }
+
+
+def _is_tied(module: Any) -> bool:
+    """Whether a wrapper's trained tokens are those of another embedding."""
+    return getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None
 
 
 def _trained_beside(model: Any) -> list[str]:
@@ -198,9 +210,7 @@ def _trained_beside(model: Any) -> list[str]:
 
 def _embeddings(model: Any, adapter: str) -> dict[str, Tensor]:
     """The input's and output's embeddings, which PEFT saves, both, where they were resized."""
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    ends = {id(part) for part in embeddings(model) if part is not None}
     return {
         bare(f"{name}.{key}".replace(f".modules_to_save.{adapter}.", ".modules_to_save.")): tensor
         for name, module in model.named_modules()
@@ -227,4 +237,4 @@ def _check_file_checksum(config: Any, state_dict: Mapping[str, Tensor], found: A
         )
 
 
-__all__ = ["for_loading", "named_labels", "warn_of_unsaved"]
+__all__ = ["for_loading", "named_labels", "saved_in_full", "warn_of_unsaved"]
