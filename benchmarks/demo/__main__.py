@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from secura.cli.errors import USER_ERRORS, Parser, one_line
+from secura.cli.errors import USER_ERRORS, one_line
+from secura.cli.parser import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 from secura import __version__
-from secura.cli.errors import USER_ERRORS, Parser, one_line
+from secura.cli.errors import USER_ERRORS, one_line
+from secura.cli.parser import Parser
 
 COMMANDS = {
     "train": ("secura.cli.train", "fine-tune a causal language model with SECURA"),

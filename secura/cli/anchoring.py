@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def expect(trainer: Any) -> None:
 
     for adapter, _ in u_adapters(trainer.model).values():
         adapter.expect_anchor()
+
+
+def begin(trainer: Any, arguments: Any, config: Any, seed: int, *, resumed: bool) -> Iterator[str]:
+    """Anchors the cores where that was asked for, and says what is done, a line at a time."""
+    if arguments.anchor and not resumed:
+        yield announce(arguments)
+        yield anchor(trainer, arguments, seed)
+    elif arguments.anchor:
+        expect(trainer)
+    elif config.core == "u" and not resumed:
+        yield (
+            "secura: note: the core has no anchor, so nothing holds its steps to what the model "
+            "knows: --anchor self gives it one"
+        )
 
 
 def announce(arguments: Any) -> str:
@@ -123,10 +138,4 @@ def read_texts(name: str) -> list[str]:
     return found
 
 
-__all__ = [
-    "anchor",
-    "announce",
-    "check",
-    "expect",
-    "read_texts",
-]
+__all__ = ["anchor", "begin", "check", "read_texts"]

@@ -15,9 +15,10 @@ from typing import Any, NoReturn, get_type_hints
 from secura._extras import require
 from secura.cli.config_file import as_defaults, read_config, take_config_flag
 from secura.cli.docstrings import docstring_entries
-from secura.cli.errors import Parser, UserError, refuse_repeated, refuse_unknown
+from secura.cli.errors import UserError
 from secura.cli.hub import check_strategy
 from secura.cli.models import DTYPES
+from secura.cli.parser import Parser, refuse_repeated, refuse_unknown
 
 PROG = "secura train"
 LEARNING_RATE = 2e-4

@@ -15,6 +15,34 @@ _LOOKED_AT = 256
 """How many rows `never_ends` reads."""
 
 
+def notes(
+    trainer: Any, train_set: Any, eval_set: Any, *, config: Any, wanted: Any, holding: bool
+) -> tuple[str | None, ...]:
+    """What a user should know of a run before its first step; None for what there is not.
+
+    Args:
+        trainer: TRL's.
+        train_set: the rows it was given, numbered by `number`.
+        eval_set: the same to evaluate, or None.
+        config: the adapter's, as PEFT filled it in.
+        wanted: the same as it was given.
+        holding: whether `--hold_gradients` was.
+
+    Raises:
+        UserError: nothing is left to learn of the rows.
+    """
+    return (
+        lost_rows(trainer, train_set),
+        lost_rows(trainer, eval_set, "eval"),
+        cut_rows(trainer),
+        never_ends(trainer),
+        never_evaluated(trainer.args),
+        left_out(trainer.model, wanted),
+        nothing_held(trainer.args, holding=holding),
+        not_rounded(trainer.args, config, trainer.model),
+    )
+
+
 def number(dataset: Any) -> Any:
     """The data set with its rows numbered, for `lost_rows`."""
     return dataset.add_column(_NUMBER, list(range(1, len(dataset) + 1)))
@@ -202,15 +230,4 @@ def not_rounded(training: Any, config: Any, model: Any) -> str | None:
     )
 
 
-__all__ = [
-    "adapted_kinds",
-    "check_lengths",
-    "cut_rows",
-    "left_out",
-    "lost_rows",
-    "never_ends",
-    "never_evaluated",
-    "not_rounded",
-    "nothing_held",
-    "number",
-]
+__all__ = ["adapted_kinds", "check_lengths", "notes", "number"]

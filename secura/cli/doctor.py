@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from secura._extras import how_to_install
-from secura.cli.errors import Parser, UserError, one_line
+from secura.cli.errors import UserError, one_line
+from secura.cli.parser import Parser
 
 ANCHOR_LIMIT = 1e-4
 """Largest share of what a core adds that anchoring it may move, in fp32."""

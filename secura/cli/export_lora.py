@@ -8,9 +8,9 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.adapters import has_tokenizer, load, load_adapter_config
-from secura.cli.errors import Parser
 from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
+from secura.cli.parser import Parser
 from secura.folders import complete_folder
 
 

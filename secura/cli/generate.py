@@ -8,8 +8,9 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli import adapters
-from secura.cli.errors import Parser, UserError, one_line
+from secura.cli.errors import UserError, one_line
 from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer
+from secura.cli.parser import Parser
 
 
 def make_parser() -> Parser:

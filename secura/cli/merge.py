@@ -8,9 +8,10 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.adapters import load, load_adapter_config
-from secura.cli.errors import Parser, UserError, one_line
+from secura.cli.errors import UserError, one_line
 from secura.cli.folders import fresh_folder
 from secura.cli.models import add_adapter_flags, add_loading_flags
+from secura.cli.parser import Parser
 from secura.folders import complete_folder
 from secura.names import bare
 

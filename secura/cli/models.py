@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from secura._extras import require
-from secura.cli.errors import Parser, UserError, one_line
+from secura.cli.errors import UserError, one_line
+from secura.cli.parser import Parser
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -64,15 +64,7 @@ def run(
         "revision": model_args.model_revision,
         "trust_remote_code": getattr(training, "trust_remote_code", False),
     }
-    refuse_adapter(model_args.model_name_or_path, model_args.model_revision)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, **loading)
-    chat = bool(tokenizer.chat_template or training.chat_template_path)
-    train_set, eval_set, unread = load_data(training, data_args, chat=chat)
-    if not chat and holds_turns(train_set, train_set.column_names[0]):
-        raise UserError(
-            f"{data_args.dataset_name} holds messages, and the tokenizer of "
-            f"{model_args.model_name_or_path} no chat template: give one with --chat_template_path"
-        )
+    tokenizer, train_set, eval_set, unread = load_rows(training, model_args, data_args, loading)
     settings = resuming.settings(training, config, train_set, data_args) | vars(anchor_args)
     if resume is not None:
         resuming.check_settings(resume, settings)
@@ -97,30 +89,15 @@ def run(
     send_buffers(trainer)
     gather_to_save(trainer)
     checks.check_lengths(trainer)
-    for note in (
-        unread,
-        checks.lost_rows(trainer, train_set),
-        checks.lost_rows(trainer, eval_set, "eval"),
-        checks.cut_rows(trainer),
-        checks.never_ends(trainer),
-        checks.never_evaluated(trainer.args),
-        checks.left_out(trainer.model, wanted),
-        checks.nothing_held(trainer.args, holding=model_args.hold_gradients),
-        checks.not_rounded(trainer.args, config, trainer.model),
-    ):
-        if note:
-            trainer.accelerator.print(f"secura: note: {note}")
+    holding = model_args.hold_gradients
+    notes = checks.notes(
+        trainer, train_set, eval_set, config=config, wanted=wanted, holding=holding
+    )
+    for note in filter(None, (unread, *notes)):
+        trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
-    if anchor_args.anchor and resume is None:
-        trainer.accelerator.print(anchoring.announce(anchor_args))
-        trainer.accelerator.print(anchoring.anchor(trainer, anchor_args, training.seed))
-    elif anchor_args.anchor:
-        anchoring.expect(trainer)
-    elif config.core == "u" and resume is None:
-        trainer.accelerator.print(
-            "secura: note: the core has no anchor, so nothing holds its steps to what the model "
-            "knows: --anchor self gives it one"
-        )
+    for line in anchoring.begin(trainer, anchor_args, config, training.seed, resumed=bool(resume)):
+        trainer.accelerator.print(line)
     output = Path(training.output_dir)
     anew = data_args.overwrite_output_dir and not resuming.is_of(resume, output)
     for old in checkpoints(output) if anew and trainer.is_world_process_zero() else ():
@@ -179,6 +156,25 @@ def closed_progress(trainer: Any) -> Iterator[None]:
             if getattr(callback, "training_bar", None) is not None:
                 callback.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
+
+
+def load_rows(training: Any, model_args: Any, data_args: Any, loading: dict[str, Any]) -> tuple:
+    """The tokenizer, and what `load_data` gives for it.
+
+    Raises:
+        UserError: the model is an adapter, or the rows hold messages and nothing has a template.
+    """
+    name = model_args.model_name_or_path
+    refuse_adapter(name, model_args.model_revision)
+    tokenizer = load_tokenizer(name, **loading)
+    chat = bool(tokenizer.chat_template or training.chat_template_path)
+    train_set, eval_set, unread = load_data(training, data_args, chat=chat)
+    if not chat and holds_turns(train_set, train_set.column_names[0]):
+        raise UserError(
+            f"{data_args.dataset_name} holds messages, and the tokenizer of {name} no chat "
+            "template: give one with --chat_template_path"
+        )
+    return tokenizer, train_set, eval_set, unread
 
 
 def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any, str | None]:
