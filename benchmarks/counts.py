@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secura_kernels import NormOptions
 from secura_kernels.held import Held
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.inspection.recorder import TARGETS, record
 from secura_kernels.plan import CHIPS
 

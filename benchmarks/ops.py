@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, kept_weight, plan
-from secura_kernels.inspection.layers import Case
-from secura_kernels.inspection.steps import layer_steps
+from secura_kernels.inspection.costs import layer_costs
+from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import pack, unpack
 from secura_kernels.ops.activation.op import activation, activation_backward
 from secura_kernels.ops.channel.op import channel
@@ -218,7 +218,7 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
         return None
     chip = plan.Chip(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
     shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
-    both = layer_steps(shape, norm, kept_weight.keeps_weight(), chip)
+    both = layer_costs(shape, norm, kept_weight.keeps_weight(), chip)
     return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))
 
 

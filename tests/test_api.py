@@ -19,7 +19,7 @@ from secura_kernels import (
     secura_linear,
 )
 from secura_kernels.api import additive_product
-from secura_kernels.inspection.layers import Case, with_norms
+from secura_kernels.inspection.examples import Case, with_norms
 from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
 from secura_kernels.ops.project.op import project
 from secura_kernels.ops.weight import plain

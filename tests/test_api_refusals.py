@@ -9,7 +9,7 @@ import torch
 
 import secura_kernels
 from secura_kernels import NormOptions, effective_weight, secura_add, secura_linear
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 
 WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from secura_kernels import NormOptions, kept_weight
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.ops.weight import plain as weight
 
 WEIGHT = Case(NormOptions("weight"), torch.float64, inner=6, biased=False)

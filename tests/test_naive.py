@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from secura_kernels import NormOptions, cur, naive
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import COMBINES, FORMS, Restrain
 
 # W [3, 4], rows [0, 2], P [3, 2], x [2, 4]: small enough to check with a pencil

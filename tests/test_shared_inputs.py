@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from secura import SECURALinear
 from secura_kernels import NormOptions
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.shared import Total
 
 SPACES = ("none", "channel", "activation", "weight")

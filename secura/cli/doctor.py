@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
 
 def print_kernels(targets: list[str]) -> int:
     """Prints what each kernel costs on each chip; 1 where a launch breaks a rule."""
-    from secura_kernels.inspection.table import kernel_reports, kernel_table
+    from secura_kernels.inspection.kernel_table import kernel_reports, kernel_table
 
     problems = []
 
@@ -152,7 +152,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
         UserError: for a shape, chip or norm that is none.
     """
     from secura_kernels import NormOptions, kept_weight, plan
-    from secura_kernels.inspection.steps import choices, layer_steps
+    from secura_kernels.inspection.costs import choices, layer_costs
     from secura_kernels.norm import NORMS, pack, unpack
 
     sizes = re.fullmatch(r"(\d+)x(\d+)", options.layer)
@@ -176,7 +176,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
         raise UserError(f"--r {options.r} must be at most {min(n, k)} on --layer {options.layer}")
     shape = plan.Shape(options.tokens, n, k, options.r)
     norm, kept = unpack(pack(NormOptions(options.norm))), kept_weight.keeps_weight()
-    passes = dict(zip(("forward", "backward"), layer_steps(shape, norm, kept, chip), strict=True))
+    passes = dict(zip(("forward", "backward"), layer_costs(shape, norm, kept, chip), strict=True))
     frozen = 2 * plan.product(shape).seconds(chip)
     return {
         "norm": options.norm,

@@ -5,7 +5,7 @@ keeps what they pass to Triton in place of running it: so what is compiled here 
 there, down to the alignment of every argument. :func:`inspect_launch` compiles a :class:`Launch`
 and reads registers and spills from the binary (``cuobjdump`` of Triton's nvidia backend; the
 metadata in the assembly on AMD), shared memory from Triton's metadata, and 16-byte loads, 16-byte
-stores and matrix instructions from PTX or the assembly. Which launches: :mod:`.cases`.
+stores and matrix instructions from PTX or the assembly. Which launches: :mod:`.launches`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import api, dispatch, naive
 from ..norm import NORMS, NormOptions
-from .layers import Case
+from .examples import Case
 
 LIMITS = {
     torch.float64: 1e-9,

@@ -7,7 +7,7 @@ from benchmarks import counts, launches
 from benchmarks.shapes import LayerCase
 from secura_kernels import NormOptions, plan
 from secura_kernels.dispatch import interpreting
-from secura_kernels.inspection.steps import layer_steps
+from secura_kernels.inspection.costs import layer_costs
 from secura_kernels.norm import pack, unpack
 from secura_kernels.plan import DEFAULT, Shape
 
@@ -83,11 +83,11 @@ def test_a_micro_batch_between_others(space):
 @pytest.mark.parametrize("keeps", ["never", "always"])
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_the_plan_is_what_is_launched(space, keeps):
-    """Each pass's bytes and time as :func:`layer_steps` has them, within 5%."""
+    """Each pass's bytes and time as :func:`layer_costs` has them, within 5%."""
     norm = unpack(pack(NormOptions(space)))
     for t, n, k in SHAPES:
         found, first = counts.ours(space, keeps)(case(t, n, k))
-        planned = layer_steps(Shape(t, n, k, 128), norm, keeps == "always")
+        planned = layer_costs(Shape(t, n, k, 128), norm, keeps == "always")
         for steps, made in zip(planned, (found[:first], found[first:]), strict=True):
             moved = sum(step.bytes for step in steps.values())
             assert moved == pytest.approx(sum(one.cost.bytes for one in made), rel=0.05)

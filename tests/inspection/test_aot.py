@@ -14,22 +14,22 @@ from secura.cli import main
 from secura_kernels import NormOptions
 from secura_kernels.dispatch import interpreting
 from secura_kernels.gpu import Machine, assume, assumed, machine_of
-from secura_kernels.inspection.table import COLUMNS, kernel_reports, kernel_table
+from secura_kernels.inspection.kernel_table import COLUMNS, kernel_reports, kernel_table
 
 pytest.importorskip("triton")
 from triton import knobs
 
-from secura_kernels.inspection.cases import (
-    CASES,
+from secura_kernels.inspection.examples import Case
+from secura_kernels.inspection.launches import (
     EVERY,
     FULL,
     ODD,
     PLAIN,
+    RECORDED,
     Recorded,
     launches,
     problems,
 )
-from secura_kernels.inspection.layers import Case
 from secura_kernels.inspection.recorder import (
     TARGETS,
     Report,
@@ -61,7 +61,7 @@ def compiled():
     Those in rotation; ``secura doctor --kernels`` compiles all of them for its chip.
     """
     turns = cycle(range(0, len(EVERY), 2))
-    for case in CASES:
+    for case in RECORDED:
         of, norm = case.case, NormOptions(case.case.options.norm)
         whole = [replace(PLAIN, options=norm, **flags) for flags in ({}, FULL, FULL | ODD)]
         if case.targets != EVERY or case.merge or (of in whole and not case.columns):
@@ -88,7 +88,7 @@ def test_no_spills_shared_memory_fits_wide_loads_and_matrix_instructions(case, t
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_chip_compiles_every_kernel(target):
     names = []
-    for cases in (CASES, [case for case, chip in COMPILED if chip == target.name]):
+    for cases in (RECORDED, [case for case, chip in COMPILED if chip == target.name]):
         with record(target) as found:
             for case in cases:
                 case.run()
@@ -99,7 +99,7 @@ def test_every_chip_compiles_every_kernel(target):
 def test_names_are_unique():
     names = [name for name, _, _ in launches(SM_90)]
     assert len(names) > 100
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert len({case.name for case in RECORDED}) == len(RECORDED)
 
 
 def test_every_kernel_is_in_the_table():
@@ -179,7 +179,7 @@ def test_table_refuses_what_it_cannot_do(monkeypatch):
     with pytest.raises(ValueError, match="sm_1"):
         next(kernel_reports(["sm_1"]))
     monkeypatch.setattr(
-        "secura_kernels.inspection.table.triton_missing", lambda: "triton is not installed"
+        "secura_kernels.inspection.kernel_table.triton_missing", lambda: "triton is not installed"
     )
     with pytest.raises(RuntimeError, match="triton is not installed"):
         next(kernel_reports())
@@ -192,8 +192,8 @@ def test_compiling_under_the_interpreter_is_refused(monkeypatch):
 
 
 def test_doctor_kernels_prints_the_table_and_fails_on_a_problem(monkeypatch, capsys):
-    case = next(case for case in CASES if ONE.endswith(f": {case.name}"))
-    monkeypatch.setattr("secura_kernels.inspection.cases.CASES", (case,))
+    case = next(case for case in RECORDED if ONE.endswith(f": {case.name}"))
+    monkeypatch.setattr("secura_kernels.inspection.launches.RECORDED", (case,))
     assert main(["doctor", "--kernels", "sm_90"]) == 0
     assert f"| {ONE} | sm_90 |" in capsys.readouterr().out
     monkeypatch.setattr(Report, "problems", lambda report, rule: ["spills 8 bytes"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from secura_kernels import NormOptions
-from secura_kernels.inspection.layers import Case, Example
+from secura_kernels.inspection.examples import Case, Example
 from secura_kernels.norm import NORMS
 
 SIZES = {"t": 5, "n": 13, "k": 6, "m": 4, "inner": 5}

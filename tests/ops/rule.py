@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secura_kernels import NormOptions, naive
-from secura_kernels.inspection.layers import Case, Example
+from secura_kernels.inspection.examples import Case, Example
 from secura_kernels.ops.project.op import project, project_backward
 
 # (T, N, K, m): ones, nothing, primes, more than one block of each dimension, rank above a block

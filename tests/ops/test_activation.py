@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from secura_kernels import NormOptions
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import COMBINES, FORMS, SAVES
 
 CASE = {"t": 9, "n": 37, "k": 21, "m": 5, "dropout": True}

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, api, dispatch, plan
 from secura_kernels.gpu import H100, assume
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.inspection.recorder import TARGETS, record
 
 from .draws import draw, every_option

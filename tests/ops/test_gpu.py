@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura_kernels import NormOptions
 from secura_kernels.dispatch import resolve
-from secura_kernels.inspection.layers import Case
+from secura_kernels.inspection.examples import Case
 from secura_kernels.plan import CHANGE_MIB, CHUNK_MIB, MOST_SPLITS
 
 from .draws import every_option

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
-from secura_kernels.inspection.layers import Example
+from secura_kernels.inspection.examples import Example
 
 from .draws import OPTIONS, SIZES, draw, every_option, every_space, name
 from .rule import exactly

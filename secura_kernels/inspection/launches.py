@@ -18,7 +18,7 @@ import torch
 from ..api import effective_weight
 from ..norm import NormOptions
 from ..ops.project.op import project
-from .layers import Case
+from .examples import Case
 from .recorder import Launch, Rule, Target, inspect_launch, record
 
 EVERY = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -144,13 +144,13 @@ def _cases() -> Iterator[Recorded]:
         yield Recorded(one(averaged, FULL, save=save, given=True))
 
 
-CASES = tuple(dict.fromkeys(_cases()))
+RECORDED = tuple(dict.fromkeys(_cases()))
 
 
 def launches(target: Target, match: str = "") -> Iterator[tuple[str, Launch, Rule]]:
     """``(name, launch, rule)`` of each launch on a chip whose name contains ``match``, once."""
     seen = set()
-    for case in CASES:
+    for case in RECORDED:
         if target.name not in case.targets:
             continue
         with record(target) as found:
@@ -197,4 +197,4 @@ def rule(launch: Launch, of: Recorded) -> Rule:
     return Rule()
 
 
-__all__ = ["CASES", "Recorded", "launches", "problems", "rule"]
+__all__ = ["RECORDED", "Recorded", "launches", "problems", "rule"]

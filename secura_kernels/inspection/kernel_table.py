@@ -1,6 +1,6 @@
 """What each kernel costs on each chip, found by compiling it: no GPU needed.
 
-The table needs triton and compiles every launch of :mod:`.cases`: half a second each.
+The table needs triton and compiles every launch of :mod:`.launches`: half a second each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def kernel_reports(targets: Sequence[str] | None = None, match: str = "") -> Ite
     """
     if reason := triton_missing():
         raise RuntimeError(f"no kernel table: {reason}; `pip install triton` (Linux)")
-    from .cases import launches
+    from .launches import launches
     from .recorder import TARGETS, inspect_launch
 
     if unknown := set(targets or ()) - set(TARGETS):

@@ -83,7 +83,7 @@ def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, St
     return forward, backward | core_gradient(shape)
 
 
-def layer_steps(
+def layer_costs(
     shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT
 ) -> tuple[Steps, Steps]:
     """What a layer's forward and its backward pass launch, as :mod:`secura_kernels.plan` chooses.
@@ -104,7 +104,7 @@ def layer_steps(
 
 
 def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) -> dict[str, str]:
-    """Which ways a layer takes, in words; arguments of :func:`layer_steps`."""
+    """Which ways a layer takes, in words; arguments of :func:`layer_costs`."""
     ways = {"weight": "g W'", "h": "h R + g W", "output": "∂y0 W"}
     if norm.space == "activation":
         return {
@@ -118,4 +118,4 @@ def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) 
     return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
 
 
-__all__ = ["choices", "layer_steps"]
+__all__ = ["choices", "layer_costs"]
