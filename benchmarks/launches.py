@@ -41,17 +41,17 @@ def _columns(name: str, height: str, width: str, count: str) -> Callable[[dict[s
 
 def _rows(given: dict[str, Any]) -> float:
     source, k = given["r_ptr"], given["K"]
-    return given["M"] * k * source.element_size()
+    return given["m"] * k * source.element_size()
 
 
 Moved = dict[str, Callable[[dict[str, Any]], float]]
 _OF_W: Moved = {"r_ptr": _rows}
-_OF_C: Moved = {"w_ptr": _columns("w_ptr", "N", "K", "M")}
+_OF_C: Moved = {"w_ptr": _columns("w_ptr", "N", "K", "m")}
 MOVED: dict[str, Moved] = {
-    "_gather_kernel": {"y_ptr": _columns("y_ptr", "T", "N", "M")},
+    "_gather_kernel": {"y_ptr": _columns("y_ptr", "T", "N", "m")},
     "_add_columns_kernel": {
-        "base_ptr": _columns("base_ptr", "T", "N", "M"),
-        "dy_ptr": lambda given: 2 * _columns("dy_ptr", "T", "N", "M")(given),
+        "base_ptr": _columns("base_ptr", "T", "N", "m"),
+        "dy_ptr": lambda given: 2 * _columns("dy_ptr", "T", "N", "m")(given),
     },
     "_project_fwd_kernel": _OF_C,
     "_project_bwd_kernel": _OF_C,
@@ -65,16 +65,16 @@ MOVED: dict[str, Moved] = {
 """By kernel and argument, the bytes of what is not each element once; by what a kernel takes."""
 
 PRODUCTS: dict[str, tuple[str, ...]] = {
-    "_add_product_kernel": ("T", "N", "M"),
-    "_output_gradient_kernel": ("T", "N", "M"),
-    "_project_fwd_kernel": ("N", "M", "M"),
-    "_project_bwd_kernel": ("N", "M", "M"),
-    "_channel_kernel": ("N", "M", "M"),
+    "_add_product_kernel": ("T", "N", "m"),
+    "_output_gradient_kernel": ("T", "N", "m"),
+    "_project_fwd_kernel": ("N", "m", "m"),
+    "_project_bwd_kernel": ("N", "m", "m"),
+    "_channel_kernel": ("N", "m", "m"),
     "activation_fwd_kernel": ("t", "n", "m"),
     "activation_bwd_kernel": ("t", "n", "m"),
-    "weight_stat_kernel": ("N", "K", "M"),
-    "weight_fwd_kernel": ("N", "K", "M"),
-    "weight_bwd_kernel": ("N", "K", "M"),
+    "weight_stat_kernel": ("N", "K", "m"),
+    "weight_fwd_kernel": ("N", "K", "m"),
+    "weight_bwd_kernel": ("N", "K", "m"),
 }
 """By kernel the sizes of its product; twice their product are its operations."""
 

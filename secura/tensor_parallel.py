@@ -292,15 +292,15 @@ class _NormedWeight(torch.autograd.Function):
         own = own if p_base is None else torch.addmm(own, p_base, r)
         rho = relative_change(own, delta, norm.eps)
         peak = _summed(largest(rho), group, "max") if norm.needs_peak else None
-        m = gain(rho, *coefficients(norm, peak, rho), norm)
-        ctx.save_for_backward(r, m)
-        return combined(own, delta, m, base_share(m, norm)).to(w.dtype)
+        gains = gain(rho, *coefficients(norm, peak, rho), norm)
+        ctx.save_for_backward(r, gains)
+        return combined(own, delta, gains, base_share(gains, norm)).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        r, m = ctx.saved_tensors
+        r, gains = ctx.saved_tensors
         with without_autocast(g.device.type):
-            return (g / m) @ r.t(), None, None, None, None, None
+            return (g / gains) @ r.t(), None, None, None, None, None
 
 
 __all__ = ["check", "forward", "keep_rows", "share_start"]

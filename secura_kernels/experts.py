@@ -70,13 +70,15 @@ def expert_weights(
                 wide_r = r.to(dtype)
                 change = delta_norms(p, wide_r @ wide_r.mT)
                 norms = torch.linalg.vector_norm(base, dim=2, dtype=dtype)
-                m = _gain(norms[..., None], change[..., None], how)
-                share = base_share(m, how)
-            return _plus(base if share is None else as_dtype(share * base, base.dtype), p / m, r)
+                gains = _gain(norms[..., None], change[..., None], how)
+                share = base_share(gains, how)
+            return _plus(
+                base if share is None else as_dtype(share * base, base.dtype), p / gains, r
+            )
         base, delta = base.to(dtype), p @ r.to(dtype)
         with torch.no_grad():
-            m = _gain(base, delta, how)
-        return combined(base, delta, m, base_share(m, how)).to(weight.dtype)
+            gains = _gain(base, delta, how)
+        return combined(base, delta, gains, base_share(gains, how)).to(weight.dtype)
 
 
 def _plus(base: Tensor, p: Tensor, r: Tensor) -> Tensor:

@@ -227,16 +227,16 @@ def _forward(
         eps, slope, offset = known
         rho = relative_change(base, delta, eps)
     else:
-        small = effective_eps(base, norm)
-        rho = relative_change(base, delta, small)
+        own_eps = effective_eps(base, norm)
+        rho = relative_change(base, delta, own_eps)
         peak = largest(rho) if norm.needs_peak else None
         slope, offset = coefficients(norm, peak, rho)
-        scalars = torch.stack((small, slope, offset))
-    m = gain(rho, slope, offset, norm)
-    factor = restrain_factor((m,), m.numel(), important, norm)
-    out = combined(base, delta, m, base_share(m, norm))
+        scalars = torch.stack((own_eps, slope, offset))
+    gains = gain(rho, slope, offset, norm)
+    factor = restrain_factor((gains,), gains.numel(), important, norm)
+    out = combined(base, delta, gains, base_share(gains, norm))
     out = out if factor is None else out.mul_(factor)
-    kept = (2 / m).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
+    kept = (2 / gains).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
     return as_dtype(out, y0.dtype), kept, scalars, factor
 
 

@@ -117,14 +117,14 @@ def channel(
         slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
     factor = None
     if triton is None or important is not None:
-        m = gain(rho, slope, offset, how)
-        factor = restrain_factor((m,), m.numel(), important, how)
+        gains = gain(rho, slope, offset, how)
+        factor = restrain_factor((gains,), gains.numel(), important, how)
     if triton is not None:
         scalars = (epsilon, slope, offset)
         of_rows = (norms, factor)
         return triton.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
-    share = base_share(m, how)
-    inverse = m.reciprocal()
+    share = base_share(gains, how)
+    inverse = gains.reciprocal()
     if factor is not None:
         inverse = inverse * factor
         share = factor.to(inverse.dtype) if share is None else share * factor

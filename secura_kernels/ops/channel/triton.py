@@ -37,7 +37,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 def _channel_kernel(
     p_ptr, base_ptr, gram_ptr, base_norms_ptr, delta_norms_ptr, factor_ptr,
     eps, slope, offset, q_ptr, share_ptr, inverse_ptr,
-    N, M, stride_pn, stride_bn,
+    N, m, stride_pn, stride_bn,
     POINTERS: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -49,27 +49,27 @@ def _channel_kernel(
         # they are they overflow where ‖ΔW_i‖ itself is far from it.
         largest = tl.full((BLOCK_N,), TINY, dtype=tl.float32)
         longest = tl.full((BLOCK_M,), TINY, dtype=tl.float32)
-        for start in range(0, M, BLOCK_M):
+        for start in range(0, m, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < M
+            mask_m = offs_m < m
             p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
             p = tl.load(p_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
             largest = tl.maximum(largest, tl.max(tl.abs(p.to(tl.float32)), axis=1))
-            diagonal = tl.load(gram_ptr + offs_m * (M + 1), mask=mask_m, other=0.0)
+            diagonal = tl.load(gram_ptr + offs_m * (m + 1), mask=mask_m, other=0.0)
             longest = tl.maximum(longest, diagonal)
         longest = tl.max(longest, axis=0)
         of_p, of_gram = 1.0 / largest, 1.0 / longest
         squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for start in range(0, M, BLOCK_M):
+        for start in range(0, m, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < M
+            mask_m = offs_m < m
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for inner in range(0, M, BLOCK_M):
+            for inner in range(0, m, BLOCK_M):
                 offs_k = inner + tl.arange(0, BLOCK_M)
-                mask_k = offs_k < M
+                mask_k = offs_k < m
                 p_block = p_ptr + offs_n[:, None] * stride_pn + offs_k[None, :]
                 p = tl.load(p_block, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-                gram_block = gram_ptr + offs_k[:, None] * M + offs_m[None, :]
+                gram_block = gram_ptr + offs_k[:, None] * m + offs_m[None, :]
                 gram = tl.load(gram_block, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
                 acc = dot(p.to(tl.float32) * of_p[:, None], gram * of_gram, acc, PRECISION)
             p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
@@ -96,15 +96,15 @@ def _channel_kernel(
         tl.store(inverse_ptr + offs_n, inverse, mask=mask_n)
         if share_ptr is not None:
             tl.store(share_ptr + offs_n, share, mask=mask_n)
-        for start in range(0, M, BLOCK_M):
+        for start in range(0, m, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            mask = mask_n[:, None] & (offs_m < M)[None, :]
+            mask = mask_n[:, None] & (offs_m < m)[None, :]
             p_block = p_ptr + offs_n[:, None] * stride_pn + offs_m[None, :]
             q = tl.load(p_block, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
             if base_ptr is not None:
                 base_block = base_ptr + offs_n[:, None] * stride_bn + offs_m[None, :]
                 q += share[:, None] * tl.load(base_block, mask=mask, other=0.0).to(tl.float32)
-            q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
+            q_block = q_ptr + offs_n[:, None] * m + offs_m[None, :]
             tl.store(q_block, cast(q, q_ptr.dtype.element_ty), mask=mask)
 
 

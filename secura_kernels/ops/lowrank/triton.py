@@ -79,13 +79,13 @@ def _columns_tile(m: int) -> Tile:
 @triton.jit(do_not_specialize=["T"])
 def _gather_kernel(
     y_ptr, bias_ptr, rows_ptr, scale_ptr, z_ptr,
-    T, N, M, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
+    T, N, m, stride_yt, stride_yn, stride_st, stride_sm, stride_zt,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_m = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
-    mask_t, mask_m = offs_t < T, offs_m < M
+    mask_t, mask_m = offs_t < T, offs_m < m
     mask = mask_t[:, None] & mask_m[None, :]
     rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     inside = mask_m & (rows >= 0) & (rows < N)
@@ -104,7 +104,7 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _add_product_kernel(
     y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
-    T, N, M, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
+    T, N, m, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
     BIAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -116,9 +116,9 @@ def _add_product_kernel(
     y_block = y_ptr + offs_t[:, None] * stride_yt + offs_n[None, :] * stride_yn
     y = tl.load(y_block, mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for start in range(0, M, BLOCK_M):
+    for start in range(0, m, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
+        mask_m = offs_m < m
         z_block = z_ptr + offs_t[:, None] * stride_zt + offs_m[None, :] * stride_zm
         z = tl.load(z_block, mask=mask_t[:, None] & mask_m[None, :], other=0.0)
         q_block = q_ptr + offs_n[:, None] * stride_qn + offs_m[None, :]
@@ -144,7 +144,7 @@ def _add_product_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
     g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
-    T, N, M, width, stride_gt, stride_dt,
+    T, N, m, width, stride_gt, stride_dt,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _output_gradient_kernel(
     part = tl.program_id(1)
     offs_t = span(tl.program_id(0), BLOCK_T)
     offs_m = tl.arange(0, BLOCK_M)
-    mask_t, mask_m = offs_t < T, offs_m < M
+    mask_t, mask_m = offs_t < T, offs_m < m
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for start in range(0, width, BLOCK_N):
         offs_n = part * width + start + tl.arange(0, BLOCK_N)
@@ -160,7 +160,7 @@ def _output_gradient_kernel(
         mask = mask_t[:, None] & mask_n[None, :]
         g_block = g_ptr + offs_t[:, None] * stride_gt + offs_n[None, :]
         g = tl.load(g_block, mask=mask, other=0.0)
-        q_block = q_ptr + offs_n[:, None] * M + offs_m[None, :]
+        q_block = q_ptr + offs_n[:, None] * m + offs_m[None, :]
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         h = dot(g, q, h, PRECISION)
         dy = g
@@ -168,24 +168,24 @@ def _output_gradient_kernel(
             share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
-    place_h = offs_t[:, None] * M + offs_m[None, :]
+    place_h = offs_t[:, None] * m + offs_m[None, :]
     mask = mask_t[:, None] & mask_m[None, :]
     if scale_ptr is not None:
         h *= tl.load(scale_ptr + place_h, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h_ptr + part.to(tl.int64) * T * M + place_h, h, mask=mask)
+    tl.store(h_ptr + part.to(tl.int64) * T * m + place_h, h, mask=mask)
 
 
 @Kernel
 @triton.jit(do_not_specialize=["T", "parts"])
 def _add_columns_kernel(
     base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
-    T, N, M, parts, stride_bt, stride_hp, stride_ht, stride_dt,
+    T, N, m, parts, stride_bt, stride_hp, stride_ht, stride_dt,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_m = tl.cdiv(m, BLOCK_M)
     pid = tl.program_id(0)
     offs_t, offs_m = span(pid // blocks_m, BLOCK_T), span(pid % blocks_m, BLOCK_M)
-    mask_m = offs_m < M
+    mask_m = offs_m < m
     rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     mask_m &= (rows >= 0) & (rows < N)
     mask = (offs_t < T)[:, None] & mask_m[None, :]
@@ -195,9 +195,9 @@ def _add_columns_kernel(
         base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
     # A row that is named twice has one column: it takes the sum of both, stored once.
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-    for start in range(0, M, BLOCK_M):
+    for start in range(0, m, BLOCK_M):
         others = start + tl.arange(0, BLOCK_M)
-        mask_o = others < M
+        mask_o = others < m
         rows_o = tl.load(rows_ptr + others, mask=mask_o, other=-1).to(tl.int64)
         place_h = h_ptr + offs_t[:, None] * stride_ht + others[None, :]
         mask_h = (offs_t < T)[:, None] & mask_o[None, :]
@@ -209,11 +209,11 @@ def _add_columns_kernel(
     # Where base is dy, what another program stores there must not be read as base: of all that name
     # a row the first alone stores.
     first = offs_m
-    for start in range(0, M, BLOCK_M):
+    for start in range(0, m, BLOCK_M):
         others = start + tl.arange(0, BLOCK_M)
-        rows_o = tl.load(rows_ptr + others, mask=others < M, other=-1).to(tl.int64)
+        rows_o = tl.load(rows_ptr + others, mask=others < m, other=-1).to(tl.int64)
         same = rows_o[:, None] == rows[None, :]
-        first = tl.minimum(first, tl.min(tl.where(same, others[:, None], M), axis=0))
+        first = tl.minimum(first, tl.min(tl.where(same, others[:, None], m), axis=0))
     mask &= (first == offs_m)[None, :]
     dy = dy_ptr + offs_t[:, None] * stride_dt + rows[None, :]
     tl.store(dy, cast(base + h, dy_ptr.dtype.element_ty), mask=mask)

@@ -29,9 +29,9 @@ from ..launch import Kernel
 
 
 @triton.jit
-def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk):
+def _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, m, stride_wn, stride_wk):
     """A tile of C ``[n, i]``, fp32; columns that W does not have are 0. Without cols W is C."""
-    mask_i = offs_i < M
+    mask_i = offs_i < m
     if cols_ptr is None:
         cols = offs_i
     else:
@@ -50,7 +50,7 @@ def _project_fwd_kernel(
     p_ptr,
     N,
     K,
-    M,
+    m,
     stride_wn,
     stride_wk,
     PRECISION: tl.constexpr,
@@ -59,18 +59,18 @@ def _project_fwd_kernel(
     BLOCK_J: tl.constexpr,
 ):
     offs_n, offs_j = span(tl.program_id(0), BLOCK_N), span(tl.program_id(1), BLOCK_J)
-    mask_j = offs_j < M
+    mask_j = offs_j < m
     acc = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
-    for start in range(0, M, BLOCK_I):
+    for start in range(0, m, BLOCK_I):
         offs_i = start + tl.arange(0, BLOCK_I)
-        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, m, stride_wn, stride_wk)
         u = tl.load(
-            u_ptr + offs_i[:, None] * M + offs_j[None, :],
-            mask=(offs_i < M)[:, None] & mask_j[None, :],
+            u_ptr + offs_i[:, None] * m + offs_j[None, :],
+            mask=(offs_i < m)[:, None] & mask_j[None, :],
             other=0.0,
         )
         acc = dot(c, u, acc, PRECISION)
-    place = p_ptr + offs_n[:, None] * M + offs_j[None, :]
+    place = p_ptr + offs_n[:, None] * m + offs_j[None, :]
     out = cast(acc, p_ptr.dtype.element_ty)
     tl.store(place, out, mask=(offs_n < N)[:, None] & mask_j[None, :])
 
@@ -78,27 +78,27 @@ def _project_fwd_kernel(
 @Kernel
 @triton.jit
 def _project_bwd_kernel(
-    dp_ptr, scale_ptr, w_ptr, cols_ptr, partial_ptr, N, K, M, rows, stride_wn, stride_wk,
+    dp_ptr, scale_ptr, w_ptr, cols_ptr, partial_ptr, N, K, m, rows, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The sum over ``rows`` rows of W, as many as a split has."""
     split = tl.program_id(2).to(tl.int64)
     offs_i, offs_j = span(tl.program_id(0), BLOCK_I), span(tl.program_id(1), BLOCK_J)
-    mask_i, mask_j = offs_i < M, offs_j < M
+    mask_i, mask_j = offs_i < m, offs_j < m
     acc = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
     for start in range(0, rows, BLOCK_N):
         offs_n = split * rows + start + tl.arange(0, BLOCK_N)
-        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, M, stride_wn, stride_wk)
+        c = _load_columns(w_ptr, cols_ptr, offs_n, offs_i, N, K, m, stride_wn, stride_wk)
         if scale_ptr is not None:  # of C, whose tile is the smaller
             c *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
         dp = tl.load(
-            dp_ptr + offs_n[:, None] * M + offs_j[None, :],
+            dp_ptr + offs_n[:, None] * m + offs_j[None, :],
             mask=(offs_n < N)[:, None] & mask_j[None, :],
             other=0.0,
         )
         acc = dot(tl.trans(c), dp, acc, PRECISION)
-    place = partial_ptr + split * M * M + offs_i[:, None] * M + offs_j[None, :]
+    place = partial_ptr + split * m * m + offs_i[:, None] * m + offs_j[None, :]
     tl.store(place, acc, mask=mask_i[:, None] & mask_j[None, :])
 
 

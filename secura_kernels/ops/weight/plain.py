@@ -87,8 +87,8 @@ def rows_at_once(w: Tensor, dtype: torch.dtype) -> int:
 def measure(chunks: Chunks, important: Tensor | None, norm: Norm) -> Found:
     """The global part of the norm in plain torch."""
     w = chunks.w
-    small, slope, offset = _coefficients(chunks, norm)
-    scalars = torch.stack([as_dtype(small, slope.dtype), slope, offset])
+    eps, slope, offset = _coefficients(chunks, norm)
+    scalars = torch.stack([as_dtype(eps, slope.dtype), slope, offset])
     parts = chunks if w.numel() else ()
     gains = (_gain(chunks, base, delta, scalars, norm) for _, base, delta in parts)
     return scalars, restrain_factor(gains, w.numel(), important, norm)
@@ -101,17 +101,17 @@ def _coefficients(chunks: Chunks, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         square = w.new_zeros((), dtype=chunks.dtype)
         for _, base, _ in chunks:
             square += base.square().sum()
-        small = norm.eps * (square / w.numel()).sqrt()
+        eps = norm.eps * (square / w.numel()).sqrt()
     else:
-        small = effective_eps(w, norm)
+        eps = effective_eps(w, norm)
     peak = None
     if norm.needs_peak:
         parts = chunks if w.numel() else ()
-        peaks = [chunks.change(base, delta, small).max() for _, base, delta in parts]
-        peak = small.new_zeros(()) if not peaks else peaks[0]
+        peaks = [chunks.change(base, delta, eps).max() for _, base, delta in parts]
+        peak = eps.new_zeros(()) if not peaks else peaks[0]
         if len(peaks) > 1:
             peak = torch.stack(peaks).max()
-    return small, *coefficients(norm, peak, w)
+    return eps, *coefficients(norm, peak, w)
 
 
 def _gain(chunks: Chunks, base: Tensor, delta: Tensor, scalars: Tensor, norm: Norm) -> Tensor:
@@ -122,7 +122,7 @@ def _gain(chunks: Chunks, base: Tensor, delta: Tensor, scalars: Tensor, norm: No
 def _write_normed(
     fused: Tensor,
     chunk: Chunks.Chunk,
-    m: Tensor,
+    gains: Tensor,
     factor: Tensor | None,
     norm: Norm,
     seed: int | None = None,
@@ -132,7 +132,7 @@ def _write_normed(
     part, base, delta = chunk
     out = fused if part is None else fused[part]
     exact = in_place and out.dtype == base.dtype and seed is None
-    normed = combined(base, delta, m, base_share(m, norm), out=out if exact else None)
+    normed = combined(base, delta, gains, base_share(gains, norm), out=out if exact else None)
     if factor is not None:
         normed.mul_((factor if part is None else factor[part])[:, None])
     if not exact:
@@ -148,8 +148,8 @@ def fused(
     fused = torch.empty_like(chunks.w, dtype=dtype)
     in_place = not exporting_to_onnx()  # an export runs under autograd, which takes no out=
     for chunk in chunks:
-        m = _gain(chunks, *chunk[1:], scalars, norm)
-        _write_normed(fused, chunk, m, factor, norm, seed, in_place)
+        gains = _gain(chunks, *chunk[1:], scalars, norm)
+        _write_normed(fused, chunk, gains, factor, norm, seed, in_place)
     return fused
 
 
@@ -165,12 +165,12 @@ def backward(
     dps = []
     for chunk in chunks:
         part, base, delta = chunk
-        m = _gain(chunks, base, delta, scalars, norm)
+        gains = _gain(chunks, base, delta, scalars, norm)
         if fused is not None:
-            _write_normed(fused, chunk, m, factor, norm)
+            _write_normed(fused, chunk, gains, factor, norm)
         if x is not None:
             gx = (g if part is None else g[:, part]).t() @ x
-            dps.append(as_dtype(gx, base.dtype).div_(m) @ chunks.r.t())
+            dps.append(as_dtype(gx, base.dtype).div_(gains) @ chunks.r.t())
     if not dps:
         return fused, None
     dp = dps[0] if len(dps) == 1 else torch.cat(dps)

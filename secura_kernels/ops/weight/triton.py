@@ -72,7 +72,7 @@ STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 @triton.jit
 def _base_and_delta(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
-    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
     offs_n, offs_k,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -85,9 +85,9 @@ def _base_and_delta(
     mask_n, mask_k = offs_n < N, offs_k < K
     delta = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     base = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, M, BLOCK_M):
+    for start in range(0, m, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
+        mask_m = offs_m < m
         if rows_ptr is not None:
             row = tl.load(rows_ptr + offs_m, mask_m, other=0).to(tl.int64)
             row = tl.minimum(tl.maximum(row, 0), N - 1)
@@ -98,7 +98,7 @@ def _base_and_delta(
             mask_m[:, None] & mask_k[None, :],
             other=0.0,
         ).to(p_ptr.dtype.element_ty)
-        offs_p = offs_n[:, None] * M + offs_m[None, :]
+        offs_p = offs_n[:, None] * m + offs_m[None, :]
         mask_p = mask_n[:, None] & mask_m[None, :]
         delta = dot(tl.load(p_ptr + offs_p, mask_p, other=0.0), r, delta, PRECISION)
         if p_base_ptr is not None:
@@ -118,7 +118,7 @@ def _base_and_delta(
 @triton.jit
 def weight_stat_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, out_ptr,
-    edge, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
+    edge, N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low,
     STAT: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -127,7 +127,7 @@ def weight_stat_kernel(
     offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
     base, delta = _base_and_delta(
         w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
-        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+        N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
         PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
     )  # fmt: skip
     if STAT == "peak":  # beyond W's edge both are 0, and so is ρ
@@ -148,7 +148,7 @@ def weight_stat_kernel(
 @triton.jit(do_not_specialize=["key"])
 def weight_fwd_kernel(
     w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, out_ptr,
-    key, N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
+    key, N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, stride_on, stride_ok,
     SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr, STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -157,7 +157,7 @@ def weight_fwd_kernel(
     offs_n, offs_k = span(tl.program_id(1), BLOCK_N), span(tl.program_id(0), BLOCK_K)
     base, delta = _base_and_delta(
         w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
-        N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+        N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
         PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
     )  # fmt: skip
     mask_n = offs_n < N
@@ -188,13 +188,13 @@ def weight_fwd_kernel(
 @triton.jit
 def weight_bwd_kernel(
     d_ptr, w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr, scalars_ptr, factor_ptr, dp_ptr,
-    N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, columns, ranks, stride_part,
+    N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, columns, ranks, stride_part,
     SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """``(D · f / M) Rᵀ`` over ``columns`` of D ``[N, K]``: the part of ∂P of the first index.
 
-    ``ranks`` of R's M rows are not padding. Products of D and R run in D's dtype.
+    ``ranks`` of R's m rows are not padding. Products of D and R run in D's dtype.
     """
     part = tl.program_id(0)
     offs_n, offs_j = span(tl.program_id(1), BLOCK_N), span(tl.program_id(2), BLOCK_J)
@@ -205,7 +205,7 @@ def weight_bwd_kernel(
         offs_k = part.to(tl.int64) * columns + start + tl.arange(0, BLOCK_K)
         base, delta = _base_and_delta(
             w_ptr, r_ptr, rows_ptr, p_ptr, p_base_ptr,
-            N, K, M, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
+            N, K, m, stride_wn, stride_wk, stride_rm, stride_rk, stride_low, offs_n, offs_k,
             PRECISION, BLOCK_N, BLOCK_K, BLOCK_M,
         )  # fmt: skip
         inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
