@@ -3,8 +3,8 @@
     python -m benchmarks.scale             # the table of docs/scale.md
 
 Nothing here was timed, and no GPU was used. Sent are the collectives of :func:`added`, which
-``tests/test_tensor_parallel.py`` holds against what two processes send. With s bytes a number, m
-SECURA's rank, r LoRA's and T tokens:
+``tests/processes/test_tensor_parallel.py`` holds against what two processes send. With s bytes a
+number, m SECURA's rank, r LoRA's and T tokens:
 
 | set-up | SECURA (m, inner rank 2 m)                  | LoRA (PEFT's)     |
 |--------|---------------------------------------------|-------------------|

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
-import small
+import retention_models
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -23,13 +23,13 @@ from secura.cli.errors import UserError
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    small.save_model(folder, width=128)
+    retention_models.save_model(folder, width=128)
     return folder
 
 
 @pytest.fixture(scope="module")
 def asked(model_folder):
-    chosen = small.settings(model_folder, tasks=("gsm8k",), texts=("news",), probes=())
+    chosen = retention_models.settings(model_folder, tasks=("gsm8k",), texts=("news",), probes=())
     return demo.Asked(steps=4, settings=chosen)
 
 
@@ -38,7 +38,7 @@ def made_up_data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECURA_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("load_task", "load_texts"):
-            patch.setattr(data, name, getattr(small, name))
+            patch.setattr(data, name, getattr(retention_models, name))
         yield
 
 

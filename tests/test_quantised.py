@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, CompressedTensorsConfig, LlamaForCausalLM
 from transformers.integrations import finegrained_fp8
 
-from secura import AdapterConfig, SECURALinear, adapter, bases, export_lora
+from secura import AdapterConfig, SECURALinear, bases, cabr, export_lora
 from secura.cli.generate import settle
 from secura_kernels import naive
 
@@ -229,7 +229,7 @@ def test_the_gather_route_never_dequantises_in_forward(load, monkeypatch):
         raise AssertionError("dequantised")
 
     monkeypatch.setattr(bases, "weight", fail)
-    monkeypatch.setattr(adapter, "secura_linear", fail)
+    monkeypatch.setattr(cabr, "secura_linear", fail)
     model.train()
     assert len(tiny.gradients(model)) == 2 * len(tiny.layers(model))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import small
+import retention_models
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +35,7 @@ def test_scores_are_those_of_each_row_alone(models, monkeypatch):
     base, tuned, tokenizer = models
     monkeypatch.setitem(score._LOGITS, "cpu", 5)
     monkeypatch.setitem(score._TOKENS, "cpu", 60)
-    rows = [task_row(e, tokenizer) for e in small.load_task("sums").held_out[:5]]
+    rows = [task_row(e, tokenizer) for e in retention_models.load_task("sums").held_out[:5]]
     rows.append(text_row(tokenizer("some words of text")["input_ids"]))
     evaluator = Evaluator(base.get_output_embeddings().weight)
     targets = evaluator.score(tuned, rows, evaluator.states(base, rows))
@@ -73,7 +73,7 @@ def test_scoring_leaves_the_model_as_it_was(models):
 
 def test_choices_are_compared_as_if_each_stood_alone(models):
     base, _, tokenizer = models
-    examples = small.load_task("colours").held_out[:6]
+    examples = retention_models.load_task("colours").held_out[:6]
     rows = [task_row(e, tokenizer, choices=True) for e in examples]
     evaluator = Evaluator(base.get_output_embeddings().weight)
     right = right_norm = 0
@@ -92,7 +92,7 @@ def test_choices_are_compared_as_if_each_stood_alone(models):
 
 def test_the_loss_is_the_models_own_over_the_completion(models):
     base, _, tokenizer = models
-    rows = [task_row(e, tokenizer) for e in small.load_task("sums").train[:3]]
+    rows = [task_row(e, tokenizer) for e in retention_models.load_task("sums").train[:3]]
     ids = torch.zeros(3, max(r.length for r in rows) + 1, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for index, row in enumerate(rows):
@@ -117,7 +117,7 @@ def test_batches_by_length_hold_every_row_once():
 
 def test_written_answers_are_those_of_each_prompt_alone(models):
     base, _, tokenizer = models
-    prompts = [e.prompt for e in small.load_task("sums").held_out[:3]]
+    prompts = [e.prompt for e in retention_models.load_task("sums").held_out[:3]]
     together = write(base, prompts, tokenizer, 6)
     assert together == [write(base, [prompt], tokenizer, 6)[0] for prompt in prompts]
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-import small
+import retention_models
 import torch
 from rich.console import Console
 
@@ -13,7 +13,7 @@ from benchmarks.retention.runner import Runner
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    small.save_model(folder)
+    retention_models.save_model(folder)
     return folder
 
 
@@ -26,8 +26,8 @@ def cache(tmp_path_factory):
 def made_up_data(monkeypatch, cache):
     monkeypatch.setenv("SECURA_CACHE", str(cache))
     for name in ("load_task", "load_probe", "load_texts"):
-        monkeypatch.setattr(data, name, getattr(small, name))
-    monkeypatch.setattr(data, "anchor_texts", lambda: small.load_texts("anchor"))
+        monkeypatch.setattr(data, name, getattr(retention_models, name))
+    monkeypatch.setattr(data, "anchor_texts", lambda: retention_models.load_texts("anchor"))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def runner(tmp_path, model_folder):
 
     def make(out=tmp_path, deadline=float("inf"), retry=False, bf16=False, **settings):
         board = Board(Console(quiet=True))
-        chosen = small.settings(model_folder, **settings)
+        chosen = retention_models.settings(model_folder, **settings)
         device = torch.device("cpu")
         return Runner(out, "try", chosen, device, bf16, board, deadline, retry)
 

@@ -241,7 +241,7 @@ def test_a_picture_joins_rates_in_their_order_over_kinds_that_none_has_seen():
 
 
 def test_the_committed_cells_are_of_their_stages():
-    folder = Path(__file__).parents[2] / "benchmarks/results/retention"
+    folder = Path(__file__).parents[3] / "benchmarks/results/retention"
     for record in records.read_all(folder):
         assert record.cell in STAGES[record.stage].cells, record.cell.title
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-import small
+import retention_models
 import torch
 
 import secura
@@ -44,7 +44,7 @@ def figures(record: Record) -> dict:
 def test_every_method_learns_and_is_scored(runner, name):
     rate = 1e-3 if name == "full" else 1e-2
     targets = "all" if name == "full" else "qv"
-    cell = small.cell(short(name), targets, rate, steps=8)
+    cell = retention_models.cell(short(name), targets, rate, steps=8)
     one = runner()
     one.run([cell])
     record = read(one, cell)
@@ -65,17 +65,17 @@ def test_every_method_learns_and_is_scored(runner, name):
 
 @pytest.mark.parametrize("name", ["er", "ewc@strength=9"])
 def test_a_first_task_with_nothing_to_keep_is_taken_from_lora(runner, tmp_path, monkeypatch, name):
-    lora, own = (small.cell(short(method), steps=2) for method in ("lora", name))
+    lora, own = (retention_models.cell(short(method), steps=2) for method in ("lora", name))
     trained = runner(tmp_path / "trained")
     trained.run([own])
     taken = runner(tmp_path / "taken")
-    taken.run([lora, replace(lora, tasks=small.TASKS)])
+    taken.run([lora, replace(lora, tasks=retention_models.TASKS)])
     with monkeypatch.context() as patch:
         patch.setattr(train._Run, "train", None)
         taken.run([own])
     assert figures(read(taken, own)) == figures(read(trained, own))
     assert read(taken, own).seconds == {}
-    after = replace(own, tasks=small.TASKS)
+    after = replace(own, tasks=retention_models.TASKS)
     for one in (trained, taken):
         one.run([after])
     assert figures(read(taken, after)) == figures(read(trained, after))
@@ -83,7 +83,7 @@ def test_a_first_task_with_nothing_to_keep_is_taken_from_lora(runner, tmp_path, 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_under_autocast(runner, name):
-    cell = small.cell(short(name), "all" if name == "full" else "qv", 1e-3, steps=2)
+    cell = retention_models.cell(short(name), "all" if name == "full" else "qv", 1e-3, steps=2)
     one = runner(bf16=True)
     one.run([cell])
     record = read(one, cell)
@@ -102,7 +102,10 @@ def test_every_method_runs_under_autocast(runner, name):
     ],
 )
 def test_variations_are_other_runs(runner, name):
-    plain, varied = small.cell(short(name.partition("@")[0])), small.cell(short(name))
+    plain, varied = (
+        retention_models.cell(short(name.partition("@")[0])),
+        retention_models.cell(short(name)),
+    )
     one = runner()
     one.run([plain, varied])
     ours, theirs = read(one, varied), read(one, plain)
@@ -113,7 +116,7 @@ def test_variations_are_other_runs(runner, name):
 
 def test_every_control_is_another_run_than_lora(runner):
     names = ("lora", "replay-self", "ewc-self", "lora-whitened", "i-lora", "dora")
-    cells = [small.cell(short(name)) for name in names]
+    cells = [retention_models.cell(short(name)) for name in names]
     one = runner()
     one.run(cells)
     losses = {cell.method: read(one, cell).losses[-1] for cell in cells}
@@ -122,14 +125,14 @@ def test_every_control_is_another_run_than_lora(runner):
 
 
 def test_a_stage_is_of_one_kind(runner):
-    runner().run([small.cell(short("lora"))])
+    runner().run([retention_models.cell(short("lora"))])
     with pytest.raises(ValueError, match="made with another held_out:"):
-        runner(held_out=5).run([small.cell(short("lora"))])
+        runner(held_out=5).run([retention_models.cell(short("lora"))])
 
 
 def test_a_part_of_what_was_trained_moves_less(runner):
-    whole = small.cell(short("lora"), steps=8)
-    parts = [small.cell(short(f"lora@scale={scale}"), steps=8) for scale in (0.5, 0.0)]
+    whole = retention_models.cell(short("lora"), steps=8)
+    parts = [retention_models.cell(short(f"lora@scale={scale}"), steps=8) for scale in (0.5, 0.0)]
     one = runner()
     one.run([*parts, whole])  # the whole one is run first all the same
     full, half, nothing = (read(one, cell) for cell in (whole, *parts))
@@ -144,7 +147,7 @@ def test_a_part_of_what_was_trained_moves_less(runner):
     ["lora", "anchored-self", "secura-weight", "released-m1", "replay-self", "ewc-self", "i-lora"],
 )
 def test_a_stopped_cell_goes_on_bit_equal(runner, tmp_path, monkeypatch, name):
-    cell = small.cell(short(name), steps=6)
+    cell = retention_models.cell(short(name), steps=6)
     straight = runner()
     straight.run([cell])
     wanted = read(straight, cell)
@@ -171,7 +174,7 @@ def test_a_stopped_cell_goes_on_bit_equal(runner, tmp_path, monkeypatch, name):
     "name", ["lora", "anchored-self", "anchored-channel", "ewc", "er", "i-lora", "released-m1"]
 )
 def test_a_sequence_goes_on_from_the_task_before(runner, name):
-    first = small.cell(short(name))
+    first = retention_models.cell(short(name))
     second = replace(first, tasks=("sums", "colours"))
     one = runner()
     one.run([second, first])
@@ -199,7 +202,7 @@ def test_a_finished_tasks_statistics_are_added_to_the_anchor(runner, monkeypatch
         return usual(model, texts, **flags)
 
     monkeypatch.setattr(secura, "anchor", watched)
-    first = small.cell(short("anchored-self"))
+    first = retention_models.cell(short("anchored-self"))
     one = runner()
     one.run([first, replace(first, tasks=("sums", "colours"))])
     (sampled, own), (added, task) = asked
@@ -265,7 +268,10 @@ def test_every_method_of_a_seed_is_given_the_same_batches(runner):
 
 
 def test_a_diverged_cell_is_recorded_and_the_others_go_on(runner, monkeypatch):
-    bad, good = small.cell(short("lora"), rate=1e30), small.cell(short("lora"))
+    bad, good = (
+        retention_models.cell(short("lora"), rate=1e30),
+        retention_models.cell(short("lora")),
+    )
     one = runner()
     one.run([bad, good])
     assert read(one, bad).status == "failed" and "step" in read(one, bad).error
@@ -281,17 +287,17 @@ def test_a_diverged_cell_is_recorded_and_the_others_go_on(runner, monkeypatch):
 
 def test_no_cell_is_started_past_the_deadline_or_without_its_start(runner):
     one = runner(deadline=-math.inf)
-    one.run([small.cell(short("lora"))])
+    one.run([retention_models.cell(short("lora"))])
     assert one.counts["left"] == 1
     one = runner()
-    one.run([small.cell(short("lora"), tasks=("sums", "colours"))])
+    one.run([retention_models.cell(short("lora"), tasks=("sums", "colours"))])
     assert one.counts == {"done": 0, "failed": 0, "left": 1}
 
 
 def test_a_cell_that_another_process_is_at_is_left_to_it(runner):
     from filelock import FileLock
 
-    one, cell = runner(), small.cell(short("lora"))
+    one, cell = runner(), retention_models.cell(short("lora"))
     folder = (one.root / "try" / cell.path).with_suffix("")
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
@@ -302,7 +308,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(runner):
 
 
 def test_a_record_reads_back_as_it_was_written(runner, tmp_path):
-    one, cell = runner(), small.cell(short("lora"))
+    one, cell = runner(), retention_models.cell(short("lora"))
     one.run([cell])
     record = read(one, cell)
     records.write(tmp_path / "copy.json", record)
