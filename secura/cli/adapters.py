@@ -160,7 +160,7 @@ def class_of(config: Any) -> str:
 
 
 def fit_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], adapter: str) -> None:
-    """Gives the base as many tokens as the embeddings that an adapter's file holds.
+    """Give the base as many tokens as the embeddings that an adapter's file holds.
 
     Raises:
         UserError: the file holds the resized embeddings, but not the head that grew with them.
@@ -208,7 +208,7 @@ def undeclared(model: Any, file: Path) -> list[str]:
 
 
 def refuse_left_out(model: Any, file: Path, adapter: str) -> None:
-    """Refuses an adapter file with tensors that are not in the model after loading."""
+    """Refuse an adapter file with tensors that are not in the model after loading."""
     import torch
 
     from secura.integrity import opened
@@ -269,7 +269,7 @@ def has_tokenizer(adapter: str) -> bool:
 
 
 def settle_tokens(model: Any, tokenizer: Any) -> None:
-    """Makes a model's configurations agree with a tokenizer on where an answer ends."""
+    """Make a model's configurations agree with a tokenizer on where an answer ends."""
     text = model.config.get_text_config()
     for name in ("eos_token_id", "pad_token_id"):
         token = getattr(tokenizer, name)

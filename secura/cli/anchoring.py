@@ -16,7 +16,7 @@ SELF = "self"
 
 
 def check(arguments: Any, config: Any, learning_rate: float) -> None:
-    """Refuses flags that would do nothing, or harm, before a model is loaded.
+    """Refuse flags that would do nothing, or harm, before a model is loaded.
 
     Raises:
         UserError: there is no core to anchor or to pull back, it would be pulled too hard, or there
@@ -56,7 +56,7 @@ def check(arguments: Any, config: Any, learning_rate: float) -> None:
 
 
 def expect(trainer: Any) -> None:
-    """Makes room for the anchors of the checkpoint to resume at, which FSDP2 does not."""
+    """Make room for the anchors of the checkpoint to resume at, which FSDP2 does not."""
     from secura.anchoring import u_adapters
 
     for adapter, _ in u_adapters(trainer.model).values():
@@ -64,7 +64,7 @@ def expect(trainer: Any) -> None:
 
 
 def begin(trainer: Any, arguments: Any, config: Any, seed: int, *, resumed: bool) -> Iterator[str]:
-    """Anchors the cores where that was asked for, and says what is done, a line at a time."""
+    """Anchor the cores where that was asked for, and say what is done, a line at a time."""
     if arguments.anchor and not resumed:
         yield announce(arguments)
         yield anchor(trainer, arguments, seed)
@@ -84,7 +84,7 @@ def announce(arguments: Any) -> str:
 
 
 def anchor(trainer: Any, arguments: Any, seed: int) -> str:
-    """Anchors the trainer's model, and says in one line by what.
+    """Anchor the trainer's model, and say in one line by what.
 
     Raises:
         UserError: the text or the model cannot serve; the model is left as it was.

@@ -200,7 +200,7 @@ def _described(entry: Any, text: str) -> Any:
 
 
 def print_help() -> None:
-    """Prints the flags SECURA adds and names the common ones of `SFTConfig`, without loading it."""
+    """Print the flags SECURA adds and name the common ones of `SFTConfig`, without loading it."""
     listing = Parser(
         prog=PROG,
         usage=f"{PROG} --model MODEL --dataset DATA --output_dir DIR [flags] [--config FILE.yaml]",
@@ -324,7 +324,7 @@ def _by_field(read: dict[str, Any], name: str, parser: Any) -> dict[str, Any]:
 
 
 def settle(parsed: Any) -> None:
-    """Checks what is required, and chooses what the machine decides where no flag does.
+    """Check what is required, and choose what the machine decides where no flag does.
 
     That is `use_cpu`, `bf16`, and TRL's `gradient_checkpointing`, which on a CPU would cost a third
     of the time to save what is rarely short there.

@@ -49,7 +49,7 @@ def number(dataset: Any) -> Any:
 
 
 def lost_rows(trainer: Any, given: Any, which: str = "train") -> str | None:
-    """Says which rows TRL dropped because nothing of them is left to learn; unnumbers the others.
+    """Say which rows TRL dropped because nothing of them is left to learn; unnumber the others.
 
     Args:
         trainer: TRL's, whose data set loses the numbers.
@@ -82,7 +82,7 @@ def lost_rows(trainer: Any, given: Any, which: str = "train") -> str | None:
 
 
 def cut_rows(trainer: Any) -> str | None:
-    """Says how many rows are as long as `--max_length` allows, and so most likely cut there."""
+    """Say how many rows are as long as `--max_length` allows, and so most likely cut there."""
     dataset, length = trainer.train_dataset, trainer.args.max_length
     if length is None or "input_ids" not in dataset.column_names or trainer.args.packing:
         return None
@@ -100,7 +100,7 @@ def cut_rows(trainer: Any) -> str | None:
 
 
 def never_ends(trainer: Any) -> str | None:
-    """Says that no row holds a token at which generation stops, so that none is learned."""
+    """Say that no row holds a token at which generation stops, so that none is learned."""
     dataset, tokenizer = trainer.train_dataset, trainer.processing_class
     if "input_ids" not in dataset.column_names:
         return None
@@ -129,7 +129,7 @@ def _learns(dataset: Any) -> bool:
 
 
 def check_lengths(trainer: Any) -> None:
-    """Refuses rows longer than the model has positions for.
+    """Refuse rows longer than the model has positions for.
 
     Raises:
         UserError: names the longest row's tokens and the model's positions.
@@ -170,7 +170,7 @@ def adapted_kinds(model: Any) -> list[str]:
 
 
 def nothing_held(training: Any, *, holding: bool) -> str | None:
-    """Says that `--hold_gradients` has nothing to hold from one backward pass to another."""
+    """Say that `--hold_gradients` has nothing to hold from one backward pass to another."""
     several = training.gradient_accumulation_steps > 1 or training.gradient_checkpointing
     if several or not holding:
         return None
@@ -181,7 +181,7 @@ def nothing_held(training: Any, *, holding: bool) -> str | None:
 
 
 def never_evaluated(training: Any) -> str | None:
-    """Says that `--eval_steps` alone evaluates nothing."""
+    """Say that `--eval_steps` alone evaluates nothing."""
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
     if strategy != "no" or training.eval_steps is None:
         return None
@@ -189,7 +189,7 @@ def never_evaluated(training: Any) -> str | None:
 
 
 def left_out(model: Any, config: Any) -> str | None:
-    """Says which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
+    """Say which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
     if config.target_modules != "all-linear" or config.target_parameters:
         return None
     import torch
@@ -219,7 +219,7 @@ def left_out(model: Any, config: Any) -> str | None:
 
 
 def not_rounded(training: Any, config: Any, model: Any) -> str | None:
-    """Says that `--stochastic_rounding` acts in bf16 alone."""
+    """Say that `--stochastic_rounding` acts in bf16 alone."""
     import torch
 
     if not config.stochastic_rounding or training.bf16 or model.dtype == torch.bfloat16:

@@ -90,7 +90,7 @@ def _load_file(datasets: Any, path: Path, split: str) -> Any:
 
 
 def _check_utf8(path: Path) -> None:
-    """Raises `ValueError` for the first line that is in another encoding."""
+    """Raise `ValueError` for the first line that is in another encoding."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -102,7 +102,7 @@ def _check_utf8(path: Path) -> None:
 
 
 def _check_fields(path: Path) -> None:
-    """Raises `ValueError` for the first row that has more fields than the header.
+    """Raise `ValueError` for the first row that has more fields than the header.
 
     The reader would take the first of them for the row's name, and move the others.
     """

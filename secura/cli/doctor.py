@@ -69,7 +69,7 @@ def make_parser() -> Parser:
 
 
 def settle(options: Namespace) -> None:
-    """Fills in what `--layer` takes where nothing is given.
+    """Fill in what `--layer` takes where nothing is given.
 
     Raises:
         UserError: it is given without `--layer`.
@@ -82,7 +82,7 @@ def settle(options: Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the findings; 1 if an op fails its check."""
+    """Print the findings; 1 if an op fails its check."""
     options = make_parser().parse_args(argv)
     settle(options)
     if options.kernels is not None:
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_kernels(targets: list[str]) -> int:
-    """Prints what each kernel costs on each chip; 1 where a launch breaks a rule."""
+    """Print what each kernel costs on each chip; 1 where a launch breaks a rule."""
     from secura_kernels.inspection.kernel_table import kernel_reports, kernel_table
 
     problems = []
@@ -258,7 +258,7 @@ def anchor_error(torch: Any) -> float:
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns as wide as their widest cell, and an empty line after them."""
+    """Print columns as wide as their widest cell, and an empty line after them."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     for row in (titles, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -27,7 +27,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Exports, and leaves the LoRA adapter in `--output_dir`, complete or not at all."""
+    """Export, and leave the LoRA adapter in `--output_dir`, complete or not at all."""
     args = make_parser().parse_args(argv)
     output = Path(args.output_dir).expanduser()
     with fresh_folder(output):
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def export(args: Any, output: Path) -> None:
-    """Exports with parsed flags, with the tokenizer where the adapter brings its own."""
+    """Export with parsed flags, with the tokenizer where the adapter brings its own."""
     adapter = args.adapter_name_or_path
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     import torch

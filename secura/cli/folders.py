@@ -20,7 +20,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def check_output_folder(path: Path, *, hint: str) -> None:
-    """Raises `UserError` unless `path` is an empty folder or does not exist.
+    """Raise `UserError` unless `path` is an empty folder or does not exist.
 
     Args:
         path: the folder a command is about to fill.
@@ -32,14 +32,14 @@ def check_output_folder(path: Path, *, hint: str) -> None:
 
 
 def refuse_no_folder(path: Path) -> None:
-    """Raises `UserError` where `path` is a file, or a link to nothing."""
+    """Raise `UserError` where `path` is a file, or a link to nothing."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         what = "a file" if path.exists() else "a link to nothing"
         raise UserError(f"{path} is {what}, not a folder; choose another --output_dir")
 
 
 def refuse_written_over(output: Path, named: dict[str, str | None]) -> None:
-    """Raises `UserError` where what a flag names is the output folder, or in a checkpoint of it.
+    """Raise `UserError` where what a flag names is the output folder, or in a checkpoint of it.
 
     Args:
         output: where a run writes its adapter, and its checkpoints.
@@ -60,7 +60,7 @@ def refuse_written_over(output: Path, named: dict[str, str | None]) -> None:
 
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[None]:
-    """Keeps an output folder, which has to be empty or not there, for this run alone.
+    """Keep an output folder, which has to be empty or not there, for this run alone.
 
     Raises:
         UserError: it is neither, or another run holds it.
@@ -72,7 +72,7 @@ def fresh_folder(path: Path) -> Iterator[None]:
 
 @contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of an output folder; removes it again if nothing came into it.
+    """Keep other runs out of an output folder; remove it again if nothing came into it.
 
     Raises:
         UserError: another run holds it.

@@ -53,7 +53,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Answers each prompt on standard output."""
+    """Answer each prompt on standard output."""
     args = make_parser().parse_args(argv)
     check(args)
     prompts = [read_stdin() if prompt == "-" else prompt for prompt in args.prompt]
@@ -79,7 +79,7 @@ def read_stdin() -> str:
 
 
 def check(args: Any) -> None:
-    """Raises `UserError` for flags that do not go together or values out of range."""
+    """Raise `UserError` for flags that do not go together or values out of range."""
     if not args.model_name_or_path and not args.adapter_name_or_path:
         raise UserError("give --model_name_or_path, --adapter_name_or_path, or both")
     if args.compare and not args.adapter_name_or_path:
@@ -179,7 +179,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, args: Any, *, stream: bool =
 
 
 def compare(model: Any, tokenizer: Any, prompts: list[str], args: Any) -> None:
-    """Prints a table: a row a prompt, the base's answer beside the adapter's."""
+    """Print a table: a row a prompt, the base's answer beside the adapter's."""
     table = require("rich.table", "train").Table(show_lines=True, expand=True)
     for title in ("prompt", "base", "adapter"):
         table.add_column(title, ratio=1 if title == "prompt" else 2, overflow="fold")

@@ -13,7 +13,7 @@ LEFT_OUT = (".*", "_*", "checkpoint-*", "training_args.bin")
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuses a trainer's own uploads: it copies adapters of checkpoints out for them.
+    """Refuse a trainer's own uploads: it copies adapters of checkpoints out for them.
 
     Raises:
         UserError: for any strategy but the upload at the end.
@@ -27,7 +27,7 @@ def check_strategy(strategy: Any) -> None:
 
 
 def push(trainer: Any) -> None:
-    """Uploads the adapter that a run published.
+    """Upload the adapter that a run published.
 
     Raises:
         UserError: it did not arrive; the folder stays as it is.
@@ -54,7 +54,7 @@ def push(trainer: Any) -> None:
 
 
 def name_no_folder(card: Path) -> None:
-    """Takes a base that is a folder out of a model card's header, in which the hub refuses one."""
+    """Take a base that is a folder out of a model card's header, in which the hub refuses one."""
     if not card.is_file():
         return
     content = require("huggingface_hub", "train").ModelCard.load(card)

@@ -40,7 +40,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Merges, and leaves the checkpoint in `--output_dir`, complete or not at all."""
+    """Merge, and leave the checkpoint in `--output_dir`, complete or not at all."""
     args = make_parser().parse_args(argv)
     output = Path(args.output_dir).expanduser()
     with fresh_folder(output):
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def merge(args: Any, output: Path) -> None:
-    """Merges with parsed flags; the output folder is this run's alone."""
+    """Merge with parsed flags; the output folder is this run's alone."""
     adapter = args.adapter_name_or_path
     config = load_adapter_config(adapter, check_base=not args.no_check_base)
     allow_inexact(config, adapter, allow=args.allow_inexact)
@@ -84,7 +84,7 @@ def processor_files(model: Any) -> list[Path]:
 
 
 def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
-    """Refuses early, before the base is loaded, a norm that cannot be merged exactly."""
+    """Refuse early, before the base is loaded, a norm that cannot be merged exactly."""
     if getattr(config, "norm", None) != "activation":
         return
     if not allow:
@@ -97,7 +97,7 @@ def allow_inexact(config: Any, adapter: str, *, allow: bool) -> None:
 
 
 def refuse_generation_config(model: Any) -> None:
-    """Refuses, before the work, settings of generation that transformers would not save."""
+    """Refuse, before the work, settings of generation that transformers would not save."""
     config = getattr(model.get_base_model(), "generation_config", None)
     try:
         if config is not None:
@@ -110,7 +110,7 @@ def refuse_generation_config(model: Any) -> None:
 
 
 def refuse_lost_biases(model: Any, adapter: str) -> None:
-    """Refuses trained biases of layers that have none: transformers would load them nowhere."""
+    """Refuse trained biases of layers that have none: transformers would load them nowhere."""
     from secura import bases
     from secura.layers import secura_layers
 

@@ -14,7 +14,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def add_adapter_flags(parser: Parser, *, dtype: str) -> None:
-    """Adds the flags of commands that make something of an adapter on its base.
+    """Add the flags of commands that make something of an adapter on its base.
 
     Args:
         parser: gains `--adapter_name_or_path`, `--model_name_or_path`, `--output_dir`, `--dtype`.
@@ -38,7 +38,7 @@ def add_adapter_flags(parser: Parser, *, dtype: str) -> None:
 
 
 def add_loading_flags(parser: Parser) -> None:
-    """Adds the flags that say how a base and its adapter are loaded."""
+    """Add the flags that say how a base and its adapter are loaded."""
     parser.add_argument(
         "--model_revision", metavar="REVISION", help="branch, tag or commit of the base"
     )
@@ -69,7 +69,7 @@ def resolve_model(name: str) -> str:
 
 
 def refuse_adapter(name: str, revision: str | None = None) -> None:
-    """Raises `UserError` where an adapter stands in a model's place.
+    """Raise `UserError` where an adapter stands in a model's place.
 
     transformers would load its base in silence, and training would drop the adapter.
     """

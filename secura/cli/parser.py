@@ -23,12 +23,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Raises `UserError` in place of printing the usage and leaving."""
+        """Raise `UserError` in place of printing the usage and leaving."""
         raise UserError(f"{message} (see '{self.prog} --help')")
 
 
 def refuse_unknown(unknown: list[str], known: Iterable[str], prog: str) -> None:
-    """Raises `UserError` for arguments a parser left over, naming the nearest flag there is."""
+    """Raise `UserError` for arguments a parser left over, naming the nearest flag there is."""
     if not unknown:
         return
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
@@ -38,7 +38,7 @@ def refuse_unknown(unknown: list[str], known: Iterable[str], prog: str) -> None:
 
 
 def refuse_repeated(words: list[str], actions: Iterable[Any]) -> None:
-    """Raises `UserError` for a flag of several values that is given twice: the last would count."""
+    """Raise `UserError` for a flag of several values that is given twice: the last would count."""
     lists = {word: a.dest for a in actions if a.nargs in ("+", "*") for word in a.option_strings}
     given = [lists[flag] for word in words if (flag := word.partition("=")[0]) in lists]
     for name in given:

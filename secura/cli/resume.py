@@ -147,7 +147,7 @@ def digest(dataset: Any) -> str:
 
 
 def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
-    """Refuses to go on from a checkpoint that was trained with other settings.
+    """Refuse to go on from a checkpoint that was trained with other settings.
 
     One saved without a record is compared by what its `adapter_config.json` says, and settings that
     a record lacks are not compared.

@@ -24,7 +24,7 @@ _SHOWN = 5
 
 
 def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
-    """Refuses the first row that a chat template or tokenizer would stumble over.
+    """Refuse the first row that a chat template or tokenizer would stumble over.
 
     Args:
         dataset: a `datasets.Dataset`.
@@ -55,7 +55,7 @@ def check_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> None:
 
 
 def check_filled(dataset: Any, name: str, column: str, *, blank: bool = False) -> None:
-    """Refuses rows that have no value in a column, or with `blank` nothing but spaces."""
+    """Refuse rows that have no value in a column, or with `blank` nothing but spaces."""
     rows = blank_rows(dataset, column) if blank else []
     if dataset.data.column(column).null_count:
         rows = sorted(
@@ -75,7 +75,7 @@ def blank_rows(dataset: Any, column: str) -> list[int]:
 
 
 def check_turns(rows: Any, name: str, column: str) -> None:
-    """Refuses the first row of `rows` that is no list of messages with a role and a content."""
+    """Refuse the first row of `rows` that is no list of messages with a role and a content."""
     for number, turns in enumerate(rows, 1):
         problem = _problem(turns)
         if problem:

@@ -31,7 +31,7 @@ _PUBLISHED = (
 
 
 def main(argv: list[str]) -> int:
-    """Trains, and leaves a finished adapter in `--output_dir`."""
+    """Train, and leave a finished adapter in `--output_dir`."""
     if {"-h", "--help"} & set(argv):
         arguments.print_help()
         return 0
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def run(
     training: Any, model_args: Any, data_args: Any, adapter_args: Any, anchor_args: Any
 ) -> None:
-    """Trains with parsed flags; the output folder is this run's alone."""
+    """Train with parsed flags; the output folder is this run's alone."""
     named = {
         "--model": model_args.model_name_or_path,
         "--dataset": data_args.dataset_name,
@@ -108,7 +108,7 @@ def run(
 
 
 def train(trainer: Any, resume: str | None) -> str:
-    """Trains and publishes, and says in one line what came of it.
+    """Train and publish, and say in one line what came of it.
 
     Raises:
         UserError: training diverged; nothing is published, and the checkpoints before stay.
@@ -148,7 +148,7 @@ def train(trainer: Any, resume: str | None) -> str:
 
 @contextmanager
 def closed_progress(trainer: Any) -> Iterator[None]:
-    """Ends the progress bar's line where training ends by an error, so that it has its own."""
+    """End the progress bar's line where training ends by an error, so that it has its own."""
     try:
         yield
     except BaseException:
@@ -212,7 +212,7 @@ def make_trainer(**kwargs: Any) -> Any:
 
 
 def send_buffers(trainer: Any) -> None:
-    """Sends the first process's rows, columns and the like to the others: DDP then sends none.
+    """Send the first process's rows, columns and the like to the others: DDP then sends none.
 
     Machines of different kinds may choose differently where weights are nearly equal.
     """
@@ -227,7 +227,7 @@ def send_buffers(trainer: Any) -> None:
 
 
 def gather_to_save(trainer: Any) -> None:
-    """Has FSDP save whole tensors: of FSDP2's default, shards alone, no adapter is written.
+    """Have FSDP save whole tensors: of FSDP2's default, shards alone, no adapter is written.
 
     FSDP1 is kept from casting buffers: U_acc stays fp32.
     """
@@ -274,7 +274,7 @@ def describe(trainer: Any, config: Any) -> str:
 
 
 def save(trainer: Any) -> None:
-    """Writes the finished adapter beside the checkpoints; no half of it is ever seen."""
+    """Write the finished adapter beside the checkpoints; no half of it is ever seen."""
     output = Path(trainer.args.output_dir)
     scratch = output / SCRATCH
     if trainer.is_world_process_zero():
