@@ -15,9 +15,9 @@ from secura_kernels import (
     Restrain,
     effective_weight,
     important_channels,
-    row_norms,
     secura_add,
     secura_linear,
+    with_norms,
 )
 from secura_kernels.api import additive_product
 from secura_kernels.cur import check_fits
@@ -65,8 +65,8 @@ class CABR(Core):
     """
 
     columns: Tensor | None
-    gram: Tensor
-    base_norms: Tensor
+    gram: Tensor | None
+    base_norms: Tensor | None
     important: Tensor | None
     here: Tensor | None
     r_here: Tensor | None
@@ -310,10 +310,8 @@ class CABR(Core):
         if config.restrain:
             self.important = important_channels(weight, self.rows.numel())
         if config.norm == "channel":
-            p_base = None
-            if self.folded and config.norm_reference == "folded":
-                p_base = project(weight, self.cols, self.core, self.core.dtype, None)
-            self.gram, self.base_norms = row_norms(weight, self.rows, p_base)
+            layer = with_norms(self._layer(base, weight))
+            self.gram, self.base_norms = layer.gram, layer.base_norms
         if split:
             tensor_parallel.keep_rows(self, base, weight)
 

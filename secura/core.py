@@ -11,7 +11,6 @@ from secura_kernels.layer import update
 
 from . import bases
 from .choosing import choose_late
-from .integrity import version
 from .sharding import gathered, put
 from .state import AdapterState, factors
 
@@ -133,7 +132,8 @@ class Core(AdapterState):
             self.check_assigned(base)
         if not torch.compiler.is_compiling():  # which cannot ask for a version
             core: Any = self._buffers["core"]
-            if self._core_version != version(core):
+            # version(core), without the call
+            if self._core_version != (0 if core.is_inference() else core._version):
                 self._note_core()
             if (known := self._derived_from) is not None:
                 now: Any = None

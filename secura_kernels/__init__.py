@@ -5,7 +5,7 @@ from .api import effective_weight, secura_add, secura_linear
 from .cur import important_channels, init_a, select
 from .layer import Layer
 from .norm import NormOptions, Restrain
-from .ops.channel.op import row_norms
+from .ops.channel.op import with_norms
 
 __all__ = [
     "Layer",
@@ -14,8 +14,8 @@ __all__ = [
     "effective_weight",
     "important_channels",
     "init_a",
-    "row_norms",
     "secura_add",
     "secura_linear",
     "select",
+    "with_norms",
 ]

@@ -256,7 +256,7 @@ def _run(
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
     trained = trained and torch.is_grad_enabled()
-    if trained or torch.jit.is_tracing():
+    if trained or torch._C._is_tracing():  # torch.jit.trace, without its two Python calls
         if trained:
             check_trained(layer, given)
         function = naive.secura_add if given else naive.secura_linear

@@ -53,7 +53,7 @@ def check_call(
     if norm == "channel":
         gram, norms = layer.gram, layer.base_norms
         if gram is None or norms is None:
-            raise ValueError("the space 'channel' needs gram and base_norms, of row_norms()")
+            raise ValueError("the space 'channel' needs gram and base_norms, of with_norms()")
         if gram.shape != (m, m) or norms.shape != (n,):
             raise ValueError(
                 f"gram {list(gram.shape)} and base_norms {list(norms.shape)} must be {[m, m]} and "

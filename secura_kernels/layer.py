@@ -31,7 +31,7 @@ class Layer(NamedTuple):
         scaling: s.
         core: ``U_acc [m, m]``, what was folded, or None.
         core_is_base: whether U_acc belongs to the norm's base, or to its change.
-        gram: ``R Rᵀ [m, m]`` of :func:`secura_kernels.row_norms`; ``channel`` alone.
+        gram: ``R Rᵀ [m, m]`` of :func:`secura_kernels.with_norms`; ``channel`` alone.
         base_norms: ``‖W_base,i‖ [N]``, from there too; ``channel`` alone.
         restrain: the suppression, or None.
         save: ``activation`` alone: ``"recompute"`` keeps the base's output for the backward pass,

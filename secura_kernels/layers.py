@@ -23,7 +23,7 @@ class SecuraLinear(nn.Module):
         A: ``[m, r]``, or ``[m, m]`` where B is None.
         B: ``[r, m]`` or None.
         core: ``[m, m]``, what was folded, counted to the change; or None.
-        gram: ``[m, m]`` of :func:`secura_kernels.row_norms` for ``channel``, else None.
+        gram: ``[m, m]`` of :func:`secura_kernels.with_norms` for ``channel``, else None.
         base_norms: ``[N]``, from there too.
         scaling: s.
         options: the fields of :class:`secura_kernels.NormOptions`, in their order.

@@ -10,16 +10,17 @@ from torch.nn.functional import linear
 
 import secura_kernels
 from secura_kernels import (
+    Layer,
     NormOptions,
     effective_weight,
     important_channels,
     naive,
-    row_norms,
     secura_add,
     secura_linear,
+    with_norms,
 )
 from secura_kernels.api import additive_product
-from secura_kernels.inspection.examples import Case, with_norms
+from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
 from secura_kernels.ops.project.op import project
 from secura_kernels.ops.weight import plain
@@ -302,9 +303,10 @@ def test_row_norms_are_those_of_the_folded_base():
     layer = example.layer
     p_base = layer.weight[:, layer.cols] @ layer.core
     r = layer.weight[layer.rows]
-    gram, norms = row_norms(layer.weight, layer.rows, p_base)
-    torch.testing.assert_close(gram, r @ r.T)
-    torch.testing.assert_close(norms, (layer.weight + p_base @ r).norm(dim=1))
+    for source in (layer, layer._replace(columns=layer.weight[:, layer.cols])):
+        found = with_norms(source)
+        torch.testing.assert_close(found.gram, r @ r.T)
+        torch.testing.assert_close(found.base_norms, (layer.weight + p_base @ r).norm(dim=1))
     assert important_channels(layer.weight, 4).sum() == (13 - 4) // 2
 
 
@@ -317,8 +319,11 @@ def test_row_norms_of_rows_that_a_fold_cancels(dtype, autocasts):
     rows = torch.arange(0, 96, 3)
     p_base = torch.zeros(96, 32)
     p_base[rows] = -0.97 * torch.eye(32)
+    layer = Layer(weight, None, rows, rows, NormOptions("channel"))
+    layer = layer._replace(core=torch.eye(32), core_is_base=True, columns=p_base)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
-        gram, norms = row_norms(weight, rows, p_base)
+        layer = with_norms(layer)
+    gram, norms = layer.gram, layer.base_norms
     exact = weight.double() + p_base.double() @ weight[rows].double()
     assert gram.dtype == norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), exact.norm(dim=1), rtol=1e-5, atol=0)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secura_kernels
-from secura_kernels import NormOptions, naive, row_norms
+from secura_kernels import Layer, NormOptions, naive, with_norms
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "secura_kernels"
@@ -107,10 +107,10 @@ class Plain(nn.Module):
         torch.manual_seed(0)
         weight, rows, cols = torch.randn(13, 8), torch.tensor([1, 4, 9]), torch.tensor([0, 5, 7])
         self.A, self.B = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(5, 3))
-        gram, base_norms = row_norms(weight, rows, None)
+        layer = with_norms(Layer(weight, None, rows, cols, NormOptions("channel")))
         for name, value in {
             "weight": weight, "bias": torch.randn(13), "rows": rows, "cols": cols,
-            "core": torch.randn(3, 3), "gram": gram, "base_norms": base_norms,
+            "core": torch.randn(3, 3), "gram": layer.gram, "base_norms": layer.base_norms,
         }.items():  # fmt: skip
             self.register_buffer(name, value)
         self.scaling, self.options = 0.5, NormOptions(norm)

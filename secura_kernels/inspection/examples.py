@@ -14,8 +14,7 @@ from .. import api
 from ..dispatch import wide
 from ..layer import Layer
 from ..norm import NormOptions, Restrain
-from ..ops.channel.op import row_norms
-from ..ops.project.op import project
+from ..ops.channel.op import with_norms
 
 
 class Example(NamedTuple):
@@ -169,17 +168,4 @@ class Case:
         )
 
 
-def with_norms(layer: Layer) -> Layer:
-    """The layer with ``gram`` and ``base_norms`` of its weight, core and rows."""
-    assert layer.weight is not None
-    p_base = None
-    if layer.core is not None and layer.core_is_base:
-        source = layer.weight if layer.columns is None else layer.columns
-        cols = layer.cols if layer.columns is None else torch.arange(len(layer.cols))
-        dtype = wide(layer.core.dtype)
-        p_base = project(source, cols.to(source.device), layer.core.to(dtype), dtype, None)
-    gram, norms = row_norms(layer.weight, layer.rows, p_base)
-    return layer._replace(gram=gram, base_norms=norms)
-
-
-__all__ = ["Case", "Example", "with_norms"]
+__all__ = ["Case", "Example"]

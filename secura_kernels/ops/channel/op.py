@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...dispatch import absent, as_dtype, kernels, op, wide, without_autocast
 from ...held import once
+from ...layer import Layer
 from ...norm import (
     base_share,
     coefficients,
@@ -33,19 +34,28 @@ from ...norm import (
 )
 from ..common import Call, Gradients, Saved, Step, rounding_seed
 from ..lowrank import op as lowrank
-from ..project.op import projections
+from ..project.op import project, projections
 
 _CHUNK_ROWS = 1024
 
 
-def row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute ``R Rᵀ [m, m]`` and ``‖W + P_base R‖ [N]``, which ``channel`` needs, fp32 or wider.
+def with_norms(layer: Layer) -> Layer:
+    """Fill in ``gram = R Rᵀ [m, m]`` and ``base_norms = ‖W_base,i‖ [N]``, which ``channel`` needs.
 
-    Args:
-        weight: ``W [N, K]``.
-        rows: ``[m]`` int64.
-        p_base: ``[N, m]``, what was folded, or None.
+    Once, and again after a fold into the base; both in fp32 or wider. Needs ``weight``.
     """
+    weight, core, p_base = layer.weight, layer.core, None
+    assert weight is not None
+    if core is not None and layer.core_is_base:
+        source, cols = (weight, layer.cols) if layer.columns is None else (layer.columns, None)
+        u = as_dtype(core, wide(core.dtype))
+        p_base = project(source, cols, u, u.dtype, None)
+    gram, base_norms = _row_norms(weight, layer.rows, p_base)
+    return layer._replace(gram=gram, base_norms=base_norms)
+
+
+def _row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(R Rᵀ [m, m], ‖W + P_base R‖ [N])`` of ``W [N, K]``, rows ``[m]`` and P_base ``[N, m]``."""
     dtype = wide(weight.dtype)
     with without_autocast(weight.device.type):
         r = weight.index_select(0, rows).to(dtype)
@@ -89,8 +99,8 @@ def channel(
     Args:
         p: ``P [N, m]``.
         p_base: ``[N, m]`` or None.
-        gram: ``R Rᵀ [m, m]``, of :func:`row_norms`.
-        base_norms: ``‖W_base,i‖ [N]``, of :func:`row_norms`.
+        gram: ``R Rᵀ [m, m]``, of :func:`with_norms`.
+        base_norms: ``‖W_base,i‖ [N]``, of :func:`with_norms`.
         important: ``[N]`` bool of the restraint, or None.
         norm: of :func:`secura_kernels.norm.pack`.
         dtype: of Q, rounded to once.
@@ -204,5 +214,5 @@ __all__ = [
     "delta_norms",
     "forward",
     "product",
-    "row_norms",
+    "with_norms",
 ]
