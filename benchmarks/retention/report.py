@@ -33,9 +33,13 @@ from benchmarks.retention.summary import (
 
 BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
+RIVAL = "ewc-self"
+"""What an anchored core is set against beside LoRA: it is given the same samples."""
 _BESIDE = {
     "er": "replay, which stores the earlier tasks",
     "ewc": "EWC, which stores two numbers for each trained parameter",
+    "replay-self": "replay of the model's own samples too, which it stores",
+    "ewc-self": "EWC of the model's own samples too",
 }
 """Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _PREFERRED = (
@@ -357,17 +361,23 @@ def _levels(front: Front) -> list[str]:
 
 
 def _ends(front: Front) -> list[str]:
-    """Ends of runs beside those of LoRA's that learned next to as much, paired by seed."""
+    """Ends of runs beside those of LoRA's, and the anchored ones beside EWC's, paired by seed."""
+    names = [name for name in front.methods if not name.endswith(SCALED)]
+    anchored = [name for name in names if get_method(name).anchor]
+    pairs = [(name, REFERENCE) for name in names if name != REFERENCE]
+    pairs += [(name, RIVAL) for name in anchored if RIVAL in front.runs]
     rows = [
-        [front.title(name), f"{rate:g}", f"{other:g}", str(more.count), *map(interval, (more, kl))]
-        for name in front.methods
-        if name != REFERENCE and not name.endswith(SCALED)
-        for rate, other, more, kl in front.around(name)
+        [
+            *(front.title(name), f"{rate:g}", front.title(beside), f"{other:g}"),
+            *(str(more.count), *map(interval, (more, kl))),
+        ]
+        for name, beside in pairs
+        for rate, other, more, kl in front.around(name, beside)
     ]
-    head = ["method", "rate", "LoRA's rate", "seeds", "learned more", "KL over"]
+    head = ["method", "rate", "beside", "its rate", "seeds", "learned more", "KL over"]
     note = (
-        "Ends of runs beside LoRA's whose ends lie next below and above in what they learned, "
-        "nothing read between. KL over all kinds, a ratio."
+        "Ends of runs beside those of another method that lie next below and above in what they "
+        "learned, nothing read between. KL over all kinds, a ratio."
     )
     return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
 

@@ -171,17 +171,19 @@ class Front:
         value = kl_of(*(kinds or unseen(self.some(method))))
         return ratio(self.paid(method, level, value), self.paid(REFERENCE, level, value))
 
-    def around(self, method: str) -> list[tuple[float, float, Estimate, Estimate]]:
-        """A method's ends beside the reference's that lie next below and above in learning.
+    def around(
+        self, method: str, reference: str = REFERENCE
+    ) -> list[tuple[float, float, Estimate, Estimate]]:
+        """A method's ends beside another's that lie next below and above in learning.
 
         Returns:
-            For each pair of rates, the method's and the reference's, that share two seeds or more:
-            both rates, what the method learned more, and its KL over the reference's.
+            For each pair of rates, the method's and the other's, that share two seeds or more:
+            both rates, what the method learned more, and its KL over the other's.
         """
         value, found = kl_of(*unseen(self.some(method))), []
         for rate, own in self._by_rate(method).items():
             beside = []
-            for other, theirs in self._by_rate(REFERENCE).items():
+            for other, theirs in self._by_rate(reference).items():
                 both = (own, theirs)
                 levels = ({s: learned(r.end, r.task) for s, r in each.items()} for each in both)
                 more = difference(*levels)

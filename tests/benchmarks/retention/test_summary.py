@@ -266,6 +266,12 @@ def test_ends_stand_beside_the_references_next_below_and_above():
             assert got.count == 3
             assert (got.mean, got.low, got.high) == pytest.approx((expected,) * 3)
     assert found.around("dora") == []  # of one seed
+    ewc = [made("ewc-self", seed=seed, path=((0.5 + 0.01 * seed, 0.02),)) for seed in (0, 1, 2)]
+    found = Front([*plain, *ours, *ewc], "mlp")
+    ((rate, other, more, kl),) = found.around("anchored-self", "ewc-self")
+    assert (rate, other) == (5e-4, 1e-3) and (more.mean, kl.mean) == pytest.approx((0.01, 0.5))
+    rows = [row for row in report._ends(found)[0].splitlines() if row.startswith("| anchored")]
+    assert [row.split(" | ")[2] for row in rows] == ["LoRA", "LoRA", "LoRA + EWC of own samples"]
 
 
 def test_a_stage_may_stand_in_the_section_of_another(tmp_path):
