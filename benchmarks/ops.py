@@ -49,7 +49,7 @@ class Tensors:
         rows, cols: ``[m]`` int64.
         a, b, u: ``A [m, r]``, ``B [r, m]`` and their product, fp32.
         p, q: ``P = C A B [N, m]`` in fp32, and in x's dtype.
-        gram, norms: of :func:`secura_kernels.row_norms`.
+        gram, norms: of :func:`secura_kernels.with_norms`.
     """
 
     def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:

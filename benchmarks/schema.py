@@ -24,8 +24,9 @@ from .machine import commit, describe, dtype_name, package_versions
 SCHEMA = 1
 STATUSES = ("ok", "missing", "wrong", "failed", "out of memory", "skipped")
 SPENT = "the time budget was spent"
-LOST = "another provider's error left the device useless: leave that one out of --providers"
 """The note of what was skipped for time."""
+LOST = "another provider's error left the device useless: leave that one out of --providers"
+"""The note of what was not run after it."""
 
 
 @dataclass

@@ -182,7 +182,7 @@ def in_turns(
             found = prepare(provider, row)
         except Exception as error:  # a rival's failure must not end the run
             row.fail(*excuse(error))
-            lost = is_lost(device)
+            lost = not isinstance(error, torch.OutOfMemoryError) and is_lost(device)
         else:
             tasks |= {(provider.name, phase): task for phase, task in found.items()}
         if not lost:

@@ -31,7 +31,7 @@ from .cabr import CABR
 from .config import check_damping
 from .curvature import BATCH_SIZE, LENGTH, TOKENS, Statistics, Texts, curvature, listed
 from .layers import active_adapters
-from .sharding import gathered, reshard, summoned
+from .sharding import gathered, reshard, unit_by_unit
 from .state import in_digits
 
 
@@ -122,15 +122,19 @@ def anchor(
             seed=seed,
         )
     unseen = tuple(name for name, one in sums.items() if not bool(one.sigma.any()))
-    with summoned(model):
-        made = {
-            name: _solve(name, adapter, sums[name], damping, add)
-            for name, (adapter, _) in adapters.items()
-            if not (add and name in unseen and adapter.left is not None)  # nothing new of these
-        }
-        for name, (adapter, _) in adapters.items():
-            if name in made:
-                adapter.set_anchor(*made[name])
+    names = {
+        adapter: name
+        for name, (adapter, _) in adapters.items()
+        if not (add and name in unseen and adapter.left is not None)  # it says nothing new of these
+    }
+    made = {
+        adapter: _solve(names[adapter], adapter, sums[names[adapter]], damping, add)
+        for group in unit_by_unit(model, names)
+        for adapter in group
+    }
+    for group in unit_by_unit(model, made):
+        for adapter in group:
+            adapter.set_anchor(*made[adapter])
     return AnchorReport(len(adapters), read, time.perf_counter() - start, texts is None, unseen)
 
 
@@ -144,8 +148,8 @@ def unanchor(model: nn.Module) -> int:
         How many layers had an anchor.
     """
     found = [one for one, _ in u_adapters(model).values() if one.left is not None]
-    with summoned(model):
-        for adapter in found:
+    for group in unit_by_unit(model, found):
+        for adapter in group:
             adapter.drop_anchor()
     return len(found)
 

@@ -57,8 +57,7 @@ class Core(AdapterState):
         if any(part is not None and part.dim() != self.core.dim() for part in (a, b, u)):
             raise RuntimeError(
                 f"{self.name}: FSDP1 holds a part of the adapter's parameters here: call "
-                "secura.fold(model), secura.anchor or unanchor with the whole model, or go into "
-                "FullyShardedDataParallel.summon_full_params(model)"
+                "secura.fold, secura.anchor or secura.unanchor with the whole model"
             )
         return factors(a, b, u, self.left, self.right)
 

@@ -73,6 +73,7 @@ def curvature(
     if texts is None:
         count = max(1, tokens // (length * world))
         pieces, finite = _sample(model, tokenizer, count, length, batch_size, generator)
+        _check_finite(finite, device)
         own = every = _batches(pieces, batch_size)
     else:
         every = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
@@ -90,17 +91,24 @@ def curvature(
                 watch.counts = index < len(own)
             batch = own[index] if index < len(own) else every[0]
             finite &= _read(model, batch.to(device), generator)
+            if not finite and world == 1:
+                break
     finally:
         for handle in handles:
             handle.remove()
-    if largest(int(not finite), device):
-        raise ValueError("the model's logits hold NaN or inf on old text: nothing was anchored")
+    _check_finite(finite, device)
     read = torch.tensor(sum(batch.numel() for batch in own), device=device)
     if world > 1:
         torch.distributed.all_reduce(read)
         for one in sums.values():
             _add_up(one)
     return sums, int(read)
+
+
+def _check_finite(finite: bool, device: torch.device) -> None:
+    """Raise ``ValueError`` on all processes where the logits of one were not finite."""
+    if largest(int(not finite), device):
+        raise ValueError("the model's logits hold NaN or inf on old text: nothing was anchored")
 
 
 def _add_up(sums: Statistics) -> None:
@@ -233,6 +241,8 @@ def _sample(
                 )
             drawn, is_finite = _draw(logits[:, -1:], generator)
             ids, finite = torch.cat([ids, drawn], dim=1), finite and is_finite
+        if not finite and _processes()[1] == 1:
+            return pieces, finite
         pieces += list(ids.cpu())
     return pieces, finite
 

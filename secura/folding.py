@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .layers import active_adapters, secura_layers
-from .sharding import reshard, summoned
+from .sharding import reshard, unit_by_unit
 
 
 def fold(model: nn.Module) -> int:
@@ -31,8 +31,8 @@ def fold(model: nn.Module) -> int:
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
     active = [layer for layer in layers if layer.acting_adapters()]
     reshard(model)
-    with summoned(model):
-        for layer in active:
+    for group in unit_by_unit(model, active):
+        for layer in group:
             layer.fold()
     return len(active)
 

@@ -32,8 +32,9 @@ def embeddings(model: Any) -> tuple[Any, Any]:
     What embeds patches of an image or sound has no weight a token, and is none.
     """
     found: list[Any] = [None, None]
-    with suppress(NotImplementedError, AttributeError):
-        found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for place, name in enumerate(("get_input_embeddings", "get_output_embeddings")):
+        with suppress(NotImplementedError, AttributeError):
+            found[place] = getattr(model, name)()
     has_weight = [isinstance(getattr(one, "weight", None), Tensor) for one in found]
     first, last = (one if has else None for one, has in zip(found, has_weight, strict=True))
     return first, last

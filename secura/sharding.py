@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,13 +96,26 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
         own.copy_(value)
 
 
-def summoned(model: nn.Module) -> Any:
-    """A context in which FSDP1's parts of a model's parameters are whole, and may be written to."""
+def unit_by_unit(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Yield modules of a model in groups whose parameters are whole meanwhile, and may be written.
+
+    Where FSDP1 holds parts of them: a group is what lies in one of its units. Else all in one.
+    """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
-    if wrapper is None or not any(isinstance(part, wrapper) for part in model.modules()):
-        return nullcontext()
-    return wrapper.summon_full_params(model, writeback=True)
+    wrapper = getattr(fsdp, "FullyShardedDataParallel", ())
+    units: dict[nn.Module, Any] = {}
+    for unit in model.modules():
+        if isinstance(unit, wrapper):
+            units |= dict.fromkeys(unit.modules(), unit)  # those within come later
+    groups: dict[Any, list[Any]] = {}
+    for module in modules:
+        groups.setdefault(units.get(module), []).append(module)
+    for unit, group in groups.items():
+        if unit is None or unit.training_state.name == "SUMMON_FULL_PARAMS":
+            yield group
+            continue
+        with fsdp.FullyShardedDataParallel.summon_full_params(unit, recurse=False):
+            yield group
 
 
 def is_distributed() -> bool:
@@ -178,5 +190,5 @@ __all__ = [
     "part_of",
     "put",
     "reshard",
-    "summoned",
+    "unit_by_unit",
 ]

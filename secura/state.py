@@ -95,6 +95,7 @@ class AdapterState(nn.Module):
     _passed: _Checked | None = None
     _stale = True
     _core_version = -1
+    loaded_version: int | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -148,7 +149,7 @@ class AdapterState(nn.Module):
         self._note_core()
         # what was loaded before the base weight came is compared with it at the first use
         self._stale, self._assigned, self._awaits_file = True, self.waits, False
-        self.waits = False
+        self.waits, self.loaded_version = False, version(self.trained)
 
     def _note_core(self, folded: bool | None = None) -> None:
         """Note that ``core`` was changed, and whether it holds anything: looked at if not given."""

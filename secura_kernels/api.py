@@ -256,9 +256,13 @@ def _run(
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
     trained = trained and torch.is_grad_enabled()
-    if trained or torch._C._is_tracing():  # torch.jit.trace, without its two Python calls
+    if trained or torch._C._get_tracing_state() is not None:  # torch.jit.trace
         if trained:
             check_trained(layer, given)
+        elif w is None and layer.options.norm == "channel":
+            raise ValueError(
+                "torch.jit.trace needs W itself for 'channel': merge the adapter first"
+            )
         function = naive.secura_add if given else naive.secura_linear
         with without_autocast(x.device.type):
             out = function(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)

@@ -51,6 +51,7 @@ def draw_front(front: Front, title: str) -> Any:
     names = [n for n in front.methods if "@" not in n or n in _LOOKS]
     every = front.some(REFERENCE).settings.texts
     kinds = [kind for kind in every if all(kind in unseen(front.some(name)) for name in names)]
+    kinds = kinds or list(every)
     runs = [len(records) for name in names for records in _alike(front, name).values()]
     for name in names:
         points = _points(front, name, kinds)
@@ -60,7 +61,7 @@ def draw_front(front: Front, title: str) -> Any:
         whole.plot(xs[:2], ys[:2], color=colour, linestyle=":", linewidth=1)
         whole.plot(xs[1:], ys[1:], **look, label=front.title(name))
         near.plot(xs[1:], ys[1:], **look)
-        tops.append(xs[-1])
+        tops.append(max(xs))
     whole.plot(0, 0, color="black", marker="o", markersize=7, clip_on=False)
     whole.annotate("base", (0, 0), xytext=(6, 6), textcoords="offset points")
     whole.set_ylim(0, _top(front, kinds))

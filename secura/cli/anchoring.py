@@ -138,4 +138,4 @@ def read_texts(name: str) -> list[str]:
     return found
 
 
-__all__ = ["anchor", "begin", "check", "read_texts"]
+__all__ = ["anchor", "announce", "begin", "check", "expect", "read_texts"]

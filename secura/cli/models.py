@@ -109,8 +109,9 @@ def causal_class(name: str, **kwargs: Any) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
     plain, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    own_code = plain.__name__ in (getattr(config, "auto_map", None) or {})
     known = type(config) in plain._model_mapping or type(config) not in images._model_mapping
-    return (plain if known else images).__name__
+    return (plain if known or own_code else images).__name__
 
 
 def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:

@@ -295,6 +295,7 @@ __all__ = [
     "describe",
     "gather_to_save",
     "load_data",
+    "load_rows",
     "main",
     "make_trainer",
     "run",

@@ -147,7 +147,6 @@ class SecuraConfig(AdapterConfig, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are saved; an override of ``check_base`` is for one loading."""
         own = super().to_dict() | {"check_base": True, "checksum": "", "base_tensors": None}
-        own["modules_to_save"] = [*dict.fromkeys(own["modules_to_save"] or ())] or None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(own[name], set):
                 own[name] = {without_wrappers(module) for module in own[name]}

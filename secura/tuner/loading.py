@@ -20,7 +20,8 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
         >>> model = secura.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapter")
 
     Args:
-        model: the base model, changed in place; a ``PeftModel`` gets one more adapter.
+        model: the base model, changed in place; a ``PeftModel`` gets one more adapter,
+            and the one that is active stays so.
         folder: the adapter's folder, or its name on the hub.
         **kwargs: as of ``PeftModel.from_pretrained`` (``adapter_name``, ``is_trainable``, …) and
             ``check_base``.

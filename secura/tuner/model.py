@@ -66,9 +66,9 @@ class SecuraModel(BaseTuner):
         """
         _check_name(adapter_name)
         given = self.peft_config[adapter_name]
-        if given.modules_to_save is None and given.task_type in _HEADS:
-            given.modules_to_save = [*_HEADS[given.task_type]]  # PEFT adds them again, later
-        self.peft_config[adapter_name] = copy.copy(given)  # its own: anchoring writes to it
+        own = self.peft_config[adapter_name] = copy.copy(given)  # anchoring writes to it
+        if own.modules_to_save is None and own.task_type in _HEADS:
+            own.modules_to_save = [*_HEADS[own.task_type]]
         config = copy.copy(given)  # as given: PEFT fills in its targets
         refuse_overlooked(model, config)
         warn_unmatched(unmatched_names(model, config))

@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from secura.cabr import CABR
-from secura.integrity import file_checksum, was_cast
+from secura.integrity import file_checksum, version, was_cast
 from secura.layers import embeddings, layers_with
 from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
 from secura.sharding import is_dtensor
@@ -51,8 +51,10 @@ def warn_of_unsaved(
             "set_scale() again after loading",
             stacklevel=4,
         )
-    trains = any(one.trained.requires_grad for one in adapters)
-    waits = config.fold_every and trains and not any(one.folds for one in adapters)
+    trained_here = any(
+        one.trained.requires_grad and version(one.trained) != one.loaded_version for one in adapters
+    )
+    waits = config.fold_every and trained_here and not any(one.folds for one in adapters)
     acts = {
         bare(name).rpartition(INNER)[0]: bool(tensor.any())
         or bool(state_dict.get(f"{name[:-1]}core", tensor).any())
@@ -179,7 +181,7 @@ def saved_in_full(model: Any, adapter: str) -> set[str]:
 
     Those of trained tokens in a tied head PEFT writes where it saves resized embeddings too.
     """
-    tied = ("base_layer.weight", "trainable_tokens_delta", f"trainable_tokens_delta.{adapter}")
+    tied = ("trainable_tokens_delta", f"trainable_tokens_delta.{adapter}")
     return {
         bare(f"{name}.{key}")
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from peft import get_peft_model
 from sharded_runs import TARGETS, TEXTS, adapted, fsdp1, gap, train, whole_state
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -44,6 +44,16 @@ def folds_under_fsdp1(folder):
     assert secura.fold(model) == len(TARGETS) * 2 - 1
     pairs = zip(tiny.parts(model), tiny.parts(one), strict=True)
     return [gap(tiny.logits(model), before), max(gap(a.core, b.core) for a, b in pairs)]
+
+
+def folds_within_a_summons(folder):
+    """The same, where the parameters are whole already."""
+    model = fsdp1("none")
+    train(model, tiny.tokens(4).chunk(2)[dist.get_rank()])
+    before = tiny.logits(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        secura.fold(model)
+    return gap(tiny.logits(model), before)
 
 
 def folds_a_layer_of_fsdp1(folder):
@@ -170,6 +180,7 @@ def cases():
         case.__name__: case
         for case in (
             folds_under_fsdp1,
+            folds_within_a_summons,
             folds_a_layer_of_fsdp1,
             anchors_under_fsdp1,
             experts_of_a_plan,
@@ -189,6 +200,7 @@ def found(tmp_path_factory):
 def test_a_fold_under_fsdp1_is_one_processs(found):
     moved, core = found["folds_under_fsdp1"]
     assert moved < 1e-6 and core < 1e-5
+    assert found["folds_within_a_summons"] < 1e-6
     assert "FSDP1 holds a part of the adapter's" in found["folds_a_layer_of_fsdp1"]
 
 

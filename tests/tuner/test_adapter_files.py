@@ -361,6 +361,11 @@ def test_folds_that_no_longer_come_are_told_too(tmp_path):
     model.save_pretrained(tmp_path / "folded")
     for trains in (True, False):
         loaded = secura.from_pretrained(tiny.llama(), tmp_path / "folded", is_trainable=trains)
+        if trains:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                loaded.save_pretrained(tmp_path / "untrained")
+            tiny.perturb(loaded, 1)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             loaded.save_pretrained(tmp_path / "again")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_peft_contract import CONFIG, WEIGHTS, edit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,3 +129,15 @@ def test_tokens_that_were_added(tied, base, tmp_path):
     assert main(["merge", *flags.split()]) == 0
     plain = AutoModelForCausalLM.from_pretrained(merged)
     torch.testing.assert_close(tiny.logits(plain, ids), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_heads_own_table_is_not_taken_from_a_file(tmp_path):
+    """PEFT writes no such tensor but where it says so; it would overwrite the embeddings."""
+    adapted(tied=True).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    table = llama(tied=True).get_input_embeddings().weight
+    name = "base_model.model.lm_head.token_adapter.base_layer.weight"
+    save_file(state | {name: torch.full_like(table, 7.0).detach()}, tmp_path / WEIGHTS)
+    edit(tmp_path, checksum="", base_tensors=None)
+    with pytest.raises(ValueError, match="would overwrite the model's"):
+        PeftModel.from_pretrained(llama(tied=True), tmp_path)

@@ -168,6 +168,8 @@ def test_a_stopped_cell_goes_on_bit_equal(runner, tmp_path, monkeypatch, name):
     monkeypatch.setattr(train._Run, "_take", take)
     other.run([cell])
     assert figures(read(other, cell)) == figures(wanted)
+    seconds = read(other, cell).seconds  # those before the stop among them
+    assert seconds["total"] >= seconds["training"] + seconds["scoring"] + seconds["building"]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_a_picture_joins_rates_in_their_order_over_kinds_that_none_has_seen():
     for more, shown in (([], "news, code"), ([made("anchored-text")], "code")):
         figure = plots.draw_front(Front([made(), *core, *more], "mlp"), "a title")
         assert f"on {shown}, nats" in figure.axes[0].get_ylabel()
+        assert figure.axes[1].get_xlim()[1] > 0.7  # the most that was learned, at the middle rate
 
 
 def test_the_committed_cells_are_of_their_stages():
