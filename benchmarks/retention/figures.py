@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.retention.summary import Estimate
 
+NOTHING = "–"
+"""Where there is no figure."""
+
 
 def interval(found: Estimate) -> str:
     """A mean with the ends of its interval."""
@@ -31,4 +34,4 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-__all__ = ["interval", "markdown", "percent", "plus_minus"]
+__all__ = ["NOTHING", "interval", "markdown", "percent", "plus_minus"]

@@ -10,38 +10,26 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.retention.figures import interval, markdown, percent, plus_minus
+from benchmarks.retention.figures import NOTHING, interval, markdown, percent, plus_minus
 from benchmarks.retention.grid import BEST, STAGES
 from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
 from benchmarks.retention.plots import write_front
 from benchmarks.retention.record import Record, read_all
+from benchmarks.retention.sequence_report import sequence_table
 from benchmarks.retention.summary import (
     LEVELS,
     MAIN,
     REFERENCE,
+    RIVAL,
     SCALED,
-    Estimate,
     Front,
-    InTurn,
-    difference,
     estimate,
     learned,
-    ratio,
-    sequences,
     unseen,
 )
 
 BRIEF = 8  # rows of the table that shows the KL alone
 REPORT = "report.md"
-RIVAL = "ewc-self"
-"""What an anchored core is set against beside LoRA: it is given the same samples."""
-_BESIDE = {
-    "er": "replay, which stores the earlier tasks",
-    "ewc": "EWC, which stores two numbers for each trained parameter",
-    "replay-self": "replay of the model's own samples too, which it stores",
-    "ewc-self": "EWC of the model's own samples too",
-}
-"""Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _PREFERRED = (
     "lora",
     BEST,
@@ -54,8 +42,6 @@ _PREFERRED = (
     REFERENCE + SCALED,
     "core-u",
 )
-_NOTHING = "–"
-_NO_PAIRS = (_NOTHING,) * 3
 _INTERVALS = "Intervals are of 95% over the seeds of training, paired, on fixed texts."
 _MARKED = "†"
 _ABOVE = (
@@ -129,7 +115,7 @@ def main_table(front: Front, *, brief: bool = False) -> str:
     level = front.levels()[MAIN]
     kinds = front.some(REFERENCE).settings.texts
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
-    more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept"]
+    more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "kept, plain"]
     shown = rows[:BRIEF] if brief else rows
     table = []
     for name in shown:
@@ -151,8 +137,8 @@ def main_table(front: Front, *, brief: bool = False) -> str:
         low, high = _question_errors(some)
         caption += (
             " Rise of loss, mean over the kinds of old text, and probes, accuracy normalised by "
-            "the answers' lengths (acc_norm) as a share of the base model's, are of the run that "
-            "ends nearest above that level. Their ± is over seeds alone: the standard error of a "
+            "the answers' lengths (acc_norm) and plain as a share of the base model's, are of the "
+            "run that ends nearest above that level. Their ± is over seeds alone: the standard error of a "
             "probe's accuracy over its "
             f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in "
             "it."
@@ -169,73 +155,18 @@ def main_table(front: Front, *, brief: bool = False) -> str:
 def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
     ends = front.ends(name, level)
     note = _partly(front, len(ends))
-    kept = [share for end in ends.values() if not math.isnan(share := _kept(end))]
+    kept = [
+        [share for end in ends.values() if not math.isnan(share := _kept(end, kind))]
+        for kind in ("accuracy_norm", "accuracy")
+    ]
     return [
         _ratio(front, name, level),
         _ratio(front, name, level, task),
         plus_minus(estimate([_rise(end) for end in ends.values()]), sign=True) + note
         if ends
-        else _NOTHING,
-        percent(estimate(kept)) + note if kept else _NOTHING,
+        else NOTHING,
+        *(percent(estimate(shares)) + note if shares else NOTHING for shares in kept),
     ]
-
-
-def sequence_table(records: Iterable[Record]) -> str:
-    """What became of tasks learned in turn; empty where no sequence was run."""
-    found = sequences(records)
-    if not found:
-        return ""
-    rows = []
-    for run in found:
-        row = [*_what(run), str(len(run.loss))]
-        owns, paired = (run.loss, run.forgetting, run.kl), _beside(run, REFERENCE, found)
-        for own, against in zip(owns, paired, strict=True):
-            row += [plus_minus(estimate(list(own.values()))), against]
-        rows.append(row)
-    what = ["method", "on", "rate", "steps"]
-    head = [*what, "n", "loss", "less LoRA's", "forgetting", "less LoRA's", "KL", "KL over LoRA"]
-    caption = (
-        "After the last task: mean held-out loss of all of them; rise of the earlier ones' loss "
-        "above the least it was; KL on old texts, geometric mean over the kinds but for news where "
-        "XSum, the same collection, is trained on. n: seeds of training; ±: half a 95% interval "
-        f"over them. Beside each figure what it is against LoRA's, paired by seed; {_NOTHING}: on "
-        "fewer than two."
-    )
-    parts = [markdown(head, rows), caption]
-    head = [*what, "loss less", "forgetting less", "KL over"]
-    for reference, keeps in _BESIDE.items():
-        beside = [(run, _beside(run, reference, found)) for run in found]
-        stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
-        if stored:
-            parts += [f"Against {keeps}, the same:", markdown(head, stored)]
-    return "\n\n".join(parts)
-
-
-def _what(run: InTurn) -> list[str]:
-    return [get_method(run.method).title, run.targets, f"{run.rate:g}", str(run.steps)]
-
-
-def _beside(run: InTurn, reference: str, found: Sequence[InTurn]) -> tuple[str, str, str]:
-    """Loss and forgetting less the reference's, and KL over its, paired by seed."""
-    own = run.targets, run.steps
-    plain = [r for r in found if r.method == reference and (r.targets, r.steps) == own]
-    other = min(plain, key=lambda r: fmean(r.loss.values()), default=run)
-    if run is other:
-        return _NO_PAIRS
-    count = len(run.loss)
-    return (
-        _paired(difference(run.loss, other.loss), count),
-        _paired(difference(run.forgetting, other.forgetting), count),
-        _paired(ratio(run.kl, other.kl), count),
-    )
-
-
-def _paired(found: Estimate | None, count: int) -> str:
-    """A figure against the reference's, with its interval; of `count` seeds of its own."""
-    if found is None or found.count < 2:
-        return _NOTHING
-    note = f" ({found.count} of {count})" if found.count < count else ""
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]{note}"
 
 
 def every_cell(records: Iterable[Record]) -> str:
@@ -325,8 +256,8 @@ def _marks(table: Sequence[Sequence[str]]) -> str:
         text += " Bold: the interval excludes 1, before rounding, below or above."
     if partly := re.search(r"\(\d+ of \d+\)", whole):
         text += f" {partly[0]}: of the seeds on which the level is reached, alone."
-    if _NOTHING in cells:
-        text += f" {_NOTHING}: it does not learn as much at any rate."
+    if NOTHING in cells:
+        text += f" {NOTHING}: it does not learn as much at any rate."
     if _MARKED in whole:
         text += f" {_MARKED}: {_ABOVE}"
     return text
@@ -387,7 +318,7 @@ def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
         return "1"
     found = front.ratio(method, level, *kinds)
     if found is None:
-        return _NOTHING
+        return NOTHING
     note = f"{_MARKED * front.above(method, level)}{_partly(front, found.count)}"
     if math.isnan(found.low):
         return f"{found.mean:.2f}{note}"
@@ -406,12 +337,12 @@ def _rise(record: Record) -> float:
     return fmean(score.rise for score in record.end.texts.values())
 
 
-def _kept(record: Record) -> float:
-    shares = [
-        probe.accuracy_norm / probe.base_accuracy_norm
-        for probe in record.probes.values()
-        if probe.base_accuracy_norm
+def _kept(record: Record, kind: str) -> float:
+    """Mean share of the base's accuracy that a run's probes kept, of that kind; nan without any."""
+    pairs = [
+        (getattr(probe, kind), getattr(probe, f"base_{kind}")) for probe in record.probes.values()
     ]
+    shares = [own / base for own, base in pairs if base]
     return fmean(shares) if shares else math.nan
 
 

@@ -20,6 +20,8 @@ from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Measure, Record
 
 REFERENCE = "lora"
+RIVAL = "ewc-self"
+"""What an anchored core is set against beside the reference: it is given the same samples."""
 SCALED = ", scaled down after training"  # follows the name of what was trained whole
 LEVELS = (0.96, 0.98, 1.0)
 """Of what the reference learns at its best; its lowest rate ends near the first."""
@@ -258,7 +260,8 @@ class InTurn:
         steps: of each task.
         loss: mean held-out loss of the tasks at the end.
         forgetting: mean over earlier tasks of the loss at the end less the least it was.
-        kl: geometric mean of the KL at the end, on old texts whose source was not trained on.
+        kls: geometric mean of the KL after each task, by how many there were, on old texts whose
+            source none of them is of.
     """
 
     method: str
@@ -267,7 +270,12 @@ class InTurn:
     steps: int
     loss: dict[int, float] = field(default_factory=dict)
     forgetting: dict[int, float] = field(default_factory=dict)
-    kl: dict[int, float] = field(default_factory=dict)
+    kls: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+
+    @property
+    def kl(self) -> dict[int, float]:
+        """After the last task."""
+        return self.kls[max(self.kls)]
 
 
 def sequences(records: Iterable[Record]) -> list[InTurn]:
@@ -295,7 +303,8 @@ def sequences(records: Iterable[Record]) -> list[InTurn]:
             losses[-1][task] - min(each[task] for each in losses[place:-1])
             for place, task in enumerate(tasks[:-1])
         )
-        own.kl[cell.seed] = kl_of(*unseen(last))(last.end)
+        for count, record in run.items():
+            own.kls[count][cell.seed] = kl_of(*unseen(last))(record.end)
     return sorted(found.values(), key=lambda run: run.method != REFERENCE)
 
 
@@ -309,6 +318,7 @@ __all__ = [
     "LEVELS",
     "MAIN",
     "REFERENCE",
+    "RIVAL",
     "SCALED",
     "Estimate",
     "Front",
