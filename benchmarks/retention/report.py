@@ -138,8 +138,8 @@ def main_table(front: Front, *, brief: bool = False) -> str:
         caption += (
             " Rise of loss, mean over the kinds of old text, and probes, accuracy normalised by "
             "the answers' lengths (acc_norm) and plain as a share of the base model's, are of the "
-            "run that ends nearest above that level. Their ± is over seeds alone: the standard error "
-            "of a probe's accuracy over its "
+            "run that ends nearest above that level. Their ± is over seeds alone: the standard "
+            "error of a probe's accuracy over its "
             f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in "
             "it."
         )
