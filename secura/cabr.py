@@ -52,7 +52,7 @@ class CABR(Core):
         U: ``[m, m]`` parameter, 0 at first, or None with ``core="ab"``.
         left: ``[m, m]`` fp32 or None, κ L of an anchor: the core is then left · U · right.
         right: ``[m, m]`` fp32 or None, S of an anchor.
-        damping: 0-dim fp32 or None, λ of an anchor.
+        damping: 0-dim fp32, λ of an anchor, 0 without one; None with ``core="ab"``.
         bias: ``[N]`` parameter, or None.
         rows: ``[m]`` int64, R = W[rows].
         cols: ``[m]`` int64, C = W[:, cols].
@@ -106,6 +106,8 @@ class CABR(Core):
         self.register_buffer("core", torch.empty(m, m, **here))
         for name in self.ANCHOR:
             self.register_buffer(name, None)
+        if config.core == "u":
+            self.damping = torch.zeros((), **here)
         self.register_buffer("fingerprint", torch.empty(FINGERPRINT_SIZE, FINGERPRINT_SIZE, **here))
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.folded, self._core_version = False, 0

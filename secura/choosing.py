@@ -81,6 +81,8 @@ def _chosen(adapter: Core, base: nn.Module) -> dict[str, Tensor]:
     values[name] = (start(inner, m) / inner**0.5).to(weight.device)
     values["core"] = torch.zeros(m, m, device=weight.device)
     values["checksum"] = torch.zeros((), dtype=torch.int64)
+    if adapter.damping is not None:
+        values["damping"] = torch.zeros((), device=weight.device)
     if adapter.bias is not None:
         values["bias"] = torch.zeros(adapter.out_features, device=weight.device)
     return values

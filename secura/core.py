@@ -109,7 +109,8 @@ class Core(AdapterState):
     def drop_anchor(self) -> None:
         """``U ← κ L Ũ S``: the same core in plain coordinates."""
         whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
-        self.left = self.right = self.damping = None
+        self.left = self.right = None
+        self.damping = self.core.new_zeros(())
         put(self, "U", whole)
         self.config.anchored = False
 

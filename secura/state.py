@@ -75,7 +75,7 @@ class AdapterState(nn.Module):
     in_features: int
 
     ANCHOR = ("left", "right", "damping")
-    """Names of the tensors of an anchor: κ L, S, and λ, a number."""
+    """Names of the tensors of an anchor: κ L, S, and λ, a number; 0 says that there is none."""
 
     STATE = (
         *("A", "B", "U", *ANCHOR),
@@ -83,7 +83,7 @@ class AdapterState(nn.Module):
     )
     """Names of the tensors an adapter file may hold for one layer."""
 
-    CHOSEN = ("A", "B", "U", "bias", "rows", "cols", "core", "fingerprint", "checksum")
+    CHOSEN = ("A", "B", "U", "damping", "bias", "rows", "cols", "core", "fingerprint", "checksum")
     """Those that an adapter starts with, once the base weight is there."""
 
     name = "layer"
@@ -154,6 +154,8 @@ class AdapterState(nn.Module):
     def _note_core(self, folded: bool | None = None) -> None:
         """Note that ``core`` was changed, and whether it holds anything: looked at if not given."""
         core = self.core
+        if folded is None and self.left is None:  # written in place, it may be
+            self._check_plain(self.name, self.damping)
         self.folded = (not core.is_meta and bool(core.any())) if folded is None else folded
         self._core_version = version(core)
         self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
@@ -236,7 +238,8 @@ class AdapterState(nn.Module):
     def _take_damping(self, state_dict: Any, prefix: str) -> None:
         """Have the config say what the anchor in ``state_dict`` was damped with, if that does."""
         self.config.anchored = True
-        damping = state_dict.setdefault(prefix + "damping", self.damping)
+        own = self.core.new_tensor(self.config.anchor_damping)
+        damping = state_dict.setdefault(prefix + "damping", own)
         if not damping.is_meta:
             self.config.anchor_damping = in_digits(damping)
 
@@ -274,12 +277,13 @@ class AdapterState(nn.Module):
         expected.pop("checksum")
         if self.U is not None and self.left is None:  # an anchor comes with the file
             expected |= {name: self.core for name in ("left", "right") if name in state}
-            expected |= {"damping": self.checksum} if "damping" in state else {}
-        elif "damping" not in state:  # of a file that was written before there was one
+        if "damping" not in state:  # of a file that was written before there was one
             expected.pop("damping", None)
         if not whole:
             expected = {name: tensor for name, tensor in expected.items() if name in state}
         own = weight = None
+        if self.left is None and "U" in state and "left" not in state:
+            self._check_plain(layer, state.get("damping"))
         if base is not None and self.config.check_base and "fingerprint" in state:
             weight = bases.weight_here(base)
             own = self.fingerprint if weight is None else fingerprint(weight)
@@ -288,6 +292,15 @@ class AdapterState(nn.Module):
         if own is not None and weight is not None:
             self._check_not_merged(layer, state, weight, own)
         self._passed = passes
+
+    def _check_plain(self, layer: str, damping: Tensor | None) -> None:
+        """Refuse an anchored Ũ without L and S, given the λ that came along with it."""
+        if damping is not None and not damping.is_meta and bool(damping):
+            raise ValueError(
+                f"{layer}: the U that is loaded was trained with an anchor, and its L and S are "
+                "not there: a sharded checkpoint loads what there is room for, so call "
+                "secura.anchor(model) before it is loaded, as the run did at its start"
+            )
 
     def _check_not_merged(
         self, layer: str, state: dict[str, Tensor], weight: Tensor, own: Tensor | None

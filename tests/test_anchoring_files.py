@@ -97,6 +97,20 @@ def test_a_core_without_its_anchor_is_not_taken_into_an_anchored_one():
     model.load_state_dict(state, strict=False)
 
 
+def test_an_anchored_core_is_not_taken_without_its_anchor():
+    """As from a file whose L and S were left out: Ũ would be read as U."""
+    model, plain = anchored(), tiny.adapted(core="u", norm="none")
+    names = (".left", ".right", ".checksum")
+    state = {k: v for k, v in tiny.snapshot(model).items() if not k.endswith(names)}
+    before = tiny.snapshot(plain)
+    with pytest.raises(ValueError, match="its L and S are not there"):
+        plain.load_state_dict(state, strict=False)
+    tiny.assert_same(tiny.snapshot(plain), before)
+    unanchor(model)
+    assert {float(part.damping) for part in tiny.parts(model)} == {0.0}
+    plain.load_state_dict(model.state_dict())
+
+
 def test_two_models_of_one_config_are_anchored_each_for_itself():
     config = tiny.config(core="u", norm="none")
     one, other = (get_peft_model(tiny.llama(), config) for _ in range(2))

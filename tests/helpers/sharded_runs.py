@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -160,6 +161,33 @@ def anchored(folder):
     dist.all_gather(both, found)
     assert torch.equal(*both)
     return [report.tokens, part.right.tolist()]
+
+
+def anchored_shards(folder):
+    """What is said where a sharded checkpoint finds no room for its anchor, and the gap with it."""
+    core, ids = {"core": "u", "norm": "none"}, tiny.tokens(2, seed=1)
+    first = tiny.adapted(**core)
+    tiny.perturb(first)
+    anchor(first, TEXTS)
+    first = by_layer("none", first)
+    truth = tiny.logits(first, ids)
+    checkpoint.save(get_model_state_dict(first), checkpoint_id=folder)
+
+    def load(model):
+        state = get_model_state_dict(model)
+        checkpoint.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state)
+        return tiny.logits(model, ids)
+
+    said, plain = [], by_layer("none", tiny.adapted(**core))
+    for use in (load, partial(tiny.logits, ids=ids)):  # torch has written into its tensors
+        try:
+            use(plain)
+        except ValueError as refusal:
+            said.append(str(refusal))
+    again = by_layer("none", tiny.adapted(**core))
+    anchor(again, TEXTS[:1])
+    return said, worst({"gap": gap(load(again), truth)})["gap"]
 
 
 def zero(stage, *, partitioned_first=False):
@@ -348,6 +376,7 @@ def cases():
     return in_every_space(SET_UPS) | {
         "LoRA by itself": lora_by_transformers,
         "anchor": anchored,
+        "anchor in shards": anchored_shards,
         "trained base": trains_its_base,
     }
 

@@ -57,6 +57,14 @@ def test_processes_share_the_texts_of_an_anchor_and_add_up_what_they_find(found)
     torch.testing.assert_close(torch.tensor(right), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sharded_checkpoint_without_room_for_its_anchor_is_refused(found):
+    """Torch loads what there is room for: without L and S another core would be trained on."""
+    assert len(found["anchor in shards"]) == 2, found["anchor in shards"]
+    said, gap = found["anchor in shards"]
+    assert len(said) == 2 and all("call secura.anchor(model) before" in one for one in said)
+    assert gap < 2e-6
+
+
 def test_a_base_that_is_trained_too_has_the_gradients_of_one_process(found):
     gaps = found["trained base"]
     assert not isinstance(gaps, str), gaps
