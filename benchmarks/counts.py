@@ -28,7 +28,7 @@ from secura_kernels import NormOptions
 from secura_kernels.held import Held
 from secura_kernels.inspection.examples import Case
 from secura_kernels.inspection.recorder import TARGETS, record
-from secura_kernels.plan import CHIPS
+from secura_kernels.plan import CEILINGS
 
 from .count_tables import BEFORE, counts_table
 from .launches import Launch, counting
@@ -122,7 +122,7 @@ def figures(launches: list[Launch], first: int) -> dict[str, float]:
         "gflop": sum(of.cost.flop for of in launches) / 1e9,
     } | {
         f"us_{name}": sum(of.cost.seconds(chip) for of in launches) * 1e6
-        for name, chip in CHIPS.items()
+        for name, chip in CEILINGS.items()
     }
 
 
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = new_result(
         "counts", options.preset, torch.device("cpu"), torch.bfloat16, {}, options.commit
     )
-    chips = {name: chip._asdict() for name, chip in CHIPS.items()}
+    chips = {name: chip._asdict() for name, chip in CEILINGS.items()}
     result.settings = {"chips": chips, "before": before.commit if before else None}
     if options.together:
         result.preset, result.rows = "together", count_together("llama3-8b", TOKENS_OF_COUNTS)

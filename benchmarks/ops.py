@@ -216,7 +216,7 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
     space = next((space for space in SPACES if name.startswith(f"secura {space}")), None)
     if space is None:
         return None
-    chip = plan.Chip(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
+    chip = plan.Ceilings(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
     shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
     both = layer_costs(shape, norm, kept_weight.keeps_weight(), chip)
     return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))

@@ -131,8 +131,8 @@ class CABR(Core):
             return self.beside(base, x)
         if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
             self._check_input(weight, x)
-        self._refresh(base, weight)
-        layer = self._layer(base, weight, self.held and self._holding(weight))
+        self.refresh(base, weight)
+        layer = self.kernel_layer(base, weight, self.held and self._holding(weight))
         mask = self.dropout_mask(x) if self.config.dropout else None
         return secura_linear(x, layer, *self.factors(), delta_bias=self.bias, z_scale=mask)
 
@@ -153,7 +153,7 @@ class CABR(Core):
         held = self.held and self._holding(bases.weight_between(base))
         if not self.config.replaces_product:
             y0 = products.product(base, x, self.name) if y0 is None else y0
-            layer = self._layer(base, weight, held)
+            layer = self.kernel_layer(base, weight, held)
             if self._base_trained and torch.is_grad_enabled():
                 layer = layer._replace(**products.trained_tensors(base, self.name))
             return secura_add(y0, layer, *self.factors(), **trained)
@@ -164,7 +164,7 @@ class CABR(Core):
                     f"product, so {skipped} would be skipped: use norm='channel' without rounding"
                 )
             x = x.to(dense.device)
-        layer = self._layer(base, bases.weight(base, values=False), held)
+        layer = self.kernel_layer(base, bases.weight(base, values=False), held)
         return secura_linear(x, layer, *self.factors(), **trained)
 
     def core_and_update(self, base: Any) -> Tensor:
@@ -176,9 +176,9 @@ class CABR(Core):
         """Bring up to date what follows from a base that may be trained: then in every pass."""
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
             self._base_trained = products.is_trained(base)
-        self._stale |= self._base_trained
-        self._refresh(base)
-        self._stale |= self._base_trained
+        self.stale |= self._base_trained
+        self.refresh(base)
+        self.stale |= self._base_trained
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.
@@ -204,7 +204,9 @@ class CABR(Core):
         tensors = (self.A, self.B, self.U, self.core, self.left, self.right)
         return held.of(tensors, (self.scaling, *map(_state, (*tensors, weight))))
 
-    def _layer(self, base: nn.Module, weight: Tensor | None, held: Held | None = None) -> Layer:
+    def kernel_layer(
+        self, base: nn.Module, weight: Tensor | None, held: Held | None = None
+    ) -> Layer:
         """What of the adapted layer is not trained; ``weight`` is W, or None with ``columns``."""
         config = self.config
         own: Any = self._buffers  # an attribute of a module takes a microsecond: there are many
@@ -230,8 +232,8 @@ class CABR(Core):
     def additive_product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
         bases.check_whole(base)
-        self._refresh(base)
-        layer = self._layer(base, bases.weight(base, values=False))
+        self.refresh(base)
+        layer = self.kernel_layer(base, bases.weight(base, values=False))
         return additive_product(layer, *self.whole_factors())
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
@@ -272,8 +274,8 @@ class CABR(Core):
                 )
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)
-        self._refresh(base)
-        return effective_weight(self._layer(base, bases.weight(base)), *self.whole_factors())
+        self.refresh(base)
+        return effective_weight(self.kernel_layer(base, bases.weight(base)), *self.whole_factors())
 
     def _restrain(self) -> Restrain | None:
         config, important = self.config, self.important
@@ -291,12 +293,12 @@ class CABR(Core):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _derive(self, base: nn.Module) -> None:
+    def derive(self, base: nn.Module) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
         if split:
             tensor_parallel.check(self, base)
-        self._stale, self.columns = False, None
+        self.stale, self.columns = False, None
         if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
             own = torch.cat((self.rows, self.cols))
             places = torch.arange(1, len(own) + 1, device=own.device)
@@ -312,7 +314,7 @@ class CABR(Core):
         if config.restrain:
             self.important = important_channels(weight, self.rows.numel())
         if config.norm == "channel":
-            layer = with_norms(self._layer(base, weight))
+            layer = with_norms(self.kernel_layer(base, weight))
             self.gram, self.base_norms = layer.gram, layer.base_norms
         if split:
             tensor_parallel.keep_rows(self, base, weight)

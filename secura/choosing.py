@@ -25,17 +25,17 @@ def choose(adapter: Core, base: nn.Module) -> None:
     Raises:
         ValueError: for a weight that cannot be decomposed.
     """
-    own = {name: value for name, value in adapter._tensors().items() if name in adapter.CHOSEN}
+    own = {name: value for name, value in adapter.state_tensors().items() if name in adapter.CHOSEN}
     within = any(value.is_inference() for value in own.values())
     with torch.inference_mode(within and torch.is_inference_mode_enabled()), torch.no_grad():
         for name, value in from_rank_0(lambda: _chosen(adapter, base), own).items():
             put(adapter, name, value)
-    adapter.waits, adapter._stale = False, True
-    adapter._note_core()
+    adapter.waits, adapter.stale = False, True
+    adapter.note_core()
     if bases.is_split(base):
         tensor_parallel.share_start(adapter, base)
     if not on_rank_0_alone():
-        adapter._derive(base)
+        adapter.derive(base)
 
 
 def choose_late(adapter: Core, base: nn.Module) -> None:
@@ -44,7 +44,7 @@ def choose_late(adapter: Core, base: nn.Module) -> None:
     Raises:
         ValueError: under FSDP2, where what is written in a forward is lost.
     """
-    if bases.comes_later(base) or adapter._awaits_file:
+    if bases.comes_later(base) or adapter.awaits_file:
         return
     if is_fsdp_managed(adapter):
         raise ValueError(

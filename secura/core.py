@@ -84,7 +84,7 @@ class Core(AdapterState):
         self.folds = True
         self.core.add_(self.whole_update())
         self.trained.zero_()
-        self._note_core(folded=True)  # most likely, and looking would wait for the device
+        self.note_core(folded=True)  # most likely, and looking would wait for the device
 
     def take_fixed(self, other: Core) -> None:
         """Take over what is not trained of ``other``, on the same weight: core, anchor, scaling."""
@@ -124,17 +124,17 @@ class Core(AdapterState):
             parts.append(f"form={config.norm_form or 'default'}")
         return ", ".join([*parts, f"scaling={self.scaling:g}", f"bias={self.bias is not None}"])
 
-    def _refresh(self, base: Any, weight: Any = None) -> None:
+    def refresh(self, base: Any, weight: Any = None) -> None:
         """Bring up to date what follows from the base, whose frozen ``weight`` may be given."""
         if self.waits:
             choose_late(self, base)
-        if self._assigned:
+        if self.assigned:
             self.check_assigned(base)
         if not torch.compiler.is_compiling():  # which cannot ask for a version
             core: Any = self._buffers["core"]
             # version(core), without the call
             if self._core_version != (0 if core.is_inference() else core._version):
-                self._note_core()
+                self.note_core()
             if (known := self._derived_from) is not None:
                 now: Any = None
                 if type(weight) is not Tensor:
@@ -142,11 +142,11 @@ class Core(AdapterState):
                 elif not weight.is_inference():
                     now = weight._version, weight.data_ptr()
                 if now is not None and now != known:
-                    self._stale = True
-        if self._stale:
-            self._derive(base)
+                    self.stale = True
+        if self.stale:
+            self.derive(base)
 
-    def _derive(self, base: Any) -> None:
+    def derive(self, base: Any) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
         raise NotImplementedError
 

@@ -66,7 +66,7 @@ class Experts(Core):
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         for name in (*self.ANCHOR, "columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
-        self.folded, self._core_version, self._assigned = False, 0, False
+        self.folded, self._core_version, self.assigned = False, 0, False
 
     def weights(self, base: Any) -> Tensor:
         """``W' [E, N, K]`` in W's dtype; gradients reach A and B, or U.
@@ -83,7 +83,7 @@ class Experts(Core):
         return self._weights(base, self.update())
 
     def _weights(self, base: Any, u: Tensor) -> Tensor:
-        self._refresh(base)
+        self.refresh(base)
         u_base, config = None, self.config
         if self.folded:
             u, u_base = with_folded(u, self.core, config.norm_reference == "folded", config.norm)
@@ -115,8 +115,9 @@ class Experts(Core):
     ) -> Tensor:
         return fingerprint(self._change(weight, u, rows, cols))
 
-    def _derive(self, base: Any) -> None:
-        self._stale = False
+    def derive(self, base: Any) -> None:
+        """Nothing follows from the weights that is kept."""
+        self.stale = False
 
 
 def _check_not_split(base: bases.Stack) -> None:

@@ -54,6 +54,12 @@ class AdapterState(nn.Module):
 
     Tensors that ``load_state_dict`` brings are checked there. Those that a loader assigns one by
     one (transformers') are checked at ``eval()``, a cast, or their first use.
+
+    Attributes:
+        waits: whether rows and columns are yet to be chosen, for the base weight is not there.
+        assigned: whether tensors were assigned that are yet to be checked.
+        awaits_file: whether the adapter's file is yet to come, before which every use is an error.
+        stale: whether what follows from the base weight is yet to be formed anew.
     """
 
     A: nn.Parameter | None
@@ -90,17 +96,17 @@ class AdapterState(nn.Module):
     _KEEP_FP32 = ("core", "fingerprint", *ANCHOR, "gram", "base_norms")
     _FIXED = ("rows", "cols", "core", "fingerprint", *ANCHOR)
     waits = base_loaded = False
-    _assigned = _awaits_file = False
+    assigned = awaits_file = False
     _before_meta: dict[str, Tensor] | None = None
     _passed: _Checked | None = None
-    _stale = True
+    stale = True
     _core_version = -1
     loaded_version: int | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("rows", "cols", "core"):
-            self._assigned, self._awaits_file = True, False
+            self.assigned, self.awaits_file = True, False
 
     @property
     def trained(self) -> nn.Parameter:
@@ -114,7 +120,7 @@ class AdapterState(nn.Module):
 
     def await_file(self) -> None:
         """Make every use an error until the adapter's tensors are loaded."""
-        self._assigned = self._awaits_file = True
+        self.assigned = self.awaits_file = True
 
     @torch.inference_mode(False)
     def check_assigned(self, base: nn.Module) -> None:
@@ -123,7 +129,7 @@ class AdapterState(nn.Module):
         Raises:
             ValueError: they are missing, damaged, or another weight's.
         """
-        if self._awaits_file:
+        if self.awaits_file:
             raise ValueError(
                 f"{self.name}: nothing of the adapter's file reached this layer: the file was "
                 "damaged, or is of a model whose layers have other names (compiled, or part of "
@@ -131,7 +137,7 @@ class AdapterState(nn.Module):
                 "given, give get_peft_model a SecuraConfig of your own"
             )
         self._check_assigned_sum()
-        weight, state = bases.weight(base), self._tensors()
+        weight, state = bases.weight(base), self.state_tensors()
         state.pop("checksum")
         own = fingerprint(weight) if self.config.check_base else None
         check_state(self.name, state, (self.out_features, self.in_features), own)
@@ -140,25 +146,25 @@ class AdapterState(nn.Module):
 
     @torch.inference_mode(False)
     def _check_assigned_sum(self) -> None:
-        if self._assigned and not self._awaits_file and not self.rows.is_meta:
-            own = self._tensors()
+        if self.assigned and not self.awaits_file and not self.rows.is_meta:
+            own = self.state_tensors()
             verify_checksum(self.name, own, self._settings(own))
             self.checksum = torch.zeros_like(self.checksum)
 
     def _note_loaded(self) -> None:
-        self._note_core()
+        self.note_core()
         # what was loaded before the base weight came is compared with it at the first use
-        self._stale, self._assigned, self._awaits_file = True, self.waits, False
+        self.stale, self.assigned, self.awaits_file = True, self.waits, False
         self.waits, self.loaded_version = False, version(self.trained)
 
-    def _note_core(self, folded: bool | None = None) -> None:
+    def note_core(self, folded: bool | None = None) -> None:
         """Note that ``core`` was changed, and whether it holds anything: looked at if not given."""
         core = self.core
         if folded is None and self.left is None:  # written in place, it may be
             self._check_plain(self.name, self.damping)
         self.folded = (not core.is_meta and bool(core.any())) if folded is None else folded
         self._core_version = version(core)
-        self._stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
+        self.stale |= self.config.norm == "channel" and self.config.norm_reference == "folded"
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterState:
         self._check_assigned_sum()
@@ -166,7 +172,7 @@ class AdapterState(nn.Module):
         fixed, was_meta = {name: getattr(self, name) for name in self._FIXED}, self.rows.is_meta
         super()._apply(fn, recurse)
         if self.rows.is_meta != was_meta:
-            self._stale = True
+            self.stale = True
             if was_meta:
                 self._come_back(())
             elif not self.waits:
@@ -273,7 +279,7 @@ class AdapterState(nn.Module):
                 f"{layer}: the file's U has no anchor, and the adapter's here has one, beside "
                 "which it would mean something else: secura.unanchor(model) before loading"
             )
-        expected = self._tensors()
+        expected = self.state_tensors()
         expected.pop("checksum")
         if self.U is not None and self.left is None:  # an anchor comes with the file
             expected |= {name: self.core for name in ("left", "right") if name in state}
@@ -338,7 +344,8 @@ class AdapterState(nn.Module):
             weight.index_select(1, cols).to(u.dtype) @ u, weight.index_select(0, rows)
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The tensors that this adapter saves, by their names in :attr:`STATE`."""
         own = {name: getattr(self, name) for name in self.STATE}
         return {name: tensor for name, tensor in own.items() if tensor is not None}
 

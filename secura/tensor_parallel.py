@@ -30,7 +30,6 @@ from secura_kernels.dispatch import without_autocast
 from secura_kernels.layer import cores, update
 from secura_kernels.norm import (
     Norm,
-    base_share,
     coefficients,
     combined,
     gain,
@@ -38,6 +37,7 @@ from secura_kernels.norm import (
     pack,
     relative_change,
     resolve_norm,
+    scale_of_base,
     unpack,
 )
 
@@ -62,9 +62,9 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
             f"{adapter.name}: its own weight is trained, of which tensor parallelism leaves each "
             "process a part: freeze it, or train it without tensor parallelism"
         )
-    adapter._refresh(base)
+    adapter.refresh(base)
     if adapter.columns is None:  # the plan came after the adapter
-        adapter._derive(base)
+        adapter.derive(base)
     group, by_weight = _group(base), adapter.config.norm_options.replaces_product
     core = update(*adapter.factors(), 1.0)
     delta_bias: Tensor | None = adapter.bias
@@ -89,13 +89,13 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         return _laid_as(laid, y0)
     if whole != (adapter.here is None):
         adapter.wants_whole = whole
-        adapter._derive(base)
+        adapter.derive(base)
     if some_tokens and adapter.config.norm == "activation":
         check(adapter, base, some_tokens=True)
     mask = adapter.dropout_mask(y0)
     if mask is not None and not some_tokens:
         torch.distributed.broadcast(mask, group=group, group_src=0)
-    layer = adapter._layer(base, None)
+    layer = adapter.kernel_layer(base, None)
     bias: Any = bases.bias(base)
     if is_dtensor(bias):
         bias = bias.full_tensor() if whole else bias.to_local()
@@ -135,7 +135,7 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
     columns, r = adapter.columns, adapter.r_here
     assert columns is not None
     r = w.index_select(0, adapter.rows) if r is None else r
-    layer = adapter._layer(base, None)
+    layer = adapter.kernel_layer(base, None)
     norm = unpack(pack(layer.options))
     with without_autocast(w.device.type):
         u, u_base = cores(layer, core, None)
@@ -294,7 +294,7 @@ class _NormedWeight(torch.autograd.Function):
         peak = _summed(largest(rho), group, "max") if norm.needs_peak else None
         gains = gain(rho, *coefficients(norm, peak, rho), norm)
         ctx.save_for_backward(r, gains)
-        return combined(own, delta, gains, base_share(gains, norm)).to(w.dtype)
+        return combined(own, delta, gains, scale_of_base(gains, norm)).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:

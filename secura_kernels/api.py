@@ -59,7 +59,7 @@ SPACES: dict[str, ModuleType] = {
     "activation": activation,
     "weight": weight,
 }
-"""The ``forward`` and ``backward`` of each norm space."""
+"""The ``forward`` and ``backward`` of each norm space, and ``product`` of the additive ones."""
 
 flops.register()
 
@@ -181,21 +181,20 @@ def effective_weight(
         p, p_base = _projections(call, a, b)
         if options.norm == "weight":
             return weight.normed_weight(
-                w, rows, p, p_base, call.important, call.norm, dtype, seed, impl
+                w, rows, p, p_base, call.important, call.packed, dtype, seed, impl
             )
-        q, share = p, None
-        if options.norm == "channel":
-            q, share, _ = channel.product(call, p, p_base, p.dtype)
-        return weight.merged_weight(w, rows, q, share, dtype, seed, impl)
+        q, base_scale, _ = SPACES[options.norm].product(call, p, p_base, p.dtype)
+        return weight.merged_weight(w, rows, q, base_scale, dtype, seed, impl)
 
 
 @torch.no_grad()
 def additive_product(
     layer: Layer, a: Tensor, b: Tensor | None = None, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute ``(Q [N, m], share [N] or None)``: ``none`` and ``channel`` are share · W + Q R.
+    """Compute ``(Q [N, m], base_scale [N] or None)``: the layer is base_scale · W + Q R.
 
-    With share None, R and Q are the factors of a LoRA that computes the same. No gradient.
+    Of ``none`` and ``channel``. Where base_scale is None, R and Q are the factors of a LoRA that
+    computes the same. No gradient.
 
     Raises:
         ValueError: for another space, or where shapes do not fit.
@@ -208,10 +207,8 @@ def additive_product(
     call = _call(layer, False, True, impl)
     with without_autocast(a.device.type):
         p, p_base = _projections(call, a, b)
-        if layer.options.norm == "none":
-            return p, None
-        q, share, _ = channel.product(call, p, p_base, p.dtype)
-    return q, share
+        q, base_scale, _ = SPACES[layer.options.norm].product(call, p, p_base, p.dtype)
+    return q, base_scale
 
 
 def _call(
@@ -223,9 +220,9 @@ def _call(
     differentiates: bool = False,
 ) -> Call:
     restrain = layer.restrain
-    norm = pack(layer.options, restrain, traced=watched)
+    packed = pack(layer.options, restrain, traced=watched)
     important = None if restrain is None else restrain.important
-    return Call(layer, norm, important, given, watched, impl, total, differentiates)
+    return Call(layer, packed, important, given, watched, impl, total, differentiates)
 
 
 def _projections(call: Call, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -19,12 +19,12 @@ from .dispatch import as_dtype, wide, without_autocast
 from .norm import (
     Norm,
     NormOptions,
-    base_share,
     coefficients,
     combined,
     gain,
     pack,
     relative_change,
+    scale_of_base,
     unpack,
 )
 from .ops.channel.op import delta_norms
@@ -54,7 +54,7 @@ def expert_weights(
     """
     if options.norm == "activation":
         raise ValueError("norm='activation' is not linear in x: no expert's weight computes it")
-    how = unpack(pack(options))
+    norm = unpack(pack(options))
     _, n, k = weight.shape
     dtype = wide(weight.dtype)
     with without_autocast(weight.device.type):
@@ -63,22 +63,24 @@ def expert_weights(
         p, base = c @ u.to(dtype), weight
         if u_base is not None:
             base = _plus(weight, c @ u_base.to(dtype), r)
-        if how.space == "none":
+        if norm.space == "none":
             return _plus(base, p, r)
-        if how.space == "channel":
+        if norm.space == "channel":
             with torch.no_grad():
                 wide_r = r.to(dtype)
                 change = delta_norms(p, wide_r @ wide_r.mT)
                 norms = torch.linalg.vector_norm(base, dim=2, dtype=dtype)
-                gains = _gain(norms[..., None], change[..., None], how)
-                share = base_share(gains, how)
+                gains = _gain(norms[..., None], change[..., None], norm)
+                base_scale = scale_of_base(gains, norm)
             return _plus(
-                base if share is None else as_dtype(share * base, base.dtype), p / gains, r
+                base if base_scale is None else as_dtype(base_scale * base, base.dtype),
+                p / gains,
+                r,
             )
         base, delta = base.to(dtype), p @ r.to(dtype)
         with torch.no_grad():
-            gains = _gain(base, delta, how)
-        return combined(base, delta, gains, base_share(gains, how)).to(weight.dtype)
+            gains = _gain(base, delta, norm)
+        return combined(base, delta, gains, scale_of_base(gains, norm)).to(weight.dtype)
 
 
 def _plus(base: Tensor, p: Tensor, r: Tensor) -> Tensor:
@@ -86,16 +88,16 @@ def _plus(base: Tensor, p: Tensor, r: Tensor) -> Tensor:
     return torch.baddbmm(base, p.to(base.dtype), r)
 
 
-def _gain(base: Tensor, delta: Tensor, how: Norm) -> Tensor:
+def _gain(base: Tensor, delta: Tensor, norm: Norm) -> Tensor:
     """M of each expert's own ρ, as ``base`` and ``delta``, ``[E, N, K]`` or ``[E, N, 1]``."""
     own = (-2, -1)
-    eps = torch.full((), how.eps, dtype=base.dtype, device=base.device)
-    if how.eps_relative:
+    eps = torch.full((), norm.eps, dtype=base.dtype, device=base.device)
+    if norm.eps_relative:
         count = math.prod(base.shape[1:])
         eps = eps * torch.linalg.vector_norm(base, dim=own, keepdim=True) / math.sqrt(count)
     rho = relative_change(base, delta, eps)
-    peak = rho.amax(own, keepdim=True) if how.needs_peak else None
-    return gain(rho, *coefficients(how, peak, rho), how)
+    peak = rho.amax(own, keepdim=True) if norm.needs_peak else None
+    return gain(rho, *coefficients(norm, peak, rho), norm)
 
 
 __all__ = ["expert_weights"]

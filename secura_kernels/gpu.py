@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Machine(NamedTuple):
+class Limits(NamedTuple):
     """What the choice of a tile depends on.
 
     Attributes:
@@ -26,7 +26,7 @@ class Machine(NamedTuple):
     rocm: bool = False
 
 
-H100 = Machine(227 * 1024, 132)
+H100 = Limits(227 * 1024, 132)
 LARGE_SHARED = 160 * 1024
 """From here on (an A100, not an RTX 4090) programs take tall tiles, and a folded W's large one."""
 LARGEST_SHARED = 224 * 1024
@@ -34,10 +34,10 @@ LARGEST_SHARED = 224 * 1024
 SMALL_SHARED = 64 * 1024
 """Up to here (an MI300) small tiles of ``activation`` have half as many warps."""
 
-_assumed: ContextVar[Machine | None] = ContextVar("assumed", default=None)
+_assumed: ContextVar[Limits | None] = ContextVar("assumed", default=None)
 
 
-def machine_of(tensor: Tensor) -> Machine:
+def limits_of(tensor: Tensor) -> Limits:
     """The GPU that a kernel on ``tensor`` runs on.
 
     For other devices the one that is assumed, an H100 by default (the interpreter's).
@@ -45,18 +45,18 @@ def machine_of(tensor: Tensor) -> Machine:
     return _device(tensor.device.index) if tensor.is_cuda else assumed() or H100
 
 
-def assumed() -> Machine | None:
+def assumed() -> Limits | None:
     """The GPU whose tensors those of the ``meta`` device stand for, or None."""
     return _assumed.get()
 
 
 @contextmanager
-def assume(machine: Machine) -> Iterator[None]:
-    """Within, ops launch their kernels on tensors of the ``meta`` device, cut for ``machine``.
+def assume(limits: Limits) -> Iterator[None]:
+    """Within, ops launch their kernels on tensors of the ``meta`` device, cut for ``limits``.
 
     For :mod:`secura_kernels.inspection.recorder`, which records the launches.
     """
-    token = _assumed.set(machine)
+    token = _assumed.set(limits)
     try:
         yield
     finally:
@@ -64,10 +64,10 @@ def assume(machine: Machine) -> Iterator[None]:
 
 
 @functools.cache
-def _device(index: int) -> Machine:
+def _device(index: int) -> Limits:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED)
-    return Machine(shared, properties.multi_processor_count, torch.version.hip is not None)
+    return Limits(shared, properties.multi_processor_count, torch.version.hip is not None)
 
 
 __all__ = [
@@ -75,8 +75,8 @@ __all__ = [
     "LARGEST_SHARED",
     "LARGE_SHARED",
     "SMALL_SHARED",
-    "Machine",
+    "Limits",
     "assume",
     "assumed",
-    "machine_of",
+    "limits_of",
 ]

@@ -248,17 +248,17 @@ def combined(
     base: Tensor,
     delta: Tensor,
     gain: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``base + Δ / M``, or with a share of :func:`base_share` ``share · base + Δ / M``.
+    """``base + Δ / M``, or with one of :func:`scale_of_base` ``base_scale · base + Δ / M``.
 
     ``out``, if given, is written over; of the result's shape and dtype.
     """
-    return torch.addcdiv(base if share is None else share * base, delta, gain, out=out)
+    return torch.addcdiv(base if base_scale is None else base_scale * base, delta, gain, out=out)
 
 
-def base_share(gain: Tensor, norm: Norm) -> Tensor | None:
+def scale_of_base(gain: Tensor, norm: Norm) -> Tensor | None:
     """∂out/∂base: ``2/M`` when averaged, ``None`` (it is 1) when gated."""
     return 2 / gain if norm.averaged else None
 
@@ -295,7 +295,6 @@ __all__ = [
     "Norm",
     "NormOptions",
     "Restrain",
-    "base_share",
     "coefficients",
     "combined",
     "effective_eps",
@@ -305,6 +304,7 @@ __all__ = [
     "relative_change",
     "resolve_norm",
     "restrain_factor",
+    "scale_of_base",
     "suppression",
     "unpack",
 ]

@@ -43,7 +43,7 @@ _STEP = 64  # a block's edges, of which every tile is a divisor
 ROWS_OF_A_PROGRAM = 64  # tokens of one that makes h, rows of W of one that makes ∂P
 
 
-class Chip(NamedTuple):
+class Ceilings(NamedTuple):
     """The ceilings of a chip.
 
     Attributes:
@@ -59,20 +59,20 @@ class Chip(NamedTuple):
     launch_s: float = 2.5e-6  # LoRA's launches in a graph, at T = 512 (benchmarks/LOG.md)
 
 
-CHIPS = {"h100": Chip(3.0e12, 798e12), "h200": Chip(4.3e12, 790e12)}
+CEILINGS = {"h100": Ceilings(3.0e12, 798e12), "h200": Ceilings(4.3e12, 790e12)}
 """Ceilings as measured."""
-DEFAULT = CHIPS["h100"]  # for others too: choices depend on the ratio, which is much the same
+DEFAULT = CEILINGS["h100"]  # for others too: choices depend on the ratio, which is much the same
 
 
 @functools.cache
-def _chip(index: int) -> Chip:
+def _ceilings(index: int) -> Ceilings:
     name = torch.cuda.get_device_name(index).lower()
-    return next((chip for key, chip in CHIPS.items() if key in name), DEFAULT)
+    return next((found for key, found in CEILINGS.items() if key in name), DEFAULT)
 
 
-def chip_of(tensor: Tensor) -> Chip:
+def ceilings_of(tensor: Tensor) -> Ceilings:
     """The ceilings of the GPU that ``tensor`` is on, :data:`DEFAULT` where they are not known."""
-    return _chip(tensor.get_device()) if tensor.is_cuda else DEFAULT
+    return _ceilings(tensor.get_device()) if tensor.is_cuda else DEFAULT
 
 
 class Shape(NamedTuple):
@@ -92,23 +92,23 @@ class Cost:
     bytes: float = 0.0
     flop: float = 0.0
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, ceilings: Ceilings) -> float:
         """The least that the chip's ceilings allow."""
-        return max(self.bytes / chip.bytes_s, self.flop / chip.flop_s)
+        return max(self.bytes / ceilings.bytes_s, self.flop / ceilings.flop_s)
 
 
 Steps = dict[str, Cost]
 """The launches of one way, by what they make, in order."""
 
 
-def seconds(steps: Steps, chip: Chip) -> float:
+def seconds(steps: Steps, ceilings: Ceilings) -> float:
     """The least time of steps that run one after the other."""
-    return sum(step.seconds(chip) for step in steps.values())
+    return sum(step.seconds(ceilings) for step in steps.values())
 
 
-def _price(steps: Steps, chip: Chip) -> float:
+def _price(steps: Steps, ceilings: Ceilings) -> float:
     """What a choice compares: :func:`seconds`, and the launches."""
-    return seconds(steps, chip) + len(steps) * chip.launch_s
+    return seconds(steps, ceilings) + len(steps) * ceilings.launch_s
 
 
 def sectors(height: int, width: int, m: int, itemsize: int) -> float:
@@ -159,25 +159,25 @@ def out_by_weight(shape: Shape) -> Steps:
     return fused_weight(shape) | gathered_rows(shape) | z
 
 
-def parts_of_h(shape: Shape, chip: Chip) -> int:
+def parts_of_h(shape: Shape, ceilings: Ceilings) -> int:
     """In how many parts h ``[T, m]`` is made."""
-    return splits(-(-max(1, shape.t) // ROWS_OF_A_PROGRAM), MOST_SPLITS, chip.processors)
+    return splits(-(-max(1, shape.t) // ROWS_OF_A_PROGRAM), MOST_SPLITS, ceilings.processors)
 
 
-def summed_h(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+def summed_h(shape: Shape, ceilings: Ceilings = DEFAULT) -> Steps:
     """h of its parts, and in the compute dtype."""
     t, _, _, m, s = shape
-    parts = parts_of_h(shape, chip)
+    parts = parts_of_h(shape, ceilings)
     return {"h": Cost((4 * (parts + 1) * (parts > 1) + 4 + s) * t * m)}
 
 
-def output_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+def output_gradient(shape: Shape, ceilings: Ceilings = DEFAULT) -> Steps:
     """``∂y0`` of g and Q: 2 s T N + s N m, h in its parts, three times the sectors of m columns.
 
     A column is read from g, and an element written alone has its sector read and written.
     """
     t, n, _, m, s = shape
-    h = 4 * parts_of_h(shape, chip) * t * m
+    h = 4 * parts_of_h(shape, ceilings) * t * m
     return {
         "∂y0": Cost(s * (2 * t * n + n * m) + h, 2 * t * n * m),
         "its columns": Cost(3 * sectors(t, n, m, s) + h),
@@ -195,7 +195,7 @@ def added_h(shape: Shape) -> Steps:
 
 
 def input_ways(
-    shape: Shape, per_token: bool = False, shared: bool = False, chip: Chip = DEFAULT
+    shape: Shape, per_token: bool = False, scaled: bool = False, ceilings: Ceilings = DEFAULT
 ) -> dict[str, Steps]:
     """The ways to ∂x of an additive layer, products and all.
 
@@ -204,64 +204,66 @@ def input_ways(
     Args:
         shape: the layer's.
         per_token: whether z has a scale for each token (dropout): each then has a W' of its own.
-        shared: whether the base has a share of its own, so that g itself is not ∂y0.
-        chip: its ceilings.
+        scaled: whether the base has a scale of its own, so that g itself is not ∂y0.
+        ceilings: the chip's.
     """
     t, n, _, m, s = shape
     whole, ways = {"product": product(shape)}, {}
     if not per_token:
         ways["weight"] = gathered_rows(shape) | fused_weight(shape) | whole
-    if not shared:
+    if not scaled:
         h = Cost(s * (t * n + n * m + t * m), 2 * t * n * m)
         ways["h"] = {"h": h} | added_h(shape)
-    return ways | {"output": output_gradient(shape, chip) | whole}
+    return ways | {"output": output_gradient(shape, ceilings) | whole}
 
 
 @functools.lru_cache(4096)
 def input_way(
-    shape: Shape, per_token: bool = False, shared: bool = False, chip: Chip = DEFAULT
+    shape: Shape, per_token: bool = False, scaled: bool = False, ceilings: Ceilings = DEFAULT
 ) -> str:
     """Which of :func:`input_ways` is the quickest: ``"weight"``, ``"h"`` or ``"output"``.
 
     At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3528 tokens on, and h R + g W below.
     """
-    ways = input_ways(shape, per_token, shared, chip)
-    return min(ways, key=lambda way: _price(ways[way], chip))
+    ways = input_ways(shape, per_token, scaled, ceilings)
+    return min(ways, key=lambda way: _price(ways[way], ceilings))
 
 
 @functools.lru_cache(4096)
-def takes_weight(shape: Shape, kept: bool = False, chip: Chip = DEFAULT) -> bool:
+def takes_weight(shape: Shape, kept: bool = False, ceilings: Ceilings = DEFAULT) -> bool:
     """Whether the kernels' forward of an additive layer goes through W' rather than through y0.
 
     Args:
         shape: the layer's.
         kept: whether W' is kept for the backward pass, which then has but a product for ∂x.
-        chip: its ceilings.
+        ceilings: the chip's.
     """
-    by_weight, by_output = (_price(way(shape), chip) for way in (out_by_weight, out_by_output))
+    by_weight, by_output = (_price(way(shape), ceilings) for way in (out_by_weight, out_by_output))
     if kept:
-        by_weight += _price({"product": product(shape)}, chip)
-        by_output += min(_price(way, chip) for way in input_ways(shape, chip=chip).values())
+        by_weight += _price({"product": product(shape)}, ceilings)
+        by_output += min(
+            _price(way, ceilings) for way in input_ways(shape, ceilings=ceilings).values()
+        )
     return by_weight < by_output
 
 
-def base_gradient(shape: Shape, chip: Chip = DEFAULT) -> Steps:
+def base_gradient(shape: Shape, ceilings: Ceilings = DEFAULT) -> Steps:
     """``∂y0 W`` of `activation`: ∂y0 written, its columns added, the product."""
     t, n, _, _, s = shape
-    columns = output_gradient(shape, chip)["its columns"]
+    columns = output_gradient(shape, ceilings)["its columns"]
     return {"∂y0": Cost(s * t * n), "its columns": columns, "product": product(shape)}
 
 
 @functools.lru_cache(4096)
-def adds_h(shape: Shape, norm: Norm, chip: Chip = DEFAULT) -> bool:
+def adds_h(shape: Shape, norm: Norm, ceilings: Ceilings = DEFAULT) -> bool:
     """Whether ∂x of `activation` is h R + g W rather than ∂y0 W.
 
     Only where ∂base is g itself: gated, without the restraint's factor.
     """
     if norm.averaged or norm.restrained:
         return False
-    added = summed_h(shape, chip) | added_h(shape)
-    return _price(added, chip) <= _price(base_gradient(shape, chip), chip)
+    added = summed_h(shape, ceilings) | added_h(shape)
+    return _price(added, ceilings) <= _price(base_gradient(shape, ceilings), ceilings)
 
 
 def change_blocks(t: int, n: int, itemsize: int, whole_rows: bool) -> Iterator[tuple[slice, slice]]:
@@ -292,8 +294,8 @@ def rows_of_chunk(n: int, k: int, itemsize: int) -> int:
 
 
 __all__ = [
+    "CEILINGS",
     "CHANGE_MIB",
-    "CHIPS",
     "CHUNK_MIB",
     "DEFAULT",
     "MOST_ROW_SPLITS",
@@ -302,15 +304,15 @@ __all__ = [
     "ROWS_OF_A_SPLIT",
     "SECTOR_BYTES",
     "SMALL_MIB",
-    "Chip",
+    "Ceilings",
     "Cost",
     "Shape",
     "Steps",
     "added_h",
     "adds_h",
     "base_gradient",
+    "ceilings_of",
     "change_blocks",
-    "chip_of",
     "fused_weight",
     "gathered_rows",
     "input_way",

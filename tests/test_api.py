@@ -218,8 +218,8 @@ def test_effective_weight_matches_the_oracle(norm, folded):
 def test_additive_product_is_that_of_the_effective_weight(norm):
     example = Case(NormOptions(norm), **WIDE, folded="base", restrained=True).draw()
     layer = example.layer
-    q, share = additive_product(layer, example.a)
-    base = layer.weight if share is None else share[:, None] * layer.weight
+    q, base_scale = additive_product(layer, example.a)
+    base = layer.weight if base_scale is None else base_scale[:, None] * layer.weight
     expected = effective_weight(layer, example.a)
     torch.testing.assert_close(base + q @ layer.weight[layer.rows], expected)
     with pytest.raises(ValueError, match="no product of low rank"):

@@ -35,7 +35,7 @@ SPACES = {
 }
 """By folder of ``secura_kernels/ops``: the other folders it may import."""
 
-SHARED = ("common", "jit", "launch")
+SHARED = ("common", "jit", "launch", "operands", "triton")
 """Modules of ``secura_kernels/ops`` that every folder may import, and that import none."""
 
 INSPECTION = "secura_kernels.inspection"

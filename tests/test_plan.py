@@ -6,7 +6,7 @@ import pytest
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.norm import pack, unpack
-from secura_kernels.plan import CHIPS, Chip, Cost, Shape
+from secura_kernels.plan import CEILINGS, Ceilings, Cost, Shape
 
 
 def norm_of(combine: str = "gated"):
@@ -14,9 +14,9 @@ def norm_of(combine: str = "gated"):
 
 
 def test_time_is_of_bytes_or_of_operations():
-    chip = Chip(bytes_s=10.0, flop_s=100.0)
-    assert Cost(20, 100).seconds(chip) == 2 and Cost(20, 300).seconds(chip) == 3
-    assert plan.seconds({"a": Cost(20, 100), "b": Cost(20, 300)}, chip) == 5
+    ceilings = Ceilings(bytes_s=10.0, flop_s=100.0)
+    assert Cost(20, 100).seconds(ceilings) == 2 and Cost(20, 300).seconds(ceilings) == 3
+    assert plan.seconds({"a": Cost(20, 100), "b": Cost(20, 300)}, ceilings) == 5
 
 
 @pytest.mark.parametrize(("width", "itemsize", "m"), [(64, 2, 8), (4096, 2, 128), (96, 4, 30)])
@@ -41,7 +41,7 @@ def test_the_forward_takes_what_was_the_quicker_on_an_h100(t, n, k, taken):
     assert plan.takes_weight(Shape(t, n, k, 128)) is taken
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("ceilings", CEILINGS.values(), ids=CEILINGS)
 @pytest.mark.parametrize(
     ("t", "n", "k", "way"),
     [
@@ -51,23 +51,23 @@ def test_the_forward_takes_what_was_the_quicker_on_an_h100(t, n, k, taken):
         (512, 14336, 4096, "h"),
     ],
 )
-def test_the_input_gradient_takes_the_way_that_moves_the_fewest_bytes(t, n, k, way, chip):
+def test_the_input_gradient_takes_the_way_that_moves_the_fewest_bytes(t, n, k, way, ceilings):
     """2 N K elements against 3 T K or so, or T N and the scattered columns."""
-    assert plan.input_way(Shape(t, n, k, 128), chip=chip) == way
+    assert plan.input_way(Shape(t, n, k, 128), ceilings=ceilings) == way
 
 
 def test_ways_that_would_be_wrong_are_none():
-    """A token's own W' under dropout; g in the place of ∂y0 where the base has a share."""
+    """A token's own W' under dropout; g in the place of ∂y0 where the base has a scale."""
     for shape in (Shape(8192, 4096, 4096, 128), Shape(64, 14336, 4096, 16)):
-        assert plan.input_way(shape, per_token=True, shared=True) == "output"
+        assert plan.input_way(shape, per_token=True, scaled=True) == "output"
         assert "weight" not in plan.input_ways(shape, per_token=True)
-        assert "h" not in plan.input_ways(shape, shared=True)
+        assert "h" not in plan.input_ways(shape, scaled=True)
 
 
 def test_a_chip_with_few_operations_a_byte_makes_no_second_weight():
     shape = Shape(8192, 4096, 4096, 512)
-    assert plan.takes_weight(shape, chip=Chip(1e12, 1e15))
-    assert not plan.takes_weight(shape, chip=Chip(1e15, 1e12)._replace(processors=1))
+    assert plan.takes_weight(shape, ceilings=Ceilings(1e12, 1e15))
+    assert not plan.takes_weight(shape, ceilings=Ceilings(1e15, 1e12)._replace(processors=1))
 
 
 def test_h_is_added_where_the_output_is_not_the_narrower_side():

@@ -181,7 +181,7 @@ def test_a_layer_is_exact_given_what_its_base_makes(load, norm, training):
     for folds in range(2):
         for value in (layer.B, layer.bias):
             value.data.normal_(std=0.5, generator=generator)
-        frozen = layer._layer(base, weight)._replace(columns=None)
+        frozen = layer.kernel_layer(base, weight)._replace(columns=None)
         if folds:
             frozen = frozen._replace(core=layer.core.double())
         given = [x.requires_grad_(), layer.A, layer.B, layer.bias]

@@ -49,7 +49,7 @@ def expected(layer, x):
     """What the layer computes of ``x``, by its equations from its tensors as they are now."""
     base, config = layer.base, layer.config
     weight = base.weight.mT if isinstance(base, Conv1D) else base.weight
-    plain = layer._layer(base, weight)._replace(bias=base.bias, columns=None)
+    plain = layer.kernel_layer(base, weight)._replace(bias=base.bias, columns=None)
     if config.restrain:
         now = important_channels(weight.detach(), config.r)
         plain = plain._replace(restrain=plain.restrain._replace(important=now))
@@ -164,14 +164,14 @@ def test_a_weight_that_was_trained_meanwhile_is_seen(how):
     model.set_adapter("default")
     found = tiny.logits(model)
     for one in tiny.parts(model):
-        one._stale = True
+        one.stale = True
     assert torch.equal(tiny.logits(model), found)
 
 
 def test_norms_of_a_trained_weight_need_the_weight():
     layer = adapted(nn.Linear(K, N), norm="channel")
     columns = layer.base.weight[:, layer.cols].detach().requires_grad_()
-    given = layer._layer(layer.base, None)._replace(columns=columns)
+    given = layer.kernel_layer(layer.base, None)._replace(columns=columns)
     with pytest.raises(ValueError, match="norms of a weight that is trained: give it"):
         secura_add(torch.randn(T, N).double(), given, *layer.factors())
 
@@ -180,9 +180,9 @@ def test_where_no_gradient_would_come_it_is_refused():
     layer = adapted(nn.Linear(K, N), norm="none")
     x, weight = torch.randn(T, K).double(), layer.base.weight.detach().requires_grad_()
     with pytest.raises(ValueError, match="require a gradient, of which they would get none"):
-        secura_linear(x, layer._layer(layer.base, weight), *layer.factors())
+        secura_linear(x, layer.kernel_layer(layer.base, weight), *layer.factors())
     with torch.no_grad():
-        secura_linear(x, layer._layer(layer.base, weight), *layer.factors())
+        secura_linear(x, layer.kernel_layer(layer.base, weight), *layer.factors())
 
 
 def test_a_sharded_base_that_is_trained_is_refused(monkeypatch):

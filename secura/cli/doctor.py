@@ -164,12 +164,12 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     if options.norm not in NORMS:
         raise UserError(f"--norm {options.norm}: choose one of {', '.join(NORMS)}")
     rates = re.fullmatch(r"([\d.]+),([\d.]+)", options.chip)
-    if rates is None and options.chip not in plan.CHIPS:
-        known = ", ".join(plan.CHIPS)
+    if rates is None and options.chip not in plan.CEILINGS:
+        known = ", ".join(plan.CEILINGS)
         raise UserError(f"--chip {options.chip}: choose one of {known}, or give TB/s,TFLOP/s")
-    chip = plan.CHIPS.get(options.chip)
+    chip = plan.CEILINGS.get(options.chip)
     if chip is None and rates is not None:
-        chip = plan.Chip(float(rates[1]) * 1e12, float(rates[2]) * 1e12)
+        chip = plan.Ceilings(float(rates[1]) * 1e12, float(rates[2]) * 1e12)
     assert chip is not None
     k, n = map(int, sizes.groups())
     if options.r > min(n, k):

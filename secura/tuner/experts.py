@@ -66,7 +66,7 @@ class ParamWrapper(SecuraLayer):
         Raises:
             ValueError: for several.
         """
-        adapters = self._named(self.active_adapters)
+        adapters = self.adapters_named(self.active_adapters)
         if len(adapters) > 1:
             raise ValueError(
                 f"adapters {self.active_adapters} are active together, and experts take one: "

@@ -138,7 +138,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if names is None:
             active = self.acting_adapters()
         else:
-            active = self._named(list(dict.fromkeys(names)))
+            active = self.adapters_named(list(dict.fromkeys(names)))
         if not active:
             return base(x, *args, **kwargs)
         if "_hf_hook" in base.__dict__:
@@ -162,7 +162,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         for name in self.secura_adapter if not self.merged else ():
             adapter = cast(CABR, self.secura_adapter[name])
-            waits = adapter._assigned and not adapter._awaits_file
+            waits = adapter.assigned and not adapter.awaits_file
             if waits and bases.weight_here(self.adapted) is not None:
                 adapter.check_assigned(self.adapted)
         return self
@@ -173,17 +173,17 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: it is merged, or holds what was folded, which stays as it is.
         """
-        for one in self._named([adapter]):
+        for one in self.adapters_named([adapter]):
             self._rescale(one, scale * float(one.config.scaling))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters (see :meth:`set_scale`)."""
-        for one in self._named(self.active_adapters):
+        for one in self.adapters_named(self.active_adapters):
             self._rescale(one, one.scaling * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters; None takes their config's again."""
-        for one in self._named(self.active_adapters):
+        for one in self.adapters_named(self.active_adapters):
             self._rescale(one, float(one.config.scaling) if scale is None else one.scaling / scale)
 
     def _rescale(self, adapter: CABR, scaling: float) -> None:
@@ -220,7 +220,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     def renew_saved(self, state_dict: Any, prefix: str, adapter: str) -> None:
         """Make an adapter's saved state that of one on the base weight as it is now."""
         weight = merging.weight_before(self._merged, self.adapted)
-        self._named([adapter])[0].renew(state_dict, prefix, weight)
+        self.adapters_named([adapter])[0].renew(state_dict, prefix, weight)
 
     def acting_adapters(self) -> list[CABR]:
         """The adapters that act in this layer.
@@ -228,7 +228,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: for several of which one has a norm.
         """
-        adapters = self._named(self.active_adapters)
+        adapters = self.adapters_named(self.active_adapters)
         if len(adapters) > 1 and not all(map(several.is_additive, adapters)):
             raise ValueError(
                 f"adapters {self.active_adapters} are active together, but only norm='none' adds "
@@ -236,7 +236,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             )
         return adapters
 
-    def _named(self, names: list[str]) -> list[CABR]:
+    def adapters_named(self, names: list[str]) -> list[CABR]:
+        """The adapters of this layer that bear one of these names, in the order of ``names``."""
         return [
             cast(CABR, self.secura_adapter[name]) for name in names if name in self.secura_adapter
         ]
@@ -258,7 +259,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         Of experts ``[E, N, K]``, or as they are stored.
         """
         with self._before_merging():
-            delta = self._named([adapter])[0].delta_of(self.adapted)
+            delta = self.adapters_named([adapter])[0].delta_of(self.adapted)
         return delta.mT if bases.is_transposed(self.adapted) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -268,7 +269,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """
         return any(
             adapter.config.norm == "none" and adapter.bias is None
-            for adapter in self._named([adapter_name])
+            for adapter in self.adapters_named([adapter_name])
         )
 
     @torch.inference_mode(False)
@@ -333,7 +334,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
 
     def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
-        adapters, base = self._named(names), self.adapted
+        adapters, base = self.adapters_named(names), self.adapted
         merging.check_mergeable(base, adapters)
         if len(adapters) == 1:
             weight = adapters[0].effective_of(base)
@@ -365,7 +366,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         if device is None:
             device = next(self.get_base_layer().parameters()).device
-        for adapter in self._named([adapter_name]):
+        for adapter in self.adapters_named([adapter_name]):
             if device.type != "meta" and not any(value.is_meta for value in adapter.parameters()):
                 adapter.to(device)
 

@@ -86,7 +86,7 @@ class SecuraModel(BaseTuner):
         copied = [name for name, own in self.peft_config.items() if own is given]
         if adapter_name == REFERENCE and copied:  # TRL copies parameters alone
             for _, layer in _secura_layers(model):
-                both = layer._named([copied[0], adapter_name])
+                both = layer.adapters_named([copied[0], adapter_name])
                 if len(both) == 2:
                     both[1].take_fixed(both[0])
 

@@ -38,7 +38,7 @@ def by_row(layer: SecuraLayer, x: Tensor, names: Sequence[str]) -> Tensor:
         )
     out = layer.base_layer(x)
     for name in dict.fromkeys(names):
-        for adapter in layer._named([name]):
+        for adapter in layer.adapters_named([name]):
             own = [row for row, other in enumerate(names) if other == name]
             rows = torch.tensor(own, device=x.device)
             part = adapter.beside(layer.base_layer, x[rows], out[rows])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .. import plan
 from ..norm import Norm
-from ..plan import DEFAULT, Chip, Cost, Shape, Steps
+from ..plan import DEFAULT, Ceilings, Cost, Shape, Steps
 
 
 def projection(shape: Shape, itemsize: int) -> Steps:
@@ -26,44 +26,44 @@ def core_gradient(shape: Shape) -> Steps:
     }
 
 
-def _additive(shape: Shape, scaled: bool, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
+def _additive(shape: Shape, scaled: bool, kept: bool, ceilings: Ceilings) -> tuple[Steps, Steps]:
     t, n, _, m, s = shape
     forward = projection(shape, 4 if scaled else s)
     if scaled:
         forward["Q"] = Cost((4 + s) * n * m + 4 * m * m, 2 * n * m * m)
-    by_weight = plan.takes_weight(shape, kept, chip)
+    by_weight = plan.takes_weight(shape, kept, ceilings)
     forward["product"] = plan.product(shape)
     forward |= plan.out_by_weight(shape) if by_weight else plan.out_by_output(shape)
     if by_weight and kept:
         backward = {"product": plan.product(shape)}
     else:
-        way = plan.input_way(shape, chip=chip)
-        backward = dict(plan.input_ways(shape, chip=chip)[way])
+        way = plan.input_way(shape, ceilings=ceilings)
+        backward = dict(plan.input_ways(shape, ceilings=ceilings)[way])
         if way == "weight":
             del backward["R"]  # read in W
     backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
     return forward, backward | core_gradient(shape)
 
 
-def _activation(shape: Shape, norm: Norm, chip: Chip) -> tuple[Steps, Steps]:
+def _activation(shape: Shape, norm: Norm, ceilings: Ceilings) -> tuple[Steps, Steps]:
     t, n, _, m, s = shape
     z, _ = plan.out_by_output(shape).items()
     normed = Cost(s * (2 * t * n + t * m + n * m), 2 * t * n * m)
     forward = projection(shape, s) | {"product": plan.product(shape)} | dict([z]) | {"norm": normed}
-    h = 4 * plan.parts_of_h(shape, chip) * t * m
+    h = 4 * plan.parts_of_h(shape, ceilings) * t * m
     change = Cost(s * (3 * t * n + t * m + n * m) + h, 4 * t * n * m)
-    adds = plan.adds_h(shape, norm, chip)
+    adds = plan.adds_h(shape, norm, ceilings)
     way = (
-        plan.summed_h(shape, chip) | plan.added_h(shape)
+        plan.summed_h(shape, ceilings) | plan.added_h(shape)
         if adds
-        else plan.base_gradient(shape, chip)
+        else plan.base_gradient(shape, ceilings)
     )
     backward = {"dΔ and h": change} | way
     backward["∂P"] = Cost(s * (t * n + t * m) + 4 * n * m, 2 * t * n * m)
     return forward, backward | core_gradient(shape)
 
 
-def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, Steps]:
+def _weight(shape: Shape, norm: Norm, kept: bool, ceilings: Ceilings) -> tuple[Steps, Steps]:
     t, n, k, m, s = shape
     made, thin = plan.fused_weight(shape), 2 * n * k * m
     forward = projection(shape, s)
@@ -73,7 +73,7 @@ def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, St
     chunks = -(-n // plan.rows_of_chunk(n, k, s))
     of_chunk = plan.product(Shape(n // chunks, k, t, m, s))
     programs = -(-n // (chunks * plan.ROWS_OF_A_PROGRAM))
-    parts = 4 * plan.splits(programs, plan.MOST_SPLITS, chip.processors) * n * m
+    parts = 4 * plan.splits(programs, plan.MOST_SPLITS, ceilings.processors) * n * m
     backward = ({} if kept else made) | {"product": plan.product(shape)}
     backward |= plan.gathered_rows(shape) | {
         "gᵀx": Cost(chunks * of_chunk.bytes, 2 * t * n * k),
@@ -84,7 +84,7 @@ def _weight(shape: Shape, norm: Norm, kept: bool, chip: Chip) -> tuple[Steps, St
 
 
 def layer_costs(
-    shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT
+    shape: Shape, norm: Norm, kept: bool = False, ceilings: Ceilings = DEFAULT
 ) -> tuple[Steps, Steps]:
     """What a layer's forward and its backward pass launch, as :mod:`secura_kernels.plan` chooses.
 
@@ -94,26 +94,28 @@ def layer_costs(
         shape: the layer's; its ``itemsize`` is of 16 bits.
         norm: of :func:`secura_kernels.norm.unpack`.
         kept: whether W' is kept (:func:`secura_kernels.kept_weight.keeps_weight`).
-        chip: its ceilings.
+        ceilings: the chip's.
     """
     if norm.space == "activation":
-        return _activation(shape, norm, chip)
+        return _activation(shape, norm, ceilings)
     if norm.space == "weight":
-        return _weight(shape, norm, kept, chip)
-    return _additive(shape, norm.space == "channel", kept, chip)
+        return _weight(shape, norm, kept, ceilings)
+    return _additive(shape, norm.space == "channel", kept, ceilings)
 
 
-def choices(shape: Shape, norm: Norm, kept: bool = False, chip: Chip = DEFAULT) -> dict[str, str]:
+def choices(
+    shape: Shape, norm: Norm, kept: bool = False, ceilings: Ceilings = DEFAULT
+) -> dict[str, str]:
     """Which ways a layer takes, in words; arguments of :func:`layer_costs`."""
     ways = {"weight": "g W'", "h": "h R + g W", "output": "∂y0 W"}
     if norm.space == "activation":
         return {
             "out": "y0, normed",
-            "∂x": ways["h" if plan.adds_h(shape, norm, chip) else "output"],
+            "∂x": ways["h" if plan.adds_h(shape, norm, ceilings) else "output"],
         }
-    by_weight = norm.space == "weight" or plan.takes_weight(shape, kept, chip)
+    by_weight = norm.space == "weight" or plan.takes_weight(shape, kept, ceilings)
     always = norm.space == "weight" or (by_weight and kept)
-    way = "weight" if always else plan.input_way(shape, chip=chip)
+    way = "weight" if always else plan.input_way(shape, ceilings=ceilings)
     found = {"out": "x W'ᵀ" if by_weight else "y0 + z Qᵀ", "∂x": ways[way]}
     return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
 

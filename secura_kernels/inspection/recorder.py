@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ..dispatch import interpreting
-from ..gpu import Machine, assume
+from ..gpu import Limits, assume
 
 
 class Target(NamedTuple):
@@ -33,18 +33,18 @@ class Target(NamedTuple):
 
     name: str
     gpu: GPUTarget
-    machine: Machine
+    limits: Limits
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), Machine(163 * 1024, 108)),
-        Target("sm_89", GPUTarget("cuda", 89, 32), Machine(99 * 1024, 128)),
-        Target("sm_90", GPUTarget("cuda", 90, 32), Machine(227 * 1024, 132)),
-        Target("sm_100", GPUTarget("cuda", 100, 32), Machine(227 * 1024, 148)),
-        Target("sm_120", GPUTarget("cuda", 120, 32), Machine(99 * 1024, 170)),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), Machine(64 * 1024, 304, rocm=True)),
+        Target("sm_80", GPUTarget("cuda", 80, 32), Limits(163 * 1024, 108)),
+        Target("sm_89", GPUTarget("cuda", 89, 32), Limits(99 * 1024, 128)),
+        Target("sm_90", GPUTarget("cuda", 90, 32), Limits(227 * 1024, 132)),
+        Target("sm_100", GPUTarget("cuda", 100, 32), Limits(227 * 1024, 148)),
+        Target("sm_120", GPUTarget("cuda", 120, 32), Limits(99 * 1024, 170)),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), Limits(64 * 1024, 304, rocm=True)),
     )
 }
 
@@ -114,7 +114,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
     before = _active_driver()
     try:
         driver.set_active(_Driver(target))
-        with knobs.runtime.scope(), assume(target.machine):
+        with knobs.runtime.scope(), assume(target.limits):
             knobs.runtime.jit_cache_hook = keep
             found: list[Launch] = []
             yield found
@@ -162,7 +162,7 @@ class Report(NamedTuple):
     def problems(self, rule: Rule) -> list[str]:
         """What the rules forbid: spills, too much shared memory, narrow accesses, no MMA."""
         target = TARGETS[self.target]
-        limit, cuda = target.machine.shared_bytes, target.gpu.backend == "cuda"
+        limit, cuda = target.limits.shared_bytes, target.gpu.backend == "cuda"
         checks = (
             (self.spill_bytes > 0, f"spills {self.spill_bytes} bytes"),
             (self.shared_bytes > limit, f"{self.shared_bytes} bytes shared, {limit} allowed"),

@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
     Attributes:
         layer: what is not trained.
-        norm: the layer's norm, of :func:`secura_kernels.norm.pack`.
+        packed: the layer's norm, of :func:`secura_kernels.norm.pack`.
         important: ``[N]`` bool, the channels that the layer's restraint acts on, or None.
         given: whether x is the base's output y0, bias included, rather than its input.
         watched: whether ops go through torch's dispatcher, for a compiler or a mode to see.
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     """
 
     layer: Layer
-    norm: str
+    packed: str
     important: Tensor | None
     given: bool
     watched: bool

@@ -72,7 +72,7 @@ def _lowrank_backward(
     g: Tensor,
     weight: Tensor | None,
     q: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     z_scale: Tensor | None,
     needs: list[bool],
 ) -> int:
@@ -81,7 +81,9 @@ def _lowrank_backward(
     if weight is not None:
         k = weight.shape[1]
         shape = plan.Shape(t, n, k, m, g.element_size())
-        way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+        way = plan.input_way(
+            shape, z_scale is not None, base_scale is not None, plan.ceilings_of(g)
+        )
         beside = {"weight": _product(n, k, m), "h": thin + _product(t, m, k), "output": thin}
         to_x = _product(t, n, k) + beside[way]
     return needs[0] * to_x + needs[1] * thin
@@ -98,24 +100,29 @@ def _activation(x: Tensor, weight: Tensor | None, rows: Tensor, terms: list[Any]
 
 
 def _activation_backward(
-    g: Tensor, saved: Tensor, weight: Tensor | None, terms: list[Any], norm: str, needs: list[bool]
+    g: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    terms: list[Any],
+    packed: str,
+    needs: list[bool],
 ) -> int:
     (t, n), m = g.shape, _rank(terms)
     to_x = 0
     if weight is not None:
         k = weight.shape[1]
         shape = plan.Shape(t, n, k, m, g.element_size())
-        added = plan.adds_h(shape, unpack(norm), plan.chip_of(g))
+        added = plan.adds_h(shape, unpack(packed), plan.ceilings_of(g))
         to_x = _product(t, n, k) + (_product(t, m, k) if added else 0)
     again = 0 if saved.dtype == torch.uint8 else _sides(terms)
     thin = again + needs[0] * _sides(terms) + needs[1]
     return needs[0] * to_x + thin * _product(t, n, m)
 
 
-def _weight(x: Tensor, w: Tensor, terms: list[Any], norm: str, impl: str | None) -> int:
-    how, plain = unpack(norm), supported(impl, x, w) == "reference"
+def _weight(x: Tensor, w: Tensor, terms: list[Any], packed: str, impl: str | None) -> int:
+    norm, plain = unpack(packed), supported(impl, x, w) == "reference"
     whole = plain and w.shape[0] <= rows_at_once(w, torch.float32)  # and kept from pass to pass
-    passes = 1 if whole else 1 + how.needs_peak + how.restrained
+    passes = 1 if whole else 1 + norm.needs_peak + norm.restrained
     thin = _sides(terms) * _product(*w.shape, _rank(terms))
     return _product(x.shape[0], *w.shape) + passes * thin
 

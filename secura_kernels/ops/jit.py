@@ -1,8 +1,7 @@
 """What every kernel shares: the gain, the dot product, rounding and offsets, each once.
 
-``@triton.jit`` helpers stand here, one small kernel, and the few host-side decisions that belong to
-them.
-Formulas: :mod:`secura_kernels.norm`.
+Functions that run within a kernel; what its launcher does before is in
+:mod:`secura_kernels.ops.operands`. Formulas: :mod:`secura_kernels.norm`.
 """
 
 # Triton's functions have no Python return type and want plain if/else.
@@ -10,21 +9,13 @@ Formulas: :mod:`secura_kernels.norm`.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
 
 from ..dispatch import interpreting
-from ..norm import Norm
-from .launch import Kernel
 
 INTERPRET = tl.constexpr(interpreting())
-Tile = dict[str, int]
-"""How a launch is cut: the edges ``BLOCK_*`` of a program's tile, its warps and pipeline stages."""
-
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _LARGEST_POWER = tl.constexpr(64.0)  # 2^64 stands for infinity: (1 + e) / (1 + we) is 1 / w there
 
@@ -66,40 +57,6 @@ def divide(a, b):
     else:
         quotient = libdevice.fast_dividef(a, b)
     return quotient
-
-
-@Kernel
-@triton.jit(do_not_specialize=["count"])
-def _gain_scalars_kernel(
-    peaks_ptr, scalars_ptr, count, scale, FORM: tl.constexpr, BLOCK: tl.constexpr
-):
-    slope, offset = scale, 0.0
-    if FORM != "calibrated":
-        peak = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, count, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
-        peak = tl.max(peak)
-        if FORM == "paper":
-            slope = scale / tl.maximum(peak, 1e-30)
-            offset = -0.5 * scale
-        slope = tl.where(peak == 0.0, 0.0, slope)
-        offset = tl.where(peak == 0.0, float("-inf"), offset)
-    tl.store(scalars_ptr + 1, slope)
-    tl.store(scalars_ptr + 2, offset)
-
-
-def gain_scalars(peaks: Tensor, scalars: Tensor, norm: Norm) -> None:
-    """Write slope and offset (:func:`secura_kernels.norm.coefficients`) after ε, in one launch.
-
-    Args:
-        peaks: the largest ρ of each part; not read where the form needs none.
-        scalars: ``[ε, slope, offset]``, fp32.
-        norm: the norm.
-    """
-    _gain_scalars_kernel[(1,)](
-        peaks, scalars, peaks.numel(), norm.scale, FORM=norm.form, BLOCK=1024
-    )
 
 
 @triton.jit
@@ -158,67 +115,15 @@ def span(block, BLOCK: tl.constexpr):
     return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a dot: TF32 for fp32 operands only where torch's own setting allows.
-
-    16-bit operands ignore it.
-    """
-    if dtype != torch.float32:
-        return "tf32"
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
-def cdiv(size: int, block: int) -> int:
-    """How many blocks cover ``size``: a plain division, where ``triton.cdiv`` takes 3 µs."""
-    return -(-size // block)
-
-
-def block_of(size: int, smallest: int, largest: int) -> int:
-    """The power of two that covers ``size``, within ``[smallest, largest]``."""
-    return max(smallest, min(largest, 1 << max(0, size - 1).bit_length()))
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    """``tensor`` itself where its last dimension has stride 1, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def padded(thin: Tensor) -> Tensor:
-    """``[..., m]`` contiguous with m a multiple of 16, zeros behind: rows then start aligned."""
-    short = -thin.shape[-1] % 16
-    return F.pad(thin, (0, short)) if short else thin.contiguous()
-
-
-def padded_rows(rows: Tensor) -> Tensor:
-    """``rows [m]`` with the first repeated behind, where it meets the zeros of a padded P or Q."""
-    short = -rows.numel() % 16
-    return torch.cat((rows, rows[:1].expand(short))) if short else rows.contiguous()
-
-
-def aligned(*sizes: int) -> bool:
-    """Whether rows of these many elements start at multiples of 16 bytes, whatever the dtype."""
-    return not any(size % 16 for size in sizes)
-
-
 __all__ = [
     "INTERPRET",
-    "Tile",
-    "aligned",
-    "block_of",
     "cast",
-    "cdiv",
     "combine",
     "dot",
-    "dot_precision",
-    "gain_scalars",
     "inverse_gain",
     "load_scalars",
     "noise",
-    "padded",
-    "padded_rows",
     "relative_change",
     "round_stochastically",
     "span",
-    "unit_stride",
 ]

@@ -13,7 +13,7 @@ import torch
 from secura.cli import main
 from secura_kernels import NormOptions
 from secura_kernels.dispatch import interpreting
-from secura_kernels.gpu import Machine, assume, assumed, machine_of
+from secura_kernels.gpu import Limits, assume, assumed, limits_of
 from secura_kernels.inspection.kernel_table import COLUMNS, kernel_reports, kernel_table
 
 pytest.importorskip("triton")
@@ -141,7 +141,7 @@ def test_recording_leaves_nothing_behind():
     before = _active_driver()
     with record(SM_90) as found:
         layer.output("triton")
-        assert assumed() == SM_90.machine and _active_driver() is not before
+        assert assumed() == SM_90.limits and _active_driver() is not before
     assert [launch.kernel.__name__ for launch in found] == [
         "_project_fwd_kernel", "_gather_kernel", "_add_product_kernel"
     ]  # fmt: skip
@@ -154,10 +154,10 @@ def test_recording_leaves_nothing_behind():
 
 
 def test_an_assumed_machine_is_that_of_tensors_elsewhere():
-    machine = Machine(64 * 1024, 304, rocm=True)
-    with assume(machine):
-        assert machine_of(torch.empty(1)) is machine
-    assert machine_of(torch.empty(1)).processors == 132
+    limits = Limits(64 * 1024, 304, rocm=True)
+    with assume(limits):
+        assert limits_of(torch.empty(1)) is limits
+    assert limits_of(torch.empty(1)).processors == 132
 
 
 def test_problems_name_what_is_wrong():

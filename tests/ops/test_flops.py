@@ -57,7 +57,7 @@ def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
     assert counted(rounded, "cpu", "reference") == through
     assert counted(case, "cpu", "reference") == beside
     for taken, expected in ((True, through), (False, beside)):
-        monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip, taken=taken: taken)
+        monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, ceilings, taken=taken: taken)
         with assume(H100):
             assert counted(case, "meta", "triton") == expected
             assert counted(replace(case, dropout=True), "meta", "triton") == beside
@@ -82,7 +82,7 @@ def test_kernels_make_the_change_once_a_pass():
 @pytest.mark.parametrize("norm", ["none", "channel"])
 def test_no_z_is_made_where_no_backward_pass_follows(norm, monkeypatch):
     """Nor with A and B frozen; where it goes through W', z is a product of its own."""
-    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: True)
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, ceilings: True)
     example = Case(NormOptions(norm), torch.bfloat16, 8, 48, 16, 32).draw("meta")
     trained = example._replace(a=example.a.requires_grad_())
 

@@ -341,7 +341,7 @@ def test_every_way_to_the_input_gradient(way, options, dropout, monkeypatch):
 @pytest.mark.parametrize("h_alone", [True, False])
 @pytest.mark.parametrize(("folded", "dropout"), list(product(("base", ""), (True, False))))
 def test_both_routes_of_the_input_gradient_of_activation(h_alone, folded, dropout, monkeypatch):
-    monkeypatch.setattr(plan, "adds_h", lambda shape, norm, chip: h_alone)
+    monkeypatch.setattr(plan, "adds_h", lambda shape, norm, ceilings: h_alone)
     options = NormOptions("activation", combine="gated")
     example = draw(options, dtype=torch.float64, folded=folded, dropout=dropout)
     for got, exact in zip(example.run("reference"), exactly(example), strict=True):

@@ -31,8 +31,8 @@ def poisoned():
 
 def forced(monkeypatch, way: str):
     """The forward through W' or through y0, and ∂x the way that is named."""
-    monkeypatch.setattr(plan, "input_way", lambda shape, per_token, shared, chip: way)
-    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: way == "weight")
+    monkeypatch.setattr(plan, "input_way", lambda shape, per_token, scaled, ceilings: way)
+    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, ceilings: way == "weight")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
@@ -59,7 +59,9 @@ def test_rows_named_twice(y0_given, way, m, monkeypatch):
 def test_a_recomputed_output_has_the_bits_of_the_first(reentrant, monkeypatch):
     """Though the second of re-entrant checkpointing's passes alone knows that W' is kept."""
     seen, ways = [], []
-    monkeypatch.setattr(plan, "takes_weight", lambda shape, kept, chip: ways.append(kept) or kept)
+    monkeypatch.setattr(
+        plan, "takes_weight", lambda shape, kept, ceilings: ways.append(kept) or kept
+    )
     example = case_of((40, 48, 32, 16), NormOptions("none"), torch.bfloat16).draw()
     x = example.x.requires_grad_()
 
@@ -108,13 +110,13 @@ def strided(tensor: torch.Tensor, how: int) -> torch.Tensor:
 
 
 def draw(t, n, m, dtype=torch.float32):
-    """y, g ``[T, N]``, Q ``[N, m]``, z_scale ``[T, m]``, rows ``[m]``, share, b, δb ``[N]``."""
+    """y, g ``[T, N]``, Q ``[N, m]``, z_scale ``[T, m]``, rows ``[m]``, the rest ``[N]``."""
     source = torch.Generator().manual_seed(0)
-    y, g, q, scale, share, bias, delta = (
+    y, g, q, scale, base_scale, bias, delta = (
         torch.randn(size, generator=source).to(dtype)
         for size in ((t, n), (t, n), (n, m), (t, m), (n,), (n,), (n,))
     )
-    return y, g, q, scale, torch.randperm(n, generator=source)[:m], share, bias, delta
+    return y, g, q, scale, torch.randperm(n, generator=source)[:m], base_scale, bias, delta
 
 
 SMALL = st.integers(0, 40)
@@ -127,16 +129,16 @@ LAYOUT = st.integers(0, 3)
 )  # fmt: skip
 @given(t=SMALL, n=st.integers(1, 70), m=st.integers(1, 35), layouts=st.tuples(*[LAYOUT] * 4))
 def test_shapes_and_strides_of_each_kernel(t, n, m, layouts):
-    *wide, rows, share, bias, delta = draw(t, n, min(m, n))
+    *wide, rows, base_scale, bias, delta = draw(t, n, min(m, n))
     y, g, q, scale = (strided(tensor, how) for tensor, how in zip(wide, layouts, strict=True))
     kept = [tensor.clone() for tensor in (y, g, q, scale)]
     z = kernels.gather(y, bias, rows, scale)
     torch.testing.assert_close(z, (y[:, rows] - bias[rows]) * scale)
     out = torch.empty(y.shape)
-    kernels.add_product(y, z, q, share, bias, delta, bias_inside=True, out=out)
-    torch.testing.assert_close(out, (y - bias) * share + bias + delta + z @ q.t())
-    dy = kernels.output_gradient(g, rows, q, share, scale)
-    torch.testing.assert_close(dy, (g * share).index_add(1, rows, (g @ q) * scale))
+    kernels.add_product(y, z, q, base_scale, bias, delta, bias_inside=True, out=out)
+    torch.testing.assert_close(out, (y - bias) * base_scale + bias + delta + z @ q.t())
+    dy = kernels.output_gradient(g, rows, q, base_scale, scale)
+    torch.testing.assert_close(dy, (g * base_scale).index_add(1, rows, (g @ q) * scale))
     for tensor, before in zip((y, g, q, scale), kept, strict=True):
         assert torch.equal(tensor, before)
 
@@ -144,23 +146,23 @@ def test_shapes_and_strides_of_each_kernel(t, n, m, layouts):
 @pytest.mark.parametrize("outside", [-1, 9, 2**40])
 def test_rows_that_y_does_not_have_read_as_zero_and_are_not_written(outside):
     """An index out of range must reach nothing beyond y."""
-    y, g, q, scale, rows, share, bias, _ = draw(5, 9, 3)
+    y, g, q, scale, rows, base_scale, bias, _ = draw(5, 9, 3)
     rows[1] = outside
     inside = torch.tensor([True, False, True])
     z = kernels.gather(y, bias, rows, scale)
     expected = (y - bias)[:, rows[inside]] * scale[:, inside]
     torch.testing.assert_close(z[:, inside], expected)
     assert not z[:, 1].any()
-    dy = kernels.output_gradient(g, rows, q, share, None)
-    expected = (g * share).index_add(1, rows[inside], (g @ q)[:, inside])
+    dy = kernels.output_gradient(g, rows, q, base_scale, None)
+    expected = (g * base_scale).index_add(1, rows[inside], (g @ q)[:, inside])
     torch.testing.assert_close(dy, expected)
 
 
 @pytest.mark.parametrize("m", [100, 130, 300, 512])
 def test_every_block_of_the_rank(m):
-    _, g, q, _, rows, share, *_ = draw(5, 520, m, torch.bfloat16)
-    got = kernels.output_gradient(g, rows, q, share, None)
-    exact = (g.double() * share.double()).index_add(1, rows, g.double() @ q.double())
+    _, g, q, _, rows, base_scale, *_ = draw(5, 520, m, torch.bfloat16)
+    got = kernels.output_gradient(g, rows, q, base_scale, None)
+    exact = (g.double() * base_scale.double()).index_add(1, rows, g.double() @ q.double())
     assert (got.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
@@ -175,9 +177,9 @@ def test_a_rank_above_the_largest_block():
 
 
 def test_product_works_in_place():
-    y, _, q, z, _, share, *_ = draw(33, 70, 5)
-    expected = y * share + z @ q.t()
-    assert kernels.add_product(y, z, q, share, out=y) is y
+    y, _, q, z, _, base_scale, *_ = draw(33, 70, 5)
+    expected = y * base_scale + z @ q.t()
+    assert kernels.add_product(y, z, q, base_scale, out=y) is y
     torch.testing.assert_close(y, expected)
     expected = y + z @ q.t()
     assert kernels.add_product(y, z, q, out=y) is y
@@ -189,10 +191,10 @@ def test_product_works_in_place():
 @pytest.mark.parametrize("how", [0, 1, 2])
 def test_the_weight_of_a_layer_on_every_layout(how, dtype, impl):
     """W' as the layer multiplies by it: Q in W's own dtype."""
-    *_, rows, share, _, _ = draw(5, 70, 5)
+    *_, rows, base_scale, _, _ = draw(5, 70, 5)
     weight, q = (torch.randn(70, size).to(dtype) for size in (12, 5))
     given = strided(weight, how)
-    for of_rows in (None, share):
+    for of_rows in (None, base_scale):
         fused = merged_weight(given, rows, q, of_rows, dtype, None, impl)
         assert fused.stride() == torch.empty_like(given).stride()
         scaled = weight.float() if of_rows is None else weight * of_rows[:, None]

@@ -44,7 +44,6 @@ from ...dispatch import absent, as_dtype, kernels, op, wide
 from ...held import once
 from ...norm import (
     Norm,
-    base_share,
     coefficients,
     combined,
     effective_eps,
@@ -52,6 +51,7 @@ from ...norm import (
     largest,
     relative_change,
     restrain_factor,
+    scale_of_base,
     unpack,
 )
 from ...shared import added
@@ -80,7 +80,7 @@ def activation(
     rows: Tensor,
     terms: list[Tensor | None],
     important: Tensor | None,
-    norm: str,
+    packed: str,
     keep: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -96,20 +96,20 @@ def activation(
         rows: ``[m]`` int64.
         terms: :class:`~secura_kernels.ops.common.Terms`, P and P_base in x's dtype.
         important: ``[N]`` bool of the restraint, or None.
-        norm: of :func:`secura_kernels.norm.pack`.
+        packed: the norm, of :func:`secura_kernels.norm.pack`.
         keep: whether 1/M is kept in 8 bits.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
-    how, named = unpack(norm), Terms._make(terms)
+    norm, named = unpack(packed), Terms._make(terms)
     y0 = x if weight is None else F.linear(x, weight, bias)
     some = y0.numel() and rows.numel()
     if some and (triton := kernels(__package__, impl, y0)):
         z = triton.gather(y0, bias, rows, None)
         in_place = keep and weight is not None
-        found = triton.forward(y0, z, named, how, important, keep, in_place)
+        found = triton.forward(y0, z, named, norm, important, keep, in_place)
     else:
         z = gather(y0, bias, rows)
-        found = _forward(y0.contiguous(), z, named, how, important, keep)
+        found = _forward(y0.contiguous(), z, named, norm, important, keep)
     out, kept, scalars, factor = found
     kept = absent(y0, torch.uint8) if kept is None else kept
     y0_kept = absent(y0) if keep or weight is None else y0
@@ -126,14 +126,14 @@ def _activation_fake(
     rows: Tensor,
     terms: list[Tensor | None],
     important: Tensor | None,
-    norm: str,
+    packed: str,
     keep: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, n = x.shape[0], x.shape[1] if weight is None else weight.shape[0]
     kept = x.new_empty(t, n, dtype=torch.uint8) if keep else absent(x, torch.uint8)
     y0 = absent(x) if keep or weight is None else x.new_empty(t, n)
-    scalars = x.new_empty(0 if unpack(norm).known else 3, dtype=wide(x.dtype))
+    scalars = x.new_empty(0 if unpack(packed).known else 3, dtype=wide(x.dtype))
     factor = x.new_empty(0 if important is None else n, dtype=torch.float32)
     return x.new_empty(t, n), x.new_empty(t, rows.shape[0]), y0, kept, scalars, factor
 
@@ -147,7 +147,7 @@ def activation_backward(
     rows: Tensor,
     terms: list[Tensor | None],
     found: list[Tensor],
-    norm: str,
+    packed: str,
     needs: list[bool],
     impl: str | None,
     *,
@@ -163,18 +163,18 @@ def activation_backward(
         rows: ``[m]`` int64.
         terms: :class:`~secura_kernels.ops.common.Terms` of the forward pass.
         found: :class:`~secura_kernels.ops.common.Measured` of the forward pass.
-        norm: of :func:`secura_kernels.norm.pack`.
+        packed: the norm, of :func:`secura_kernels.norm.pack`.
         needs: which of the three are needed.
         impl: of :func:`secura_kernels.dispatch.resolve`.
         total: ``[T, K]``, where ∂x is added to in place, or None.
     """
-    how = unpack(norm)
-    h_alone = needs[0] and weight is not None and _adds_h(g, weight, rows, how)
+    norm = unpack(packed)
+    h_alone = needs[0] and weight is not None and _adds_h(g, weight, rows, norm)
     some = g.numel() and rows.numel()
     triton = kernels(__package__, impl, g) if some else None
     run = _backward if triton is None else triton.backward
     first, dp, dbias = run(
-        g, saved, z, rows, Terms._make(terms), Measured._make(found), how, needs, h_alone
+        g, saved, z, rows, Terms._make(terms), Measured._make(found), norm, needs, h_alone
     )
     if first is None:
         dx = absent(g)
@@ -191,7 +191,7 @@ def activation_backward(
 def _adds_h(g: Tensor, weight: Tensor, rows: Tensor, norm: Norm) -> bool:
     n, k = weight.shape
     shape = plan.Shape(g.shape[0], n, k, rows.shape[0], g.element_size())
-    return plan.adds_h(shape, norm, plan.chip_of(g))
+    return plan.adds_h(shape, norm, plan.ceilings_of(g))
 
 
 @activation_backward.register_fake
@@ -234,7 +234,7 @@ def _forward(
         scalars = torch.stack((own_eps, slope, offset))
     gains = gain(rho, slope, offset, norm)
     factor = restrain_factor((gains,), gains.numel(), important, norm)
-    out = combined(base, delta, gains, base_share(gains, norm))
+    out = combined(base, delta, gains, scale_of_base(gains, norm))
     out = out if factor is None else out.mul_(factor)
     kept = (2 / gains).sub_(1).mul_(_LEVELS).round_().to(torch.uint8) if keep else None
     return as_dtype(out, y0.dtype), kept, scalars, factor
@@ -286,9 +286,9 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     p, p_base = once(layer.held, ("P", dtype), projections, *thin)
     terms = Terms(p, p_base, step.delta_bias, step.z_scale)
     keep = layer.save == "8bit" and call.differentiates
-    how = (terms, call.important, call.norm, keep, call.impl)
+    settings = (terms, call.important, call.packed, keep, call.impl)
     run = activation if call.watched else activation.body
-    out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, *how)
+    out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, *settings)
     if keep:
         terms = terms._replace(delta_bias=None)
     saved = kept if keep else step.x if call.given else y0
@@ -303,7 +303,7 @@ def backward(
     terms, found = terms_and_found[:4], terms_and_found[4:]
     run = activation_backward if call.watched else activation_backward.body
     return Gradients(
-        *run(g, of_gain, z, weight, rows, terms, found, call.norm, needs, call.impl, total=total)
+        *run(g, of_gain, z, weight, rows, terms, found, call.packed, needs, call.impl, total=total)
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Machine
-from ..jit import Tile, block_of, cdiv
+from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Limits
+from ..operands import Tile, block_of, cdiv
 
 LARGEST_M_IN_REGISTERS = 128
 _CHUNK = 64
@@ -21,7 +21,7 @@ def in_registers(m: int) -> bool:
 
 
 def forward_tile(
-    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, is_aligned: bool
+    limits: Limits, dtype: torch.dtype, m: int, has_base: bool, is_aligned: bool
 ) -> Tile:
     """Tall tiles, for P is read once a block of tokens; fp32 has no matrix instructions.
 
@@ -32,22 +32,22 @@ def forward_tile(
         return _tile(m, 32, 32, 4, 2)
     if not is_aligned:
         return _tile(m, 64, 32, 8, 2)
-    if machine.shared_bytes < LARGE_SHARED:
-        return _tile(m, 64, 64, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
+    if limits.shared_bytes < LARGE_SHARED:
+        return _tile(m, 64, 64, 8 if limits.shared_bytes > SMALL_SHARED else 4, 2)
     if has_base and not in_registers(m):
         return _tile(m, 64, 64, 8, 3)
     return _tile(m, 128, 64, 8, 2)  # without a base two programs a multiprocessor
 
 
 def backward_tile(
-    machine: Machine, dtype: torch.dtype, m: int, has_base: bool, keeps: bool, is_aligned: bool
+    limits: Limits, dtype: torch.dtype, m: int, has_base: bool, keeps: bool, is_aligned: bool
 ) -> Tile:
     """A program has h of its tokens in registers."""
-    large = machine.shared_bytes >= LARGE_SHARED
+    large = limits.shared_bytes >= LARGE_SHARED
     if dtype == torch.float32:
         return _tile(m, 32, 32 if large else 16, 4, 2)
     if not is_aligned:
-        return _tile(m, 32, 32, 8 if machine.shared_bytes > SMALL_SHARED else 4, 2)
+        return _tile(m, 32, 32, 8 if limits.shared_bytes > SMALL_SHARED else 4, 2)
     if not in_registers(m):
         return _tile(m, 64, 64, 8, 3 if large else 2)
     if has_base and not large and not keeps:
@@ -55,7 +55,7 @@ def backward_tile(
     if has_base:
         return _tile(m, 64, 32, 8, 2)
     # h's product chains on dΔ, so all warps share 64 rows: more than 4 would repeat the work.
-    if machine.shared_bytes >= LARGEST_SHARED or keeps:
+    if limits.shared_bytes >= LARGEST_SHARED or keeps:
         return _tile(m, 64, 64, 4, 3)
     return _tile(m, 64, 32, 4, 3 if large else 2)
 

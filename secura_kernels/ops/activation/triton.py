@@ -56,27 +56,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...gpu import machine_of
+from ...gpu import limits_of
 from ...norm import Norm, suppression
 from ..common import Measured, Terms, product_wide
-from ..jit import (
-    Tile,
-    aligned,
-    cast,
-    cdiv,
-    combine,
-    dot,
-    dot_precision,
-    gain_scalars,
-    inverse_gain,
-    load_scalars,
-    padded,
-    relative_change,
-    span,
-    unit_stride,
-)
+from ..jit import cast, combine, dot, inverse_gain, load_scalars, relative_change, span
 from ..launch import Kernel
 from ..lowrank.triton import add_columns, gather
+from ..operands import Tile, aligned, cdiv, dot_precision, padded, unit_stride
+from ..triton import gain_scalars
 from . import tiles
 from .jit import base_and_delta, load_chunk, load_z
 
@@ -233,8 +220,8 @@ class Operands:
 
 def _constants(tile: Tile, dtype: torch.dtype, norm: Norm) -> dict[str, Any]:
     """The constants of both kernels."""
-    how = {"AVERAGED": norm.averaged, "SIGMOID_WEIGHT": norm.sigmoid_weight}
-    return how | {"PRECISION": dot_precision(dtype)} | tile
+    gain = {"AVERAGED": norm.averaged, "SIGMOID_WEIGHT": norm.sigmoid_weight}
+    return gain | {"PRECISION": dot_precision(dtype)} | tile
 
 
 def forward(
@@ -253,12 +240,12 @@ def forward(
     """
     y0 = unit_stride(y0)
     delta_bias = None if terms.delta_bias is None else terms.delta_bias.contiguous()
-    (t, n), machine, has_base = y0.shape, machine_of(y0), terms.p_base is not None
+    (t, n), limits, has_base = y0.shape, limits_of(y0), terms.p_base is not None
     thin = Operands(z, terms)
     is_aligned = aligned(n, y0.stride(0))
-    tile = tiles.forward_tile(machine, y0.dtype, thin.m_rows, has_base, is_aligned)
+    tile = tiles.forward_tile(limits, y0.dtype, thin.m_rows, has_base, is_aligned)
     blocks_t, blocks_n = cdiv(t, tile["BLOCK_T"]), cdiv(n, tile["BLOCK_N"])
-    in_turn = max(1, blocks_t * blocks_n // (2 * machine.processors))
+    in_turn = max(1, blocks_t * blocks_n // (2 * limits.processors))
     in_turn = min(_TILES_A_PROGRAM, 2 ** (in_turn.bit_length() - 1))
     programs_n = cdiv(blocks_n, in_turn)
     known, factor = norm.known, None
@@ -319,7 +306,7 @@ def backward(
     delta_bias = None if delta_bias is None else delta_bias.contiguous()
     factor, known = found.factor if norm.restrained else None, norm.known
     scalars = None if known else found.scalars
-    (t, n), averaged, machine = g.shape, norm.averaged, machine_of(g)
+    (t, n), averaged, limits = g.shape, norm.averaged, limits_of(g)
     ops = Operands(z, terms)
     in_registers = needs[0] and tiles.in_registers(ops.m_rows) and g.dtype != torch.float32
     multiplies = needs[0] and not in_registers
@@ -329,14 +316,14 @@ def backward(
     tokens, columns = (part.stop for part in chunks[0])
     is_aligned = aligned(n, g.stride(0), n if y0 is None else y0.stride(0))
     tile = tiles.backward_tile(
-        machine, g.dtype, ops.m_rows, p_base is not None, y0 is None, is_aligned
+        limits, g.dtype, ops.m_rows, p_base is not None, y0 is None, is_aligned
     )
 
     dbase = g.new_empty(t, n) if needs[0] and not h_alone else None
     halves = averaged and dbase is not None
     workspace = g.new_empty(tokens * columns) if reads_change and not halves else None
     programs, blocks_n = cdiv(tokens, tile["BLOCK_T"]), cdiv(columns, tile["BLOCK_N"])
-    split = plan.splits(programs, blocks_n, machine.processors)
+    split = plan.splits(programs, blocks_n, limits.processors)
     parts = split if in_registers else 1
     h = g.new_empty(parts, t, ops.m, dtype=torch.float32) if needs[0] else None
     dp = g.new_empty(p.shape, dtype=torch.float32) if needs[1] else None

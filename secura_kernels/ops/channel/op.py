@@ -1,14 +1,14 @@
 """Space ``channel``: one gain an output row, from thin products alone.
 
     ρ_i = ‖ΔW_i‖ / (‖W_base,i‖ + ε),   ‖ΔW_i‖² = P_i (R Rᵀ) P_iᵀ
-    W'_i = share_i · (W_i + P_base,i R) + (1/M_i) P_i R      share = 2/M averaged, 1 gated
+    W'_i = base_scale_i · (W_i + P_base,i R) + (1/M_i) P_i R      base_scale = 2/M averaged, 1 gated
 
 so the layer is the additive one of :mod:`secura_kernels.ops.lowrank.op` with
-Q = share · P_base + P / M. N·m² operations and no pass over W: ``gram = R Rᵀ`` and ``‖W_base,i‖``
-are formed once a fold. M is detached, so ∂P = ∂Q / M. Saved for backward beside what the additive
-layer saves: 1/M ``[N]`` in fp32 or wider.
+Q = base_scale · P_base + P / M. N·m² operations and no pass over W: ``gram = R Rᵀ`` and
+``‖W_base,i‖`` are formed once a fold. M is detached, so ∂P = ∂Q / M. Saved for backward beside what
+the additive layer saves: 1/M ``[N]`` in fp32 or wider.
 
-Dropout acts on the change alone. Beside something folded Q is then ``[P / M, share · P_base]
+Dropout acts on the change alone. Beside something folded Q is then ``[P / M, base_scale · P_base]
 [N, 2m]``, of z twice, once with the mask.
 """
 
@@ -23,13 +23,13 @@ from ...dispatch import absent, as_dtype, kernels, op, wide, without_autocast
 from ...held import once
 from ...layer import Layer
 from ...norm import (
-    base_share,
     coefficients,
     effective_eps,
     gain,
     largest,
     relative_change,
     restrain_factor,
+    scale_of_base,
     unpack,
 )
 from ..common import Call, Gradients, Saved, Step, rounding_seed
@@ -90,11 +90,11 @@ def channel(
     gram: Tensor,
     base_norms: Tensor,
     important: Tensor | None,
-    norm: str,
+    packed: str,
     dtype: torch.dtype,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(Q [N, m], share [N], f/M [N])``; share is empty where it would be 1 throughout.
+    """``(Q [N, m], base_scale [N], f/M [N])``; base_scale is empty where it would be 1 throughout.
 
     Args:
         p: ``P [N, m]``.
@@ -102,15 +102,15 @@ def channel(
         gram: ``R Rᵀ [m, m]``, of :func:`with_norms`.
         base_norms: ``‖W_base,i‖ [N]``, of :func:`with_norms`.
         important: ``[N]`` bool of the restraint, or None.
-        norm: of :func:`secura_kernels.norm.pack`.
+        packed: the norm, of :func:`secura_kernels.norm.pack`.
         dtype: of Q, rounded to once.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
-    how = unpack(norm)
+    norm = unpack(packed)
     base_norms = as_dtype(base_norms, wide(p.dtype))
     triton = kernels(__package__, impl, p)
-    if triton is not None and important is None and (known := how.known):
-        return triton.channel_product(p, p_base, gram, base_norms, known, how, dtype)
+    if triton is not None and important is None and (known := norm.known):
+        return triton.channel_product(p, p_base, gram, base_norms, known, norm, dtype)
     if triton is not None:
         norms = triton.delta_norms(p, gram)
     else:
@@ -118,37 +118,37 @@ def channel(
     epsilon: Tensor | float
     slope: Tensor | float
     offset: Tensor | float
-    if known := how.known:
+    if known := norm.known:
         epsilon, slope, offset = known
         rho = norms / (base_norms + epsilon)
     else:
-        epsilon = effective_eps(base_norms, how)
+        epsilon = effective_eps(base_norms, norm)
         rho = relative_change(base_norms, norms, epsilon)
-        slope, offset = coefficients(how, largest(rho) if how.needs_peak else None, rho)
+        slope, offset = coefficients(norm, largest(rho) if norm.needs_peak else None, rho)
     factor = None
     if triton is None or important is not None:
-        gains = gain(rho, slope, offset, how)
-        factor = restrain_factor((gains,), gains.numel(), important, how)
+        gains = gain(rho, slope, offset, norm)
+        factor = restrain_factor((gains,), gains.numel(), important, norm)
     if triton is not None:
         scalars = (epsilon, slope, offset)
         of_rows = (norms, factor)
-        return triton.channel_product(p, p_base, None, base_norms, scalars, how, dtype, *of_rows)
-    share = base_share(gains, how)
+        return triton.channel_product(p, p_base, None, base_norms, scalars, norm, dtype, *of_rows)
+    base_scale = scale_of_base(gains, norm)
     inverse = gains.reciprocal()
     if factor is not None:
         inverse = inverse * factor
-        share = factor.to(inverse.dtype) if share is None else share * factor
+        base_scale = factor.to(inverse.dtype) if base_scale is None else base_scale * factor
     q = p * inverse.unsqueeze(1)
     if p_base is not None:
-        q = q + (p_base if share is None else share.unsqueeze(1) * p_base)
-    return as_dtype(q, dtype), absent(inverse) if share is None else share, inverse
+        q = q + (p_base if base_scale is None else base_scale.unsqueeze(1) * p_base)
+    return as_dtype(q, dtype), absent(inverse) if base_scale is None else base_scale, inverse
 
 
 @channel.register_fake
 def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     inverse = p.new_empty(p.shape[0], dtype=wide(p.dtype))
-    *_, important, norm, dtype, _ = rest
-    shared = unpack(norm).averaged or important is not None
+    *_, important, packed, dtype, _ = rest
+    shared = unpack(packed).averaged or important is not None
     q = p.new_empty(p.shape, dtype=dtype)
     return q, torch.empty_like(inverse) if shared else absent(inverse), inverse
 
@@ -156,13 +156,13 @@ def _channel_fake(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def product(
     call: Call, p: Tensor, p_base: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(Q [N, m] in dtype, share [N] or None, f/M [N])`` of a layer."""
+    """``(Q [N, m] in dtype, base_scale [N] or None, f/M [N])`` of a layer."""
     layer = call.layer
     run = channel if call.watched else channel.body
     norms = (layer.gram, layer.base_norms)
-    q, share, inverse = run(p, p_base, *norms, call.important, call.norm, dtype, call.impl)
+    q, base_scale, inverse = run(p, p_base, *norms, call.important, call.packed, dtype, call.impl)
     shared = layer.options.combine == "averaged" or call.important is not None
-    return q, share if shared else None, inverse
+    return q, base_scale if shared else None, inverse
 
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
@@ -176,8 +176,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
         whole = torch.ones_like(step.z_scale)
         step = step._replace(z_scale=torch.cat((step.z_scale, whole), 1))
         name, make = "Q of z twice", _products_apart
-    q, share, inverse = once(call.layer.held, (name, wanted), make, call, step, wanted)
-    out, saved = lowrank.add(call, step, q, share, seed)
+    q, base_scale, inverse = once(call.layer.held, (name, wanted), make, call, step, wanted)
+    out, saved = lowrank.add(call, step, q, base_scale, seed)
     return out, (*saved, inverse)
 
 
@@ -192,9 +192,9 @@ def _products_apart(
     """As :func:`product`, but Q ``[N, 2m]``: first of what is trained, then of what was folded."""
     p, p_base = projections(call, step.u, step.u_base, step.u.dtype)
     assert p_base is not None
-    q, share, inverse = product(call, p, None, dtype)
-    folded = p_base if share is None else share.unsqueeze(1) * p_base
-    return torch.cat((q, as_dtype(folded, dtype)), 1), share, inverse
+    q, base_scale, inverse = product(call, p, None, dtype)
+    folded = p_base if base_scale is None else base_scale.unsqueeze(1) * p_base
+    return torch.cat((q, as_dtype(folded, dtype)), 1), base_scale, inverse
 
 
 def backward(

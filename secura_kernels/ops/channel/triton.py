@@ -1,13 +1,14 @@
-"""The kernel of the space ``channel``: from P to Q and share in one launch.
+"""The kernel of the space ``channel``: from P to Q and base_scale in one launch.
 
     ‖ΔW_i‖² = P_i (R Rᵀ) P_iᵀ      ρ_i = ‖ΔW_i‖ / (‖W_base,i‖ + ε)      M_i from ρ_i
-    Q_i = f P_i / M_i + share_i P_base,i      share = 2 f / M averaged, f gated
+    Q_i = f P_i / M_i + base_scale_i P_base,i      base_scale = 2 f / M averaged, f gated
 
 | tensor              | shape  | dtype          | in the kernel                        |
 |---------------------|--------|----------------|--------------------------------------|
 | P, P_base, Q        | [N, m] | bf16 fp16 fp32 | fp32; P is read twice, from the cache |
 | gram = R Rᵀ         | [m, m] | fp32           | products of TF32 parts, fp32 on ROCm |
-| norms, share, f/M   | [N]    | fp32           |                                      |
+| norms, base_scale,  | [N]    | fp32           |                                      |
+| f/M                 |        |                |                                      |
 
 N·m² multiplications, 8 N m bytes. The forms that look at the largest ρ, and the restraint, which
 counts gains, take two launches with [N] sized work between them.
@@ -23,10 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dispatch import absent
-from ...gpu import machine_of
+from ...gpu import limits_of
 from ...norm import Norm
-from ..jit import Tile, block_of, cast, cdiv, dot, inverse_gain, span
+from ..jit import cast, dot, inverse_gain, span
 from ..launch import Kernel
+from ..operands import Tile, block_of, cdiv
 
 PRECISION = "tf32x3"  # on CUDA: right to 1e-7 where "ieee" is to 4e-8, and free of spills
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -36,12 +38,12 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 @triton.jit
 def _channel_kernel(
     p_ptr, base_ptr, gram_ptr, base_norms_ptr, delta_norms_ptr, factor_ptr,
-    eps, slope, offset, q_ptr, share_ptr, inverse_ptr,
+    eps, slope, offset, q_ptr, base_scale_ptr, inverse_ptr,
     N, m, stride_pn, stride_bn,
     POINTERS: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, AVERAGED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """‖ΔW_i‖ where gram is given, else read; Q, share and f/M where Q is."""
+    """‖ΔW_i‖ where gram is given, else read; Q, base_scale and f/M where Q is."""
     offs_n = span(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
     if gram_ptr is not None:
@@ -87,15 +89,15 @@ def _channel_kernel(
             delta = tl.load(delta_norms_ptr + offs_n, mask=mask_n, other=0.0)
         base = tl.load(base_norms_ptr + offs_n, mask=mask_n, other=1.0)
         inverse = inverse_gain(base, delta, eps, slope, offset, SIGMOID_WEIGHT)
-        share = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
+        base_scale = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
         if factor_ptr is not None:
-            share = tl.load(factor_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
-            inverse *= share
+            base_scale = tl.load(factor_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+            inverse *= base_scale
         if AVERAGED:
-            share = 2.0 * inverse
+            base_scale = 2.0 * inverse
         tl.store(inverse_ptr + offs_n, inverse, mask=mask_n)
-        if share_ptr is not None:
-            tl.store(share_ptr + offs_n, share, mask=mask_n)
+        if base_scale_ptr is not None:
+            tl.store(base_scale_ptr + offs_n, base_scale, mask=mask_n)
         for start in range(0, m, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             mask = mask_n[:, None] & (offs_m < m)[None, :]
@@ -103,7 +105,7 @@ def _channel_kernel(
             q = tl.load(p_block, mask=mask, other=0.0).to(tl.float32) * inverse[:, None]
             if base_ptr is not None:
                 base_block = base_ptr + offs_n[:, None] * stride_bn + offs_m[None, :]
-                q += share[:, None] * tl.load(base_block, mask=mask, other=0.0).to(tl.float32)
+                q += base_scale[:, None] * tl.load(base_block, mask=mask, other=0.0).to(tl.float32)
             q_block = q_ptr + offs_n[:, None] * m + offs_m[None, :]
             tl.store(q_block, cast(q, q_ptr.dtype.element_ty), mask=mask)
 
@@ -127,7 +129,7 @@ def channel_product(
     norms: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(Q [N, m], share [N] or empty where it is 1, f/M [N])`` in one launch.
+    """``(Q [N, m], base_scale [N] or empty where it is 1, f/M [N])`` in one launch.
 
     Args:
         p, p_base: ``[N, m]``.
@@ -141,14 +143,14 @@ def channel_product(
     """
     q = torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     inverse = p.new_empty(p.shape[0], dtype=torch.float32)
-    share = torch.empty_like(inverse) if norm.averaged or factor is not None else None
+    base_scale = torch.empty_like(inverse) if norm.averaged or factor is not None else None
     found = torch.empty_like(inverse) if norms is None else norms
     _launch(
-        (p, p_base, gram, base_norms, found, factor, *scalars, q, share, inverse),
+        (p, p_base, gram, base_norms, found, factor, *scalars, q, base_scale, inverse),
         SIGMOID_WEIGHT=norm.sigmoid_weight,
         AVERAGED=norm.averaged,
     )
-    return q, absent(inverse) if share is None else share, inverse
+    return q, absent(inverse) if base_scale is None else base_scale, inverse
 
 
 def _launch(arguments: tuple[Any, ...], **flags: Any) -> None:
@@ -162,7 +164,7 @@ def _launch(arguments: tuple[Any, ...], **flags: Any) -> None:
     gram, base_norms = (None if t is None else t.float().contiguous() for t in (gram, base_norms))
     factor = None if factor is None else factor.contiguous()
     flags["POINTERS"] = isinstance(eps, Tensor)
-    flags["PRECISION"] = "ieee" if machine_of(p).rocm else PRECISION
+    flags["PRECISION"] = "ieee" if limits_of(p).rocm else PRECISION
     tile: Tile = {"BLOCK_N": 16, "BLOCK_M": block_of(m, 16, 64), "num_warps": 4, "num_stages": 1}
     _channel_kernel[(cdiv(n, tile["BLOCK_N"]),)](
         *(p, p_base, gram, base_norms, norms, factor, *rest),

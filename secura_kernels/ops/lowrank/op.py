@@ -1,26 +1,27 @@
 """The additive spaces, ``none`` and ``channel``: a thin product added to the frozen output.
 
-    out = share · (y0 − b) + b + z Qᵀ + δb,   y0 = x Wᵀ + b,   z = (y0[:, rows] − b[rows]) · z_scale
+    y0 = x Wᵀ + b         z = (y0[:, rows] − b[rows]) · z_scale
+    out = base_scale · (y0 − b) + b + z Qᵀ + δb
 
-    ∂Q = ḡᵀ z          ∂δb = Σ ḡ          ∂y0 = share · ḡ,  ∂y0[:, rows] += (ḡ Q) · z_scale
-    ∂x = ∂y0 W = ḡ W',  W' = share · W + Q R (where there is no z_scale)
-       = h R + ḡ W,     h = (ḡ Q) · z_scale  (where there is no share)
+    ∂Q = ḡᵀ z          ∂δb = Σ ḡ          ∂y0 = base_scale · ḡ,  ∂y0[:, rows] += (ḡ Q) · z_scale
+    ∂x = ∂y0 W = ḡ W',  W' = base_scale · W + Q R (where there is no z_scale)
+       = h R + ḡ W,     h = (ḡ Q) · z_scale  (where there is no base_scale)
 
 | tensor      | shape    | dtype                           |
 |-------------|----------|---------------------------------|
 | x, y0, out  | [..., K] [..., N] | compute dtype (autocast's) |
 | W           | [N, K]   | compute dtype                   |
 | Q           | [N, m]   | compute dtype; ∂Q in fp32       |
-| share       | [N]      | fp32, or None for 1             |
+| base_scale  | [N]      | fp32, or None for 1             |
 | rows        | [m]      | int64                           |
 
-Saved for backward: z ``[T, m]`` (only where Q is trained), Q, share and the frozen W itself; never
-x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x. Where y0 is given
-rather than made here, there is no W, and ∂y0 is what the backward pass ends with.
+Saved for backward: z ``[T, m]`` (only where Q is trained), Q, base_scale and the frozen W itself;
+never x or y0. R's rows are rows of W, so z costs a gather of y0 and no product with x. Where y0 is
+given rather than made here, there is no W, and ∂y0 is what the backward pass ends with.
 
 Forward and ∂x each take the way that :mod:`secura_kernels.plan` finds to move less; out is then
-cuBLAS's ``addmm_`` in place of y0 where there is no share and no bias. A W' that the forward made
-may be kept for the backward pass (:func:`secura_kernels.kept_weight.keeps_weight`).
+cuBLAS's ``addmm_`` in place of y0 where there is no base_scale and no bias. A W' that the forward
+made may be kept for the backward pass (:func:`secura_kernels.kept_weight.keeps_weight`).
 
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
@@ -66,7 +67,7 @@ def takes_weight(x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool) -> bo
     if z_scale is not None:
         return False
     shape = plan.Shape(t, n, k, m, x.element_size())
-    return plan.takes_weight(shape, keep and kept_weight.foresees_kept(), plan.chip_of(x))
+    return plan.takes_weight(shape, keep and kept_weight.foresees_kept(), plan.ceilings_of(x))
 
 
 @op("lowrank")
@@ -84,22 +85,22 @@ def lowrank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype.
 
-    ``beside`` is share ``[N]`` and δb ``[N]``, which may be wider, and z_scale ``[T, m]``, or None.
-    Without ``weight``, x is y0, bias included; it is not written. z is empty unless ``needs_z``
-    asks for it, which does not change out. W' ``[N, K]`` is empty unless
-    ``keep`` asks for it and the forward went through it. With ``seed``, W' is the one that a merge
-    writes, of Q in fp32 and W in any dtype, rounded stochastically; it is not kept.
+    ``beside`` is base_scale ``[N]`` and δb ``[N]``, which may be wider, and z_scale ``[T, m]``, or
+    None. Without ``weight``, x is y0, bias included; it is not written. z is empty unless
+    ``needs_z`` asks for it, which does not change out. W' ``[N, K]`` is empty unless ``keep`` asks
+    for it and the forward went through it. With ``seed``, W' is the one that a merge writes, of Q
+    in fp32 and W in any dtype, rounded stochastically; it is not kept.
     """
-    share, delta_bias, z_scale = beside
+    base_scale, delta_bias, z_scale = beside
     if seed is not None and weight is not None:
-        fused = merged_weight.body(weight, rows, q, share, x.dtype, seed, impl)
+        fused = merged_weight.body(weight, rows, q, base_scale, x.dtype, seed, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
         return out, _z(x, weight, rows) if needs_z else absent(x), absent(x)
     triton = kernels(__package__, impl, x)
     if weight is None:
         y0, inside = x, bias
     elif triton is not None and takes_weight(x, q, z_scale, keep):
-        fused = merged_weight.body(weight, rows, q, share, x.dtype, None, impl)
+        fused = merged_weight.body(weight, rows, q, base_scale, x.dtype, None, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
         z = _z(x, weight, rows) if needs_z else absent(x)
         return out, z, fused if keep else absent(x)
@@ -110,14 +111,14 @@ def lowrank(
         z = triton.gather(y0, inside, rows, z_scale)
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
-        triton.add_product(y0, z, q, share, bias, delta_bias, bias_inside=given, out=out)
+        triton.add_product(y0, z, q, base_scale, bias, delta_bias, bias_inside=given, out=out)
         return out, z if needs_z else absent(x), absent(x)
     z = gather(y0, inside, rows, z_scale)
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
-    if share is not None:
-        out.mul_(share)
+    if base_scale is not None:
+        out.mul_(base_scale)
     if inside is not None:
-        bias = None if share is None else (1 - share) * inside
+        bias = None if base_scale is None else (1 - base_scale) * inside
     out.addmm_(z, q.t())
     for term in (bias, delta_bias):
         if term is not None:
@@ -146,7 +147,7 @@ def lowrank_backward(
     weight: Tensor | None,
     rows: Tensor,
     q: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     z_scale: Tensor | None,
     needs: list[bool],
     impl: str | None,
@@ -158,7 +159,7 @@ def lowrank_backward(
     Without ``weight`` ∂y0 stands in ∂x's place. With ``total`` ∂x is that, added to in place.
     """
     dtype = wide(g.dtype)
-    parts = (g, weight, rows, q, share, z_scale)
+    parts = (g, weight, rows, q, base_scale, z_scale)
     dx = _input_gradient(*parts, impl, total) if needs[0] else absent(g)
     dq = product_wide(g.t(), z) if needs[1] and z is not None else absent(g, dtype)
     return dx, dq, g.sum(0, dtype=dtype) if needs[2] else absent(g, dtype)
@@ -177,42 +178,50 @@ def _input_gradient(
     weight: Tensor | None,
     rows: Tensor,
     q: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     z_scale: Tensor | None,
     impl: str | None,
     total: Tensor | None,
 ) -> Tensor:
     if weight is None:
-        return _output_gradient(g, rows, q, share, z_scale, impl)
+        return _output_gradient(g, rows, q, base_scale, z_scale, impl)
     n, k = weight.shape
     shape = plan.Shape(g.shape[0], n, k, q.shape[1], g.element_size())
-    way = plan.input_way(shape, z_scale is not None, share is not None, plan.chip_of(g))
+    way = plan.input_way(shape, z_scale is not None, base_scale is not None, plan.ceilings_of(g))
     if way == "output":
-        return added(total, _output_gradient(g, rows, q, share, z_scale, impl), weight)
+        return added(total, _output_gradient(g, rows, q, base_scale, z_scale, impl), weight)
     if way == "h":
         h = g @ q if z_scale is None else (g @ q).mul_(z_scale)
         return added(total, h, weight.index_select(0, rows)).addmm_(g, weight)
-    return added(total, g, merged_weight.body(weight, rows, q, share, g.dtype, None, impl))
+    return added(total, g, merged_weight.body(weight, rows, q, base_scale, g.dtype, None, impl))
 
 
 def _output_gradient(
     g: Tensor,
     rows: Tensor,
     q: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     z_scale: Tensor | None,
     impl: str | None,
 ) -> Tensor:
-    """``∂y0 = share · ḡ``, with ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
+    """``∂y0 = base_scale · ḡ``, ``(ḡ Q) · z_scale`` added to the columns ``rows``; g is kept."""
     if q.shape[1] <= MAX_RANK and (triton := kernels(__package__, impl, g)):
-        return triton.output_gradient(g, rows, q, share, z_scale)
+        return triton.output_gradient(g, rows, q, base_scale, z_scale)
     h = g @ q
     if z_scale is not None:
         h.mul_(z_scale)
-    if share is None:
+    if base_scale is None:
         return g.contiguous().index_add(1, rows, h)
-    dy0 = g.clone(memory_format=torch.contiguous_format).mul_(share)
+    dy0 = g.clone(memory_format=torch.contiguous_format).mul_(base_scale)
     return dy0.index_add_(1, rows, h)
+
+
+def product(
+    call: Call, p: Tensor, p_base: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, None, None]:
+    """``(Q [N, m] in dtype, None, None)`` of the space ``none``: Q is P, and the base W itself."""
+    assert p_base is None
+    return as_dtype(p, dtype), None, None
 
 
 def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
@@ -225,7 +234,7 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
 
 
 def add(
-    call: Call, step: Step, q: Tensor, share: Tensor | None, seed: int | None
+    call: Call, step: Step, q: Tensor, base_scale: Tensor | None, seed: int | None
 ) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of an additive layer; ``seed`` of :func:`rounding_seed`."""
     x, rows, z_scale, dtype = step.x, call.layer.rows, step.z_scale, step.x.dtype
@@ -235,12 +244,12 @@ def add(
         q = q.to(dtype)
     weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)
     keep = seed is None and kept_weight.keeps_weight(call.watched)
-    beside = [share, step.delta_bias, z_scale]
+    beside = [base_scale, step.delta_bias, z_scale]
     run = lowrank if call.watched else lowrank.body
-    how = (step.needs_p, keep, seed, call.impl)
-    out, z, fused = run(x, weight_in, bias, rows, q_in, beside, *how)
+    settings = (step.needs_p, keep, seed, call.impl)
+    out, z, fused = run(x, weight_in, bias, rows, q_in, beside, *settings)
     kept = fused if fused.numel() else None
-    return out, (kept, z if step.needs_p else None, weight, rows, q, share, z_scale)
+    return out, (kept, z if step.needs_p else None, weight, rows, q, base_scale, z_scale)
 
 
 def backward(
@@ -262,5 +271,6 @@ __all__ = [
     "forward",
     "lowrank",
     "lowrank_backward",
+    "product",
     "takes_weight",
 ]

@@ -1,17 +1,17 @@
 """Kernels of the additive spaces: the gather, the thin product, the gradient of the output.
 
-    z    = (y[:, rows] − b[rows]) · z_scale                          _gather_kernel
-    out  = share · (y − b) + b + δb + z Qᵀ   (or without the − b)    _add_product_kernel
-    dy   = share · g,  h = (g Q) · z_scale                           _output_gradient_kernel
-    dy[:, rows] += h                                                 _add_columns_kernel
+    z    = (y[:, rows] − b[rows]) · z_scale                            _gather_kernel
+    out  = base_scale · (y − b) + b + δb + z Qᵀ  (or without the − b)  _add_product_kernel
+    dy   = base_scale · g,  h = (g Q) · z_scale                        _output_gradient_kernel
+    dy[:, rows] += h                                                   _add_columns_kernel
 
-| tensor       | shape  | dtype          | | in the kernel                               |
-|--------------|--------|----------------|-|---------------------------------------------|
-| y, out       | [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
-| g, dy        | [T, N] | the same       | | the same, rows without gaps: else g copied  |
-| z            | [T, m] | y's            | | operand of the matrix instructions          |
-| Q            | [N, m] | y's            | | the same                                    |
-| share, b, δb | [N]    | any            | | fp32                                        |
+| tensor            | shape  | dtype          | | in the kernel                               |
+|-------------------|--------|----------------|-|---------------------------------------------|
+| y, out            | [T, N] | bf16 fp16 fp32 | | read and written once, any strides          |
+| g, dy             | [T, N] | the same       | | the same, rows without gaps: else g copied  |
+| z                 | [T, m] | y's            | | operand of the matrix instructions          |
+| Q                 | [N, m] | y's            | | the same                                    |
+| base_scale, b, δb | [N]    | any            | | fp32                                        |
 
 Sums run in fp32 in a fixed order: no atomics, the same bits each time. T is a number of tokens, for
 which nothing is compiled anew. Rows that y does not have read as 0 and are not written. What is
@@ -26,20 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...gpu import machine_of
-from ..jit import (
-    Tile,
-    aligned,
-    block_of,
-    cast,
-    cdiv,
-    dot,
-    dot_precision,
-    padded,
-    span,
-    unit_stride,
-)
+from ...gpu import limits_of
+from ..jit import cast, dot, span
 from ..launch import Kernel
+from ..operands import Tile, aligned, block_of, cdiv, dot_precision, padded, unit_stride
 
 
 # Rows that do not start aligned are read an element at a time, each at an address of its own:
@@ -103,7 +93,7 @@ def _gather_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["T"])
 def _add_product_kernel(
-    y_ptr, z_ptr, q_ptr, share_ptr, bias_ptr, delta_ptr, out_ptr,
+    y_ptr, z_ptr, q_ptr, base_scale_ptr, bias_ptr, delta_ptr, out_ptr,
     T, N, m, stride_yt, stride_yn, stride_zt, stride_zm, stride_qn, stride_ot, stride_on,
     BIAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -125,14 +115,14 @@ def _add_product_kernel(
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         acc = dot(z, tl.trans(q), acc, PRECISION)
     y = y.to(tl.float32)
-    if share_ptr is not None:
-        share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y *= share[None, :]
+    if base_scale_ptr is not None:
+        base_scale = tl.load(base_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y *= base_scale[None, :]
     acc += y
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if BIAS_INSIDE:
-            bias *= 1.0 - share
+            bias *= 1.0 - base_scale
         acc += bias[None, :]
     if delta_ptr is not None:
         acc += tl.load(delta_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -143,7 +133,7 @@ def _add_product_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["T"])
 def _output_gradient_kernel(
-    g_ptr, q_ptr, share_ptr, scale_ptr, dy_ptr, h_ptr,
+    g_ptr, q_ptr, base_scale_ptr, scale_ptr, dy_ptr, h_ptr,
     T, N, m, width, stride_gt, stride_dt,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -164,9 +154,9 @@ def _output_gradient_kernel(
         q = tl.load(q_block, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         h = dot(g, q, h, PRECISION)
         dy = g
-        if share_ptr is not None:
-            share = tl.load(share_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            dy = cast(g.to(tl.float32) * share[None, :], dy_ptr.dtype.element_ty)
+        if base_scale_ptr is not None:
+            base_scale = tl.load(base_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            dy = cast(g.to(tl.float32) * base_scale[None, :], dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + offs_t[:, None] * stride_dt + offs_n[None, :], dy, mask=mask)
     place_h = offs_t[:, None] * m + offs_m[None, :]
     mask = mask_t[:, None] & mask_m[None, :]
@@ -178,7 +168,7 @@ def _output_gradient_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["T", "parts"])
 def _add_columns_kernel(
-    base_ptr, share_ptr, h_ptr, rows_ptr, dy_ptr,
+    base_ptr, base_scale_ptr, h_ptr, rows_ptr, dy_ptr,
     T, N, m, parts, stride_bt, stride_hp, stride_ht, stride_dt,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +181,8 @@ def _add_columns_kernel(
     mask = (offs_t < T)[:, None] & mask_m[None, :]
     base = base_ptr + offs_t[:, None] * stride_bt + rows[None, :]
     base = tl.load(base, mask=mask, other=0.0).to(tl.float32)
-    if share_ptr is not None:
-        base *= tl.load(share_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+    if base_scale_ptr is not None:
+        base *= tl.load(base_scale_ptr + rows, mask=mask_m, other=0.0).to(tl.float32)[None, :]
     # A row that is named twice has one column: it takes the sum of both, stored once.
     h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for start in range(0, m, BLOCK_M):
@@ -240,37 +230,37 @@ def add_product(
     y: Tensor,
     z: Tensor,
     q: Tensor,
-    share: Tensor | None = None,
+    base_scale: Tensor | None = None,
     bias: Tensor | None = None,
     delta_bias: Tensor | None = None,
     *,
     bias_inside: bool = False,
     out: Tensor,
 ) -> Tensor:
-    """``out = share · y + z Qᵀ + b + δb``, or with ``b · (1 − share)`` where y includes the bias.
+    """``out = base_scale · y + z Qᵀ + b + δb``; with ``b · (1 − base_scale)`` where y has the bias.
 
-    In place with share and biases None it is one cuBLAS ``addmm_``, which moves no byte more than
-    the kernel does; into a new tensor cuBLAS would copy y first, so the kernel it is.
+    In place with base_scale and biases None it is one cuBLAS ``addmm_``, which moves no byte more
+    than the kernel does; into a new tensor cuBLAS would copy y first, so the kernel it is.
 
     Args:
         y: ``[T, N]``, any strides.
         z: ``[T, m]``, any strides; padded or not.
         q: ``[N, m]``.
-        share, bias, delta_bias: ``[N]`` or None.
+        base_scale, bias, delta_bias: ``[N]`` or None.
         bias_inside: whether y includes the bias.
         out: ``[T, N]``, what to write; y itself to work in place.
     """
-    if bias_inside and share is None:
+    if bias_inside and base_scale is None:
         bias = None
     if out.numel() == 0:
         return out
     q = padded(q)
     (t, n), m = y.shape, q.shape[1]
     z = z if z.shape[1] == m else padded(z)
-    if out is y and share is None and bias is None and delta_bias is None:
+    if out is y and base_scale is None and bias is None and delta_bias is None:
         return y.addmm_(z, q.t())
     tile = _product_tile(y.dtype, m, aligned(n if y.stride(1) == 1 else t))
-    tensors = (y, z, q, _vector(share), _vector(bias), _vector(delta_bias), out)
+    tensors = (y, z, q, _vector(base_scale), _vector(bias), _vector(delta_bias), out)
     sizes = (t, n, m, *_strides(y), *_strides(z), m, *_strides(out))
     flags = {"BIAS_INSIDE": bias_inside, "PRECISION": dot_precision(y.dtype)}
     grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(n, tile["BLOCK_N"]),)
@@ -279,9 +269,9 @@ def add_product(
 
 
 def output_gradient(
-    g: Tensor, rows: Tensor, q: Tensor, share: Tensor | None, z_scale: Tensor | None
+    g: Tensor, rows: Tensor, q: Tensor, base_scale: Tensor | None, z_scale: Tensor | None
 ) -> Tensor:
-    """``dy [T, N] = share · g`` with ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
+    """``dy [T, N] = base_scale · g``, ``(g Q) · z_scale`` added to columns ``rows``; g is kept."""
     (t, n), m = g.shape, q.shape[1]
     dy = torch.empty_like(g, memory_format=torch.contiguous_format)
     g, q_padded = unit_stride(g), padded(q)
@@ -290,30 +280,32 @@ def output_gradient(
     if dy.numel() == 0:
         return dy
     programs, blocks_n = cdiv(t, tile["BLOCK_T"]), cdiv(n, tile["BLOCK_N"])
-    parts = plan.splits(programs, blocks_n, machine_of(g).processors)
+    parts = plan.splits(programs, blocks_n, limits_of(g).processors)
     h = g.new_empty(parts, t, q_padded.shape[1], dtype=torch.float32)
-    tensors = (g, q_padded, _vector(share), z_scale, dy, h)
+    tensors = (g, q_padded, _vector(base_scale), z_scale, dy, h)
     width = cdiv(blocks_n, parts) * tile["BLOCK_N"]
     sizes = (t, n, q_padded.shape[1], width, g.stride(0), n)
     precision = dot_precision(g.dtype)
     _output_gradient_kernel[(programs, parts)](*tensors, *sizes, **tile, PRECISION=precision)
     if m:
-        add_columns(g, share, h, rows, dy)
+        add_columns(g, base_scale, h, rows, dy)
     return dy
 
 
-def add_columns(base: Tensor, share: Tensor | None, h: Tensor, rows: Tensor, dy: Tensor) -> None:
-    """``dy[:, rows] = share[rows] · base[:, rows] + Σ h``, rounded once; base may be dy.
+def add_columns(
+    base: Tensor, base_scale: Tensor | None, h: Tensor, rows: Tensor, dy: Tensor
+) -> None:
+    """``dy[:, rows] = base_scale[rows] · base[:, rows] + Σ h``, rounded once; base may be dy.
 
     Args:
         base, dy: ``[T, N]``, their rows without gaps.
-        share: ``[N]`` or None for 1.
+        base_scale: ``[N]`` or None for 1.
         h: ``[parts, T, m]`` or wider, fp32, to be summed over its parts.
         rows: ``[m]``; one named twice takes the sum of both columns of h.
     """
     (t, n), m = base.shape, rows.numel()
     tile = _columns_tile(m)
-    tensors = (base, _vector(share), h, rows.contiguous(), dy)
+    tensors = (base, _vector(base_scale), h, rows.contiguous(), dy)
     sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0))
     grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(m, tile["BLOCK_M"]),)
     _add_columns_kernel[grid](*tensors, *sizes, **tile)

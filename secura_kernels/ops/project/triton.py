@@ -23,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...gpu import machine_of
-from ..jit import Tile, aligned, block_of, cast, cdiv, dot, dot_precision, span
+from ...gpu import limits_of
+from ..jit import cast, dot, span
 from ..launch import Kernel
+from ..operands import Tile, aligned, block_of, cdiv, dot_precision
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def _tile(weight: Tensor, m: int, block_n: int) -> Tile:
 
 
 def _precision(weight: Tensor) -> str:
-    parts = weight.dtype != torch.float32 and not machine_of(weight).rocm
+    parts = weight.dtype != torch.float32 and not limits_of(weight).rocm
     return "tf32x3" if parts else dot_precision(torch.float32)
 
 

@@ -67,7 +67,7 @@ def weight(
     rows: Tensor,
     terms: list[Tensor | None],
     important: Tensor | None,
-    norm: str,
+    packed: str,
     keep: bool,
     seed: int | None,
     impl: str | None,
@@ -81,17 +81,17 @@ def weight(
         rows: ``[m]`` int64.
         terms: :class:`~secura_kernels.ops.common.Terms` without z_scale, for there is no z.
         important: ``[N]`` bool of the restraint, or None.
-        norm: of :func:`secura_kernels.norm.pack`.
+        packed: the norm, of :func:`secura_kernels.norm.pack`.
         keep: whether W' is wanted; else it is empty.
         seed: W' is then the one that a merge writes, rounded stochastically; None to nearest.
         impl: of :func:`secura_kernels.dispatch.resolve`.
     """
-    how, (p, p_base, delta_bias, _) = unpack(norm), terms
+    norm, (p, p_base, delta_bias, _) = unpack(packed), terms
     assert p is not None
     triton = kernels(__package__, impl, x, w)
     multiplied = x.dtype if seed is None else torch.float32
     fused, scalars, factor = _normed(
-        triton, w, rows, p, p_base, important, how, x.dtype, multiplied, seed
+        triton, w, rows, p, p_base, important, norm, x.dtype, multiplied, seed
     )
     out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
     factor = absent(x, torch.float32) if factor is None else factor
@@ -119,7 +119,7 @@ def weight_backward(
     rows: Tensor,
     terms: list[Tensor | None],
     found: list[Tensor],
-    norm: str,
+    packed: str,
     needs: list[bool],
     impl: str | None,
     *,
@@ -131,23 +131,23 @@ def weight_backward(
     :class:`~secura_kernels.ops.common.Measured` of the forward pass. With ``total`` ∂x is that,
     added to in place.
     """
-    how, (p, p_base, *_), (scalars, factor) = unpack(norm), terms, found
+    norm, (p, p_base, *_), (scalars, factor) = unpack(packed), terms, found
     assert p is not None
-    parts = (scalars, factor if how.restrained else None)
+    parts = (scalars, factor if norm.restrained else None)
     dx, dp, exact = None, None, wide(g.dtype)
     x = x if needs[1] else None
     triton = kernels(__package__, impl, g, w)
     if triton is None:
         if needs[0] or x is not None:
             chunks = plain.Chunks(w, rows, p, p_base)
-            fused, dp = plain.backward(g, x, chunks, parts, how, needs[0])
+            fused, dp = plain.backward(g, x, chunks, parts, norm, needs[0])
             dx = None if fused is None else added(total, g, fused)
     else:
         if needs[0]:
             tiles = triton.Tiles.whole(w, rows, p, p_base, g.dtype)
-            dx = added(total, g, triton.fused_weight(tiles, *parts, how, g.dtype))
+            dx = added(total, g, triton.fused_weight(tiles, *parts, norm, g.dtype))
         if x is not None:
-            dp = triton.grad_p(g, x, w, rows, p, p_base, parts, how)
+            dp = triton.grad_p(g, x, w, rows, p, p_base, parts, norm)
     return (
         absent(g) if dx is None else dx,
         absent(g, exact) if dp is None else as_dtype(dp, exact),
@@ -170,7 +170,7 @@ def normed_weight(
     p: Tensor,
     p_base: Tensor | None,
     important: Tensor | None,
-    norm: str,
+    packed: str,
     dtype: torch.dtype,
     seed: int | None,
     impl: str | None,
@@ -180,8 +180,8 @@ def normed_weight(
     To nearest, or stochastically from ``seed`` (bf16).
     """
     triton = kernels(__package__, impl, w, absent(w, dtype))
-    how = (important, unpack(norm), dtype, torch.float32, seed)
-    return _normed(triton, w, rows, p, p_base, *how)[0]
+    settings = (important, unpack(packed), dtype, torch.float32, seed)
+    return _normed(triton, w, rows, p, p_base, *settings)[0]
 
 
 def _normed(
@@ -191,7 +191,7 @@ def _normed(
     p: Tensor,
     p_base: Tensor | None,
     important: Tensor | None,
-    how: Norm,
+    norm: Norm,
     dtype: torch.dtype,
     multiplied: torch.dtype,
     seed: int | None,
@@ -199,11 +199,11 @@ def _normed(
     """``(W' [N, K] in dtype, scalars, factor)``; kernels multiply P by R in ``multiplied``."""
     if triton is not None:
         tiles = triton.Tiles.whole(w, rows, p, p_base, multiplied)
-        found = triton.measure(tiles, important, how)
-        return triton.fused_weight(tiles, *found, how, dtype, seed), *found
+        found = triton.measure(tiles, important, norm)
+        return triton.fused_weight(tiles, *found, norm, dtype, seed), *found
     chunks = plain.Chunks(w, rows, p, p_base)
-    found = plain.measure(chunks, important, how)
-    return plain.fused(chunks, found, how, dtype, seed), *found
+    found = plain.measure(chunks, important, norm)
+    return plain.fused(chunks, found, norm, dtype, seed), *found
 
 
 @normed_weight.register_fake
@@ -217,25 +217,25 @@ def merged_weight(
     w: Tensor,
     rows: Tensor,
     q: Tensor,
-    share: Tensor | None,
+    base_scale: Tensor | None,
     dtype: torch.dtype,
     seed: int | None,
     impl: str | None,
 ) -> Tensor:
-    """``share · W + Q R`` in ``dtype`` and W's layout, rounded from ``seed`` or to nearest.
+    """``base_scale · W + Q R`` in ``dtype`` and W's layout, rounded from ``seed`` or to nearest.
 
     Q and R are multiplied in Q's dtype, in plain torch in W's where that is wider.
     """
     if triton := kernels(__package__, impl, w, absent(w, dtype)):
         multiplied = torch.float32 if q.dtype == torch.float64 else q.dtype
         tiles = triton.Tiles.whole(w, rows, q, None, multiplied)
-        return triton.fused_weight(tiles, None, share, None, dtype, seed)
+        return triton.fused_weight(tiles, None, base_scale, None, dtype, seed)
     compute = torch.promote_types(w.dtype, q.dtype)
     base, r = w, w.index_select(0, rows)
     if w.dtype != compute:
         base, r = base.to(compute), r.to(compute)
-    if share is not None:
-        base = as_dtype(base * share[:, None], compute)
+    if base_scale is not None:
+        base = as_dtype(base * base_scale[:, None], compute)
     out = torch.addmm(base, as_dtype(q, compute), r)
     fused = torch.empty_like(w, dtype=dtype)
     if seed is None and out.dtype == dtype and out.stride() == fused.stride():
@@ -268,8 +268,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
         out = F.linear(x, fused, summed_bias(frozen[1], step.delta_bias, x.dtype))
     else:
         run = weight if call.watched else weight.body
-        how = (call.important, call.norm, keep, seed, call.impl)
-        out, fused, *found = run(x, *frozen, terms, *how)
+        settings = (call.important, call.packed, keep, seed, call.impl)
+        out, fused, *found = run(x, *frozen, terms, *settings)
         if held is not None:
             held.put(("W'", x.dtype), (fused, *found))
     kept = fused if keep else None
@@ -284,7 +284,7 @@ def backward(
     run = weight_backward if call.watched else weight_backward.body
     wanted = needs if kept is None else [False, *needs[1:]]
     dx, *rest = run(
-        g, x, w, rows, [p, p_base, None, None], found, call.norm, wanted, call.impl, total=total
+        g, x, w, rows, [p, p_base, None, None], found, call.packed, wanted, call.impl, total=total
     )
     return Gradients(added(total, g, kept) if kept is not None and needs[0] else dx, *rest)
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from ...dispatch import as_dtype, exporting_to_onnx, wide
 from ...norm import (
     Norm,
-    base_share,
     coefficients,
     combined,
     effective_eps,
     gain,
     relative_change,
     restrain_factor,
+    scale_of_base,
 )
 from ..common import round_stochastically
 
@@ -132,7 +132,7 @@ def _write_normed(
     part, base, delta = chunk
     out = fused if part is None else fused[part]
     exact = in_place and out.dtype == base.dtype and seed is None
-    normed = combined(base, delta, gains, base_share(gains, norm), out=out if exact else None)
+    normed = combined(base, delta, gains, scale_of_base(gains, norm), out=out if exact else None)
     if factor is not None:
         normed.mul_((factor if part is None else factor[part])[:, None])
     if not exact:

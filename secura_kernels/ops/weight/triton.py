@@ -43,28 +43,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...gpu import LARGE_SHARED, machine_of
+from ...gpu import LARGE_SHARED, limits_of
 from ...norm import Norm, effective_eps, suppression
 from ..common import noise_key
 from ..jit import (
-    Tile,
-    aligned,
-    block_of,
     cast,
-    cdiv,
     combine,
     dot,
-    dot_precision,
-    gain_scalars,
     inverse_gain,
     load_scalars,
-    padded,
-    padded_rows,
     relative_change,
     round_stochastically,
     span,
 )
 from ..launch import Kernel
+from ..operands import Tile, aligned, block_of, cdiv, dot_precision, padded, padded_rows
+from ..triton import gain_scalars
 
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 
@@ -285,7 +279,7 @@ class Tiles:
         n, k = weight.shape
         stride_low = 0 if p_base is None else p_base.stride(0)
         self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
-        small = p_base is not None and machine_of(weight).shared_bytes < LARGE_SHARED
+        small = p_base is not None and limits_of(weight).shared_bytes < LARGE_SHARED
         tile = _tile(dtype, p.shape[1], aligned(k if weight.stride(1) == 1 else n), small)
         self.grid = (cdiv(k, tile["BLOCK_K"]), cdiv(n, tile["BLOCK_N"]))
         self.options = {"PRECISION": dot_precision(dtype), **tile}
@@ -392,7 +386,7 @@ def grad_p(
     tile = _product_tile(x.dtype, aligned(k), wide, p_base is not None)
     programs = cdiv(step, tile["BLOCK_N"]) * cdiv(wide, tile["BLOCK_J"])
     blocks_k = cdiv(k, tile["BLOCK_K"])
-    parts = plan.splits(programs, blocks_k, machine_of(g).processors)
+    parts = plan.splits(programs, blocks_k, limits_of(g).processors)
     columns = cdiv(blocks_k, parts) * tile["BLOCK_K"]
     dp = torch.empty(parts, n, wide, dtype=torch.float32, device=g.device)
     workspace = x.new_empty(step, k)
