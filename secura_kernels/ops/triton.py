@@ -1,4 +1,4 @@
-"""The one kernel that spaces share: the gain's slope and offset, from the largest ρ of each part."""
+"""The one kernel that spaces share: a gain's slope and offset, from the largest ρ of each part."""
 
 from __future__ import annotations
 
