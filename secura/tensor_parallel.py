@@ -65,28 +65,16 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     adapter.refresh(base)
     if adapter.columns is None:  # the plan came after the adapter
         adapter.derive(base)
-    group, by_weight = _group(base), adapter.config.norm_options.replaces_product
-    core = update(*adapter.factors(), 1.0)
+    if adapter.config.norm_options.replaces_product:
+        return _by_weight(adapter, base, x)
+    group, core = _group(base), update(*adapter.factors(), 1.0)
     delta_bias: Tensor | None = adapter.bias
-    if by_weight:
-        with _weight_of(adapter, base, _SumOfGradients.apply(core, group), group):
-            y0 = base(x)
     laid: Any = base(x) if y0 is None else y0
-    y0 = laid.to_local() if is_dtensor(laid) else laid
-    assert y0 is not None
-    whole = y0.shape[-1] == adapter.out_features
-    lead, m = y0.shape[:-1], adapter.rows.numel()
-    given: Any = x
-    tokens = given.to_local() if is_dtensor(x) else x
-    some_tokens = whole and lead.numel() < tokens.shape[:-1].numel()
+    y0 = _local(laid)
+    whole, some_tokens = _extent(adapter, x, y0)
     if not whole or some_tokens:
         core = _SumOfGradients.apply(core, group)
         delta_bias = None if delta_bias is None else _SumOfGradients.apply(delta_bias, group)
-    if by_weight:
-        if delta_bias is not None:
-            own = slice(None) if whole else _rows_here(bases.dense_weight(base))
-            y0 = y0 + delta_bias[own].to(y0.dtype)
-        return _laid_as(laid, y0)
     if whole != (adapter.here is None):
         adapter.wants_whole = whole
         adapter.derive(base)
@@ -95,27 +83,68 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
     mask = adapter.dropout_mask(y0)
     if mask is not None and not some_tokens:
         torch.distributed.broadcast(mask, group=group, group_src=0)
-    layer = adapter.kernel_layer(base, None)
     bias: Any = bases.bias(base)
     if is_dtensor(bias):
         bias = bias.full_tensor() if whole else bias.to_local()
     if whole:
-        out = secura_add(y0, layer._replace(bias=bias), core, delta_bias=delta_bias, z_scale=mask)
+        layer = adapter.kernel_layer(base, None)._replace(bias=bias)
+        out = secura_add(y0, layer, core, delta_bias=delta_bias, z_scale=mask)
     else:
-        n = y0.shape[-1]
-        none = y0.new_zeros(m)
-        if delta_bias is not None:
-            own = _rows_here(bases.dense_weight(base))
-            delta_bias = torch.cat([delta_bias[own], none.to(delta_bias)])
-        layer = layer._replace(
-            rows=torch.arange(n, n + m, device=y0.device),
-            bias=None if bias is None else torch.cat([bias, none.to(bias)]),
-        )
-        beside_z = _BesideZ.apply(y0.reshape(-1, n), bias, adapter.here, m, group)
-        mask = None if mask is None else mask.reshape(-1, m)
-        out = secura_add(beside_z, layer, core, delta_bias=delta_bias, z_scale=mask)
-        out = out[:, :n].reshape(*lead, n)
+        out = _added_to_part(adapter, base, y0, bias, core, delta_bias, mask, group)
     return _laid_as(laid, out)
+
+
+def _by_weight(adapter: CABR, base: nn.Module, x: Tensor) -> Tensor:
+    """What the base makes of x with this process's part of W' in the place of its part of W."""
+    group, delta_bias = _group(base), adapter.bias
+    core = _SumOfGradients.apply(update(*adapter.factors(), 1.0), group)
+    with _weight_of(adapter, base, core, group):
+        laid = base(x)
+    if delta_bias is None:
+        return laid
+    y0 = _local(laid)
+    whole, some_tokens = _extent(adapter, x, y0)
+    if not whole or some_tokens:
+        delta_bias = _SumOfGradients.apply(delta_bias, group)
+    own = slice(None) if whole else _rows_here(bases.dense_weight(base))
+    return _laid_as(laid, y0 + delta_bias[own].to(y0.dtype))
+
+
+def _added_to_part(
+    adapter: CABR,
+    base: nn.Module,
+    y0: Tensor,
+    bias: Tensor | None,
+    core: Tensor,
+    delta_bias: Tensor | None,
+    mask: Tensor | None,
+    group: Any,
+) -> Tensor:
+    """The output ``[..., N / p]`` from ``y0 [..., N / p]``, with z's columns for a while beside."""
+    n, m = y0.shape[-1], adapter.rows.numel()
+    none = y0.new_zeros(m)
+    if delta_bias is not None:
+        own = _rows_here(bases.dense_weight(base))
+        delta_bias = torch.cat([delta_bias[own], none.to(delta_bias)])
+    layer = adapter.kernel_layer(base, None)._replace(
+        rows=torch.arange(n, n + m, device=y0.device),
+        bias=None if bias is None else torch.cat([bias, none.to(bias)]),
+    )
+    beside_z = _BesideZ.apply(y0.reshape(-1, n), bias, adapter.here, m, group)
+    mask = None if mask is None else mask.reshape(-1, m)
+    out = secura_add(beside_z, layer, core, delta_bias=delta_bias, z_scale=mask)
+    return out[:, :n].reshape(y0.shape)
+
+
+def _local(laid: Any) -> Tensor:
+    """This process's part of a tensor, which may be a DTensor."""
+    return laid.to_local() if is_dtensor(laid) else laid
+
+
+def _extent(adapter: CABR, x: Any, y0: Tensor) -> tuple[bool, bool]:
+    """Whether ``y0`` here has every channel, and whether it has then but some of the tokens."""
+    whole = y0.shape[-1] == adapter.out_features
+    return whole, whole and y0.shape[:-1].numel() < _local(x).shape[:-1].numel()
 
 
 def _laid_as(laid: Any, out: Tensor) -> Tensor:
