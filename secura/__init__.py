@@ -1,7 +1,7 @@
 """SECURA: fine-tuning with a CUR adapter and a norm that halves small changes.
 
-Names are loaded when first used: all but ``SecuraConfig``, ``SecuraModel``, the callbacks,
-``export_lora`` and ``from_pretrained``, which load PEFT and transformers, need torch alone.
+Names are loaded when first used: ``SecuraConfig``, ``SecuraModel``, the callbacks, ``export_lora``
+and ``from_pretrained`` load PEFT and transformers, the others need torch and safetensors alone.
 """
 
 from __future__ import annotations

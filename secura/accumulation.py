@@ -105,7 +105,7 @@ class Accumulation:
 def accumulate(
     model: nn.Module, optimizer: Any, is_last: Callable[[], bool] | None = None
 ) -> Iterator[Accumulation]:
-    """Within, compute what depends on the adapters alone once an optimizer step, not a micro-batch.
+    """Compute, within a block, what depends on the adapters alone once an optimizer step.
 
     A layer keeps P, and adds up ∂P ``[N, m]``; the step's last backward pass makes ∂A and ∂B (or
     ∂U) of the sum. They are what plain accumulation gives, up to rounding; until then the adapters'
@@ -136,6 +136,9 @@ def accumulate(
             the model's does not: :meth:`Accumulation.drop` goes with that.
         is_last: whether the backward pass that asks is the step's last; None asks
             :attr:`Accumulation.last`.
+
+    Yields:
+        A :class:`secura.accumulation.Accumulation`, with ``last`` and ``drop()``.
 
     Raises:
         TypeError: for an optimizer that is not torch's or made of it, such as DeepSpeed's.

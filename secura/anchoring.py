@@ -37,12 +37,12 @@ from .state import in_digits
 
 @dataclass(frozen=True)
 class AnchorReport:
-    """What an anchoring pass did.
+    """Say what an anchoring pass did.
 
     Attributes:
         layers: adapted layers that were anchored.
         tokens: of old text that were read, over all processes.
-        seconds: the pass took, sampling included.
+        seconds: how long the pass took, sampling included.
         sampled: whether the model wrote the text itself.
         unseen: names of layers that no token reached (an expert, say): their core is anchored by
             nothing, and moves as an unanchored one does.
@@ -67,7 +67,7 @@ def anchor(
     seed: int = 0,
     add: bool = False,
 ) -> AnchorReport:
-    """Anchor the active adapters with ``core="u"`` by old text, before they are trained.
+    """Anchor the active adapters' cores ``U [m, m]`` by old text, before they are trained.
 
     One pass forward and backward over at most ``tokens`` tokens. What the model computes stays as
     it is, up to U's rounding: where U is not 0, Ũ is solved for. Call it before the optimizer is
@@ -81,7 +81,8 @@ def anchor(
         model: a PEFT model or any other that holds :class:`secura.SECURALinear`, with a forward
             that takes ``input_ids [B, T]`` and gives an object with ``logits [B, T, V]``. Under DDP
             or FSDP2 every process calls this, with the same arguments: each reads its share.
-        texts: what the model is to keep: strings, or token ids, a list or 1-D tensor a text. None
+        texts: what the model is to keep: strings (one alone is one text), or token ids, a list or
+            1-D tensor a text. None
             samples from the model itself, from its start token.
         tokenizer: for texts that are strings; also asked for the start token.
         damping: λ; None takes the config's ``anchor_damping`` (1e-2).
@@ -92,6 +93,9 @@ def anchor(
         seed: of the sampled texts and labels; torch's own random state is left alone.
         add: whether the statistics of the anchor that is there count too, as they do at the end
             of a task; the damping of each is kept beside it.
+
+    Returns:
+        What was read and anchored, an :class:`AnchorReport`.
 
     Raises:
         ValueError: no adapter to anchor, no text, a text of fewer than two tokens, strings without
@@ -142,10 +146,17 @@ def anchor(
 def unanchor(model: nn.Module) -> int:
     """Put ``U = κ L Ũ S`` in the place of Ũ and drop L and S; what is computed stays as it is.
 
-    The adapter's file is then a third as large. It can be trained on, in plain coordinates.
+    The adapter's file is then about half as large. It can be trained on, in plain coordinates.
+
+    Args:
+        model: as for :func:`anchor`; its active adapters are looked at.
 
     Returns:
         How many layers had an anchor.
+
+    Raises:
+        ValueError: the model has no active adapter with ``core="u"``.
+        RuntimeError: one is merged.
     """
     found = [one for one, _ in u_adapters(model).values() if one.left is not None]
     for group in unit_by_unit(model, found):

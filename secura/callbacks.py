@@ -26,8 +26,8 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             begins. 0 never folds.
 
     Raises:
-        ValueError: when training begins, for a model with no SECURA layer, or active adapters that
-            differ in ``fold_every`` where it is to be theirs.
+        ValueError: for a negative number of steps; when training begins, for a model with no SECURA
+            layer, or active adapters that differ in ``fold_every`` where it is to be theirs.
     """
 
     def __init__(self, fold_every: int | None = None) -> None:
@@ -73,6 +73,7 @@ class AccumulateCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: when training begins, for a model with no SECURA layer.
+        TypeError: then too, for an optimizer that :func:`secura.accumulate` refuses.
     """
 
     def __init__(self) -> None:

@@ -14,17 +14,17 @@ from secura_kernels.norm import REFERENCES, SAVES, NormOptions, resolve_norm
 
 @dataclass
 class AdapterConfig:
-    """How one linear layer is adapted. :class:`secura.SecuraConfig` adds what PEFT needs.
+    """Say how a linear layer ``W [N, K]`` is adapted; :class:`secura.SecuraConfig` adds PEFT's.
 
     Args:
-        r: CUR rank m: rows and columns of the frozen weight that span the change.
+        r: CUR rank, m in all formulas: how many rows and columns of W span the change.
         core: what of the core ``U [m, m]`` is trained: ``"ab"``, the factors of U = A B (the
             paper's), or ``"u"``, U itself, 0 at first. ``"u"`` is meant to be anchored before it is
             trained, by :func:`secura.anchor`. On the MLP of a 135M model, where both had learned
             96% of LoRA's best, it drifted 5.1 times as far from the base model as LoRA without an
             anchor, 0.60 with one, 0.37 with r=128 and a decay of 30 (docs/results.md).
-        inner_r: inner rank r of ``A [m, r]`` and ``B [r, m]``; None means 2 m. With ``core="ab"``
-            alone.
+        inner_r: inner rank, r in ``A [m, r]`` and ``B [r, m]``; None means 2 · ``r``, and with
+            ``init="svd"`` it is at most the layer's in_features. With ``core="ab"`` alone.
         scaling: s of ΔW = s · C A B R.
         selection: ``"least_norm"`` (released) or ``"inverse_sampling"`` (CURLoRA, seeded).
         init: how A starts, where there is one: ``"svd"`` (released; a slice of W), ``"kaiming"``,
@@ -58,7 +58,7 @@ class AdapterConfig:
         share_inputs: whether layers that are given the same tensor (q, k and v; gate and up) add up
             its gradient in place, and under autocast cast it once: less to move and to save,
             nothing else (docs/kernels.md).
-        keep_columns: whether C ``[N, r]`` is kept beside the weight, in its dtype, rather than read
+        keep_columns: whether C ``[N, m]`` is kept beside the weight, in its dtype, rather than read
             out of it in every pass, a sector of 32 bytes an element: quicker where batches are
             small, for 352 MB over all linears of Llama-3-8B at r = 128 (docs/kernels.md).
         dropout: probability that an entry of ``z = x Rᵀ`` is dropped; not with ``norm="weight"``.

@@ -11,7 +11,7 @@ from .sharding import reshard, unit_by_unit
 
 
 def fold(model: nn.Module) -> int:
-    """Move what the model's active SECURA adapters learned into their cores (B starts at 0 again).
+    """Move what active adapters learned into U_acc ``[m, m]``; B, or U, starts at 0 again.
 
     Sharded with FSDP, every process has to call this: it gathers A and B.
 
@@ -22,7 +22,8 @@ def fold(model: nn.Module) -> int:
         How many layers had an active adapter to fold.
 
     Raises:
-        RuntimeError: where an adapter is merged; nothing is folded then.
+        RuntimeError: where an adapter is merged; nothing is folded then. Where a U_acc was cast to
+            16 bits.
         ValueError: where the model has no SECURA layer, or a layer several active adapters of which
             one has a norm; nothing is folded then.
     """

@@ -60,7 +60,7 @@ class SECURALinear(CABR):
         return self._merged is not None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """The adapted output ``[..., N]`` for ``x [..., K]``, in the base layer's dtype.
+        """Compute the adapted output ``[..., N]`` of ``x [..., K]``, in x's dtype or autocast's.
 
         Raises:
             TypeError: for integer or complex inputs, or a dtype that is not the weight's.
@@ -96,22 +96,27 @@ class SECURALinear(CABR):
         """Move what was learned into ``core`` and start B at 0 again (docs/design.md, "The fold").
 
         Raises:
-            RuntimeError: while merged.
+            RuntimeError: while merged, or where U_acc was cast to 16 bits.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged into the base weight: unmerge() it to fold")
         self.fold_core()
 
     def delta_weight(self) -> Tensor:
-        """``ΔW = C (core + s · A B) R  [N, K]``, fp32, before any norm."""
+        """Compute ``ΔW = C (U_acc + s · A B) R  [N, K]``, fp32, before any norm.
+
+        Raises:
+            RuntimeError: while merged.
+        """
         self._check_unmerged()
         return self.delta_of(self.base)
 
     def effective_weight(self, *, allow_inexact: bool = False) -> Tensor:
-        """The plain weight ``[N, K]`` that computes this layer, in W's dtype.
+        """Compute the plain weight ``[N, K]`` of which a linear layer does the same, in W's dtype.
 
         Raises:
             ValueError: for ``norm="activation"`` unless ``allow_inexact``.
+            RuntimeError: while merged.
         """
         self._check_unmerged()
         return self.effective_of(self.base, allow_inexact=allow_inexact)

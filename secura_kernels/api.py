@@ -95,7 +95,8 @@ def secura_linear(
         ValueError: where shapes do not fit, or for an unknown form, combination, ``save`` or
             ``impl``; for ``channel`` without ``gram`` and ``base_norms``; for ``weight`` with
             ``z_scale``; for a layer whose weight, bias or columns require a gradient.
-        RuntimeError: for ``impl="triton"`` where no kernel can take the tensors.
+        RuntimeError: for ``impl="triton"`` where no kernel can take the tensors; in the backward
+            pass, for a second derivative.
     """
     if layer.weight is None:
         raise ValueError("the layer has no weight: call secura_add with the base's own output")
@@ -132,7 +133,8 @@ def secura_add(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`secura_linear`; ValueError also for
-            ``weight``, which multiplies by another weight and cannot use y0.
+            ``weight`` or a ``rounding_seed``, which multiply by another weight and cannot use y0,
+            and for a layer with neither weight nor columns.
     """
     if layer.replaces_product:
         what = "stochastic rounding" if layer.options.norm != "weight" else "the space 'weight'"

@@ -25,7 +25,7 @@ _CHUNK_ROWS = 256
 def select(
     weight: Tensor, m: int, selection: str = "least_norm", generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pick the ``m`` least important rows and columns of a weight.
+    """Pick the ``m`` least important rows and columns of a weight ``[N, K]``.
 
     Args:
         weight: ``[N, K]``, any floating dtype.
@@ -120,12 +120,16 @@ def init_a(
             so, B is CURLoRA's U (arXiv 2408.14572).
         generator: CPU generator.
 
+    Returns:
+        ``[m, r]`` fp32, on the weight's device.
+
     Raises:
         ValueError: for an unknown init.
-        RankError: for ``"svd"`` with ``r > K``.
+        RankError: for an m that does not fit the weight, and for ``"svd"`` with ``r > K``.
     """
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: choose one of {INITS}")
+    check_fits(m, *weight.shape)
     if init == "svd":
         if r > weight.shape[1]:
             raise RankError(
@@ -144,7 +148,15 @@ def init_a(
 
 
 def important_channels(weight: Tensor, m: int) -> Tensor:
-    """Find the ``(N − m) // 2`` rows of ``weight`` with the largest L2 norm, ``[N]`` bool."""
+    """Find the ``(N − m) // 2`` rows of a weight ``[N, K]`` with the largest L2 norm.
+
+    Args:
+        weight: ``[N, K]``, any floating dtype.
+        m: CUR rank.
+
+    Returns:
+        ``[N]`` bool, on the weight's device: what :class:`secura_kernels.Restrain` acts on.
+    """
     count = (weight.shape[0] - m) // 2
     important = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     order = squared_norms(weight)[0].sort(descending=True, stable=True).indices

@@ -18,7 +18,9 @@ from .norm import NormOptions, Restrain
 
 
 class Layer(NamedTuple):
-    """What of an adapted layer is not trained.
+    """Hold what of an adapted layer ``W [N, K]`` is not trained, and how it is adapted.
+
+    Indices are not checked: ``rows`` within [0, N), ``cols`` within [0, K).
 
     Attributes:
         weight: ``W [N, K]``, frozen, any floating dtype and strides; None where only its output is
@@ -29,9 +31,10 @@ class Layer(NamedTuple):
         cols: ``[m]`` int64, C = W[:, cols].
         options: the norm; its space decides the op.
         scaling: s.
-        core: ``U_acc [m, m]``, what was folded, or None.
+        core: ``U_acc [m, m]``, fp32, what was folded, or None.
         core_is_base: whether U_acc belongs to the norm's base, or to its change.
-        gram: ``R Rᵀ [m, m]`` of :func:`secura_kernels.with_norms`; ``channel`` alone.
+        gram: ``R Rᵀ [m, m]`` of :func:`secura_kernels.with_norms`, fp32 or wider; ``channel``
+            alone.
         base_norms: ``‖W_base,i‖ [N]``, from there too; ``channel`` alone.
         restrain: the suppression, or None.
         save: ``activation`` alone: ``"recompute"`` keeps the base's output for the backward pass,

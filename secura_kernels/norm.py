@@ -44,12 +44,14 @@ _SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 
 class NormOptions(NamedTuple):
-    """How S-MagNorm is computed.
+    """Choose how S-MagNorm is computed.
 
     Attributes:
-        norm: the space, one of ``NORMS``.
-        form: one of ``FORMS``, or None for the space's default.
-        combine: one of ``COMBINES``, or None for ``"gated"``.
+        norm: the space: ``"none"``, ``"channel"``, ``"activation"`` or ``"weight"`` (the default of
+            :class:`secura.AdapterConfig`).
+        form: ``"paper"``, ``"released"`` or ``"calibrated"``; None is ``"paper"`` in ``weight``,
+            else ``"calibrated"``.
+        combine: ``"averaged"``, the paper's, or ``"gated"``, which None is too.
         scale: k.
         eps: ε.
         eps_relative: whether ε is a multiple of the root mean square of the base.

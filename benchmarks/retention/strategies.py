@@ -79,7 +79,7 @@ class EWC(Strategy):
         self.callback: EWCCallback | None = None
         rows, before = self.old_rows(), context.before
         if rows:
-            previous = Fisher(before["importance"], before["anchor"]) if before else None
+            previous = Fisher(before["importance"], before["center"]) if before else None
             batches = (_one(row) for row in rows[:_FISHER_EXAMPLES])
             fisher = Fisher.estimate(context.model, batches, previous=previous)
             self.callback = EWCCallback(fisher, context.method.strength)
@@ -102,12 +102,12 @@ class EWC(Strategy):
         if self.callback is None:
             return {}
         fisher = self.callback.fisher
-        return {"importance": fisher.importance, "anchor": fisher.anchor}
+        return {"importance": fisher.importance, "center": fisher.center}
 
     def resume(self, state: State) -> None:
         """The Fisher information of the run's start."""
         if self.callback is not None:
-            fisher = Fisher(state["importance"], state["anchor"]).on(self.context.model)
+            fisher = Fisher(state["importance"], state["center"]).on(self.context.model)
             self.callback = EWCCallback(fisher, self.context.method.strength)
 
 

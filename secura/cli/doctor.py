@@ -40,8 +40,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="secura doctor",
         description=__doc__,
-        epilog="SECURA_IMPL=reference|triton|auto steers the choice. Needs torch alone. The exit "
-        "status is 1 where a check fails.",
+        epilog="SECURA_IMPL=reference|triton|auto steers the choice. Needs torch and safetensors "
+        "alone. The exit status is 1 where a check fails.",
     )
     parser.add_argument(
         "--kernels",

@@ -32,7 +32,7 @@ from .state import (
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 
-_PARTS = ("importance", "anchor")
+_PARTS = ("importance", "center")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Fisher:
 
     Args:
         importance: fp32, by parameter name: the diagonal ``F``, 0 or more.
-        anchor: fp32, of the same names and shapes: ``θ*``.
+        center: fp32, of the same names and shapes: ``θ*``.
         made_in: :func:`secura.continual.state.coordinates` of the model; empty if not known.
     """
 
     importance: dict[str, Tensor]
-    anchor: dict[str, Tensor]
+    center: dict[str, Tensor]
     made_in: str = ""
 
     @classmethod
@@ -69,7 +69,7 @@ class Fisher:
         Args:
             model: at the end of the task; its forward must return an object with a ``loss``.
             batches: keyword arguments of the forward, with labels; moved to the model's device.
-            previous: of the tasks before. Importances add up, and the anchor is where the model is
+            previous: of the tasks before. Importances add up, and the center is where the model is
                 now: online EWC without decay, one penalty however many tasks there were.
 
         Raises:
@@ -95,8 +95,8 @@ class Fisher:
         importance = {name: squares / count for name, squares in total.items()}
         if previous is not None:
             importance = {name: importance[name] + previous.importance[name] for name in importance}
-        anchor = {n: p.detach().float().clone() for n, p in parameters.items()}
-        return cls(importance, anchor, coordinates(model))
+        center = {n: p.detach().float().clone() for n, p in parameters.items()}
+        return cls(importance, center, coordinates(model))
 
     def on(self, model: nn.Module) -> Fisher:
         """The same on the model's devices.
@@ -107,13 +107,13 @@ class Fisher:
         """
         return Fisher(
             placed(self.importance, model, "the Fisher information", self.made_in),
-            placed(self.anchor, model, "the Fisher information's anchor", self.made_in),
+            placed(self.center, model, "the Fisher information's center", self.made_in),
             self.made_in,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        parts = zip(_PARTS, (self.importance, self.anchor), strict=True)
+        parts = zip(_PARTS, (self.importance, self.center), strict=True)
         tensors = {f"{part}.{name}": t for part, own in parts for name, t in own.items()}
         write(tensors, path, self.made_in)
 
@@ -129,16 +129,16 @@ class Fisher:
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = tensor
-        importance, anchor = (parts[part] for part in _PARTS)
+        importance, center = (parts[part] for part in _PARTS)
         if (
             len(parts) > len(_PARTS)
             or not importance
-            or importance.keys() != anchor.keys()
-            or any(importance[name].shape != anchor[name].shape for name in anchor)
+            or importance.keys() != center.keys()
+            or any(importance[name].shape != center[name].shape for name in center)
             or any(bool((tensor < 0).any()) for tensor in importance.values())
         ):
             raise ValueError(f"{path} is damaged or holds no Fisher information: estimate it again")
-        return cls(importance, anchor, made_in)
+        return cls(importance, center, made_in)
 
 
 class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
@@ -172,7 +172,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         """
         fisher = self.fisher.on(model)
         terms = [
-            (fisher.importance[name] * (value.float() - fisher.anchor[name]).square()).sum()
+            (fisher.importance[name] * (value.float() - fisher.center[name]).square()).sum()
             for name, value in trainable(model).items()
         ]
         return self.ewc_lambda / 2 * torch.stack([term.to(terms[0].device) for term in terms]).sum()
@@ -184,7 +184,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         assert model is not None
         self._unfolded = check_run(model)
         self.fisher = self.fisher.on(model)
-        for part in (self.fisher.importance, self.fisher.anchor):
+        for part in (self.fisher.importance, self.fisher.center):
             check_alike(part, "the Fisher information")
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "added: set max_grad_norm above 0, or train in bf16"
             )
         for name, value in trainable(model).items():
-            pull = value.float() - self.fisher.anchor[name]
+            pull = value.float() - self.fisher.center[name]
             pull = (pull * self.fisher.importance[name] * self.ewc_lambda).to(value.dtype)
             value.grad = pull if value.grad is None else value.grad.add_(pull)
 

@@ -59,10 +59,11 @@ class ReplayBuffer(Sequence[Features]):
 class ReplayCollator:
     """Append examples from a memory to every batch, then collate.
 
-    To ``B`` features come ``round(B · share / (1 − share))`` from the memory, at least one: of the
-    final batch, ``share`` is replayed. The draw is a function of the seed and of the batch's token
-    ids in their order, and of nothing else: a run that is resumed, or that loads its data in other
-    processes, gets the batches it would have had. It is without repetition while the memory lasts.
+    To ``B`` features come ``round(B · share / (1 − share))`` from the memory, at least one (half of
+    a batch of one): of the final batch, ``share`` is replayed. The draw is a function of the seed
+    and of the batch's token ids in their order, and of nothing else: a run that is resumed, or that
+    loads its data in other processes, gets the batches it would have had. It is without repetition
+    while the memory lasts.
 
     The loss's normalisation is right without more: the Trainer counts the tokens of a step in the
     batches this collator returns.

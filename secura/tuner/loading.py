@@ -23,12 +23,16 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
         model: the base model, changed in place; a ``PeftModel`` gets one more adapter,
             and the one that is active stays so.
         folder: the adapter's folder, or its name on the hub.
-        **kwargs: as of ``PeftModel.from_pretrained`` (``adapter_name``, ``is_trainable``, …) and
-            ``check_base``.
+        **kwargs: as of ``PeftModel.from_pretrained``: ``adapter_name``, ``is_trainable`` (without
+            it the adapter is frozen), …; and ``check_base``.
+
+    Returns:
+        The ``PeftModel``, with the adapter on it.
 
     Raises:
-        ValueError: for a file that was cut short or damaged, or belongs to another model; the
-            message names the file or the layer, and the model is as it was.
+        ValueError: for a folder without an adapter's config, a file that was cut short or damaged,
+            or belongs to another model, and a name that an adapter of the model has; the message
+            names the file or the layer, and the model is as it was.
     """
     path = Path(folder, kwargs.get("subfolder") or "")
     check_file(path / SAFETENSORS_WEIGHTS_NAME)

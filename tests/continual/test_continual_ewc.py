@@ -17,12 +17,12 @@ from secura.continual import EWCCallback, Fisher
 BATCHES = [pad([row]) for row in rows(5)]
 
 
-def fisher_of(model, *, strength: float = 1.0, anchor: float = 0.0) -> Fisher:
-    """Equal importances, and an anchor a little off the model."""
+def fisher_of(model, *, strength: float = 1.0, center: float = 0.0) -> Fisher:
+    """Equal importances, and a center a little off the model."""
     values = parameters(model)
     return Fisher(
         {name: torch.full_like(value, strength) for name, value in values.items()},
-        {name: value + anchor for name, value in values.items()},
+        {name: value + center for name, value in values.items()},
     )
 
 
@@ -66,13 +66,13 @@ def test_fisher_is_the_mean_of_each_examples_squared_gradient(kind):
     fisher = Fisher.estimate(model, BATCHES)
     torch.testing.assert_close(fisher.importance, expected)
     assert any(bool(value.any()) for value in expected.values())
-    tiny.assert_same(fisher.anchor, parameters(model))
+    tiny.assert_same(fisher.center, parameters(model))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     assert all(value.grad is None for value in model.parameters())
 
 
-def test_the_importances_of_tasks_add_up_and_the_anchor_moves():
+def test_the_importances_of_tasks_add_up_and_the_center_moves():
     model = adapted()
     first = Fisher.estimate(model, BATCHES[:2])
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_importances_of_tasks_add_up_and_the_anchor_moves():
     both = Fisher.estimate(model, BATCHES[2:], previous=first)
     for name, value in both.importance.items():
         assert torch.equal(value, first.importance[name] + second.importance[name])
-    tiny.assert_same(both.anchor, parameters(model))
+    tiny.assert_same(both.center, parameters(model))
 
 
 def test_what_fisher_cannot_be_estimated_from():
@@ -103,7 +103,7 @@ def test_what_fisher_cannot_be_estimated_from():
         Fisher.estimate(merged, BATCHES)
 
 
-@pytest.mark.parametrize("part", [None, "importance", "anchor"])
+@pytest.mark.parametrize("part", [None, "importance", "center"])
 def test_processes_with_different_numbers_are_refused(part, monkeypatch):
     """Each process says in turn what it has; the second one has another number in ``part``."""
     model = adapted()
@@ -133,7 +133,7 @@ def test_fisher_survives_its_file(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["fisher.safetensors"]
     loaded = Fisher.load(tmp_path / "new" / "fisher.safetensors")
     tiny.assert_same(loaded.importance, fisher.importance)
-    tiny.assert_same(loaded.anchor, fisher.anchor)
+    tiny.assert_same(loaded.center, fisher.center)
 
 
 def test_damaged_files_are_one_clear_error(tmp_path):
@@ -146,15 +146,15 @@ def test_damaged_files_are_one_clear_error(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="cut short"):
             Fisher.load(file)
-    name = next(iter(fisher.anchor))
-    good = {f"importance.{name}": torch.ones(2), f"anchor.{name}": torch.ones(2)}
+    name = next(iter(fisher.center))
+    good = {f"importance.{name}": torch.ones(2), f"center.{name}": torch.ones(2)}
     for change in (
         {f"importance.{name}": torch.full((2,), torch.nan)},
         {f"importance.{name}": -torch.ones(2)},
         {f"importance.{name}": torch.ones(3)},
         {"importance.other": torch.ones(2)},
         {"something": torch.ones(2)},
-        {f"anchor.{name}": torch.ones(2, dtype=torch.int64)},
+        {f"center.{name}": torch.ones(2, dtype=torch.int64)},
     ):
         save_file(good | change, file)
         with pytest.raises(ValueError, match="damaged"):
@@ -177,7 +177,7 @@ def test_another_models_fisher_is_refused(tmp_path):
 def test_the_penaltys_gradient_is_added_once_a_step(kind, accumulation, tmp_path):
     model = adapted(kind)
     fisher = Fisher.estimate(model, BATCHES)
-    fisher = Fisher(fisher.importance, {n: v + 0.3 for n, v in fisher.anchor.items()})
+    fisher = Fisher(fisher.importance, {n: v + 0.3 for n, v in fisher.center.items()})
     callback = EWCCallback(fisher, 50.0)
     trained = [value for value in model.parameters() if value.requires_grad]
     expected = torch.autograd.grad(callback.penalty(model), trained)
@@ -198,11 +198,11 @@ def test_the_penaltys_gradient_is_added_once_a_step(kind, accumulation, tmp_path
 def test_the_penalty_is_half_lambda_f_d_squared():
     model = adapted()
     count = sum(value.numel() for value in parameters(model).values())
-    penalty = EWCCallback(fisher_of(model, strength=2.0, anchor=0.5), 3.0).penalty(model)
+    penalty = EWCCallback(fisher_of(model, strength=2.0, center=0.5), 3.0).penalty(model)
     assert penalty.item() == pytest.approx(3.0 / 2 * 2.0 * 0.25 * count, rel=1e-4)
 
 
-def test_a_strong_lambda_keeps_the_parameters_near_the_anchor(tmp_path):
+def test_a_strong_lambda_keeps_the_parameters_near_the_center(tmp_path):
     moved = {}
     for strength in (0.0, 90.0):
         model = adapted()
@@ -220,7 +220,7 @@ def test_a_strong_lambda_keeps_the_parameters_near_the_anchor(tmp_path):
 
 def test_parameters_without_a_gradient_are_pulled_as_well():
     model = adapted()
-    callback = EWCCallback(fisher_of(model, anchor=1.0), 2.0)
+    callback = EWCCallback(fisher_of(model, center=1.0), 2.0)
     callback.on_pre_optimizer_step(SimpleNamespace(max_grad_norm=1.0), None, None, model=model)
     assert all(
         torch.allclose(value.grad, torch.tensor(-2.0))

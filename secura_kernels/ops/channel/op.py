@@ -42,10 +42,23 @@ _CHUNK_ROWS = 1024
 def with_norms(layer: Layer) -> Layer:
     """Fill in ``gram = R Rᵀ [m, m]`` and ``base_norms = ‖W_base,i‖ [N]``, which ``channel`` needs.
 
-    Once, and again after a fold into the base; both in fp32 or wider. Needs ``weight``.
+    Once, and again after a fold into the base.
+
+    Args:
+        layer: with its ``weight``.
+
+    Returns:
+        The layer with both, in fp32 or wider, on the weight's device.
+
+    Raises:
+        ValueError: the layer has no weight.
     """
     weight, core, p_base = layer.weight, layer.core, None
-    assert weight is not None
+    if weight is None:
+        raise ValueError(
+            "the layer has no weight, of which norms are taken: call with_norms before it is left "
+            "out"
+        )
     if core is not None and layer.core_is_base:
         source, cols = (weight, layer.cols) if layer.columns is None else (layer.columns, None)
         u = as_dtype(core, wide(core.dtype))
