@@ -44,8 +44,8 @@ class AnchorReport:
         tokens: of old text that were read, over all processes.
         seconds: how long the pass took, sampling included.
         sampled: whether the model wrote the text itself.
-        unseen: names of layers that no token reached (an expert, say): their core is anchored by
-            nothing, and moves as an unanchored one does.
+        unseen: names of layers that no token or no gradient reached (an expert, say): their core is
+            anchored by nothing, or by one of both statistics, and moves as an unanchored one does.
     """
 
     layers: int
@@ -70,8 +70,8 @@ def anchor(
     """Anchor the active adapters' cores ``U [m, m]`` by old text, before they are trained.
 
     One pass forward and backward over at most ``tokens`` tokens. What the model computes stays as
-    it is, up to U's rounding: where U is not 0, Ũ is solved for. Call it before the optimizer is
-    made.
+    it is, up to U's rounding: where U is not 0, Ũ is solved for. Call it before the optimizer, or
+    an average of weights, is made. Every active adapter with such a core is anchored anew.
 
     Example:
         >>> model = get_peft_model(base, SecuraConfig(core="u", norm="none"))
@@ -98,9 +98,10 @@ def anchor(
         What was read and anchored, an :class:`AnchorReport`.
 
     Raises:
-        ValueError: no adapter to anchor, no text, a text of fewer than two tokens, strings without
-            a tokenizer, a model that takes no ``input_ids`` or cannot sample, or statistics that
-            are not finite; adapters are left as they were then, every one of them.
+        ValueError: no adapter to anchor, no text, a text of fewer than two tokens or with ids that
+            the model does not know, a mapping or a file's name as texts, strings without a
+            tokenizer, a model that takes no ``input_ids``, gives one number or cannot sample, or
+            statistics that are not finite; adapters are left as they were then, every one.
         RuntimeError: while an adapter is merged or disabled, or under ``torch.inference_mode()``.
     """
     start = time.perf_counter()
@@ -125,7 +126,7 @@ def anchor(
             batch_size=batch_size,
             seed=seed,
         )
-    unseen = tuple(name for name, one in sums.items() if not bool(one.sigma.any()))
+    unseen = tuple(name for name, one in sums.items() if not (one.sigma.any() and one.gamma.any()))
     names = {
         adapter: name
         for name, (adapter, _) in adapters.items()

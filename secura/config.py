@@ -213,9 +213,12 @@ _FP32 = torch.finfo(torch.float32)
 
 
 def check_damping(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` can be an anchor's damping."""
-    if not _is_number(value) or not 0 < value <= 1e6:
-        raise ValueError(f"{name}={value!r} must be above 0 and at most 1e6, such as 1e-2")
+    """Raise ``ValueError`` unless ``value`` can be an anchor's damping.
+
+    Below 1e-8 what an anchor was made of could no longer be found in its fp32 roots.
+    """
+    if not _is_number(value) or not 1e-8 <= value <= 1e6:
+        raise ValueError(f"{name}={value!r} must lie between 1e-8 and 1e6: 1e-2, say")
 
 
 def _is_number(value: Any) -> bool:

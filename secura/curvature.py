@@ -7,6 +7,7 @@ writes some. One pass forward and backward over them sums z zᵀ and h hᵀ of e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def curvature(
         _check_finite(finite, device)
         own = every = _batches(pieces, batch_size)
     else:
-        every = _batches(_pieces(texts, tokenizer, tokens, length), batch_size)
+        every = _batches(pieces_of(model, texts, tokenizer, tokens, length), batch_size)
         own = every[rank::world]
     sums, handles, watches = {}, [], []
     for name, (adapter, layer) in adapters.items():
@@ -149,6 +150,11 @@ def check_reads(model: Any) -> None:
             f"{_READS}: {type(base).__name__} gives a {type(out).__name__} without (return_dict="
             "False in its config, or a model without a head)"
         )
+    if out.logits.shape[-1] < 2:
+        raise ValueError(
+            f"{_READS}: {type(base).__name__} gives one number, a reward or a regression, of which "
+            "no label can be drawn"
+        )
 
 
 def _read(model: Any, ids: Tensor, generator: Any) -> bool:
@@ -167,12 +173,40 @@ def _read(model: Any, ids: Tensor, generator: Any) -> bool:
 
 
 def listed(texts: Texts) -> list[Any]:
-    """Texts as a list: a string or a tensor alone is one text."""
+    """Texts as a list: a string or a tensor alone is one text.
+
+    Raises:
+        ValueError: they are a mapping, whose names would be read, or a file's name.
+    """
+    if isinstance(texts, Mapping):
+        raise ValueError(
+            f"texts are a mapping with {', '.join(map(str, texts))}: give one column of texts, "
+            "such as dataset['train']['text'] or tokenizer(texts)['input_ids']"
+        )
+    if isinstance(texts, os.PathLike) or (isinstance(texts, str) and os.path.isfile(texts)):
+        raise ValueError(f"{os.fspath(texts)} is a file: read it, and give the texts in it")
     return [texts] if isinstance(texts, str | Tensor) else list(texts)
 
 
-def _pieces(texts: list[Any], tokenizer: Any, tokens: int, length: int) -> list[Tensor]:
-    """Texts cut into pieces of 2 to ``length`` token ids, ``tokens`` in all at most."""
+def pieces_of(
+    model: Any, texts: list[Any], tokenizer: Any, tokens: int, length: int
+) -> list[Tensor]:
+    """Texts cut into pieces of 2 to ``length`` token ids, ``tokens`` in all at most.
+
+    Padding at the ends of token ids is left out, where the tokenizer or the model's config names
+    its token; where that begins or ends texts too, one of it is kept.
+
+    Raises:
+        ValueError: no text, one of fewer than two tokens or of ids that the model does not know, or
+            something else than text.
+    """
+    config = _config(model)
+    known: Any = getattr(config, "vocab_size", None)
+    pad, *ends = (
+        getattr(tokenizer, name, None) if tokenizer is not None else getattr(config, name, None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    )
+    kept = int(pad in ends)
     if not texts:
         raise ValueError("there is no text to anchor by: give some, or texts=None to sample")
     ids = []
@@ -189,6 +223,15 @@ def _pieces(texts: list[Any], tokenizer: Any, tokens: int, length: int) -> list[
         if not isinstance(text, Tensor) or text.is_floating_point() or text.dim() != 1:
             raise ValueError(
                 f"text {number} is neither a string nor token ids (a list or 1-D tensor)"
+            )
+        if pad is not None:
+            places = (text != pad).nonzero().flatten().tolist() or [0]
+            text = text[max(0, places[0] - kept) : places[-1] + 1 + kept]
+        outside = [] if known is None else text[(text < 0) | (text >= known)].tolist()
+        if outside:
+            raise ValueError(
+                f"text {number} has the token id {outside[0]}, and the model knows 0 to "
+                f"{known - 1}: give input_ids, not labels, of this model's tokenizer"
             )
         if text.numel() < 2:
             raise ValueError(
@@ -217,6 +260,13 @@ def _sample(
     Returns:
         The texts, and whether the model's logits were finite.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = getattr(_config(model), "is_encoder_decoder", False)
+    if whole or (hasattr(base, "can_generate") and not base.can_generate()):
+        raise ValueError(
+            f"the model cannot sample: a {type(base).__name__} writes no text from left to right; "
+            "give texts to anchor by"
+        )
     token = _start_token(model, tokenizer)
     pieces: list[Tensor] = []
     finite = True
@@ -348,4 +398,5 @@ __all__ = [
     "curvature",
     "largest",
     "listed",
+    "pieces_of",
 ]

@@ -272,6 +272,8 @@ class AdapterState(nn.Module):
         if not state or (self._passed and self._passed.covers(passes)):
             return
         self._passed = None
+        if self.left is None and "U" in state and "left" not in state:
+            self._check_plain(layer, state.get("damping"))
         verify_checksum(layer, state, self._settings(state))
         state.pop("checksum", None)
         if self.left is not None and "U" in state and "left" not in state:
@@ -288,8 +290,6 @@ class AdapterState(nn.Module):
         if not whole:
             expected = {name: tensor for name, tensor in expected.items() if name in state}
         own = weight = None
-        if self.left is None and "U" in state and "left" not in state:
-            self._check_plain(layer, state.get("damping"))
         if base is not None and self.config.check_base and "fingerprint" in state:
             weight = bases.weight_here(base)
             own = self.fingerprint if weight is None else fingerprint(weight)

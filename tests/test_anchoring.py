@@ -124,7 +124,7 @@ def test_it_samples_its_own_text_where_none_is_given():
 
 
 def test_tokens_are_taken_from_every_text_in_turn():
-    pieces = secura.curvature._pieces(TEXTS, None, 20, 6)
+    pieces = secura.curvature.pieces_of(cored(), TEXTS, None, 20, 6)
     assert [len(piece) for piece in pieces] == [6, 6, 6, 2]
     assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
 
@@ -246,8 +246,13 @@ BAD = {
     "give the tokenizer": {"texts": ["some text"]},
     "neither a string nor": {"texts": [torch.rand(5)]},
     "text 0 is a row with input_ids": {"texts": [{"input_ids": [3, 4]}]},
-    "damping=0 must be above 0 and at most 1e6": {"texts": TEXTS, "damping": 0},
-    "damping=10000000.0 must be": {"texts": TEXTS, "damping": 1e7},
+    "damping=0 must lie between 1e-8 and 1e6": {"texts": TEXTS, "damping": 0},
+    "damping=1e-09 must lie": {"texts": TEXTS, "damping": 1e-9},
+    "texts are a mapping with train, test": {"texts": {"train": ["a"], "test": ["b"]}},
+    "test_anchoring.py is a file: read it": {"texts": __file__},
+    "text 1 has the token id -100": {"texts": [[3, 4], torch.tensor([3, -100])]},
+    "text 0 has the token id 999, and the model knows 0 to": {"texts": [[3, 999]]},
+    "damping=10000000.0 must lie": {"texts": TEXTS, "damping": 1e7},
     "damping=nan": {"texts": TEXTS, "damping": float("nan")},
     "tokens=1": {"texts": TEXTS, "tokens": 1},
     "length=1.5": {"texts": TEXTS, "length": 1.5},
@@ -262,6 +267,23 @@ def test_bad_input_is_one_error_and_changes_nothing(message):
     with pytest.raises(ValueError, match=message):
         anchor(model, **BAD[message])
     tiny.assert_same(tiny.snapshot(model), before)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_padding_is_no_old_text(ends):
+    """Of the model's pad token; where it ends texts too, one of it is kept."""
+    one, other = cored(), cored()
+    for model in (one, other):
+        model.config.pad_token_id = 2 if ends else 0
+        model.config.eos_token_id = 2
+    pad = one.config.pad_token_id
+    texts = [[3, 4, 5, 9], [6, pad, 7, 8, 3]]  # of one within a text nothing is known
+    padded = [[pad, pad, *texts[0], pad, pad, pad], [*texts[1], pad]]
+    if ends:
+        texts = [[pad, *texts[0], pad], [*texts[1], pad]]
+    reports = [anchor(one, texts), anchor(other, padded)]
+    assert reports[0].tokens == reports[1].tokens == sum(map(len, texts))
+    tiny.assert_same(tiny.snapshot(one), tiny.snapshot(other))
 
 
 def test_a_model_that_cannot_sample_says_so():

@@ -97,10 +97,10 @@ def test_a_core_without_its_anchor_is_not_taken_into_an_anchored_one():
     model.load_state_dict(state, strict=False)
 
 
-def test_an_anchored_core_is_not_taken_without_its_anchor():
+@pytest.mark.parametrize("names", [(".left", ".right"), (".left", ".right", ".checksum")])
+def test_an_anchored_core_is_not_taken_without_its_anchor(names):
     """As from a file whose L and S were left out: Ũ would be read as U."""
     model, plain = anchored(), tiny.adapted(core="u", norm="none")
-    names = (".left", ".right", ".checksum")
     state = {k: v for k, v in tiny.snapshot(model).items() if not k.endswith(names)}
     before = tiny.snapshot(plain)
     with pytest.raises(ValueError, match="its L and S are not there"):

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -26,6 +27,22 @@ def vit():
     return ViTForImageClassification(config)
 
 
+def bart():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 24, "vocab_size": tiny.VOCAB}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        **sizes, **heads, **tokens, forced_eos_token_id=2, max_position_embeddings=64
+    )
+    return BartForConditionalGeneration(config)
+
+
+def reward():
+    config = tiny.llama().config
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config)
+
+
 def tuples():
     model = tiny.llama()
     forward = model.forward
@@ -38,7 +55,9 @@ def tuples():
     [
         (tiny.t5, ["q", "v"], TEXTS, "T5ForConditionalGeneration says You must specify"),
         (vit, "all-linear", TEXTS, "take input_ids alone.*: ViTForImageClassification says"),
-        (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
+        (tiny.classifier, ["q_proj"], None, "cannot sample: .* writes no text .*; give texts"),
+        (bart, ["q_proj"], None, "cannot sample: a BartForConditionalGeneration writes no text"),
+        (reward, ["q_proj"], TEXTS, "LlamaForSequenceClassification gives one number, a reward"),
         (tuples, ["q_proj"], TEXTS, "LlamaForCausalLM gives a tuple without"),
     ],
 )
@@ -52,14 +71,8 @@ def test_models_that_read_or_give_something_else(make, targets, texts, message):
 
 
 def test_an_encoder_decoder_that_reads_input_ids_alone():
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 24, "vocab_size": tiny.VOCAB}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-    config = BartConfig(
-        **sizes, **heads, **tokens, forced_eos_token_id=2, max_position_embeddings=64
-    )
     adapter = tiny.config(core="u", norm="none", task_type=None)
-    model = get_peft_model(BartForConditionalGeneration(config), adapter)
+    model = get_peft_model(bart(), adapter)
     assert anchor(model, TEXTS).layers == len(tiny.parts(model))
 
 

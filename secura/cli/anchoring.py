@@ -15,8 +15,10 @@ from secura.cli.rows import check_rows
 SELF = "self"
 
 
-def check(arguments: Any, config: Any, learning_rate: float) -> None:
+def check(arguments: Any, config: Any, learning_rate: float, *, resumes: bool) -> None:
     """Refuse flags that would do nothing, or harm, before a model is loaded.
+
+    A run that ``resumes`` takes the anchor from its checkpoint, and reads no file of old text.
 
     Raises:
         UserError: there is no core to anchor or to pull back, it would be pulled too hard, or there
@@ -45,7 +47,8 @@ def check(arguments: Any, config: Any, learning_rate: float) -> None:
             f"{config.fold_every} moves what U learned to where nothing pulls it: give "
             "--anchor_decay 0, or leave out --fold_every"
         )
-    if arguments.anchor not in (None, SELF) and not Path(arguments.anchor).is_file():
+    given = arguments.anchor not in (None, SELF) and not resumes
+    if given and not Path(arguments.anchor).is_file():
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
         )

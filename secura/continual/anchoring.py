@@ -6,6 +6,8 @@ See :func:`secura.anchor`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -13,8 +15,19 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
-from secura.curvature import BATCH_SIZE, LENGTH, TOKENS, Texts, check_reads, largest, listed
+from secura.curvature import (
+    BATCH_SIZE,
+    LENGTH,
+    TOKENS,
+    Texts,
+    check_reads,
+    largest,
+    listed,
+    pieces_of,
+)
 from secura.folding import fold
+from secura.sharding import is_distributed, is_dtensor
+from secura_kernels.ops.common import round_stochastically
 
 from .state import Unfolded, without_dropout
 
@@ -25,7 +38,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """At the end of a task, fold what was learned and add the task's texts to the anchor.
 
     The next task then starts at U = 0, in coordinates in which what the earlier tasks taught costs
-    as old text does.
+    as old text does. It comes after the last checkpoint, which has neither the fold nor the
+    statistics: save the model after ``train()``.
 
     Example:
         >>> secura.anchor(model, tokenizer=tokenizer)
@@ -48,7 +62,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     Raises:
         ValueError: strings without a tokenizer, or a number out of range. When training begins, for
             a model with no ``core="u"``, with one on experts, or that reads something else than
-            ``input_ids``; at its end as :func:`secura.anchor`.
+            ``input_ids``, and for texts that cannot be read; at its end as :func:`secura.anchor`.
     """
 
     def __init__(
@@ -69,15 +83,6 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         self.report: AnchorReport | None = None
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        """Refuse a model that cannot be anchored before the first step is paid for."""
-        assert model is not None
-        check_anchorable(u_adapters(model))
-        with without_dropout(model):
-            check_reads(model)
-
-    def on_train_end(
         self,
         args: Any,
         state: Any,
@@ -86,11 +91,32 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Fold, and add the statistics."""
+        """Refuse a model or texts that it cannot be anchored by before a step is paid for."""
+        assert model is not None
+        check_anchorable(u_adapters(model))
+        with without_dropout(model):
+            check_reads(model)
+        if self.texts is not None:
+            pieces_of(model, self.texts, self.tokenizer, self.tokens, self.length)
+        elif (batch := _first(train_dataloader)) is not None:
+            _check_batch(batch)
+
+    def on_train_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Fold, and add the statistics; what the optimizer knew of the cores is forgotten."""
         assert model is not None
         texts = self.texts
         if texts is None:
-            texts = _read(train_dataloader, self.tokens, next(model.parameters()).device)
+            own = _read(train_dataloader, self.tokens, next(model.parameters()).device)
+            texts = _of_all(own)
         if self.fold:
             fold(model)
         self.report = anchor(
@@ -103,14 +129,18 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             seed=self.seed,
             add=True,
         )
+        known: Any = getattr(optimizer, "state", None)
+        for adapter, _ in u_adapters(model).values() if isinstance(known, dict) else ():
+            known.pop(adapter.U, None)
 
 
 class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
     On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
-    decay is, whatever the optimizer; other parameters are left alone. Without an anchor it is plain
-    weight decay on U.
+    decay is, whatever the optimizer; other parameters are left alone, and a ``weight_decay`` comes
+    on top. Without an anchor it is plain weight decay on U. A U in bf16, which TRL makes of every
+    adapter on a quantised base, is rounded stochastically, so that it decays in the mean.
 
     Args:
         anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off what U
@@ -129,6 +159,7 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
         self.anchor_decay = anchor_decay
         self._unfolded: Unfolded | None = None
+        self._step = 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -161,8 +192,9 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "it holds copies, as ZeRO's does), so anchor_decay would do nothing: leave it out"
             )
         check_decay(self.anchor_decay, max(float(rate) for rate, _ in found))
-        for rate, core in found:
-            core.mul_(1 - rate * self.anchor_decay)
+        self._step = self._step + 1 if state is None else state.global_step
+        for place, (rate, core) in enumerate(found):
+            _shrink(core, 1 - rate * self.anchor_decay, self._step * len(found) + place)
 
 
 def check_decay(anchor_decay: float, rate: float) -> None:
@@ -173,6 +205,52 @@ def check_decay(anchor_decay: float, rate: float) -> None:
             f"{1 - rate * anchor_decay:g} a step: their product has to be below 1, and is 0.015 in "
             "the recipe that was measured (30 at 5e-4, AdamW)"
         )
+
+
+def _shrink(core: Tensor, factor: float, seed: int) -> None:
+    """``core ← factor · core``, in place; in bf16 rounded stochastically, from ``seed``.
+
+    To nearest nothing would move: half a unit of bf16's last place is 0.002 to 0.004 of a number.
+    """
+    if core.dtype != torch.bfloat16:
+        core.mul_(factor)
+        return
+    own: Any = core
+    here: Tensor = own.to_local() if is_dtensor(core) else own
+    here.copy_(round_stochastically(here.float() * factor, seed))
+
+
+def _first(dataloader: Any) -> Any:
+    """A batch of the first example, torch's random state left alone; None where none can be had."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not len(dataset):
+        return None
+    with torch.random.fork_rng(devices=()):
+        try:
+            return dataloader.collate_fn([dataset[0]])
+        except Exception:  # of one example, perhaps; a batch says so itself
+            return None
+
+
+def _check_batch(batch: Any) -> None:
+    """Raise ``ValueError`` where a batch has no ``input_ids``."""
+    names = list(batch) if isinstance(batch, Mapping) else None
+    if names is None or "input_ids" not in names:
+        found = type(batch).__name__ if names is None else ", ".join(map(str, names))
+        raise ValueError(
+            f"a batch has {found} and no input_ids to anchor by: give AnchorCallback the task's "
+            "texts"
+        )
+
+
+def _of_all(texts: list[Tensor]) -> list[Tensor]:
+    """The texts of all processes, of which each has read its own, one of each in turn."""
+    if not is_distributed():
+        return texts
+    of_each: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_each, [text.tolist() for text in texts])
+    turns = chain.from_iterable(zip_longest(*of_each))
+    return [torch.tensor(text) for text in turns if text is not None]
 
 
 def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
@@ -188,11 +266,7 @@ def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
         if batch is None or left <= 0:
             left = 0
             continue
-        if "input_ids" not in batch:
-            raise ValueError(
-                f"a batch has {', '.join(batch)} and no input_ids to anchor by: give "
-                "AnchorCallback the task's texts"
-            )
+        _check_batch(batch)
         rows = batch["input_ids"]
         masks, places = batch.get("attention_mask"), batch.get("position_ids")
         masks = torch.ones_like(rows) if masks is None else masks

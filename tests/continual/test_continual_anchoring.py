@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from cli_fixtures import base, data, fails, train_flags  # noqa: F401
 from continual_runs import rows, trainer
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 import secura
 from secura import anchor
@@ -53,6 +55,64 @@ def test_decay_is_that_of_adamw_whatever_the_optimizer(tmp_path):
     for a, b in zip(tiny.parts(ours), tiny.parts(theirs), strict=True):
         torch.testing.assert_close(a.U, b.U, rtol=1e-5, atol=1e-7)
         assert a.U.any()
+
+
+def test_decay_reaches_a_core_in_bf16():
+    """Rounded to nearest none of these steps would move a number."""
+    model, steps = cored(), 100
+    for part in tiny.parts(model):
+        part.U.data = torch.randn(part.U.shape).to(torch.bfloat16)
+    before = [part.U.detach().float().norm() for part in tiny.parts(model)]
+    callback, state = AnchorDecayCallback(3.0), TrainerState()
+    optimizer = torch.optim.SGD([part.U for part in tiny.parts(model)], lr=5e-4)
+    for state.global_step in range(steps):
+        callback.on_pre_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+    after = [part.U.detach().float().norm() for part in tiny.parts(model)]
+    shrunk = torch.stack(after).norm() / torch.stack(before).norm()
+    assert abs(shrunk - (1 - 5e-4 * 3) ** steps) < 0.01
+
+
+def test_what_the_optimizer_knew_of_a_folded_core_is_forgotten(tmp_path):
+    """Adam's moments are of coordinates that are gone."""
+    model = cored()
+    run = trainer(tmp_path, model, [AnchorCallback()])
+    run.train()
+    cores = {part.U for part in tiny.parts(model)}
+    assert not cores & run.optimizer.state.keys()
+    again = trainer(tmp_path, model)
+    again.train()
+    assert cores <= again.optimizer.state.keys()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "there is no text"), ([[3]], "1 token"), ([[3, 999]], "the token id 999")],
+)
+def test_texts_that_cannot_be_read_are_refused_before_the_first_step(texts, message, tmp_path):
+    run = trainer(tmp_path, cored(), [AnchorCallback(texts)])
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_batches_without_token_ids_are_refused_before_the_first_step(tmp_path):
+    def embedded(features):
+        width = tiny.llama().config.hidden_size
+        return {"inputs_embeds": torch.randn(len(features), 4, width), "labels": torch.ones(1)}
+
+    run = trainer(tmp_path, cored(), [AnchorCallback()], collator=embedded)
+    random = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match="a batch has inputs_embeds, labels and no input_ids"):
+        run.train()
+    assert run.state.global_step == 0
+    callback = AnchorCallback()
+    torch.random.set_rng_state(random)
+    loader = torch.utils.data.DataLoader(rows(), collate_fn=embedded)
+    with pytest.raises(ValueError, match="and no input_ids"):
+        callback.on_train_begin(None, None, None, model=run.model, train_dataloader=loader)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    with pytest.raises(ValueError, match="a batch has list and no input_ids"):
+        anchoring._read([[{"prompt": "a"}]], 8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("callback", [AnchorCallback(), AnchorDecayCallback(1.0)])
@@ -159,6 +219,10 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
     assert "anchored by old text" in (output / "README.md").read_text()
     assert main(["merge", "--adapter", str(output), "--output_dir", str(tmp_path / "m")]) == 0
     other = [*train_flags(base, data, output, *flags, *more), "--resume_from_checkpoint"]
+    if source == "text":  # which is not read again
+        by.unlink()
+        shutil.rmtree(output / "checkpoint-4")
+        assert main(other) == 0
     other[other.index("--anchor_decay") + 1] = "2"
     fails(other, capfd, "anchor_decay", "1", "2")
 

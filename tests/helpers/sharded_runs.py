@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from secura import anchor
+from secura.continual import anchoring
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 STEPS, RATE = 3, 5e-2
@@ -161,6 +162,13 @@ def anchored(folder):
     dist.all_gather(both, found)
     assert torch.equal(*both)
     return [report.tokens, part.right.tolist()]
+
+
+def texts_of_all(folder):
+    """Texts of which each process has read its own, as both know them then."""
+    rank = dist.get_rank()
+    own = [torch.arange(3 + 10 * rank, 9 + 10 * rank), torch.arange(5)][: 2 - rank]
+    return [text.tolist() for text in anchoring._of_all(own)]
 
 
 def anchored_shards(folder):
@@ -377,6 +385,7 @@ def cases():
         "LoRA by itself": lora_by_transformers,
         "anchor": anchored,
         "anchor in shards": anchored_shards,
+        "texts of all": texts_of_all,
         "trained base": trains_its_base,
     }
 

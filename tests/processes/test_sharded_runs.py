@@ -57,6 +57,11 @@ def test_processes_share_the_texts_of_an_anchor_and_add_up_what_they_find(found)
     torch.testing.assert_close(torch.tensor(right), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_texts_of_a_task_are_those_of_all_processes(found):
+    """Of which each has read its share: one of each in turn, the same list for both."""
+    assert found["texts of all"] == [[*range(3, 9)], [*range(13, 19)], [*range(5)]]
+
+
 def test_a_sharded_checkpoint_without_room_for_its_anchor_is_refused(found):
     """Torch loads what there is room for: without L and S another core would be trained on."""
     assert len(found["anchor in shards"]) == 2, found["anchor in shards"]
