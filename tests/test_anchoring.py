@@ -286,6 +286,13 @@ def test_padding_is_no_old_text(ends):
     tiny.assert_same(tiny.snapshot(one), tiny.snapshot(other))
 
 
+def test_layers_that_no_gradient_reaches_are_named():
+    model = cored()
+    model.base_model.model.lm_head.weight.data.zero_()
+    report = anchor(model, TEXTS)
+    assert len(report.unseen) == report.layers == len(tiny.parts(model))
+
+
 def test_a_model_that_cannot_sample_says_so():
     model = cored()
     model.config.bos_token_id = model.config.eos_token_id = None
