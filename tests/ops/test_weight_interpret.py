@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secura_kernels import NormOptions, effective_weight, naive, plan
 from secura_kernels.norm import COMBINES, FORMS, coefficients, pack, unpack
 from secura_kernels.ops.common import noise, noise_key, round_stochastically
-from secura_kernels.ops.gain_scalars import gain_scalars
+from secura_kernels.ops.triton import gain_scalars
 from secura_kernels.ops.weight import plain
 from secura_kernels.ops.weight import triton as kernels
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
