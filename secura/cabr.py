@@ -230,7 +230,7 @@ class CABR(Core):
         )
 
     def additive_product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """``(Q [N, m], share [N] or None)`` of the additive spaces ``none`` and ``channel``."""
+        """``(Q [N, m], base_scale [N] or None)`` of ``none`` and ``channel``."""
         bases.check_whole(base)
         self.refresh(base)
         layer = self.kernel_layer(base, bases.weight(base, values=False))

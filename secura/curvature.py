@@ -8,6 +8,7 @@ writes some. One pass forward and backward over them sums z zᵀ and h hᵀ of e
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -200,13 +201,9 @@ def pieces_of(
         ValueError: no text, one of fewer than two tokens or of ids that the model does not know, or
             something else than text.
     """
-    config = _config(model)
-    known: Any = getattr(config, "vocab_size", None)
-    pad, *ends = (
-        getattr(tokenizer, name, None) if tokenizer is not None else getattr(config, name, None)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    )
-    kept = int(pad in ends)
+    known: Any = getattr(_config(model), "vocab_size", None)
+    pad = next(iter(_tokens(model, tokenizer, "pad")), None)
+    kept = int(pad in _tokens(model, tokenizer, "bos") + _tokens(model, tokenizer, "eos"))
     if not texts:
         raise ValueError("there is no text to anchor by: give some, or texts=None to sample")
     ids = []
@@ -225,8 +222,9 @@ def pieces_of(
                 f"text {number} is neither a string nor token ids (a list or 1-D tensor)"
             )
         if pad is not None:
-            places = (text != pad).nonzero().flatten().tolist() or [0]
-            text = text[max(0, places[0] - kept) : places[-1] + 1 + kept]
+            places = (text != pad).nonzero().flatten()
+            first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1 - kept)
+            text = text[max(0, first - kept) : last + 1 + kept]
         outside = [] if known is None else text[(text < 0) | (text >= known)].tolist()
         if outside:
             raise ValueError(
@@ -261,8 +259,9 @@ def _sample(
         The texts, and whether the model's logits were finite.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    whole = getattr(_config(model), "is_encoder_decoder", False)
-    if whole or (hasattr(base, "can_generate") and not base.can_generate()):
+    auto: Any = sys.modules.get("transformers.models.auto.modeling_auto")
+    masked = getattr(auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}).values()
+    if getattr(_config(model), "is_encoder_decoder", False) or type(base).__name__ in masked:
         raise ValueError(
             f"the model cannot sample: a {type(base).__name__} writes no text from left to right; "
             "give texts to anchor by"
@@ -297,13 +296,18 @@ def _sample(
     return pieces, finite
 
 
+def _tokens(model: Any, tokenizer: Any, kind: str) -> list[int]:
+    """The ids that tokenizer and model give a ``"bos"``, ``"eos"`` or ``"pad"``."""
+    owners = (tokenizer, _config(model))
+    found: list[Any] = [getattr(owner, f"{kind}_token_id", None) for owner in owners]
+    flat = (one if isinstance(one, list) else [one] for one in found)
+    return [int(token) for one in flat for token in one if token is not None]
+
+
 def _start_token(model: Any, tokenizer: Any) -> int:
-    config = _config(model)
-    for owner, name in ((tokenizer, "bos"), (config, "bos"), (config, "eos"), (tokenizer, "eos")):
-        token: Any = getattr(owner, f"{name}_token_id", None)
-        token = token[0] if isinstance(token, list) and token else token
-        if token is not None:
-            return int(token)
+    ends = _tokens(model, None, "eos") + _tokens(model, tokenizer, "eos")
+    for token in _tokens(model, tokenizer, "bos") + ends:
+        return token
     raise ValueError(
         "the model cannot sample: neither its config nor a tokenizer names a start token; give "
         "texts to anchor by"

@@ -148,7 +148,7 @@ class AdapterState(nn.Module):
     def _check_assigned_sum(self) -> None:
         if self.assigned and not self.awaits_file and not self.rows.is_meta:
             own = self.state_tensors()
-            verify_checksum(self.name, own, self._settings(own))
+            verify_checksum(self.name, _summed(own), self._settings(own))
             self.checksum = torch.zeros_like(self.checksum)
 
     def _note_loaded(self) -> None:
@@ -210,7 +210,7 @@ class AdapterState(nn.Module):
         own = self._own(state_dict, prefix)
         kinds = ((type(tensor.detach()), tensor.is_meta, tensor.numel()) for tensor in own.values())
         if all(kind is Tensor and size and not meta for kind, meta, size in kinds):
-            state_dict[prefix + "checksum"] = checksum(own, self._settings(own))
+            state_dict[prefix + "checksum"] = checksum(_summed(own), self._settings(own))
 
     def _settings(self, own: Mapping[str, Tensor]) -> str:
         """What a sum over the tensors ``own`` counts in: settings, and the weight's shape."""
@@ -226,6 +226,9 @@ class AdapterState(nn.Module):
             if self.left is None:
                 self.expect_anchor()
             self._take_damping(state_dict, prefix)
+        elif self.damping is not None and prefix + "U" in state_dict:
+            none = state_dict[prefix + "U"].new_zeros((), dtype=torch.float32)
+            state_dict.setdefault(prefix + "damping", none)
         state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
         if self.trained.is_meta:
             args[0]["assign_to_params_buffers"] = True
@@ -274,7 +277,7 @@ class AdapterState(nn.Module):
         self._passed = None
         if self.left is None and "U" in state and "left" not in state:
             self._check_plain(layer, state.get("damping"))
-        verify_checksum(layer, state, self._settings(state))
+        verify_checksum(layer, _summed(state), self._settings(state))
         state.pop("checksum", None)
         if self.left is not None and "U" in state and "left" not in state:
             raise ValueError(
@@ -304,8 +307,8 @@ class AdapterState(nn.Module):
         if damping is not None and not damping.is_meta and bool(damping):
             raise ValueError(
                 f"{layer}: the U that is loaded was trained with an anchor, and its L and S are "
-                "not there: a sharded checkpoint loads what there is room for, so call "
-                "secura.anchor(model) before it is loaded, as the run did at its start"
+                "not there: a sharded checkpoint loads what there is room for, so make the adapter "
+                "anew and call secura.anchor(model) before it is loaded, as the run did at first"
             )
 
     def _check_not_merged(
@@ -354,6 +357,12 @@ class AdapterState(nn.Module):
         if self.waits:  # then torch's set_model_state_dict hands back what is here, still empty
             own = {name: value for name, value in own.items() if value is not getattr(self, name)}
         return own
+
+
+def _summed(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of an adapter's tensors that its sum counts: λ where there is an anchor alone."""
+    plain = "left" not in own
+    return {name: tensor for name, tensor in own.items() if not (plain and name == "damping")}
 
 
 def in_digits(number: Tensor) -> float:

@@ -250,6 +250,7 @@ BAD = {
     "damping=1e-09 must lie": {"texts": TEXTS, "damping": 1e-9},
     "texts are a mapping with train, test": {"texts": {"train": ["a"], "test": ["b"]}},
     "test_anchoring.py is a file: read it": {"texts": __file__},
+    "text 1 has 0 token": {"texts": [[3, 4], [0, 0, 0]]},
     "text 1 has the token id -100": {"texts": [[3, 4], torch.tensor([3, -100])]},
     "text 0 has the token id 999, and the model knows 0 to": {"texts": [[3, 999]]},
     "damping=10000000.0 must lie": {"texts": TEXTS, "damping": 1e7},
@@ -269,13 +270,13 @@ def test_bad_input_is_one_error_and_changes_nothing(message):
     tiny.assert_same(tiny.snapshot(model), before)
 
 
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", [None, 2, [5, 2]], ids=str)
 def test_padding_is_no_old_text(ends):
     """Of the model's pad token; where it ends texts too, one of it is kept."""
     one, other = cored(), cored()
     for model in (one, other):
         model.config.pad_token_id = 2 if ends else 0
-        model.config.eos_token_id = 2
+        model.config.eos_token_id = ends or 2
     pad = one.config.pad_token_id
     texts = [[3, 4, 5, 9], [6, pad, 7, 8, 3]]  # of one within a text nothing is known
     padded = [[pad, pad, *texts[0], pad, pad, pad], [*texts[1], pad]]

@@ -11,6 +11,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file, save_file
 
 from secura import SecuraConfig, anchor, unanchor
 
@@ -95,6 +96,23 @@ def test_a_core_without_its_anchor_is_not_taken_into_an_anchored_one():
         tiny.assert_same(tiny.snapshot(model), before)
     unanchor(model)
     model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "assign", "transformers"])
+def test_a_plain_core_without_damping_is_loaded(way, tmp_path):
+    """As of a file that was written before there was one."""
+    model, other = (tiny.adapted(core="u", norm="none") for _ in range(2))
+    tiny.perturb(model)
+    if way == "transformers":
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if not k.endswith("damping")}, file)
+        other = tiny.llama()
+        other.load_adapter(str(tmp_path))
+    else:
+        state = {k: v for k, v in tiny.snapshot(model).items() if not k.endswith("damping")}
+        other.load_state_dict(state, assign=way == "assign")
+    torch.testing.assert_close(tiny.logits(other), tiny.logits(model))
 
 
 @pytest.mark.parametrize("names", [(".left", ".right"), (".left", ".right", ".checksum")])

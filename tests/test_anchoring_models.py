@@ -9,6 +9,8 @@ from peft import get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -37,6 +39,14 @@ def bart():
     return BartForConditionalGeneration(config)
 
 
+def bert():
+    config = BertConfig(
+        vocab_size=tiny.VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, bos_token_id=1,
+    )  # fmt: skip
+    return BertForMaskedLM(config)
+
+
 def reward():
     config = tiny.llama().config
     config.num_labels = 1
@@ -55,7 +65,8 @@ def tuples():
     [
         (tiny.t5, ["q", "v"], TEXTS, "T5ForConditionalGeneration says You must specify"),
         (vit, "all-linear", TEXTS, "take input_ids alone.*: ViTForImageClassification says"),
-        (tiny.classifier, ["q_proj"], None, "cannot sample: .* writes no text .*; give texts"),
+        (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
+        (bert, ["query"], None, "cannot sample: a BertForMaskedLM writes no text .*; give texts"),
         (bart, ["q_proj"], None, "cannot sample: a BartForConditionalGeneration writes no text"),
         (reward, ["q_proj"], TEXTS, "LlamaForSequenceClassification gives one number, a reward"),
         (tuples, ["q_proj"], TEXTS, "LlamaForCausalLM gives a tuple without"),

@@ -6,12 +6,15 @@ See :func:`secura.anchor`.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from itertools import chain, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
@@ -96,8 +99,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         check_anchorable(u_adapters(model))
         with without_dropout(model):
             check_reads(model)
-        if self.texts is not None:
-            pieces_of(model, self.texts, self.tokenizer, self.tokens, self.length)
+        if self.texts is not None:  # token ids are texts too
+            self.texts = pieces_of(model, self.texts, self.tokenizer, self.tokens, self.length)
         elif (batch := _first(train_dataloader)) is not None:
             _check_batch(batch)
 
@@ -217,19 +220,24 @@ def _shrink(core: Tensor, factor: float, seed: int) -> None:
         return
     own: Any = core
     here: Tensor = own.to_local() if is_dtensor(core) else own
-    here.copy_(round_stochastically(here.float() * factor, seed))
+    wide = (here.float() * factor).reshape(1, -1)  # of experts, or a part of FSDP1's
+    here.copy_(round_stochastically(wide, seed).view_as(here))
 
 
 def _first(dataloader: Any) -> Any:
-    """A batch of the first example, torch's random state left alone; None where none can be had."""
+    """A batch of the first example, random states left alone; None where none can be had."""
     dataset: Any = getattr(dataloader, "dataset", None)
-    if not hasattr(dataset, "__getitem__") or not len(dataset):
+    if isinstance(dataset, IterableDataset):
         return None
+    state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=()):
         try:
             return dataloader.collate_fn([dataset[0]])
         except Exception:  # of one example, perhaps; a batch says so itself
             return None
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
 
 
 def _check_batch(batch: Any) -> None:

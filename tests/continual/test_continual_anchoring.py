@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
+from itertools import cycle
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -60,8 +63,9 @@ def test_decay_is_that_of_adamw_whatever_the_optimizer(tmp_path):
 def test_decay_reaches_a_core_in_bf16():
     """Rounded to nearest none of these steps would move a number."""
     model, steps = cored(), 100
-    for part in tiny.parts(model):
-        part.U.data = torch.randn(part.U.shape).to(torch.bfloat16)
+    shapes = (4, 4), (2, 2, 4), (16,), (0,)  # experts' and FSDP1's are of other dimensions
+    for part, shape in zip(tiny.parts(model), cycle(shapes)):
+        part.U.data = torch.randn(shape).to(torch.bfloat16)
     before = [part.U.detach().float().norm() for part in tiny.parts(model)]
     callback, state = AnchorDecayCallback(3.0), TrainerState()
     optimizer = torch.optim.SGD([part.U for part in tiny.parts(model)], lr=5e-4)
@@ -70,6 +74,14 @@ def test_decay_reaches_a_core_in_bf16():
     after = [part.U.detach().float().norm() for part in tiny.parts(model)]
     shrunk = torch.stack(after).norm() / torch.stack(before).norm()
     assert abs(shrunk - (1 - 5e-4 * 3) ** steps) < 0.01
+
+
+def test_a_stream_of_rows_is_trained_on_and_anchored(tmp_path):
+    callback = AnchorCallback(tokens=32)
+    run = trainer(tmp_path, cored(), [callback])
+    run.train_dataset = run.train_dataset.to_iterable_dataset()
+    run.train()
+    assert run.state.global_step == 4 and callback.report.tokens == 32
 
 
 def test_what_the_optimizer_knew_of_a_folded_core_is_forgotten(tmp_path):
@@ -97,20 +109,22 @@ def test_texts_that_cannot_be_read_are_refused_before_the_first_step(texts, mess
 
 def test_batches_without_token_ids_are_refused_before_the_first_step(tmp_path):
     def embedded(features):
+        random.random(), np.random.rand()
         width = tiny.llama().config.hidden_size
         return {"inputs_embeds": torch.randn(len(features), 4, width), "labels": torch.ones(1)}
 
     run = trainer(tmp_path, cored(), [AnchorCallback()], collator=embedded)
-    random = torch.random.get_rng_state()
     with pytest.raises(ValueError, match="a batch has inputs_embeds, labels and no input_ids"):
         run.train()
     assert run.state.global_step == 0
     callback = AnchorCallback()
-    torch.random.set_rng_state(random)
+    before = torch.random.get_rng_state(), random.getstate()
+    known = np.random.get_state()[2]
     loader = torch.utils.data.DataLoader(rows(), collate_fn=embedded)
     with pytest.raises(ValueError, match="and no input_ids"):
         callback.on_train_begin(None, None, None, model=run.model, train_dataloader=loader)
-    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1] and np.random.get_state()[2] == known
     with pytest.raises(ValueError, match="a batch has list and no input_ids"):
         anchoring._read([[{"prompt": "a"}]], 8, torch.device("cpu"))
 
