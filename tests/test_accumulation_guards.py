@@ -55,6 +55,7 @@ def test_an_anchor_is_no_part_of_a_gradient_that_is_held():
     with secura.accumulate(model, sgd(model)) as accumulation:
         secura.anchor(model, list(tiny.tokens(3, 9)))
         accumulation.check_finished()
+        assert all(part.held is not None for part in tiny.parts(model))
         accumulation.last = True
         found = tiny.gradients(model, ids)
     for name, gradient in tiny.gradients(model, ids).items():
@@ -189,3 +190,17 @@ def test_what_it_cannot_be_used_with():
     ):
         secura.accumulate(model, optimizer).__enter__()
     assert "zero_grad" not in vars(optimizer)
+
+
+def test_what_is_left_late_or_was_there_before_stays():
+    """A block that was interrupted ends its own holding; a zero_grad of a user's comes back."""
+    model, optimizer = layer(), sgd(layer())
+    first = secura.accumulate(model, sgd(model))
+    first.__enter__()
+    own = optimizer.zero_grad = lambda **_: None
+    with secura.accumulate(model, optimizer):
+        held = model.held
+        first.__exit__(None, None, None)
+        assert held is not None and model.held is held
+        assert optimizer.zero_grad is not own
+    assert optimizer.zero_grad is own and model.held is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -68,11 +69,12 @@ def test_left_and_right_are_the_roots_of_both_statistics(damping):
 
 @pytest.mark.parametrize("norm", tiny.NORMS)
 def test_what_the_model_computes_stays_and_so_do_its_flags(norm):
-    model = tiny.adapted(core="u", norm=norm)
+    model = tiny.adapted(core="u", norm=norm, scaling=0.5)
     before = tiny.logits(model)
     part = tiny.parts(model)[0]
     part.U.grad = torch.ones_like(part.U)
     state, training = torch.random.get_rng_state(), [m.training for m in model.modules()]
+    tiny.parts(model)[1].U.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
     anchor(model, TEXTS)
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
@@ -83,6 +85,7 @@ def test_what_the_model_computes_stays_and_so_do_its_flags(norm):
     anchor(model, TEXTS[:1])
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
     assert unanchor(model) == 4 and tiny.anchors(model)[0] == (None, None)
+    assert not model.peft_config["default"].anchored
     torch.testing.assert_close(tiny.logits(model), before, rtol=0, atol=2e-5)
 
 
@@ -119,8 +122,38 @@ def test_it_samples_its_own_text_where_none_is_given():
         torch.equal(a[0], b[0])
         for a, b in zip(tiny.anchors(first), tiny.anchors(second), strict=True)
     )
-    anchor(second, tokens=60, length=20, seed=4)
-    assert not torch.equal(tiny.anchors(first)[0][0], tiny.anchors(second)[0][0])
+    other = cored()
+    anchor(other, tokens=60, length=20, seed=4)
+    assert not torch.allclose(tiny.anchors(first)[0][1], tiny.anchors(other)[0][1], rtol=1e-3)
+
+
+def test_what_it_samples_is_what_the_model_writes():
+    model = cored()
+    generator = torch.Generator().manual_seed(0)
+    pieces, finite = secura.curvature._sample(model, None, 3, 8, 2, generator)
+    generator.manual_seed(0)
+    ids = torch.full((3, 1), model.config.bos_token_id)
+    for _ in range(7):
+        shares = tiny.logits(model, ids)[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
+    assert finite and torch.equal(torch.stack(pieces), ids)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "token"),
+    [((7, 8), (1, 2), 7), (None, (1, 2), 1), (None, (None, [5, 6]), 5), ((None, 8), (None, 2), 2)],
+)
+def test_the_token_that_a_sample_starts_with(tokenizer, config, token):
+    owner = lambda ids: ids and SimpleNamespace(bos_token_id=ids[0], eos_token_id=ids[1])  # noqa: E731
+    model = SimpleNamespace(config=owner(config))
+    assert secura.curvature._start_token(model, owner(tokenizer)) == token
+
+
+def test_positions_are_those_of_the_language_model_within():
+    text = SimpleNamespace(max_position_embeddings=16, bos_token_id=7)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert secura.curvature._limit(model) == 16
+    assert secura.curvature._start_token(model, None) == 7
 
 
 def test_tokens_are_taken_from_every_text_in_turn():
@@ -137,16 +170,18 @@ def test_token_ids_may_be_lists():
     assert torch.equal(*(tiny.parts(model)[0].left for model in models))
 
 
-def test_added_statistics_are_those_of_both_texts_at_equal_weight():
-    model, texts = cored(), (TEXTS[:1], TEXTS[1:2])
-    parts = [[t / t.diagonal().mean() for t in pair] for pair in statistics(model, texts[0])]
-    more = [[t / t.diagonal().mean() for t in pair] for pair in statistics(model, texts[1])]
-    anchor(model, texts[0], length=64)
-    anchor(model, texts[1], length=64, add=True)
-    for first, second, part in zip(parts, more, tiny.parts(model), strict=True):
-        for a, b, root in zip(first, second, (part.right, part.left), strict=True):
-            total = (a + b).double()
-            damped = total + 0.01 * total.diagonal().mean() * torch.eye(4)
+@pytest.mark.parametrize("dampings", [(0.01, 0.01), (0.5, 0.01), (0.01, 0.02, 0.01)], ids=str)
+def test_added_statistics_are_those_of_all_texts_at_equal_weight(dampings):
+    """Whatever each anchor was damped with, which is taken out again before the next."""
+    model, sums = cored(), []
+    for text, damping in zip(TEXTS, dampings, strict=False):
+        found = statistics(model, [text])
+        sums.append([[t / t.diagonal().mean() for t in pair] for pair in found])
+        anchor(model, [text], length=64, add=len(sums) > 1, damping=damping)
+    for parts, part in zip(zip(*sums, strict=True), tiny.parts(model), strict=True):
+        for matrices, root in zip(zip(*parts, strict=True), (part.right, part.left), strict=True):
+            total = sum(matrices).double()
+            damped = total + dampings[-1] * total.diagonal().mean() * torch.eye(4)
             product = root.double() @ damped @ root.double()
             torch.testing.assert_close(
                 product / product.diagonal().mean(), torch.eye(4).double(), rtol=0, atol=2e-3
@@ -217,14 +252,27 @@ def test_several_adapters_are_anchored_one_at_a_time():
     assert anchor(model, TEXTS).layers == 8
 
 
-def test_a_layer_that_no_token_reached_is_named():
-    model = cored()
+def unreached(model):
+    """The adapter on a layer that hands on nothing of what the base makes."""
     model.base_model.model.model.layers[1].self_attn.v_proj.forward = lambda x: x.new_zeros(
         *x.shape[:-1], 12
     )
-    report = anchor(model, TEXTS)
+    return tiny.parts(model)[3]
+
+
+def is_plain(part):
+    """Whether both sides of an anchor are multiples of the identity."""
+    sides = [side / side.diagonal().mean() for side in (part.left, part.right)]
+    return all(torch.allclose(side, torch.eye(len(side)), atol=1e-5) for side in sides)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_layer_that_no_token_reached_is_named_and_moves_as_without_an_anchor(add):
+    model = cored()
+    part = unreached(model)
+    report = anchor(model, TEXTS, add=add)
     assert [name for name in report.unseen if "layers.1" in name and "v_proj" in name]
-    assert torch.isfinite(tiny.parts(model)[3].left).all()
+    assert is_plain(part) and not is_plain(tiny.parts(model)[1])
 
 
 def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
@@ -232,12 +280,12 @@ def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
     anchor(model, TEXTS)
     part = tiny.parts(model)[3]
     left, right = part.left.clone(), part.right.clone()
-    model.base_model.model.model.layers[1].self_attn.v_proj.forward = lambda x: x.new_zeros(
-        *x.shape[:-1], 12
-    )
+    unreached(model)
     assert anchor(model, TEXTS, add=True).unseen
     assert torch.equal(part.left, left) and torch.equal(part.right, right)
     assert not torch.equal(tiny.parts(model)[1].left, left)
+    anchor(model, TEXTS)
+    assert is_plain(part)
 
 
 BAD = {

@@ -156,3 +156,12 @@ def test_a_file_without_damping_takes_the_configs():
     for other in (tiny.adapted(core="u", norm="none"), anchored()):
         set_peft_model_state_dict(other, state)
         assert {float(part.damping) for part in tiny.parts(other)} == {float(torch.tensor(1e-2))}
+
+
+@pytest.mark.parametrize("name", ["U", "left", "right", "damping"])
+def test_values_that_are_no_numbers(name):
+    state = get_peft_model_state_dict(anchored())
+    state = {k: v.clone() for k, v in state.items() if not k.endswith("checksum")}
+    next(v for k, v in state.items() if k.endswith(name)).view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"q_proj.*{name} holds NaN or inf"):
+        set_peft_model_state_dict(tiny.adapted(core="u", norm="none"), state)

@@ -196,6 +196,15 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_fp32(norm):
     assert x.grad.dtype == a.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_leaves_fp64_as_it_is(norm):
+    example = Case(NormOptions(norm), torch.float64).draw()
+    expected = example.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = example.run()
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(("form", "combine"), list(product(FORMS, COMBINES)))
 def test_weight_chunks_do_not_change_the_result(form, combine, monkeypatch):
     options = NormOptions("weight", form, combine)

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from secura import AdapterConfig, SecuraConfig
+from secura_kernels import NormOptions, Restrain
+
+
+@pytest.mark.parametrize("kind", [AdapterConfig, SecuraConfig])
+def test_numbers_of_the_norm_are_the_released_codes(kind):
+    config, restrain = kind(), Restrain(torch.zeros(1))
+    assert config.norm_options == NormOptions("weight")
+    assert (config.norm_scale, config.norm_eps, config.norm_eps_relative) == (6.0, 1e-10, False)
+    limits = config.restrain_percent, config.restrain_edge, config.restrain_decay
+    assert limits == tuple(restrain)[1:] == (0.9, 1.2, 0.99)
 
 
 @pytest.mark.parametrize("kind", [AdapterConfig, SecuraConfig])

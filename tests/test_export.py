@@ -98,6 +98,13 @@ def test_modules_saved_in_full_come_along(tmp_path):
     assert check(model, tiny.llama(), tmp_path / "lora")["modules_to_save"] == ["lm_head"]
 
 
+def test_a_lora_names_its_bases_revision_and_its_task(tmp_path):
+    named = {"revision": "a-branch", "task_type": "CAUSAL_LM"}
+    export_lora(tiny.adapted(norm="channel", **named), tmp_path / "lora")
+    config = config_of(tmp_path / "lora")
+    assert {name: config[name] for name in named} == named
+
+
 @pytest.mark.parametrize("core", ["ab", "u"])
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.t5])
 def test_pefts_own_conversion_is_exact_without_a_norm(build, core, tmp_path):

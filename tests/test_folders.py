@@ -65,6 +65,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path):
         seen.append(content(output))
         assert len(seen[-1]) == 1
         assert (output / "notes" / "optimizer.pt").read_text() == "state"
+        assert (output / "notes").is_symlink()
         assert (output / "README.md").read_text() == "old"
         assert output.joinpath(folders.LOCK).stat().st_ino == inode  # the lock that a run holds
         scratch = output / folders.SCRATCH
@@ -89,6 +90,33 @@ def test_a_folder_keeps_its_mode(mode, tmp_path):
     folders.move_out(output / folders.SCRATCH, output)
     assert content(output) == {"new"}
     assert stat.S_IMODE(output.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("last", ["config.json", "adapter_config.json"])
+def test_a_configuration_comes_last_into_an_empty_folder(last, tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *of: moved.append(of[1].name) or replace(*of))
+    with folders.complete_folder(tmp_path) as made:
+        for name in (last, "model.safetensors", "tokenizer.json"):
+            (made / name).touch()
+    assert len(moved) == 3 and moved[-1] == last
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.parametrize("empty", [False, True], ids=["new", "empty"])
+def test_a_folder_within_has_the_modes_of_the_umask_too(empty, tmp_path):
+    output = tmp_path / "out"
+    if empty:
+        output.mkdir()
+    before = os.umask(0o027)
+    try:
+        with folders.complete_folder(output) as made:
+            (made / "templates").mkdir(mode=0o700)
+            (made / "templates" / "chat.jinja").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    found = [output / "templates", output / "templates" / "chat.jinja"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in found] == [0o750, 0o640]
 
 
 @pytest.mark.parametrize("kind", ["current", "linked", "no links"])

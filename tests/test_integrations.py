@@ -124,6 +124,12 @@ def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
     args.task_type = "generative_reranker"
     config = tuners["secura"].prepare_model(args, mixtral()).peft_config["default"]
     assert (config.task_type, config.target_parameters) == ("CAUSAL_LM", ["experts.down_proj"])
+    plugin.register(norm="none", r=2)
+    args = types.SimpleNamespace(
+        lora_rank=3, target_modules=["v_proj"], task_type="reranker", callbacks=[]
+    )
+    config = tuners["secura"].prepare_model(args, tiny.classifier()).peft_config["default"]
+    assert (config.r, config.task_type) == (2, "SEQ_CLS")
 
 
 def test_the_axolotl_plugin_without_axolotl(monkeypatch, tmp_path):

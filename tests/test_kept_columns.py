@@ -41,3 +41,14 @@ def test_it_follows_the_weight():
     layer.to(torch.bfloat16)
     assert layer.columns.dtype == torch.bfloat16
     torch.testing.assert_close(layer(x.bfloat16()).float(), expected, rtol=5e-2, atol=5e-2)
+
+
+def test_columns_that_were_kept_for_a_forward_are_those_of_the_weight_that_is_loaded():
+    """As of a weight that is whole within its layer's forward alone."""
+    layers = [SECURALinear.from_linear(nn.Linear(24, 16), r=4, norm="none") for _ in range(2)]
+    for layer in layers:
+        nn.init.normal_(layer.B)
+    x = torch.randn(3, 24)
+    layers[0]._keep_columns(layers[0].base)
+    layers[0].load_state_dict(layers[1].state_dict())
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0, atol=0)

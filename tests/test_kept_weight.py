@@ -50,6 +50,17 @@ def test_one_pass_less_where_it_is_always_kept(said, forward, backward, made, mo
         torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
 
 
+def test_what_is_rounded_stochastically_is_not_kept(monkeypatch):
+    """∂x takes W' rounded to nearest, kept or not."""
+    example = Case(NormOptions("weight"), torch.bfloat16, inner=6).draw()
+    layer = example.layer._replace(rounding_seed=3)
+    example = example._replace(layer=layer)
+    expected = gradients(lambda layer, *args: layer(*args), example)
+    monkeypatch.setenv("SECURA_KEEP_WEIGHT", "always")
+    found = gradients(lambda layer, *args: layer(*args), example)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_keeps_it_and_the_pass_before_does_not(reentrant, made):
     example = WEIGHT.draw()

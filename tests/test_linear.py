@@ -254,6 +254,8 @@ def test_merge_of_activation_is_refused_and_changes_nothing():
     delta = layer.delta_weight()
     layer.merge(allow_inexact=True)
     torch.testing.assert_close(layer.base.weight.data, before + delta)
+    narrow = make("activation", dtype=torch.bfloat16)
+    assert narrow.effective_weight(allow_inexact=True).dtype == torch.bfloat16
 
 
 def test_merge_refuses_nan_and_changes_nothing():
@@ -336,6 +338,7 @@ def test_core_stays_fp32_when_the_module_is_cast():
     core = layer.core.clone()
     layer.to(torch.bfloat16)
     assert layer.A.dtype == torch.bfloat16 and torch.equal(layer.core, core)
+    assert layer.gram.dtype == layer.base_norms.dtype == torch.float32
     layer(torch.randn(T, K, dtype=torch.bfloat16)).sum().backward()
 
 

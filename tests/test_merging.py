@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from secura import SecuraConfig
+from secura import SecuraConfig, anchor, fold
 
 EXACT = ("none", "channel", "weight")
 
@@ -79,6 +79,11 @@ def test_stochastic_rounding_is_the_same_merged_saved_and_loaded(norm, tmp_path)
     exact, plain = (tiny.logits(folded(tiny.adapted(**settings | {"stochastic_rounding": draws})))
                     for draws in (True, False))  # fmt: skip
     assert torch.equal(exact, plain)  # in fp32 nothing is rounded
+    again, other = (
+        tiny.logits(folded(tiny.adapted(tiny.llama(dtype=torch.bfloat16), **settings, seed=seed)))
+        for seed in (0, 1)
+    )
+    assert torch.equal(again, expected) and not torch.equal(other, expected)
 
 
 def test_merge_without_a_base_bias_makes_one():
@@ -257,6 +262,23 @@ def test_an_adapter_is_refused_on_its_own_merged_model(norm, dtype, size, tmp_pa
         PeftModel.from_pretrained(merged, tmp_path)
 
 
+@pytest.mark.parametrize("how", ["folded", "anchored"])
+def test_what_was_folded_or_is_anchored_is_known_on_its_own_merged_model(how, tmp_path):
+    model = tiny.adapted(norm="none", core="u" if how == "anchored" else "ab")
+    if how == "anchored":
+        anchor(model, list(tiny.tokens(4, 20)))
+        tiny.perturb(model)
+    with torch.no_grad():
+        for part in tiny.parts(model):
+            part.trained.mul_(1e-3)
+    if how == "folded":
+        fold(model)
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"q_proj.*it was merged into this model"):
+        PeftModel.from_pretrained(merged, tmp_path)
+
+
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
 def test_a_weight_that_two_modules_share_is_not_merged_into(merge):
     def tied():
@@ -378,6 +400,30 @@ def test_two_additive_adapters_merge_together():
     model.base_model.set_adapter(["default", "second"])
     adapted = tiny.logits(model)
     torch.testing.assert_close(tiny.logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5)
+
+
+def test_a_sum_of_adapters_is_rounded_once():
+    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm="none")
+    model.add_adapter("second", tiny.config(norm="none", r=6))
+    tiny.perturb(model, 1, "second")
+    model.base_model.set_adapter(["default", "second"])
+    layer = next(iter(tiny.layers(model).values()))
+    changes = sum(layer.get_delta_weight(name) for name in ("default", "second"))
+    expected = (layer.base_layer.weight.float() + changes).bfloat16()
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=2**-8, atol=0)
+    assert (layer.base_layer.weight == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("norm", EXACT)
+def test_autocast_changes_no_merge(norm):
+    weights = []
+    for enabled in (False, True):
+        model = folded(tiny.adapted(norm=norm))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.merge_adapter()
+        weights.append(tiny.base_weights(model))
+    tiny.assert_same(*weights)
 
 
 def test_the_merged_checkpoint_is_plain(tmp_path):

@@ -10,7 +10,16 @@ import torch
 
 from secura_kernels import NormOptions, cur, naive
 from secura_kernels.inspection.examples import Case
-from secura_kernels.norm import COMBINES, FORMS, Restrain
+from secura_kernels.norm import (
+    COMBINES,
+    FORMS,
+    Restrain,
+    coefficients,
+    gain,
+    pack,
+    restrain_factor,
+    unpack,
+)
 
 # W [3, 4], rows [0, 2], P [3, 2], x [2, 4]: small enough to check with a pencil
 W = np.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0], [-1.5, 0.75, 2.5, -0.5]])
@@ -218,6 +227,8 @@ def test_other_inits_are_seeded(init):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     if init == "orthogonal":
         torch.testing.assert_close(draws[0] @ draws[0].T, torch.eye(4), rtol=1e-5, atol=1e-5)
+    else:
+        assert 0.9 * 20**-0.5 < draws[0].abs().max() < 20**-0.5  # as nn.Linear's of 20 inputs
 
 
 def test_identity_makes_u_start_as_b():
@@ -322,3 +333,21 @@ def test_bad_inits():
         cur.init_a(torch.randn(4, 6), 2, 4, "zeros")
     with pytest.raises(ValueError, match="lower inner_r"):
         cur.init_a(torch.randn(4, 6), 2, 7)
+
+
+@pytest.mark.parametrize("percent", [0.9, 1.0])
+def test_the_restraint_acts_above_its_share_of_gains_up_to_the_edge(percent):
+    """Not at it: with a share of 1 never. A gain that is the edge is small."""
+    important = torch.tensor([True, False])
+    norm = unpack(pack(NormOptions("weight"), Restrain(important, percent, 1.5, 0.5)))
+    small = round(percent * 10)
+    for count, factor in ((small, 1.0), (min(10, small + 1), 1.0 if percent == 1 else 0.5)):
+        gains = torch.full((10,), 1.75).masked_fill(torch.arange(10) < count, 1.5)
+        assert restrain_factor([gains], 10, important, norm).tolist() == [factor, 1.0]
+
+
+def test_the_papers_gain_is_the_same_however_small_all_changes_are():
+    norm = unpack(pack(NormOptions("weight", "paper")))
+    rho = torch.rand(50)
+    whole, tiny = (gain(r, *coefficients(norm, r.max(), r), norm) for r in (rho, rho * 1e-20))
+    torch.testing.assert_close(tiny, whole)

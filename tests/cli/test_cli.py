@@ -12,7 +12,7 @@ from cli_fixtures import fails, train_flags
 from micro_batches import sums
 from safetensors.torch import load_file
 
-from secura.cli import arguments, main
+from secura.cli import arguments, main, train
 from secura.cli.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_evaluation_folding_and_a_config_file(base, data, tmp_path):
     output, config = tmp_path / "out", tmp_path / "config.yaml"
     config.write_text(
         f"model: {base}\ndataset_name: {data}\noutput_dir: {output}\n"
-        "learning_rate: 1e-2\nmax_steps: 9\nr: 4\nnorm: channel\nfold_every: 2\n"
+        "learning_rate: 1e-2\nmax_steps: 9\nr: 4\nnorm: channel\nfold_every: 2\nseed: 3\n"
         "target_modules: [q_proj, v_proj]\nrank_pattern: {v_proj: 2}\n"
         "eval_strategy: steps\neval_steps: 2\ndataset_test_split: train[:4]\nreport_to: none\n"
     )
@@ -77,7 +77,8 @@ def test_evaluation_folding_and_a_config_file(base, data, tmp_path):
     assert {tensor.shape[0] for tensor in cores.values()} == {4, 2}
     assert all(tensor.abs().sum() > 0 for tensor in cores.values())
     written = json.loads((output / "adapter_config.json").read_text())
-    assert written["fold_every"] == 2 and written["norm"] == "channel"
+    settings = {"fold_every": 2, "norm": "channel", "seed": 3}
+    assert {name: written[name] for name in settings} == settings
 
 
 def test_overwriting_removes_the_checkpoints_of_the_run_before(trained, base, data, tmp_path):
@@ -157,6 +158,20 @@ def test_bad_config_files(text, parts, base, data, tmp_path, capfd):
     argv = ["train", "--model", base, "--dataset", data, "--output_dir", output]
     fails([*argv, "--config", config], capfd, *parts)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("", "float32"), ("--bf16 true", "bfloat16"), ("--bf16 true --dtype float32", "float32")],
+)
+def test_the_base_is_loaded_in_what_is_computed_in(
+    flags, dtype, base, data, tmp_path, capfd, monkeypatch
+):
+    def load(name, *, dtype, **_):
+        raise UserError(f"the base in {dtype}")
+
+    monkeypatch.setattr(train, "load_model", load)
+    fails(train_flags(base, data, tmp_path / "out", *flags.split()), capfd, f"the base in {dtype}")
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,10 @@ def test_where_a_merged_checkpoint_goes(kind, trained, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} <= {"merged", "link"}
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "model.safetensors"} <= names and ".saving" not in names
+
+
+def test_a_revision_is_of_the_base_that_the_adapter_names():
+    config = tiny.config(revision="a-branch", base_model_name_or_path="owner/base")
+    assert adapters.base_of(config, "it", None, None) == ("owner/base", "a-branch")
+    assert adapters.base_of(config, "it", None, "other") == ("owner/base", "other")
+    assert adapters.base_of(config, "it", "owner/copy", None) == ("owner/copy", "main")

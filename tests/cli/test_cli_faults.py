@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 from secura.cli import arguments, main, resume
-from secura.cli.folders import sole_use
+from secura.cli.checks import check_lengths
+from secura.cli.errors import UserError
+from secura.cli.folders import checkpoints, sole_use, why_incomplete
 from secura.cli.resume import digest, saved_step
 
 NO_CHECKPOINTS = ("--save_strategy", "no", "--max_steps", 1)
@@ -76,6 +79,7 @@ def test_training_on_an_adapter_is_refused(trained, data, tmp_path, capfd):
         ("--r 3 --learning_rate 0.01", ["r was 4 and is now 3", "learning_rate was 0.05"]),
         ("--target_modules q_proj", ["target_modules was 'all-linear' and is now ['q_proj']"]),
         ("--per_device_train_batch_size 2", ["batch size was 4 and is now 2"]),
+        ("--gradient_accumulation_steps 2", ["batch size was 4 and is now 8"]),
         ("--adam_beta2 0.9", ["adam_beta2 was 0.999 and is now 0.9"]),
         (
             "--shuffle_dataset --data_seed 3 --lr_scheduler_type constant",
@@ -127,6 +131,17 @@ def test_what_a_resumed_run_may_change_is_a_setting():
     assert all(any(name.startswith(start) for name in names) for start in resume._FREE)
 
 
+def test_a_steps_batch_is_that_of_all_processes(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    training = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **sizes)
+    named = SimpleNamespace(dataset_name="rows", dataset_train_split="train")
+    rows = Dataset.from_dict({"text": ["a"]})
+    assert resume.settings(training, tiny.config(), rows, named)["batch size"] == 24
+
+
 def test_the_digest_is_of_the_rows_alone():
     from datasets import Dataset
 
@@ -172,6 +187,19 @@ def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd
     (output / "checkpoint-2" / "optimizer.pt").unlink()
     argv = train_flags(base, data, output, "--resume_from_checkpoint")
     fails(argv, capfd, "checkpoint-2: optimizer.pt is missing")
+    (output / "checkpoint-2" / "global_step2").mkdir()  # DeepSpeed's
+    assert why_incomplete(output / "checkpoint-2") is None
+
+
+def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-9", "checkpoint-last"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-11").touch()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +245,22 @@ def test_rows_with_nothing_left_to_learn_are_told(base, tmp_path, capfd):
         "2, 5); raise it" in capfd.readouterr().out  # fmt: skip
     assert main([*argv, "--overwrite_output_dir", "--packing", "--max_length", "64"]) == 0
     assert "nothing left to learn" not in capfd.readouterr().out
+
+
+def test_rows_to_evaluate_are_no_longer_than_the_positions_either():
+    from datasets import Dataset
+
+    rows = {n: Dataset.from_dict({"input_ids": [[3] * n, [3]]}) for n in (12, 13)}
+    text = SimpleNamespace(max_position_embeddings=12)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    for train, evaluated in ((12, None), (12, 12), (13, 12), (12, 13)):
+        sets = {"train_dataset": rows[train], "eval_dataset": rows.get(evaluated)}
+        trainer = SimpleNamespace(model=model, **sets)
+        if 13 in (train, evaluated):
+            with pytest.raises(UserError, match="longest row has 13 tokens, and the model 12 pos"):
+                check_lengths(trainer)
+        else:
+            check_lengths(trainer)
 
 
 def test_rows_longer_than_the_model_has_positions(base, data, tmp_path, capfd):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from cli_fixtures import fails, train_flags
 from peft import get_peft_model
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secura import SecuraModel
@@ -208,6 +210,21 @@ def test_a_norm_weight_that_cannot_be_merged_answers_all_the_same(base, tmp_path
     fails(["merge", *argv, "--output_dir", tmp_path / "merged"], capfd, "lm_head", "untie first")
     assert main(["generate", *argv, "--prompt", PROMPT, "--max_new_tokens", "5"]) == 0
     assert capfd.readouterr().out.split()
+
+
+def test_a_prompt_begins_once(base):
+    """A chat template writes the start token itself; a plain prompt is given it."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.chat_template = "{{ bos_token }} {{ messages[0]['content'] }}"
+    seen = []
+    answers = lambda input_ids, **_: seen.append(input_ids[0].tolist()) or input_ids  # noqa: E731
+    model = SimpleNamespace(device="cpu", generate=answers)
+    for raw in (False, True):
+        args = SimpleNamespace(raw=raw, temperature=0.0, max_new_tokens=1)
+        generate.answer(model, tokenizer, "how many apples", args)
+    assert seen[0] == seen[1] and seen[0].count(1) == 1
 
 
 def test_sampling_is_seeded(base, capfd):

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from itertools import cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import TrainerState
 
 import secura
 from secura import anchor
+from secura.cli import anchoring as commands
 from secura.cli import arguments, main
 from secura.continual import AnchorCallback, AnchorDecayCallback, anchoring
 
@@ -171,6 +173,16 @@ def test_the_highest_rate_of_all_groups_is_looked_at(tmp_path):
         run.train()
 
 
+def test_the_rate_of_what_is_no_core_is_not_looked_at(tmp_path):
+    model = cored()
+    cores, head = [part.U for part in tiny.parts(model)], model.get_output_embeddings().weight
+    head.requires_grad_(True)
+    run = trainer(tmp_path, model, [AnchorDecayCallback(30)], lr_scheduler_type="constant")
+    groups = [{"params": cores, "lr": 1e-4}, {"params": [head], "lr": 0.1}]
+    run.optimizer = torch.optim.SGD(groups)
+    run.train()
+
+
 def test_packed_rows_are_read_text_by_text():
     ids = torch.arange(3, 23)
     packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(7), *range(13)]])}
@@ -239,6 +251,20 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
         assert main(other) == 0
     other[other.index("--anchor_decay") + 1] = "2"
     fails(other, capfd, "anchor_decay", "1", "2")
+
+
+def test_an_anchor_is_drawn_from_the_runs_seed_and_is_not_made_again():
+    asked = SimpleNamespace(anchor="self", anchor_tokens=40)
+    sides = []
+    for seed in (0, 1, 1):
+        model = tiny.adapted(core="u", norm="none")
+        args = SimpleNamespace(device=torch.device("cpu"))
+        run = SimpleNamespace(model=model, args=args, processing_class=None)
+        assert not [*commands.begin(run, asked, None, seed, resumed=True)]
+        assert len([*commands.begin(run, asked, None, seed, resumed=False)]) == 2
+        sides.append(tiny.parts(model)[1].right)
+    assert torch.equal(sides[1], sides[2])
+    assert not torch.allclose(sides[0], sides[1], rtol=1e-2)
 
 
 def test_decay_that_would_reach_nothing_is_refused(tmp_path):

@@ -70,6 +70,11 @@ def test_fisher_is_the_mean_of_each_examples_squared_gradient(kind):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     assert all(value.grad is None for value in model.parameters())
+    there = parameters(model)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1)
+    tiny.assert_same(fisher.anchor, there)
 
 
 def test_the_importances_of_tasks_add_up_and_the_center_moves():

@@ -203,6 +203,15 @@ def test_the_best_checkpoint_brings_its_long_term_values(tmp_path):
     tiny.assert_same(memory.values, fresh.values)
 
 
+def test_one_process_alone_writes_the_values(tmp_path):
+    memory = begun(adapted())
+    args = SimpleNamespace(output_dir=tmp_path)
+    for first in (False, True):
+        state = SimpleNamespace(global_step=2, is_world_process_zero=first)
+        memory.on_save(args, state, None)
+        assert (tmp_path / "checkpoint-2" / FILE).exists() is first
+
+
 def test_applied_swaps_and_restores_bit_for_bit():
     model = adapted("secura")
     memory = begun(model)

@@ -55,7 +55,7 @@ def test_memories_that_make_no_sense():
 
 @pytest.mark.parametrize(
     ("batch", "share", "replayed"),
-    [(4, 0.2, 1), (8, 0.2, 2), (4, 0.5, 4), (1, 0.1, 1), (3, 0.9, 27), (15, 0.5, 15)],
+    [(4, 0.2, 1), (8, 0.2, 2), (4, 0.5, 4), (1, 0.1, 1), (3, 0.9, 27), (15, 0.5, 15), (5, 0.25, 2)],
 )
 def test_the_share_is_that_of_the_final_batch(batch, share, replayed):
     memory = ReplayBuffer([task(0, 20)], size=20)

@@ -139,6 +139,13 @@ def anchors_what_one_process_reaches(folder):
     return [report.tokens, list(report.unseen), equal(lefts), norms]
 
 
+def anchors_by_samples(folder):
+    """How many tokens both read, and S of a layer."""
+    model = tiny.adapted(core="u", norm="none")
+    report = secura.anchor(model, tokens=80, length=20)
+    return [report.tokens, tiny.parts(model)[1].right.tolist()]
+
+
 def fails_on_one_process(folder):
     """A text that one process reads makes its logits infinite."""
     model = tiny.adapted(core="u", norm="none")
@@ -186,6 +193,7 @@ def cases():
             experts_of_a_plan,
             merges_experts,
             anchors_what_one_process_reaches,
+            anchors_by_samples,
             fails_on_one_process,
             anchors_by_a_stream,
         )
@@ -225,6 +233,14 @@ def test_a_layer_that_one_process_reaches_has_one_anchor(found):
     secura.anchor(model, [torch.tensor([2, 4, 6, 8, 10]), torch.tensor([3, 5, 7, 9, 11])])
     expected = [float(part.left.norm() * part.right.norm()) for part in model.experts]
     assert norms == pytest.approx(expected, rel=0.5)  # each draws labels of its own
+
+
+def test_each_process_samples_texts_of_its_own(found):
+    tokens, right = found["anchors_by_samples"]
+    model = tiny.adapted(core="u", norm="none")
+    assert tokens == 80 == 2 * secura.anchor(model, tokens=40, length=20).tokens
+    first = tiny.parts(model)[1].right
+    assert not torch.allclose(torch.tensor(right), first, rtol=1e-2)
 
 
 def test_processes_fail_together(found):

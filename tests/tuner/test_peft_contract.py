@@ -181,7 +181,7 @@ def test_a_damaged_tensor(folder, load, name):
 @pytest.mark.parametrize(
     "changes",
     [{"scaling": 2.0}, {"norm": "none"}, {"norm_scale": 5.0}, {"norm_combine": "averaged"},
-     {"restrain": True}],
+     {"norm_eps": 1e-6}, {"norm_eps_relative": True}, {"restrain": True}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_a_setting_edited_by_hand(folder, load, changes):
@@ -190,8 +190,18 @@ def test_a_setting_edited_by_hand(folder, load, changes):
         load(folder)
 
 
+def test_what_folds_are_measured_against_is_a_setting_once_there_are_any(tmp_path, load):
+    model = tiny.adapted(norm="channel")
+    secura.fold(model)
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, norm_reference="folded")
+    with pytest.raises(ValueError, match=r"q_proj.*saved with other settings"):
+        load(tmp_path)
+
+
 def test_settings_that_change_no_result_may_be_edited(folder, load):
     edit(folder, norm_form="calibrated", dropout=0.1, base_model_name_or_path="x", fold_every=3)
+    edit(folder, norm_reference="folded")
     assert torch.equal(tiny.logits(load(folder)), tiny.logits(tiny.adapted(norm="channel")))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import retention_models
@@ -12,7 +13,7 @@ import torch
 
 import secura
 from benchmarks.graphs import NotCapturableError
-from benchmarks.retention import gradients, train
+from benchmarks.retention import gradients, strategies, train
 from benchmarks.retention import record as records
 from benchmarks.retention.cells import Cell
 from benchmarks.retention.methods import METHODS, get_method
@@ -320,6 +321,19 @@ def test_a_record_reads_back_as_it_was_written(runner, tmp_path):
     assert content["format"] == 2
     (tmp_path / "copy.json").write_text(json.dumps(content | {"format": 1}))
     assert records.read(tmp_path / "copy.json") is None
+
+
+def test_loras_alpha_is_twice_its_rank():
+    for name, rank in (("lora", 4), ("dora@rank=6", 6)):
+        config = get_method(name).make_config("mlp", 0)
+        assert (config.r, config.lora_alpha) == (rank, 2 * rank)
+
+
+def test_ewc_learns_what_mattered_from_the_last_task_alone():
+    cell = Cell("ewc", "mlp", 1e-3, 0, ("sums", "colours", "words"), 2)
+    material = SimpleNamespace(batches=lambda task, seed, steps: [[task]] * steps)
+    context = SimpleNamespace(cell=cell, material=material)
+    assert strategies.EWC.old_rows(SimpleNamespace(context=context)) == ["colours"] * 2
 
 
 def test_a_wrong_method_is_named_with_the_nearest():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import retention_models
 import torch
@@ -50,6 +52,18 @@ def test_scores_are_those_of_each_row_alone(models, monkeypatch):
     assert found.kl == pytest.approx(kl.item(), rel=1e-4)
     assert found.accuracy == pytest.approx((ours.argmax(-1) == truth).float().mean().item())
     assert found.learned == pytest.approx(-found.rise)
+
+
+def test_the_bases_accuracy_is_its_own(models):
+    base, *_ = models
+    other, prompt = copy.deepcopy(base), [3, 4, 5]
+    with torch.no_grad():
+        other.get_output_embeddings().weight.neg_()
+    ids = base.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+    rows = [Row(tuple(prompt), (tuple(ids[3:]),))]
+    evaluator = Evaluator(base.get_output_embeddings().weight)
+    found = score.summed(evaluator.score(other, rows, evaluator.states(base, rows)))
+    assert found.base_accuracy == 1 > found.accuracy
 
 
 def test_logits_are_not_rounded_under_autocast(models):
@@ -120,6 +134,13 @@ def test_written_answers_are_those_of_each_prompt_alone(models):
     prompts = [e.prompt for e in retention_models.load_task("sums").held_out[:3]]
     together = write(base, prompts, tokenizer, 6)
     assert together == [write(base, [prompt], tokenizer, 6)[0] for prompt in prompts]
+
+
+def test_an_answer_ends_at_its_first_empty_line(models, monkeypatch):
+    base, _, tokenizer = models
+    said = " It is 7.\n\nNext: 8"
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda ids, **_: [said] * len(ids))
+    assert write(base, ["some", "words"], tokenizer, 2) == ["It is 7."] * 2
 
 
 @pytest.mark.parametrize(

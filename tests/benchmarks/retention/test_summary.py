@@ -65,6 +65,8 @@ def test_a_front_joins_the_ends_of_rates_and_no_run_that_has_not_ended():
     assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.04)}
     assert front.paid("lora", 0.9, kl_of("news")) == {}
     assert front.levels() == pytest.approx([0.768, 0.784, 0.8])
+    less = made(seed=1, path=((0.3, 0.01), (0.5, 0.04)))
+    assert Front([made(), less], "mlp").levels() == pytest.approx([0.48, 0.49, 0.5])
     assert front.above("lora", 0.55) and not front.above("lora", 0.65)
 
 
@@ -86,6 +88,7 @@ def test_the_scales_of_a_rate_are_one_curve_that_ends_in_the_whole():
 
 def test_ends_are_of_seeds_that_reach_the_level_alone():
     runs = [made(), made(seed=1), made(seed=1, rate=3e-3, path=((0.4, 0.1), (0.9, 0.2)))]
+    runs.append(made(seed=1, rate=1e-2, path=((0.4, 0.1), (0.95, 0.3))))
     ends = Front(runs, "mlp").ends("lora", 0.7)
     assert {seed: end.cell.rate for seed, end in ends.items()} == {1: 3e-3}
 
@@ -107,6 +110,7 @@ def test_intervals_are_students():
     pairs = ratio({0: 1.0, 1: 2.0, 2: 9.0}, {0: 2.0, 1: 4.0})
     assert (pairs.mean, pairs.low, pairs.high, pairs.count) == (0.5, 0.5, 0.5, 2)
     assert ratio({0: 1.0}, {1: 1.0}) is None
+    assert ratio({0: 0.0, 1: 2.0, 2: 1.0}, {0: 1.0, 1: 4.0, 2: 0.0}).count == 1
     assert difference({0: 1.0, 1: 4.0}, {0: 2.0, 1: 3.0, 2: 9.0}).mean == 0
     assert difference({0: 1.0}, {1: 1.0}) is None
 
@@ -126,9 +130,21 @@ def test_forgetting_is_the_rise_above_the_least_loss():
     assert sequences([in_turn(1)]) == []
 
 
+def test_a_task_is_forgotten_from_when_it_was_learned():
+    tasks = ("gsm8k", "csqa", "logiqa")
+    losses = ((1.0, 0.5, 2.0), (1.1, 0.9, 2.0), (1.2, 1.1, 1.0))
+    runs = []
+    for count, found in enumerate(losses, start=1):
+        record = in_turn(count, tasks=tasks)
+        scores = {task: score(2 - loss, 0.1) for task, loss in zip(tasks, found, strict=True)}
+        runs.append(replace(record, measures=[replace(record.end, tasks=scores)]))
+    (found,) = sequences(runs)
+    assert found.forgetting == {0: pytest.approx(0.2)}
+
+
 def test_news_are_not_old_text_where_their_source_is_trained_on():
     (found,) = sequences([in_turn(1), in_turn(2)])
-    assert found.kl == {0: pytest.approx(0.08)}
+    assert found.kl == found.kls[1] == {0: pytest.approx(0.08)}
     (found,) = sequences([in_turn(n, tasks=("gsm8k", "csqa")) for n in (1, 2)])
     assert found.kl == {0: pytest.approx(0.04 * math.sqrt(2))}
 
