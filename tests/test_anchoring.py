@@ -129,11 +129,12 @@ def test_it_samples_its_own_text_where_none_is_given():
 
 def test_what_it_samples_is_what_the_model_writes():
     model = cored()
+    model.get_output_embeddings().weight.data.mul_(5)
     generator = torch.Generator().manual_seed(0)
-    pieces, finite = secura.curvature._sample(model, None, 3, 8, 2, generator)
+    pieces, finite = secura.curvature._sample(model, None, 8, 20, 2, generator)
     generator.manual_seed(0)
-    ids = torch.full((3, 1), model.config.bos_token_id)
-    for _ in range(7):
+    ids = torch.full((8, 1), model.config.bos_token_id)
+    for _ in range(19):
         shares = tiny.logits(model, ids)[:, -1].softmax(-1)
         ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
     assert finite and torch.equal(torch.stack(pieces), ids)

@@ -95,6 +95,8 @@ def test_a_folder_keeps_its_mode(mode, tmp_path):
 @pytest.mark.parametrize("last", ["config.json", "adapter_config.json"])
 def test_a_configuration_comes_last_into_an_empty_folder(last, tmp_path, monkeypatch):
     moved, replace = [], os.replace
+    by_name = lambda folder: iter(sorted(folder / name for name in os.listdir(folder)))  # noqa: E731
+    monkeypatch.setattr(Path, "iterdir", by_name)
     monkeypatch.setattr(os, "replace", lambda *of: moved.append(of[1].name) or replace(*of))
     with folders.complete_folder(tmp_path) as made:
         for name in (last, "model.safetensors", "tokenizer.json"):

@@ -79,11 +79,10 @@ def test_stochastic_rounding_is_the_same_merged_saved_and_loaded(norm, tmp_path)
     exact, plain = (tiny.logits(folded(tiny.adapted(**settings | {"stochastic_rounding": draws})))
                     for draws in (True, False))  # fmt: skip
     assert torch.equal(exact, plain)  # in fp32 nothing is rounded
-    again, other = (
-        tiny.logits(folded(tiny.adapted(tiny.llama(dtype=torch.bfloat16), **settings, seed=seed)))
-        for seed in (0, 1)
-    )
-    assert torch.equal(again, expected) and not torch.equal(other, expected)
+    config = tiny.config(**settings, seed=1)
+    other = get_peft_model(tiny.llama(dtype=torch.bfloat16), config).eval()
+    tiny.perturb(other)
+    assert not torch.equal(tiny.logits(folded(other)), expected)
 
 
 def test_merge_without_a_base_bias_makes_one():
@@ -266,7 +265,7 @@ def test_an_adapter_is_refused_on_its_own_merged_model(norm, dtype, size, tmp_pa
 def test_what_was_folded_or_is_anchored_is_known_on_its_own_merged_model(how, tmp_path):
     model = tiny.adapted(norm="none", core="u" if how == "anchored" else "ab")
     if how == "anchored":
-        anchor(model, list(tiny.tokens(4, 20)))
+        anchor(model, [torch.tensor([3, 4])], damping=1e-4)
         tiny.perturb(model)
     with torch.no_grad():
         for part in tiny.parts(model):
@@ -402,28 +401,19 @@ def test_two_additive_adapters_merge_together():
     torch.testing.assert_close(tiny.logits(model.merge_and_unload()), adapted, rtol=0, atol=1e-5)
 
 
-def test_a_sum_of_adapters_is_rounded_once():
-    model = tiny.adapted(tiny.llama(dtype=torch.bfloat16), norm="none")
-    model.add_adapter("second", tiny.config(norm="none", r=6))
-    tiny.perturb(model, 1, "second")
-    model.base_model.set_adapter(["default", "second"])
-    layer = next(iter(tiny.layers(model).values()))
-    changes = sum(layer.get_delta_weight(name) for name in ("default", "second"))
-    expected = (layer.base_layer.weight.float() + changes).bfloat16()
-    model.merge_adapter()
-    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=2**-8, atol=0)
-    assert (layer.base_layer.weight == expected).float().mean() > 0.99
-
-
 @pytest.mark.parametrize("norm", EXACT)
 def test_autocast_changes_no_merge(norm):
-    weights = []
+    weights, products = [], []
     for enabled in (False, True):
         model = folded(tiny.adapted(norm=norm))
+        (layer, *_), (part, *_) = tiny.layers(model).values(), tiny.parts(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            if norm != "weight":
+                products.append(part.additive_product(layer.base_layer)[0])
             model.merge_adapter()
         weights.append(tiny.base_weights(model))
     tiny.assert_same(*weights)
+    assert norm == "weight" or torch.equal(*products)
 
 
 def test_the_merged_checkpoint_is_plain(tmp_path):
