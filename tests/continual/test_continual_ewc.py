@@ -74,7 +74,7 @@ def test_fisher_is_the_mean_of_each_examples_squared_gradient(kind):
     with torch.no_grad():
         for value in model.parameters():
             value.add_(1)
-    tiny.assert_same(fisher.anchor, there)
+    tiny.assert_same(fisher.center, there)
 
 
 def test_the_importances_of_tasks_add_up_and_the_center_moves():
