@@ -22,6 +22,8 @@ from secura_kernels import (
 from secura_kernels.api import additive_product
 from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import COMBINES, FORMS, NORMS, SAVES, pack, unpack
+from secura_kernels.ops.channel.op import delta_norms
+from secura_kernels.ops.common import summed_bias
 from secura_kernels.ops.project.op import project
 from secura_kernels.ops.weight import plain
 
@@ -336,3 +338,19 @@ def test_row_norms_of_rows_that_a_fold_cancels(dtype, autocasts):
     exact = weight.double() + p_base.double() @ weight[rows].double()
     assert gram.dtype == norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), exact.norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_norms_of_a_change_neither_overflow_nor_are_lost_below_0():
+    r = torch.randn(2, 50)
+    dependent = torch.cat([r, r.sum(0, keepdim=True)])
+    gram, p = dependent @ dependent.t(), torch.randn(200, 3)
+    of_more = delta_norms(p * 1e25, gram)
+    torch.testing.assert_close(of_more, 1e25 * delta_norms(p, gram), rtol=1e-3, atol=0)
+    nothing = torch.rand(200, 1) * torch.tensor([1.0, 1.0, -1.0])
+    assert (delta_norms(nothing, gram) < 1e-2).all()  # of squares on either side of 0
+
+
+def test_biases_are_rounded_once():
+    bias, delta = torch.randn(500).bfloat16(), torch.randn(500)
+    expected = (bias.float() + delta).bfloat16()
+    assert torch.equal(summed_bias(bias, delta, torch.bfloat16), expected)

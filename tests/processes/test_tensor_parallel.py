@@ -155,12 +155,13 @@ def lora(plan, targets, folder):
 class MLP(nn.Module):
     """Two adapted layers, up and down."""
 
-    def __init__(self, hidden=8, inner=12, **settings):
+    def __init__(self, hidden=8, inner=12, up=None, **settings):
         super().__init__()
         torch.manual_seed(0)
-        config = AdapterConfig(**({"r": 3, "norm": "channel", "train_bias": True} | settings))
-        self.up = SECURALinear(nn.Linear(hidden, inner), config)
-        self.down = SECURALinear(nn.Linear(inner, hidden), config)
+        settings = {"r": 3, "norm": "channel", "train_bias": True} | settings
+        of_up = AdapterConfig(**(settings | (up or {})))
+        self.up = SECURALinear(nn.Linear(hidden, inner), of_up)
+        self.down = SECURALinear(nn.Linear(inner, hidden), AdapterConfig(**settings))
         for layer in (self.up, self.down):
             for value in (layer.trained, layer.bias):
                 nn.init.normal_(value)
@@ -209,6 +210,17 @@ def uneven(folder):
         "out": error({"": outs[0]}, {"": outs[1]}),
         "gradients": error(*map(gradients, models)),
     }
+
+
+def starts(folder):
+    """How far apart two adapters are that each process draws for itself."""
+    base = split_model("torch", folder)
+    torch.manual_seed(dist.get_rank())
+    model = get_peft_model(base, tiny.config(norm="none", init_weights=False))
+    mine = torch.cat([value.detach().flatten() for value in trained(model).values()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    return [float((both[0] - both[1]).abs().max()), float(mine.abs().max())]
 
 
 def several(folder):
@@ -278,6 +290,10 @@ REFUSED = {
     "activation, ε": ("norm_eps_relative", {"norm": "activation", "norm_eps_relative": True}),
     "weight, ε": ("norm_eps_relative", {"norm": "weight", "norm_eps_relative": True}),
     "channel, restrain": ("restrain", {"norm": "channel", "restrain": True}),
+    "activation, tokens": (  # of a layer whose channels are all here
+        "norm_form='paper'",
+        {"norm": "activation", "norm_form": "paper", "up": {"norm": "none"}},
+    ),
     **{
         f"{norm}, rounded": ("stochastic_rounding", {"norm": norm, "stochastic_rounding": True})
         for norm in ("none", "weight")
@@ -313,12 +329,14 @@ def cases():
             ("tokens split", {}, SEQUENCE, {"tokens_split": True}),
             ("dropout", {"dropout": 0.4}, ({}, {}), {"training": True}),
             ("cast", {}, ({}, {}), {"casts": True}),
+            ("averaged", {"norm_combine": "averaged"}, ({}, {}), {}),
         )
         if (norm, name) != ("weight", "dropout")  # which has no z to drop
     }
     refusals = {
-        f"refused {name}": partial(layers, settings, {}, {})
+        f"refused {name}": partial(layers, settings, *styles, tokens_split=styles is SEQUENCE)
         for name, (_, settings) in REFUSED.items()
+        for styles in (SEQUENCE if "tokens" in name else ({}, {}),)
     }
     moved = {
         f"{setup} {method}": partial(sent, setup, method)
@@ -338,6 +356,7 @@ def cases():
         },
         "uneven": uneven,
         "several": several,
+        "starts": starts,
         **{f"whole {name}": partial(on_one_process, what) for name, what in WHOLE.items()},
     }
 
@@ -365,7 +384,7 @@ def test_a_model_and_its_file_are_those_of_one_process(plan, space, found):
 @pytest.mark.parametrize("space", tiny.NORMS)
 def test_layers_with_biases_dropout_and_split_tokens(space, found):
     of = errors(found, f"layers {space}")
-    assert len(of) == 3 + (space != "weight")
+    assert len(of) == 4 + (space != "weight")
     cast = of.pop(f"layers {space} cast")["all"]  # two parts' sums are rounded to bf16 each
     assert max(one["all"] for one in of.values()) < 1e-5 and cast < 0.15, (of, cast)
 
@@ -374,6 +393,11 @@ def test_folded_bases_and_uneven_parts(found):
     of = errors(found, "folded") | errors(found, "uneven")
     assert len(of) == 4
     assert max(max(one.values()) for one in of.values()) < 1e-5, of
+
+
+def test_processes_start_with_the_firsts_adapter(found):
+    apart, largest = found["starts"]
+    assert apart == 0 < largest
 
 
 @pytest.mark.parametrize("name", REFUSED)
