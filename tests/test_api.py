@@ -341,12 +341,12 @@ def test_row_norms_of_rows_that_a_fold_cancels(dtype, autocasts):
 
 
 def test_norms_of_a_change_neither_overflow_nor_are_lost_below_0():
-    r = torch.randn(2, 50)
-    dependent = torch.cat([r, r.sum(0, keepdim=True)])
-    gram, p = dependent @ dependent.t(), torch.randn(200, 3)
+    of_two = torch.linalg.qr(torch.randn(6, 2)).Q
+    r = of_two @ torch.randn(2, 50)
+    gram, p = r @ r.t(), torch.randn(200, 6)
     of_more = delta_norms(p * 1e25, gram)
     torch.testing.assert_close(of_more, 1e25 * delta_norms(p, gram), rtol=1e-3, atol=0)
-    nothing = torch.rand(200, 1) * torch.tensor([1.0, 1.0, -1.0])
+    nothing = p - p @ of_two @ of_two.t()
     assert (delta_norms(nothing, gram) < 1e-2).all()  # of squares on either side of 0
 
 
