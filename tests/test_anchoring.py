@@ -1,25 +1,18 @@
-"""``core="u"`` and its anchor: the equations, what stays as it was, files, and bad input."""
+"""``core="u"`` and its anchor: the equations, what stays as it was, and what it is added to."""
 
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import TEXTS, cored
 from torch import nn
 
 import secura
 from secura import AdapterConfig, SECURALinear, anchor, quantised, unanchor
-
-TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
-
-
-def cored(**settings):
-    """A tiny Llama with ``core="u"``, U at random."""
-    return tiny.adapted(core="u", norm="none", **settings)
 
 
 def statistics(model, texts):
@@ -111,64 +104,6 @@ def named(model):
         f"{n}.secura_adapter.default": m.secura_adapter["default"]
         for n, m in tiny.layers(model).items()
     }
-
-
-def test_it_samples_its_own_text_where_none_is_given():
-    first, second = cored(), cored()
-    report = anchor(first, tokens=60, length=20, seed=3)
-    assert report.sampled and report.tokens == 60
-    anchor(second, tokens=60, length=20, seed=3)
-    assert all(
-        torch.equal(a[0], b[0])
-        for a, b in zip(tiny.anchors(first), tiny.anchors(second), strict=True)
-    )
-    other = cored()
-    anchor(other, tokens=60, length=20, seed=4)
-    assert not torch.allclose(tiny.anchors(first)[0][1], tiny.anchors(other)[0][1], rtol=1e-3)
-
-
-def test_what_it_samples_is_what_the_model_writes():
-    model = cored()
-    model.get_output_embeddings().weight.data.mul_(5)
-    generator = torch.Generator().manual_seed(0)
-    pieces, finite = secura.curvature._sample(model, None, 8, 20, 2, generator)
-    generator.manual_seed(0)
-    ids = torch.full((8, 1), model.config.bos_token_id)
-    for _ in range(19):
-        shares = tiny.logits(model, ids)[:, -1].softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
-    assert finite and torch.equal(torch.stack(pieces), ids)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "config", "token"),
-    [((7, 8), (1, 2), 7), (None, (1, 2), 1), (None, (None, [5, 6]), 5), ((None, 8), (None, 2), 2)],
-)
-def test_the_token_that_a_sample_starts_with(tokenizer, config, token):
-    owner = lambda ids: ids and SimpleNamespace(bos_token_id=ids[0], eos_token_id=ids[1])  # noqa: E731
-    model = SimpleNamespace(config=owner(config))
-    assert secura.curvature._start_token(model, owner(tokenizer)) == token
-
-
-def test_positions_are_those_of_the_language_model_within():
-    text = SimpleNamespace(max_position_embeddings=16, bos_token_id=7)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-    assert secura.curvature._limit(model) == 16
-    assert secura.curvature._start_token(model, None) == 7
-
-
-def test_tokens_are_taken_from_every_text_in_turn():
-    pieces = secura.curvature.pieces_of(cored(), TEXTS, None, 20, 6)
-    assert [len(piece) for piece in pieces] == [6, 6, 6, 2]
-    assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
-
-
-def test_token_ids_may_be_lists():
-    """As a tokenised data set holds them."""
-    models = [tiny.adapted(core="u", norm="none") for _ in range(2)]
-    anchor(models[0], [torch.arange(3, 12), torch.arange(5, 20)])
-    anchor(models[1], [[*range(3, 12)], [*range(5, 20)]])
-    assert torch.equal(*(tiny.parts(model)[0].left for model in models))
 
 
 @pytest.mark.parametrize("dampings", [(0.01, 0.01), (0.5, 0.01), (0.01, 0.02, 0.01)], ids=str)
@@ -289,65 +224,11 @@ def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
     assert is_plain(part)
 
 
-BAD = {
-    "there is no text": {"texts": []},
-    "text 1 has 1 token": {"texts": [torch.arange(3, 9), torch.tensor([3])]},
-    "give the tokenizer": {"texts": ["some text"]},
-    "neither a string nor": {"texts": [torch.rand(5)]},
-    "text 0 is a row with input_ids": {"texts": [{"input_ids": [3, 4]}]},
-    "damping=0 must lie between 1e-8 and 1e6": {"texts": TEXTS, "damping": 0},
-    "damping=1e-09 must lie": {"texts": TEXTS, "damping": 1e-9},
-    "texts are a mapping with train, test": {"texts": {"train": ["a"], "test": ["b"]}},
-    "test_anchoring.py is a file: read it": {"texts": __file__},
-    "text 1 has 0 token": {"texts": [[3, 4], [0, 0, 0]]},
-    "text 1 has the token id -100": {"texts": [[3, 4], torch.tensor([3, -100])]},
-    "text 0 has the token id 999, and the model knows 0 to": {"texts": [[3, 999]]},
-    "damping=10000000.0 must lie": {"texts": TEXTS, "damping": 1e7},
-    "damping=nan": {"texts": TEXTS, "damping": float("nan")},
-    "tokens=1": {"texts": TEXTS, "tokens": 1},
-    "length=1.5": {"texts": TEXTS, "length": 1.5},
-    "batch_size=0": {"texts": TEXTS, "batch_size": 0},
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_one_error_and_changes_nothing(message):
-    model = cored()
-    before = tiny.snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        anchor(model, **BAD[message])
-    tiny.assert_same(tiny.snapshot(model), before)
-
-
-@pytest.mark.parametrize("ends", [None, 2, [5, 2]], ids=str)
-def test_padding_is_no_old_text(ends):
-    """Of the model's pad token; where it ends texts too, one of it is kept."""
-    one, other = cored(), cored()
-    for model in (one, other):
-        model.config.pad_token_id = 2 if ends else 0
-        model.config.eos_token_id = ends or 2
-    pad = one.config.pad_token_id
-    texts = [[3, 4, 5, 9], [6, pad, 7, 8, 3]]  # of one within a text nothing is known
-    padded = [[pad, pad, *texts[0], pad, pad, pad], [*texts[1], pad]]
-    if ends:
-        texts = [[pad, *texts[0], pad], [*texts[1], pad]]
-    reports = [anchor(one, texts), anchor(other, padded)]
-    assert reports[0].tokens == reports[1].tokens == sum(map(len, texts))
-    tiny.assert_same(tiny.snapshot(one), tiny.snapshot(other))
-
-
 def test_layers_that_no_gradient_reaches_are_named():
     model = cored()
     model.base_model.model.lm_head.weight.data.zero_()
     report = anchor(model, TEXTS)
     assert len(report.unseen) == report.layers == len(tiny.parts(model))
-
-
-def test_a_model_that_cannot_sample_says_so():
-    model = cored()
-    model.config.bos_token_id = model.config.eos_token_id = None
-    with pytest.raises(ValueError, match=r"cannot sample: .*give texts"):
-        anchor(model)
 
 
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.1.mlp.down_proj"])
@@ -443,21 +324,3 @@ def test_a_quantised_base_is_anchored(monkeypatch):
     for got, expected in zip(*map(tiny.anchors, models), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(tiny.logits(models[0]), tiny.logits(models[1]), rtol=0, atol=1e-4)
-
-
-def test_no_more_tokens_are_read_than_asked_for_or_than_positions_allow():
-    assert anchor(cored(), tokens=50, length=128).tokens == 50
-    assert anchor(cored(), tokens=50, length=20).tokens == 40
-    model = cored()
-    assert anchor(model, tokens=200, length=128).tokens == 192  # 64 positions
-
-
-def test_a_forward_without_a_cache_cannot_sample():
-    model = cored()
-    inner = model.forward
-    model.forward = lambda input_ids: inner(input_ids=input_ids)
-    before = tiny.snapshot(model)
-    with pytest.raises(ValueError, match=r"cannot sample: its forward takes no past.*give texts"):
-        anchor(model)
-    tiny.assert_same(tiny.snapshot(model), before)
-    anchor(model, TEXTS)

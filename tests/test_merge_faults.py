@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from secura import AdapterConfig, SecuraConfig, SECURALinear, merging
+from secura import AdapterConfig, SecuraConfig, SECURALinear, fold, merging
 
 
 def pruned(linear):
@@ -168,3 +168,111 @@ def test_a_change_is_wide_under_autocast(norm):
         found = layer.delta_weight()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.03])
+@pytest.mark.parametrize("norm", ["none", "channel", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_refused_on_its_own_merged_model(norm, dtype, size, tmp_path):
+    if dtype == torch.bfloat16 and size < 0.01:
+        pytest.skip("a change below bf16's rounding is not in the merged weight")
+    model = tiny.adapted(tiny.llama(dtype=dtype), norm=norm)
+    with torch.no_grad():
+        for part in tiny.parts(model):
+            part.B.mul_(size)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny.llama(dtype=dtype), tmp_path)
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"q_proj.*(it was merged into this model|another base)"):
+        PeftModel.from_pretrained(merged, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["folded", "anchored"])
+def test_what_was_folded_or_is_anchored_is_known_on_its_own_merged_model(how, tmp_path):
+    model = tiny.adapted(norm="none", core="u" if how == "anchored" else "ab")
+    with torch.no_grad():
+        for part in tiny.parts(model):
+            part.trained.mul_(1e-3)
+            if how == "anchored":
+                part.set_anchor(torch.eye(4).flip(0), torch.eye(4), part.U.clone(), 1e-2)
+    if how == "folded":
+        fold(model)
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"q_proj.*it was merged into this model"):
+        PeftModel.from_pretrained(merged, tmp_path)
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_weight_that_two_modules_share_is_not_merged_into(merge):
+    def tied():
+        base = tiny.llama()
+        base.lm_head.weight = base.model.embed_tokens.weight
+        return base
+
+    model = tiny.adapted(tied(), target_modules=["q_proj", "lm_head"])
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"lm_head: .*model\.embed_tokens.*untie first: give the"):
+        getattr(model, merge)()
+    tiny.assert_same(tiny.snapshot(model), before)
+    head = model.base_model.model.lm_head.base_layer
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for mergeable in (model, tiny.adapted(tied())):
+        adapted = tiny.logits(mergeable)
+        getattr(mergeable, merge)()
+        torch.testing.assert_close(tiny.logits(mergeable), adapted, rtol=0, atol=1e-5)
+
+
+class Twins(nn.Module):
+    """One Linear under two names, and a parent of another under two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.one = nn.Sequential(nn.Linear(8, 8))
+        self.other = self.one
+
+    def forward(self, x):
+        return self.other(self.one(self.b(self.a(x))))
+
+
+def test_a_module_under_two_names_is_not_merged_into():
+    torch.manual_seed(0)
+    config = SecuraConfig(r=4, target_modules=["a"], init_weights=False)
+    model = get_peft_model(Twins(), config)
+    with pytest.raises(ValueError, match=r"a: its weight is also that of b"):
+        model.merge_and_unload()
+    model = get_peft_model(Twins(), SecuraConfig(r=4, target_modules=["0"], init_weights=False))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Own(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+def test_a_layer_that_is_more_than_a_product_is_not_merged_into(norm):
+    settings = {"r": 4, "norm": norm, "target_modules": ["0"], "init_weights": False}
+    model = get_peft_model(nn.Sequential(Doubled(8, 8)), SecuraConfig(**settings))
+    before = tiny.snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="0: Doubled computes something else"):
+            merge()
+    tiny.assert_same(tiny.snapshot(model), before)
+    own = get_peft_model(nn.Sequential(Own(8, 8)), SecuraConfig(**settings))
+    x = torch.randn(3, 8)
+    expected = own(x)
+    torch.testing.assert_close(own.merge_and_unload()(x), expected)
+    config = SecuraConfig(**settings, allow_inexact_merge=True)
+    get_peft_model(nn.Sequential(Doubled(8, 8)), config).merge_and_unload()

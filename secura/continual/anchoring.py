@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
@@ -226,14 +225,11 @@ def _shrink(core: Tensor, factor: float, seed: int) -> None:
 
 def _first(dataloader: Any) -> Any:
     """A batch of the first example, random states left alone; None where none can be had."""
-    dataset: Any = getattr(dataloader, "dataset", None)
-    if isinstance(dataset, IterableDataset):
-        return None
     state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=()):
         try:
-            return dataloader.collate_fn([dataset[0]])
-        except Exception:  # of one example, perhaps; a batch says so itself
+            return dataloader.collate_fn([dataloader.dataset[0]])
+        except Exception:  # a stream has no first example; of one, perhaps, no batch is made
             return None
         finally:
             random.setstate(state[0])

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tiny import TEXTS
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,7 +28,6 @@ from secura.continual import anchoring
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 STEPS, RATE = 3, 5e-2
-TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
 WHOLE = StateDictOptions(full_state_dict=True)
 
 

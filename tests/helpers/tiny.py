@@ -22,6 +22,8 @@ from secura.tuner import SecuraLayer
 VOCAB = 32
 WIDE = 64
 NORMS = ("none", "channel", "weight", "activation")
+TEXTS = [torch.arange(3, 25), torch.arange(5, 30), torch.tensor([3, 4, 5, 9, 8, 7])]
+"""Old text, as token ids."""
 
 
 def llama(
@@ -136,6 +138,11 @@ def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
     """``[count, length]`` random token ids, none special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (count, length), generator=generator)
+
+
+def cored(**settings):
+    """A Llama with ``core="u"``, U at random."""
+    return adapted(core="u", norm="none", **settings)
 
 
 def logits(model, ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
