@@ -201,7 +201,8 @@ def activation_bwd_kernel(
             z_scale = tl.load(z_scale_ptr + place_h, mask=mask, other=0.0)
             h = h * z_scale.to(tl.float32) + h_base
         place_h += tl.program_id(1).to(tl.int64) * stride_hs
-        h += tl.load(h_ptr + place_h, mask=mask & (first > 0), other=0.0)
+        if first > 0:
+            h += tl.load(h_ptr + place_h, mask=mask, other=0.0)
         tl.store(h_ptr + place_h, h, mask=mask)
 
 
