@@ -184,6 +184,18 @@ STAGES: dict[str, Stage] = {
             )
         ),
     ),
+    # The core's decay over the whole run as it was at 128 steps, and LoRA on the same machine.
+    "long-decay": Stage(
+        replace(_MEASURED, part=0.25, probe_questions=0),
+        tuple(
+            front(
+                {BEST.replace("decay=30", "decay=7.5"): (5e-4,), "lora": (3e-3,)},
+                "mlp",
+                (0, 1, 2),
+                512,
+            )
+        ),
+    ),
     # Another model. What was run of it: LoRA at 6e-3 and the core at 1e-3 were decided and left.
     "gemma": Stage(
         replace(_MEASURED, model="gemma3-270m", part=0.25),
