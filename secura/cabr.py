@@ -29,7 +29,7 @@ from . import bases, products, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
 from .core import Core, WeightVersion
-from .integrity import FINGERPRINT_SIZE, version
+from .integrity import FINGERPRINT_SIZE, no_checksum, version
 from .sharding import on_rank_0_alone
 
 
@@ -93,6 +93,7 @@ class CABR(Core):
         sent, later = on_rank_0_alone(), bases.comes_later(base)
         stored = next(chain(base.parameters(), base.buffers()))
         here: Any = {"device": "cpu" if sent and later else stored.device}
+        wide = {"dtype": torch.float32, **here}
         self.A = self.B = self.U = None
         if config.core == "u":
             self.U = nn.Parameter(torch.empty(m, m, dtype=dtype, **here))
@@ -103,13 +104,13 @@ class CABR(Core):
         self.bias = nn.Parameter(bias) if config.train_bias else None
         for name in ("rows", "cols"):
             self.register_buffer(name, torch.empty(m, dtype=torch.int64, **here))
-        self.register_buffer("core", torch.empty(m, m, **here))
+        self.register_buffer("core", torch.empty(m, m, **wide))
         for name in self.ANCHOR:
             self.register_buffer(name, None)
         if config.core == "u":
-            self.damping = torch.zeros((), **here)
-        self.register_buffer("fingerprint", torch.empty(FINGERPRINT_SIZE, FINGERPRINT_SIZE, **here))
-        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
+            self.damping = torch.zeros((), **wide)
+        self.register_buffer("fingerprint", torch.empty(FINGERPRINT_SIZE, FINGERPRINT_SIZE, **wide))
+        self.register_buffer("checksum", no_checksum(stored))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
         for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
@@ -298,26 +299,27 @@ class CABR(Core):
         config, split = self.config, bases.is_split(base)
         if split:
             tensor_parallel.check(self, base)
-        self.stale, self.columns = False, None
         if config.stochastic_rounding:  # the same wherever the adapter is, another in each layer
             own = torch.cat((self.rows, self.cols))
             places = torch.arange(1, len(own) + 1, device=own.device)
             self._rounding_seed = config.seed + int((own * places).sum())
         needs_columns = split or config.keep_columns or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
+            self.columns, self.stale = None, False
             return
         mark = None if torch.compiler.is_compiling() else bases.mark(base)
         self._derived_from = None if mark is None else WeightVersion(mark)
         weight = bases.weight(base, values=False)
-        if needs_columns:
-            self.columns = weight.index_select(1, self.cols)
+        columns = weight.index_select(1, self.cols) if needs_columns else None
         if config.restrain:
             self.important = important_channels(weight, self.rows.numel())
         if config.norm == "channel":
-            layer = with_norms(self.kernel_layer(base, weight))
+            layer = with_norms(self.kernel_layer(base, weight)._replace(columns=columns))
             self.gram, self.base_norms = layer.gram, layer.base_norms
+        self.columns = columns
         if split:
             tensor_parallel.keep_rows(self, base, weight)
+        self.stale = False  # last: another thread may be at a forward
 
     def _check_input(self, weight: Tensor | None, x: Tensor) -> None:
         if not x.is_floating_point():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secura_kernels import init_a, select
 
 from . import bases, tensor_parallel
-from .integrity import fingerprint
+from .integrity import fingerprint, no_checksum
 from .sharding import from_rank_0, is_fsdp_managed, on_rank_0_alone, put
 
 if TYPE_CHECKING:
@@ -78,13 +78,15 @@ def _chosen(adapter: Core, base: nn.Module) -> dict[str, Tensor]:
         values["A"] = init_a(weight, m, adapter.A.shape[1], config.init, generator)
     start = torch.zeros if config.init_weights else torch.randn
     name, inner = ("U", m) if adapter.B is None else ("B", adapter.B.shape[0])
-    values[name] = (start(inner, m) / inner**0.5).to(weight.device)
-    values["core"] = torch.zeros(m, m, device=weight.device)
-    values["checksum"] = torch.zeros((), dtype=torch.int64)
+    drawn = start(inner, m, dtype=torch.float32, device="cpu")
+    values[name] = (drawn / inner**0.5).to(weight.device)
+    here: Any = {"dtype": torch.float32, "device": weight.device}
+    values["core"] = torch.zeros(m, m, **here)
+    values["checksum"] = no_checksum(weight)
     if adapter.damping is not None:
-        values["damping"] = torch.zeros((), device=weight.device)
+        values["damping"] = torch.zeros((), **here)
     if adapter.bias is not None:
-        values["bias"] = torch.zeros(adapter.out_features, device=weight.device)
+        values["bias"] = torch.zeros(adapter.out_features, **here)
     return values
 
 

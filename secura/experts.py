@@ -15,7 +15,7 @@ from . import bases
 from .cabr import CABR
 from .config import AdapterConfig
 from .core import Core
-from .integrity import fingerprint
+from .integrity import fingerprint, no_checksum
 
 
 class Experts(Core):
@@ -63,7 +63,7 @@ class Experts(Core):
             self.register_buffer(name, index + offsets * size)
         self.register_buffer("core", torch.stack([part.core for part in parts]))
         self.register_buffer("fingerprint", fingerprint(weight))
-        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("checksum", no_checksum(weight))
         for name in (*self.ANCHOR, "columns", "gram", "base_norms", "important"):
             self.register_buffer(name, None, persistent=False)
         self.folded, self._core_version, self.assigned = False, 0, False

@@ -35,7 +35,7 @@ def fingerprint(weight: Tensor) -> Tensor:
     n, k = weight.shape
     right = _signs(k, 1, weight.device)
     left = _signs(n, 2, weight.device)
-    mixed = torch.zeros(FINGERPRINT_SIZE, k, device=weight.device)
+    mixed = torch.zeros(FINGERPRINT_SIZE, k, dtype=torch.float32, device=weight.device)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, n, _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
@@ -69,7 +69,8 @@ def checksum(tensors: Mapping[str, Tensor], settings: str = "") -> Tensor:
         kept = tensor.detach().cpu()
         values.update(_bytes(kept.double() if kept.is_floating_point() else kept.long()))
     rest = hashlib.blake2b(settings.encode(), digest_size=4)
-    return torch.tensor(int.from_bytes(values.digest() + rest.digest(), "big", signed=True))
+    total = int.from_bytes(values.digest() + rest.digest(), "big", signed=True)
+    return torch.tensor(total, device="cpu")
 
 
 def verify_checksum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
@@ -99,6 +100,12 @@ def verify_checksum(layer: str, state: Mapping[str, Tensor], settings: str) -> N
         "again, or, where you changed them on purpose (an average, say), leave out the tensors "
         "named checksum"
     )
+
+
+def no_checksum(beside: Tensor) -> Tensor:
+    """The 0 of a layer that has no checksum, on the device of ``beside``, for meta the CPU."""
+    device = "cpu" if beside.is_meta else beside.device
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def version(tensor: Tensor) -> int:
@@ -238,6 +245,7 @@ __all__ = [
     "file_checksum",
     "fingerprint",
     "fingerprint_of_product",
+    "no_checksum",
     "opened",
     "read_file",
     "verify_checksum",

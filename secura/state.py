@@ -17,6 +17,7 @@ from .integrity import (
     checksum,
     fingerprint,
     fingerprint_of_product,
+    no_checksum,
     verify_checksum,
     version,
 )
@@ -221,7 +222,7 @@ class AdapterState(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
         self._passed = None
-        loaded = self._own(state_dict, prefix).keys()
+        loaded = self._own(state_dict, prefix)
         if self.U is not None and prefix + "left" in state_dict:
             if self.left is None:
                 self.expect_anchor()
@@ -229,7 +230,8 @@ class AdapterState(nn.Module):
         elif self.damping is not None and prefix + "U" in state_dict:
             none = state_dict[prefix + "U"].new_zeros((), dtype=torch.float32)
             state_dict.setdefault(prefix + "damping", none)
-        state_dict[prefix + "checksum"] = torch.zeros_like(self.checksum)
+        beside = next(iter(loaded.values()), self.checksum)
+        state_dict[prefix + "checksum"] = no_checksum(beside)
         if self.trained.is_meta:
             args[0]["assign_to_params_buffers"] = True
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -241,7 +243,7 @@ class AdapterState(nn.Module):
             self._come_back(loaded)
             came = {prefix + name for name in self._FIXED}
             args[2][:] = [name for name in args[2] if name not in came]
-        if loaded and self.waits <= ({"rows", "cols"} <= loaded):
+        if loaded and self.waits <= ({"rows", "cols"} <= loaded.keys()):
             self._note_loaded()
 
     def _take_damping(self, state_dict: Any, prefix: str) -> None:

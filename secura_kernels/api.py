@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import naive
 from .checks import check_call, check_trained
@@ -100,10 +99,8 @@ def secura_linear(
     """
     if layer.weight is None:
         raise ValueError("the layer has no weight: call secura_add with the base's own output")
-    if x.shape[-1] != layer.weight.shape[1]:
-        raise ValueError(
-            f"x [..., {x.shape[-1]}] does not fit the weight {list(layer.weight.shape)}"
-        )
+    if x.dim() == 0 or x.shape[-1] != layer.weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit the weight {list(layer.weight.shape)}")
     n = layer.weight.shape[0]
     return _run(x, n, compute_dtype(x), layer, a, b, delta_bias, z_scale, impl, given=False)
 
@@ -141,6 +138,8 @@ def secura_add(
         raise ValueError(f"{what} multiplies by W' itself: call secura_linear")
     if layer.weight is None and layer.columns is None:
         raise ValueError("the layer has neither weight nor columns, of which P is made")
+    if y0.dim() == 0:
+        raise ValueError("y0 [] must be [..., N]")
     n = y0.shape[-1]
     return _run(y0, n, y0.dtype, layer, a, b, delta_bias, z_scale, impl, given=True)
 
@@ -304,15 +303,27 @@ class _SecuraLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable is for a second derivative; it costs the first one 5 µs
         twice = torch.is_grad_enabled()
         run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
-        if twice and not g.requires_grad and not torch.compiler.is_compiling():
-            g = g.detach().requires_grad_()  # else the refusal would not come: it looks at g alone
         if is_alone(g):
             return run(ctx, g, total)
         with alone(g):
             return run(ctx, g, total)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, of which a derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Any, *operands: Tensor | None) -> Any:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> Any:
+        raise RuntimeError(
+            "SECURA's ops are differentiable once: no second derivative (a gradient penalty, say) "
+            "goes through them"
+        )
 
 
 def _output(
@@ -331,6 +342,10 @@ def _output(
     u, u_base = once(held, "U", cores, call.layer, a, b)
     scale = None if z_scale is None else _flat(z_scale)
     needs_p = call.differentiates and (needs[1] or needs[2])
+    source = call.layer.weight if call.layer.columns is None else call.layer.columns
+    if not needs_p or call.watched or source is None or source.is_inference():
+        source = None
+    ctx.source, ctx.written = source, 0 if source is None else source._version
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
@@ -356,6 +371,11 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
         dp = call.layer.held.add(dp, ctx.layers)
     if wanted[1] and dp is not None:
+        if ctx.source is not None and not call.watched and ctx.source._version != ctx.written:
+            raise RuntimeError(
+                "the weight or the columns that C is of were written to between the forward pass "
+                "and its backward pass, which reads them again"
+            )
         dtype = ctx.u_dtype
         du = project.backward(call, as_dtype(dp, dtype), scale)
         if scaling != 1:
@@ -372,6 +392,15 @@ def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None,
     else:
         dx = None if not needs[0] else dx if flat else dx.view(shape)
     return dx, da, db, dbias if needs[3] else None, None, None
+
+
+def _gradients_once(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None, ...]:
+    """:func:`_gradients` where autograd records them: a derivative of theirs is an error."""
+    with torch.no_grad():
+        found = _gradients(ctx, g, total)
+    if torch.compiler.is_compiling():
+        return found
+    return _Once.apply(found, g, *ctx.saved_tensors[:2])
 
 
 def _is_for_grad(ctx: Any) -> bool:
@@ -393,9 +422,6 @@ def _is_for_grad(ctx: Any) -> bool:
         return all(map(torch._C._will_engine_execute_node, leaves))
     except RuntimeError:  # in torch.autograd.grad
         return False
-
-
-_gradients_once = once_differentiable(_gradients)
 
 
 __all__ = ["Layer", "additive_product", "effective_weight", "secura_add", "secura_linear"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .layer import Layer
@@ -19,7 +20,10 @@ def check_call(
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
 ) -> None:
-    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens."""
+    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens.
+
+    ``TypeError`` for a weight of integers.
+    """
     rows, cols, columns = layer.rows, layer.cols, layer.columns
     if rows.dim() != 1 or rows.shape != cols.shape:
         raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
@@ -41,10 +45,18 @@ def check_call(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
-    if layer.weight is not None and layer.weight.shape[0] != n:
-        raise ValueError(f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs")
-    if z_scale is not None and z_scale.requires_grad:
-        raise ValueError("z_scale requires a gradient, of which it would get none: detach it")
+    if layer.weight is not None:
+        if layer.weight.shape[0] != n:
+            raise ValueError(
+                f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs"
+            )
+        if not layer.weight.is_floating_point():
+            raise TypeError(f"the weight is {layer.weight.dtype}: the ops take floating numbers")
+    if important is not None and important.dtype != torch.bool:
+        raise ValueError(f"important is {important.dtype}, and must be bool")
+    for name, fixed in (("z_scale", z_scale), ("core", layer.core), ("scaling", layer.scaling)):
+        if isinstance(fixed, Tensor) and fixed.requires_grad:
+            raise ValueError(f"{name} requires a gradient, of which it would get none: detach it")
     norm, draws = layer.options.norm, layer.rounding_seed is not None
     if draws and norm == "activation":
         raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")

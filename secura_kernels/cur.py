@@ -39,11 +39,12 @@ def select(
         ``rows [m]`` and ``cols [m]``, int64, ascending, on the weight's device.
 
     Raises:
-        ValueError: for an unknown selection, an ``m`` out of range, a weight with NaN or inf, or
-            too few rows or columns that are not zero.
+        ValueError: for an unknown selection, an ``m`` out of range, a weight that is no matrix of
+            floating numbers or has NaN or inf, or too few rows or columns that are not zero.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"unknown selection {selection!r}: choose one of {SELECTIONS}")
+    _check_matrix(weight)
     check_fits(m, *weight.shape)
     row_norms, col_norms = squared_norms(weight)
     if not bool(torch.isfinite(row_norms).all()):
@@ -52,6 +53,14 @@ def select(
         _choose(row_norms, m, selection, "row", generator),
         _choose(col_norms, m, selection, "column", generator),
     )
+
+
+def _check_matrix(weight: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"the weight is {weight.dtype} {list(weight.shape)}: it must be [N, K], of floating "
+            "numbers"
+        )
 
 
 class RankError(ValueError):
@@ -124,11 +133,12 @@ def init_a(
         ``[m, r]`` fp32, on the weight's device.
 
     Raises:
-        ValueError: for an unknown init.
+        ValueError: for an unknown init, or a weight that is no matrix of floating numbers.
         RankError: for an m that does not fit the weight, and for ``"svd"`` with ``r > K``.
     """
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: choose one of {INITS}")
+    _check_matrix(weight)
     check_fits(m, *weight.shape)
     if init == "svd":
         if r > weight.shape[1]:
@@ -138,8 +148,8 @@ def init_a(
             )
         return weight[:m, :r].to(torch.float32, copy=True).contiguous()
     if init == "identity":
-        return torch.eye(m, r, device=weight.device)
-    a = torch.empty(m, r)
+        return torch.eye(m, r, dtype=torch.float32, device=weight.device)
+    a = torch.empty(m, r, dtype=torch.float32, device="cpu")
     if init == "kaiming":
         torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     else:

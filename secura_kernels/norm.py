@@ -188,10 +188,10 @@ def _packed(
     return "{" + ", ".join(fields) + "}"
 
 
-_packed_once = functools.cache(_packed)
+_packed_once = functools.lru_cache(4096)(_packed)  # a scale may have a schedule
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def unpack(text: str) -> Norm:
     """The norm that :func:`pack` made a string of."""
     return Norm(**ast.literal_eval(text))

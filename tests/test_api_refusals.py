@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import secura_kernels
-from secura_kernels import NormOptions, effective_weight, secura_add, secura_linear
+from secura_kernels import (
+    NormOptions,
+    Restrain,
+    effective_weight,
+    init_a,
+    secura_add,
+    secura_linear,
+    select,
+)
 from secura_kernels.inspection.examples import Case
 
 WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
@@ -32,6 +40,33 @@ def test_a_part_of_the_layer_that_does_not_fit_is_refused(name, function):
     first = {"secura_linear": [example.x], "secura_add": [example.grad]}.get(function, [])
     with pytest.raises(ValueError, match="must be"):
         getattr(secura_kernels, function)(*first, layer, example.a)
+
+
+NOT_TAKEN = {
+    "core requires a gradient": {"core": torch.ones(4, 4).requires_grad_()},
+    "scaling requires a gradient": {"scaling": torch.ones(()).requires_grad_()},
+    "the weight is torch.int8": {"weight": torch.ones(13, 11, dtype=torch.int8)},
+    "important is torch.float32": {"restrain": Restrain(torch.ones(13))},
+}
+
+
+@pytest.mark.parametrize("message", NOT_TAKEN)
+@pytest.mark.parametrize("function", ["secura_linear", "secura_add"])
+def test_what_would_be_taken_for_something_else_is_refused(message, function):
+    example = Case(NormOptions("none"), **WIDE).draw()
+    layer = example.layer._replace(**NOT_TAKEN[message])
+    first = example.x if function == "secura_linear" else example.grad
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(secura_kernels, function)(first, layer, example.a)
+    with pytest.raises(ValueError, match=r"(x|y0) \[\]"):
+        getattr(secura_kernels, function)(torch.tensor(1.0), example.layer, example.a)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 3, 4), torch.ones(4), torch.ones(3, 4).int()])
+def test_what_is_no_matrix_of_floating_numbers_is_refused(weight):
+    for make in (lambda: select(weight, 1), lambda: init_a(weight, 1, 1)):
+        with pytest.raises(ValueError, match=r"must be \[N, K\], of floating numbers"):
+            make()
 
 
 @pytest.mark.parametrize("norm", ["none", "activation"])

@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from secura import AdapterConfig, SECURALinear, fold
+from secura import AdapterConfig, SECURALinear, fold, integrity
+from secura_kernels import init_a
+from secura_kernels.cur import INITS
 
 
 def unloaded():
@@ -91,3 +93,51 @@ def test_what_was_moved_to_the_meta_device_comes_back(to_empty):
 def test_ranks_are_checked_before_the_weights_come():
     with pytest.raises(ValueError, match="between 1 and min"):
         SECURALinear(nn.Linear(8, 4, device="meta"), AdapterConfig(r=5))
+
+
+@pytest.mark.parametrize("core", ["ab", "u"])
+def test_a_layer_made_within_the_meta_device_takes_a_file(core):
+    """The context's device is that of every new tensor that names none."""
+    config = AdapterConfig(r=4, norm="channel", core=core)
+    trained = SECURALinear(nn.Linear(8, 6), config)
+    nn.init.normal_(trained.trained)
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 6), config)
+    layer.load_state_dict(trained.state_dict(), assign=True)
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), trained(x))
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"cpu"}
+    assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_an_adapter_made_within_the_meta_device_on_a_real_layer(init):
+    base = nn.Linear(8, 6)
+    with torch.device("meta"):
+        layer = SECURALinear(base, AdapterConfig(r=4, init=init, inner_r=4))
+        layer.state_dict()
+    assert not any(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()])
+    assert layer(torch.randn(3, 8)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("norm", tiny.NORMS)
+def test_another_default_dtype_changes_no_adapter(norm, dtype):
+    """As where a recipe builds a model in bf16."""
+    weight = torch.randn(6, 8)
+    torch.set_default_dtype(dtype)
+    try:
+        layer = SECURALinear(nn.Linear(8, 6), AdapterConfig(r=4, norm=norm, train_bias=True))
+        layer(torch.randn(3, 8)).sum().backward()
+        layer.fold()
+        layer(torch.randn(3, 8))
+        assert {init_a(weight, 4, 4, init).dtype for init in INITS} == {torch.float32}
+        assert integrity.fingerprint(weight).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    own = {"A": layer.A, "B": layer.B, "bias": layer.bias, "core": layer.core}
+    own |= {"fingerprint": layer.fingerprint, "gram": layer.gram}
+    wide = layer.gram is not None and torch.promote_types(dtype, torch.float32)
+    for name, tensor in own.items():
+        expected = wide if name == "gram" else torch.float32
+        assert tensor is None or tensor.dtype == expected, name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
 
-from secura import AdapterConfig, SecuraConfig, SECURALinear, bases
+from secura import AdapterConfig, SecuraConfig, SECURALinear, bases, cabr
 
 RESTRAIN = {"restrain": True, "restrain_percent": 0.1, "restrain_edge": 1.9, "restrain_decay": 0.5}
 DERIVED = {
@@ -108,3 +110,29 @@ def test_a_weight_that_each_forward_gathers_has_no_mark(made_anew):
     with torch.no_grad():
         base.weight.mul_(2)
     assert (bases.mark(base) == before) == made_anew
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", ["channel", "channel, columns"])
+def test_a_thread_waits_for_no_other_and_takes_nothing_that_is_old(settings, monkeypatch):
+    """A server's threads after ``load_state_dict``: one is still at the norms, another goes on."""
+    layer, fresh, x = written(DERIVED[settings])
+    at_norms, go_on, make = threading.Event(), threading.Event(), cabr.with_norms
+    expected = fresh(x)
+
+    def slowly(given):
+        if threading.current_thread() is not threading.main_thread():
+            at_norms.set()
+            assert go_on.wait(60)
+        return make(given)
+
+    monkeypatch.setattr(cabr, "with_norms", slowly)
+    outs = []
+    other = threading.Thread(target=lambda: outs.append(layer(x)))
+    other.start()
+    assert at_norms.wait(60)
+    outs.append(layer(x))
+    go_on.set()
+    other.join()
+    for out in (*outs, layer(x)):
+        assert torch.equal(out, expected)

@@ -39,10 +39,11 @@ from ..project.op import project, projections
 _CHUNK_ROWS = 1024
 
 
+@torch.no_grad()
 def with_norms(layer: Layer) -> Layer:
     """Fill in ``gram = R Rᵀ [m, m]`` and ``base_norms = ‖W_base,i‖ [N]``, which ``channel`` needs.
 
-    Once, and again after a fold into the base.
+    Once, and again after a fold into the base, or a step of a weight that is trained. No gradient.
 
     Args:
         layer: with its ``weight``.
