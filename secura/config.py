@@ -44,7 +44,7 @@ class AdapterConfig:
             ρ_max of form ``paper`` and leaves every other gain near 2.
         norm_eps_relative: whether ``norm_eps`` is a multiple of the base's root mean square.
         norm_save: what ``norm="activation"`` keeps for its backward pass: ``"recompute"`` the base
-            layer's output, ``"8bit"`` one byte of 1/M an element, off by at most 0.1%.
+            layer's output, ``"8bit"`` one byte of 1/M an element, off by at most 0.2%.
         fold_every: optimizer steps between folds; 0 folds only when called. A Trainer folds only
             with ``FoldCallback`` among its callbacks; ``secura train`` adds it.
         train_bias: whether a bias ``[N]`` is trained too. Where the base layer has none, a merge

@@ -149,7 +149,8 @@ class AdapterState(nn.Module):
     def _check_assigned_sum(self) -> None:
         if self.assigned and not self.awaits_file and not self.rows.is_meta:
             own = self.state_tensors()
-            verify_checksum(self.name, _summed(own), self._settings(own))
+            rounded = self.trained.dtype.itemsize < 4  # by transformers, on a base in 16 bits
+            verify_checksum(self.name, _summed(own), self._settings(own), rounded=rounded)
             self.checksum = torch.zeros_like(self.checksum)
 
     def _note_loaded(self) -> None:

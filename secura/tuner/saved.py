@@ -48,7 +48,8 @@ def warn_of_unsaved(
         warnings.warn(
             f"adapter {adapter!r} acts with scaling={scales.pop():g} here, set by set_scale(), and "
             f"its file has the config's {config.scaling:g}: unscale_layer() before saving, or "
-            "set_scale() again after loading",
+            "set_scale() again after loading; where something was folded, secura.fold(model) "
+            "before saving, which leaves nothing to scale",
             stacklevel=4,
         )
     trained_here = any(
