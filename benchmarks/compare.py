@@ -161,7 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="+", help="one or two files")
-    results = [Result.load(path) for path in parser.parse_args(arguments).results]
+    paths = parser.parse_args(arguments).results
+    try:
+        results = [Result.load(path) for path in paths]
+    except ValueError as error:
+        parser.error(str(error))
     if len({result.benchmark for result in results}) > 1 or len(results) > 2:
         parser.error("give one result, or two of one benchmark")
     if len(results) == 2:

@@ -185,7 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--measured", type=Path, help="of benchmarks.layer, to hold the count to")
     flags.add_argument("--commit", help="the code's name, where git does not know it")
     options = flags.parse_args(arguments)
-    before, measured = (path and Result.load(path) for path in (options.before, options.measured))
+    try:
+        earlier = [path and Result.load(path) for path in (options.before, options.measured)]
+    except ValueError as error:
+        flags.error(str(error))
+    before, measured = earlier
     result = new_result(
         "counts", options.preset, torch.device("cpu"), torch.bfloat16, {}, options.commit
     )

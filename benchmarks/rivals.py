@@ -5,7 +5,7 @@ rivals alone. All three keep their adapters in the compute dtype and take a froz
 
 | module      | out                                     | saved for backward (no weights) |
 |-------------|-----------------------------------------|---------------------------------|
-| StrongLoRA  | x Wᵀ + b + s (x Aᵀ) Bᵀ                  | x                               |
+| StrongLoRA  | x Wᵀ + b + s (x Aᵀ) Bᵀ                  | x, x Aᵀ                         |
 | StrongDoRA  | x W'ᵀ + b, W' = d (W + s B A) / ‖·‖     | x, out                          |
 | ReleasedWay | (2 y0 + Δ) / M, Δ = x (C A B R)ᵀ        | x, y0, Δ, M, …                  |
 
@@ -25,25 +25,25 @@ from secura_kernels import important_channels, init_a, select
 
 
 class _LoRAFunction(torch.autograd.Function):
-    """Both products end in an ``addmm`` onto the big one's output; x Aᵀ is recomputed."""
+    """Both products end in an ``addmm`` onto the big one's output; x Aᵀ [T, r] is kept."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scaling) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+        z = x @ a.t()
+        ctx.save_for_backward(x, weight, a, b, z)
         ctx.scaling = scaling
-        out = F.linear(x, weight, bias)
-        return out.addmm_(x @ a.t(), b.t(), alpha=scaling)
+        return F.linear(x, weight, bias).addmm_(z, b.t(), alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, weight, a, b = ctx.saved_tensors
+        x, weight, a, b, z = ctx.saved_tensors
         h = g @ b
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (g @ weight).addmm_(h, a, alpha=ctx.scaling)
         da = (h.t() @ x).mul_(ctx.scaling)
-        db = (g.t() @ (x @ a.t())).mul_(ctx.scaling)
+        db = (g.t() @ z).mul_(ctx.scaling)
         return dx, None, None, da, db, None
 
 

@@ -93,9 +93,14 @@ class Result:
         """Read a file.
 
         Raises:
-            ValueError: for another schema.
+            ValueError: for a file that cannot be read, or of another schema.
         """
-        data = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} is no result: it holds a {type(data).__name__}")
         known = {entry.name for entry in fields(cls)}
         if data.get("schema") != SCHEMA or not data.keys() <= known:
             raise ValueError(

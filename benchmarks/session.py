@@ -87,7 +87,13 @@ class Session:
         self, benchmark: str, options: argparse.Namespace, settings: dict[str, Any]
     ) -> None:
         cuda = torch.cuda.is_available()
-        self.device = torch.device(options.device or ("cuda" if cuda else "cpu"))
+        asked = options.device or ("cuda" if cuda else "cpu")
+        try:
+            self.device = torch.device(asked)
+        except RuntimeError as error:
+            raise ValueError(f"--device {asked}: torch knows no such device") from error
+        if options.out is not None and options.out.is_dir():
+            raise ValueError(f"--out {options.out} is a folder: name a file")
         on_cuda = self.device.type == "cuda"
         if on_cuda and not cuda:
             raise ValueError("--device cuda: torch sees no CUDA device here")
@@ -117,6 +123,12 @@ class Session:
         """
         raise_ceilings(self.result.ceilings, self.device, self.dtype)
         finished = [row.case for row in self.result.rows]
+        there = {row.provider for row in self.result.rows}
+        if there and (missing := [one.name for one in providers if one.name not in there]):
+            raise ValueError(
+                f"the file to resume has no row of {missing[0]!r}: give the --providers that it "
+                "was made with, or another --out"
+            )
         rest = [case for case in cases if case[0] not in finished]
         for index, (case, name, _) in enumerate(rest):
             if time.monotonic() >= self.end:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -63,11 +64,18 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
         return 0
     if flags.jobs > 1:
         return _run_side_by_side(flags.jobs, words)
+    if flags.threads < 1:
+        raise UsageError(f"--threads {flags.threads} must be 1 or more")
+    if Path(flags.out).is_file():
+        raise UsageError(f"--out {flags.out} is a file: name a folder")
     torch.set_num_threads(flags.threads)
     torch.set_float32_matmul_precision("high")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = torch.device(flags.device)
+    try:
+        device = torch.device(flags.device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {flags.device}: torch knows no such device") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {flags.device}: torch sees no CUDA device")
     dtype = flags.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -83,7 +91,10 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
             deadline,
             flags.retry,
         )
-        runner.run(cells)
+        try:
+            runner.run(cells)
+        except ValueError as error:
+            raise UsageError(error) from error
         board.end(", ".join(f"{count} {what}" for what, count in runner.counts.items()))
     return 1 if runner.counts["failed"] else 0
 
@@ -101,6 +112,11 @@ def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
     """The settings and cells that the command line asks for."""
     changed = dict(map(_setting, flags.set))
     if not flags.methods:
+        if given := [name for name in _OF_A_CELL if getattr(flags, name) is not None]:
+            raise ValueError(
+                f"--{given[0]} goes with --methods: without it a stage's cells are run as they "
+                "were decided"
+            )
         if flags.stage not in STAGES:
             raise ValueError(
                 f"stage {flags.stage!r} is none of {', '.join(STAGES)}: give its cells, from "
@@ -108,6 +124,13 @@ def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
             )
         known = STAGES[flags.stage]
         return _checked(dataclasses.replace(known.settings, **changed)), list(known.cells)
+    for name, usual in _OF_A_CELL.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, usual)
+    if wrong := [rate for rate in flags.rates if not 0 < rate < math.inf]:
+        raise ValueError(f"--rates {wrong[0]} must be above 0 and finite")
+    if flags.steps < 1:
+        raise ValueError(f"--steps {flags.steps} must be 1 or more")
     shared = STAGES[flags.stage].settings if flags.stage in STAGES else Settings()
     settings = _checked(dataclasses.replace(shared, **{"tasks": tuple(flags.tasks)} | changed))
     for name, wanted, there in (
@@ -125,6 +148,16 @@ def stage(flags: argparse.Namespace) -> tuple[Settings, list[Cell]]:
         for count in range(1, len(flags.tasks) + 1)
     ]
     return settings, cells
+
+
+_OF_A_CELL: dict[str, Any] = {
+    "targets": ["qv"],
+    "rates": [1e-3],
+    "seeds": [0],
+    "tasks": ["gsm8k"],
+    "steps": 128,
+}
+"""Flags of cells that the command line makes, and what they are unless given."""
 
 
 def _checked(settings: Settings) -> Settings:
@@ -153,11 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("stage", help="name of the stage, and of its folder in --out")
     one.add_argument("--out", required=True, help="folder of all stages' results")
     one.add_argument("--methods", type=_words, default=[], help=", ".join(METHODS))
-    one.add_argument("--targets", type=_words, default=["qv"], help=", ".join(TARGETS))
-    one.add_argument("--rates", type=_floats, default=[1e-3])
-    one.add_argument("--seeds", type=_integers, default=[0])
-    one.add_argument("--tasks", type=_words, default=["gsm8k"], help="learned one after another")
-    one.add_argument("--steps", type=int, default=128, help="of each task")
+    one.add_argument("--targets", type=_words, help=f"{', '.join(TARGETS)} [qv]")
+    one.add_argument("--rates", type=_floats, help="[1e-3]")
+    one.add_argument("--seeds", type=_integers, help="[0]")
+    one.add_argument("--tasks", type=_words, help="learned one after another [gsm8k]")
+    one.add_argument("--steps", type=int, help="of each task [128]")
     one.add_argument(
         "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="other settings"
     )

@@ -53,7 +53,8 @@ class Settings:
     save_every: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_tokens", "held_out", "text_count", "text_tokens"):
+        sizes = ("batch_size", "max_tokens", "held_out", "text_count", "text_tokens")
+        for name in (*sizes, "samples", "sample_tokens", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.part <= 1:

@@ -245,6 +245,8 @@ class Material:
                 found.append(row)
             if len(found) == count:
                 break
+        if not found:
+            raise ValueError(f"no example has at most max_tokens={self.settings.max_tokens} tokens")
         return found
 
     def _states(self, rows: list[Row]) -> Tensor:

@@ -174,8 +174,8 @@ def get_method(name: str) -> Method:
     """The method of a name, with the variations that stand behind its ``@``.
 
     Raises:
-        ValueError: for a name that is not known, with the nearest that is, or a value that is no
-            number where one is wanted.
+        ValueError: for a name that is not known, with the nearest that is, or a value that a field
+            does not take.
     """
     base, _, text = name.partition("@")
     if base not in METHODS:
@@ -189,13 +189,27 @@ def get_method(name: str) -> Method:
         key, _, value = part.partition("=")
         if key in kinds and key != "config":
             try:
-                changed[key] = value == "True" if kinds[key] is bool else kinds[key](value)
-            except ValueError as error:
+                changed[key] = _BOOLS[value] if kinds[key] is bool else kinds[key](value)
+            except (KeyError, ValueError) as error:
                 raise ValueError(f"{name}: {key} takes {kinds[key].__name__}") from error
+            if changed[key] not in _TAKEN.get(key, (changed[key],)):
+                raise ValueError(f"{name}: {key} takes one of {', '.join(_TAKEN[key])}")
         else:
             changed["config"][key] = _value(value)
     title = f"{method.title}, {text}" if text else method.title
     return replace(method, name=name, title=title, **changed)
+
+
+_BOOLS = {"True": True, "False": False}
+_TAKEN = {
+    "adapter": ("lora", "dora", "secura", "full"),
+    "optimizer": ("adamw", "muon"),
+    "anchor": ("", "self", "text"),
+    "sides": ("both", "in", "out"),
+    "against": tuple({"", *(method.against for method in METHODS.values())}),
+    "fold": ("never", "task", "step"),
+}
+"""What the fields that are words may be."""
 
 
 def _value(text: str) -> Any:
@@ -204,7 +218,7 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    return {"True": True, "False": False, "None": None}.get(text, text)
+    return {**_BOOLS, "None": None}.get(text, text)
 
 
 __all__ = ["CUR_RANK", "LORA_RANKS", "METHODS", "Method", "get_method"]

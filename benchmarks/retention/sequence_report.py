@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.retention.figures import NOTHING, markdown, plus_minus
+from benchmarks.retention.grid import BEST
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Record
 from benchmarks.retention.summary import (
@@ -57,7 +58,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
             parts += [f"Against {keeps}, the same:", markdown(head, stored)]
-    for reference in (REFERENCE, RIVAL):
+    for reference in (REFERENCE, RIVAL, BEST):
         parts += _after_each(found, reference)
     return "\n\n".join(parts)
 

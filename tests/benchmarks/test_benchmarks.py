@@ -192,6 +192,8 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes(tiny_preset, monkeypat
     assert result.command.startswith(f"{kept.command} && python -m benchmarks.layer")
     with pytest.raises(SystemExit):
         run_layer(path, "--resume", "--seed", "1")
+    with pytest.raises(SystemExit):
+        run_layer(path, "--resume", "--providers", "strong dora,strong lora")
 
 
 def test_a_spent_budget_skips_visibly(tiny_preset, tmp_path):

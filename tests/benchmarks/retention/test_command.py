@@ -18,6 +18,16 @@ BAD = {
     "rank takes int": ["run", "try", "--methods", "lora@rank=x"],
     "keyword argument 'foo'": ["run", "try", "--methods", "anchored-self@foo=1"],
     "is no folder": ["run", "screen", "--set", "model=nowhere"],
+    "whiten takes bool": ["run", "try", "--methods", "lora@whiten=yes"],
+    "optimizer takes one of adamw, muon": ["run", "try", "--methods", "lora@optimizer=sgd"],
+    "anchor takes one of": ["run", "try", "--methods", "anchored-self@anchor=foo"],
+    "against takes one of": ["run", "try", "--methods", "lora@against=foo"],
+    "--seeds goes with --methods": ["run", "confirm", "--seeds", "7"],
+    "--rates -1.0 must be above 0": ["run", "try", "--methods", "lora", "--rates=-1"],
+    "--steps 0 must be 1": ["run", "try", "--methods", "lora", "--steps", "0"],
+    "save_every=0 must be at least 1": ["run", "confirm", "--set", "save_every=0"],
+    "--threads 0 must be 1": ["run", "confirm", "--threads", "0"],
+    "torch knows no such device": ["run", "confirm", "--device", "foo"],
 }
 
 
