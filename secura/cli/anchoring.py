@@ -39,13 +39,13 @@ def check(arguments: Any, config: Any, learning_rate: float, *, resumes: bool) -
                 raise UserError(f"{flag} is --anchor's: give --anchor self|FILE with it")
     elif arguments.anchor_tokens is not None and arguments.anchor_tokens < 2:
         raise UserError(f"--anchor_tokens {arguments.anchor_tokens} must be 2 or more")
-    if not (arguments.anchor_decay >= 0 and math.isfinite(arguments.anchor_decay)):
-        raise UserError(f"--anchor_decay {arguments.anchor_decay} must be 0 or more, and finite")
-    if arguments.anchor_decay and config.fold_every:
+    decay = arguments.anchor_decay
+    if decay is not None and not (decay >= 0 and math.isfinite(decay)):
+        raise UserError(f"--anchor_decay {decay} must be 0 or more, and finite")
+    if arguments.decays and config.fold_every:
         raise UserError(
-            f"--anchor_decay {arguments.anchor_decay:g} pulls U back, and --fold_every "
-            f"{config.fold_every} moves what U learned to where nothing pulls it: give "
-            "--anchor_decay 0, or leave out --fold_every"
+            f"--anchor_decay pulls U back, and --fold_every {config.fold_every} moves what U "
+            "learned to where nothing pulls it: give --anchor_decay 0, or leave out --fold_every"
         )
     given = arguments.anchor not in (None, SELF) and not resumes
     if given and not Path(arguments.anchor).is_file():
@@ -53,7 +53,7 @@ def check(arguments: Any, config: Any, learning_rate: float, *, resumes: bool) -
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
         )
     try:
-        check_decay(arguments.anchor_decay, learning_rate)
+        check_decay(decay or 0.0, learning_rate)
     except ValueError as error:
         raise UserError(f"--{error}") from error
 

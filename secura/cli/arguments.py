@@ -29,7 +29,6 @@ ANCHORED: dict[str, Any] = {
     "r": 128,
     "target_modules": [r".*\.(mlp|feed_forward)\.(\w+_proj|c_fc|fc\d|dense_\w+)"],
     "learning_rate": 5e-4,
-    "anchor_decay": 30.0,
 }
 """Defaults with `--anchor`: those that kept most in docs/results.md."""
 
@@ -142,13 +141,19 @@ class AnchorArguments:
         default=None,
         metadata={"help": "With --anchor: tokens of old text that are read at most. [8192]"},
     )
-    anchor_decay: float = field(
-        default=0.0,
+    anchor_decay: float | None = field(
+        default=None,
         metadata={
             "help": "With --core u: decay of U before each step, times the learning rate; with "
-            "--anchor a penalty against leaving old knowledge."
+            "--anchor a penalty against leaving old knowledge. [with --anchor: what divides U by e "
+            "over the run, 30 for 128 steps at 5e-4; else 0]"
         },
     )
+
+    @property
+    def decays(self) -> bool:
+        """Whether U is pulled back."""
+        return bool(self.anchor) if self.anchor_decay is None else self.anchor_decay > 0
 
 
 def _targeting() -> list[tuple[str, Any, Any]]:

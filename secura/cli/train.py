@@ -82,9 +82,7 @@ def run(
         eval_dataset=None if eval_set is None else checks.number(eval_set),
         processing_class=tokenizer,
         peft_config=config,
-        callbacks=callbacks(
-            config, anchor_args.anchor_decay, settings, holding=model_args.hold_gradients
-        ),
+        callbacks=callbacks(config, anchor_args, settings, holding=model_args.hold_gradients),
     )
     send_buffers(trainer)
     gather_to_save(trainer)
@@ -243,14 +241,14 @@ def gather_to_save(trainer: Any) -> None:
 
 
 def callbacks(
-    config: Any, anchor_decay: float, settings: dict[str, Any], *, holding: bool = False
+    config: Any, anchor_args: Any, settings: dict[str, Any], *, holding: bool = False
 ) -> list[Any]:
     """What runs beside the trainer: decay, fold and the like where asked for, then the checks."""
     from secura import AccumulateCallback, FoldCallback
     from secura.cli import callbacks as own
     from secura.continual import AnchorDecayCallback
 
-    decay = [AnchorDecayCallback(anchor_decay)] if anchor_decay else []
+    decay = [AnchorDecayCallback(anchor_args.anchor_decay)] if anchor_args.decays else []
     folding = [FoldCallback()] if config.fold_every else []
     accumulating = [AccumulateCallback()] if holding else []
     return [

@@ -142,7 +142,7 @@ def test_bad_flags(flags, parts, base, data, tmp_path, capfd):
         ("rank_pattern: {a: !!nothing 1}\n", ["bad.yaml: rank_pattern: could not", "nothing"]),
         ("env: {A: [1]}\n", ["bad.yaml: 'env' must be a mapping of variables to values"]),
         ("env: {A: }\n", ["bad.yaml: 'env' must be"]),
-        ("anchor_decay: null\n", ["bad.yaml: anchor_decay: None is no float"]),
+        ("dropout: null\n", ["bad.yaml: dropout: None is no float"]),
         ("per_device_train_batch_size: null\n", ["per_device_train_batch_size: None is no int"]),
         ("warmup_steps: []\n", ["bad.yaml: warmup_steps: [] is no float"]),
         ("anchor: []\n", ["bad.yaml: anchor: [] is no", "str"]),

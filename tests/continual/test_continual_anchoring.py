@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -17,7 +18,7 @@ from cli_fixtures import base, data, fails, train_flags  # noqa: F401
 from continual_runs import rows, trainer
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import TrainerState, get_cosine_schedule_with_warmup
 
 import secura
 from secura import anchor
@@ -60,6 +61,40 @@ def test_decay_is_that_of_adamw_whatever_the_optimizer(tmp_path):
     for a, b in zip(tiny.parts(ours), tiny.parts(theirs), strict=True):
         torch.testing.assert_close(a.U, b.U, rtol=1e-5, atol=1e-7)
         assert a.U.any()
+
+
+@pytest.mark.parametrize(
+    ("steps", "fast", "slow"), [(200, math.exp(-1), math.exp(-0.5)), (1, 0.5, 0.75)]
+)
+def test_decay_divides_by_e_over_a_run_of_any_length(steps, fast, slow):
+    """Up over a tenth, then down a cosine; a group of half the rate decays half as much."""
+    model = cored()
+    cores = [part.U for part in tiny.parts(model)]
+    for core in cores:
+        torch.nn.init.normal_(core)
+    head = model.get_output_embeddings().weight
+    groups = (cores[1:], 0.05), (cores[:1], 0.1), ([head], 10.0)
+    optimizer = torch.optim.SGD([{"params": own, "lr": rate} for own, rate in groups])
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    callback, state = AnchorDecayCallback(), TrainerState(max_steps=steps)
+    how = {"model": model, "optimizer": optimizer}
+    callback.on_train_begin(None, state, None, lr_scheduler=schedule, **how)
+    before = [core.norm().item() for core in cores]
+    for state.global_step in range(steps):
+        callback.on_pre_optimizer_step(None, state, None, **how)
+        optimizer.step()
+        schedule.step()
+    left = [core.norm().item() / was for core, was in zip(cores, before, strict=True)]
+    assert left == pytest.approx([fast, *[slow] * len(cores[1:])], abs=0.01)
+
+
+def test_decay_of_a_run_wants_rates_that_are_known(tmp_path):
+    run = trainer(tmp_path, cored(), [AnchorDecayCallback()])
+    run.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(run.create_optimizer(), 0.9)
+    with pytest.raises(ValueError, match="ExponentialLR does not tell its learning rates"):
+        run.train()
+    with pytest.raises(ValueError, match="read off a Trainer's run"):
+        AnchorDecayCallback().on_pre_optimizer_step(None, None, None, model=cored())
 
 
 def test_decay_reaches_a_core_in_bf16():
@@ -145,7 +180,8 @@ def test_a_decay_that_turns_the_sign_is_refused(tmp_path, base, data, capfd):  #
     with pytest.raises(ValueError, match=r"multiply U by -0.5 a step|multiply U by -2 a step"):
         run.train()
     assert tiny.snapshot(model).keys() == before.keys() and not tiny.parts(model)[0].U.isnan().any()
-    flags = train_flags(base, data, tmp_path / "out", "--anchor", "--learning_rate", "0.1")
+    given = ("--anchor", "--anchor_decay", "30", "--learning_rate", "0.1")
+    flags = train_flags(base, data, tmp_path / "out", *given)
     fails(flags, capfd, "--anchor_decay=30 at a learning rate of 0.1")
 
 
@@ -212,12 +248,13 @@ def test_what_cannot_be_read_is_refused_before_training(settings, message):
         AnchorCallback(**settings)
 
 
-def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("decay", [1.0, None])
+def test_a_resumed_run_takes_the_same_steps_bit_for_bit(decay, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = trainer(tmp_path / "whole", cored(), [AnchorDecayCallback(1.0)], **settings)
+    whole = trainer(tmp_path / "whole", cored(), [AnchorDecayCallback(decay)], **settings)
     whole.train()
     fresh = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
-    run = trainer(tmp_path / "whole", fresh, [AnchorDecayCallback(1.0)], **settings)
+    run = trainer(tmp_path / "whole", fresh, [AnchorDecayCallback(decay)], **settings)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     tiny.assert_same(tiny.snapshot(fresh), tiny.snapshot(whole.model))
 
@@ -315,7 +352,8 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
     flags = ["--model", str(base), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
     training, _, _, adapter, anchor = arguments.parse([*flags, *given, "--r", "16"])
     assert (adapter.core, adapter.norm, adapter.r) == ("u", "none", 16)
-    assert (training.learning_rate, anchor.anchor, anchor.anchor_decay) == (5e-4, "self", 30)
+    assert (training.learning_rate, anchor.anchor, anchor.decays) == (5e-4, "self", True)
+    assert not arguments.parse([*flags, *given, "--anchor_decay", "0"])[-1].decays
     config = arguments.to_secura_config(adapter, 0)
     layers = "model.layers.0.mlp.gate_proj", "gpt_neox.layers.3.mlp.dense_h_to_4h", "h.1.mlp.c_fc"
     assert all(re.fullmatch(config.target_modules, f"base.{name}") for name in layers)
@@ -323,7 +361,7 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
     (tmp_path / "none.yaml").write_text("anchor: null\n")
     for without in ([], ["--config", str(tmp_path / "none.yaml")]):
         _, _, _, adapter, anchor = arguments.parse([*flags, *without])
-        assert (adapter.core, adapter.r, anchor.anchor_decay) == ("ab", 64, 0)
+        assert (adapter.core, adapter.r, anchor.decays) == ("ab", 64, False)
 
 
 @pytest.mark.parametrize(
