@@ -339,7 +339,8 @@ def test_two_results_are_compared_where_both_have_figures(tiny_preset, tmp_path,
     assert "| test | later | new / old |" in lines[0]
     assert len(lines) == 2 + 3 and all("T=24" in line for line in lines[2:])
     (saved,) = (line for line in lines if "| saved |" in line)
-    before, after = 1 + 24 * 56 * 4 / 2**20, 24 * 56 * 4 / 2**20
+    after = 24 * (56 + TINY.r) * 4 / 2**20  # x and x Aᵀ
+    before = 1 + after
     assert f"| {before:.5g} | {after:.5g} | {after / before:.3f} × |" in saved
     capsys.readouterr()
     compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
