@@ -28,6 +28,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "anchored-self": ("#6C8EBF", "s"),
     BEST: ("#0B2F57", "s"),
     BEST.replace("decay=30", "decay=10"): ("#3F7FBF", "X"),
+    BEST.replace("decay=30", "decay=7.5"): ("#0B2F57", "^"),
     BEST.replace("decay=30", "decay=3"): ("#19A0A0", "D"),
     "lora@rank=8": ("#F2B75C", "o"),
     "anchored-text": ("#1F6FB2", "<"),
