@@ -20,7 +20,6 @@ TOLERANCE = 0.01
 """Relative distance up to which two weights count as the same; a cast to bf16 makes 0.002."""
 
 _CHUNK_ROWS = 1024
-_LOWER = 0xFFFFFFFF
 
 
 def fingerprint(weight: Tensor) -> Tensor:
@@ -74,24 +73,20 @@ def checksum(tensors: Mapping[str, Tensor], settings: str = "") -> Tensor:
     return torch.tensor(total, device="cpu")
 
 
-def verify_checksum(
-    layer: str, state: Mapping[str, Tensor], settings: str, *, rounded: bool = False
-) -> None:
+def verify_checksum(layer: str, state: Mapping[str, Tensor], settings: str) -> None:
     """Raise ``ValueError`` where a layer's tensors or settings are not those that were saved.
 
     Tensors without a checksum, with 0 in its place, or cast after they were saved (``core`` and
-    ``fingerprint`` are always saved in fp32) are not checked; of tensors that may be ``rounded``
-    the settings alone.
+    ``fingerprint`` are always saved in fp32) are not checked.
     """
     own = {name: tensor for name, tensor in state.items() if name != "checksum"}
     stored = int(state.get("checksum", 0))
     if not stored or was_cast(own):
         return
     found = int(checksum(own, settings))
-    same_values = rounded or stored >> 32 == found >> 32
-    if same_values and stored & _LOWER == found & _LOWER:
+    if stored == found:
         return
-    if same_values:
+    if stored >> 32 == found >> 32:
         raise ValueError(
             f"{layer}: the adapter was saved with other settings than its adapter_config.json (or "
             "the config given) has, or for a weight of another shape than this layer's: the "

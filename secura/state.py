@@ -149,8 +149,7 @@ class AdapterState(nn.Module):
     def _check_assigned_sum(self) -> None:
         if self.assigned and not self.awaits_file and not self.rows.is_meta:
             own = self.state_tensors()
-            rounded = self.trained.dtype.itemsize < 4  # by transformers, on a base in 16 bits
-            verify_checksum(self.name, _summed(own), self._settings(own), rounded=rounded)
+            verify_checksum(self.name, _summed(own), self._settings(own))
             self.checksum = torch.zeros_like(self.checksum)
 
     def _note_loaded(self) -> None:

@@ -14,51 +14,27 @@
 | `weight`     | x W'ᵀ + b + δb, W' = S-MagNorm of W and its change   | `ops/weight`     |
 
 What each saves for the backward pass, and the bytes it moves, stand in its folder's ``op.py``;
-:mod:`secura_kernels.naive` has the same functions as plain equations. One ``autograd.Function``
-serves them all: a function's way through autograd takes the host 11 µs beside an H100, forward
-alone. Under torch.compile, a dispatch mode or with a tensor subclass it calls the ops through
-torch's dispatcher, else their bodies.
+:mod:`secura_kernels.naive` has the same functions as plain equations. One function of
+:mod:`secura_kernels.autograd` serves them all. Under torch.compile, a dispatch mode or with a
+tensor subclass it calls the ops through torch's dispatcher, else their bodies.
 """
 
 from __future__ import annotations
-
-import math
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import naive
+from .autograd import SPACES, SecuraFunction
 from .checks import check_call, check_trained
-from .dispatch import (
-    alone,
-    as_dtype,
-    compute_dtype,
-    is_alone,
-    is_watched,
-    supported,
-    without_autocast,
-)
-from .held import once
+from .dispatch import compute_dtype, is_watched, supported, without_autocast
 from .layer import Layer, cores
 from .norm import pack
 from .ops import flops
-from .ops.activation import op as activation
-from .ops.channel import op as channel
-from .ops.common import Call, Step, rounding_seed
-from .ops.lowrank import op as lowrank
+from .ops.common import Call, rounding_seed
 from .ops.project import op as project
 from .ops.weight import op as weight
 from .shared import Total, shared
-
-SPACES: dict[str, ModuleType] = {
-    "none": lowrank,
-    "channel": channel,
-    "activation": activation,
-    "weight": weight,
-}
-"""The ``forward`` and ``backward`` of each norm space, and ``product`` of the additive ones."""
 
 flops.register()
 
@@ -274,154 +250,7 @@ def _run(
     if not watched:
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
     call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
-    return _SecuraLayer.apply(x, a, b, delta_bias, z_scale, call)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """``[T, size]`` of ``[..., size]``."""
-    lead = tensor.shape[:-1]
-    return tensor if len(lead) == 1 else tensor.reshape(math.prod(lead), tensor.shape[-1])
-
-
-_unflatten = torch.ops.aten._unsafe_view.default
-"""A view that autograd does not take for one: into a function's view nobody may write."""
-
-
-class _SecuraLayer(torch.autograd.Function):
-    """Forward and backward of one layer; its space says what is saved.
-
-    Inputs are made flat within, where autograd has no node to make for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        """What :func:`_output` computes of ``given``."""
-        if is_alone(given[0]):
-            return _output(ctx, *given)
-        with alone(given[0]):
-            return _output(ctx, *given)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()
-        run, total = (_gradients_once, None) if twice else (_gradients, ctx.call.total)
-        if is_alone(g):
-            return run(ctx, g, total)
-        with alone(g):
-            return run(ctx, g, total)
-
-
-class _Once(torch.autograd.Function):
-    """Gradients as they are, of which a derivative is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Any, *operands: Tensor | None) -> Any:
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *unused: Any) -> Any:
-        raise RuntimeError(
-            "SECURA's ops are differentiable once: no second derivative (a gradient penalty, say) "
-            "goes through them"
-        )
-
-
-def _output(
-    ctx: Any,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    delta_bias: Tensor | None,
-    z_scale: Tensor | None,
-    call: Call,
-) -> Tensor:
-    """The output of :class:`_SecuraLayer`, autocast off; keeps in ``ctx`` what backward needs."""
-    shape, needs = x.shape, ctx.needs_input_grad
-    flat = len(shape) == 2
-    held = call.layer.held
-    u, u_base = once(held, "U", cores, call.layer, a, b)
-    scale = None if z_scale is None else _flat(z_scale)
-    needs_p = call.differentiates and (needs[1] or needs[2])
-    source = call.layer.weight if call.layer.columns is None else call.layer.columns
-    if not needs_p or call.watched or source is None or source.is_inference():
-        source = None
-    ctx.source, ctx.written = source, 0 if source is None else source._version
-    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
-    out, saved = SPACES[call.layer.options.norm].forward(call, step)
-    ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
-    ctx.layers, ctx.has_b = None if held is None else held.layers, b is not None
-    ctx.save_for_backward(a, b, *saved)
-    return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
-
-
-def _gradients(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None, ...]:
-    """The gradients of :class:`_SecuraLayer`'s inputs, which autograd casts to their dtypes.
-
-    ∂x goes to ``total``, if there is one.
-    """
-    call, needs, shape = ctx.call, ctx.needs_input_grad, ctx.shape
-    if type(ctx) is not _SecuraLayer._backward_cls and torch.compiler.is_compiling():
-        call, total = call._replace(watched=True), None  # compiled autograd adds up what it sees
-    scaling, space = call.layer.scaling, SPACES[call.layer.options.norm]
-    wanted = [needs[0], needs[1] or needs[2], needs[3]]
-    a, b, *saved = ctx.saved_tensors
-    flat, da, db = len(shape) == 2, None, None
-    so_far = total.so_far() if total is not None else None
-    dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
-    if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
-        dp = call.layer.held.add(dp, ctx.layers)
-    if wanted[1] and dp is not None:
-        if ctx.source is not None and not call.watched and ctx.source._version != ctx.written:
-            raise RuntimeError(
-                "the weight or the columns that C is of were written to between the forward pass "
-                "and its backward pass, which reads them again"
-            )
-        dtype = ctx.u_dtype
-        du = project.backward(call, as_dtype(dp, dtype), scale)
-        if scaling != 1:
-            du = du.mul_(scaling)
-        if a.dtype != dtype or (b is not None and b.dtype != dtype):
-            a, b = as_dtype(a, dtype), as_dtype(b, dtype)
-        if needs[1]:
-            da = du if b is None else du @ b.t()
-        if needs[2]:
-            db = a.t() @ du
-    if total is not None:
-        total.keep(dx)
-        dx = None
-    else:
-        dx = None if not needs[0] else dx if flat else dx.view(shape)
-    return dx, da, db, dbias if needs[3] else None, None, None
-
-
-def _gradients_once(ctx: Any, g: Tensor, total: Total | None) -> tuple[Tensor | None, ...]:
-    """:func:`_gradients` where autograd records them: a derivative of theirs is an error."""
-    with torch.no_grad():
-        found = _gradients(ctx, g, total)
-    if torch.compiler.is_compiling():
-        return found
-    return _Once.apply(found, g, *ctx.saved_tensors[:2])
-
-
-def _is_for_grad(ctx: Any) -> bool:
-    """Whether the pass at work adds to ``.grad`` of all that A and B are made of.
-
-    In one that was asked for a part of it, or is to return it, nothing may be held.
-    """
-    parameters = ctx.next_functions[1 : 2 + ctx.has_b]  # tensors alone have a place there
-    nodes = [node for node, _ in parameters if node is not None]
-    leaves, seen = [], set(nodes)
-    while nodes:
-        node = nodes.pop()
-        before = {one for one, _ in node.next_functions if one is not None}
-        nodes += before - seen
-        seen |= before
-        if not before:
-            leaves.append(node)
-    try:
-        return all(map(torch._C._will_engine_execute_node, leaves))
-    except RuntimeError:  # in torch.autograd.grad
-        return False
+    return SecuraFunction.apply(x, a, b, delta_bias, z_scale, call)
 
 
 __all__ = ["Layer", "additive_product", "effective_weight", "secura_add", "secura_linear"]

@@ -118,7 +118,7 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     The body stands for every device; it takes the caller's ``impl`` and resolves it itself, where
     the tensors are real and nothing is compiled. The first argument must be a tensor. An op has no
-    gradient of its own: :mod:`secura_kernels.api` pairs it with its backward op.
+    gradient of its own: :mod:`secura_kernels.autograd` pairs it with its backward op.
 
     Outside compilers, dispatch modes and tensor subclasses (:func:`is_watched`) the body runs at
     once: an operator's way through the dispatcher takes the host about as long as all the body's

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 import secura_kernels
 from secura_kernels import (
@@ -388,3 +389,20 @@ def test_biases_are_rounded_once():
     bias, delta = torch.randn(500).bfloat16(), torch.randn(500)
     expected = (bias.float() + delta).bfloat16()
     assert torch.equal(summed_bias(bias, delta, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_that_are_recorded_under_checkpointing(norm):
+    """What was saved may be asked for once there; the values are those of a plain pass."""
+    example = Case(NormOptions(norm), **WIDE).draw()
+    a = example.a.clone().requires_grad_()
+
+    def out(a):
+        return example._replace(a=a).output().square().sum()
+
+    (plain,) = torch.autograd.grad(out(a), a)
+    loss = checkpoint(out, a, use_reentrant=False)
+    (recorded,) = torch.autograd.grad(loss, a, create_graph=True)
+    torch.testing.assert_close(recorded.detach(), plain)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(recorded.sum(), a)

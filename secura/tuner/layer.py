@@ -97,7 +97,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             )
         base = self.adapted
         dense = bases.dense_weight(base)
-        dtype = torch.float32 if dense is None else dense.dtype
+        comes = config.checksum is not None  # from a file, whose A and B transformers would round
+        dtype = torch.float32 if dense is None or comes else dense.dtype
         adapter = self.adapter_class(config, base, r=r, dtype=dtype).train(self.training)
         adapter.name = name
         if config.anchored and config.checksum is not None:  # of a file, whose tensors come next
