@@ -13,16 +13,18 @@ from secura.cli.errors import UserError, one_line
 from secura.cli.rows import check_rows
 
 SELF = "self"
+_FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that do not tell their learning rates beforehand."""
 
 
-def check(arguments: Any, config: Any, learning_rate: float, *, resumes: bool) -> None:
+def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
     """Refuse flags that would do nothing, or harm, before a model is loaded.
 
     A run that ``resumes`` takes the anchor from its checkpoint, and reads no file of old text.
 
     Raises:
-        UserError: there is no core to anchor or to pull back, it would be pulled too hard, or there
-            is no such file.
+        UserError: there is no core to anchor or to pull back, it would be pulled too hard, or by
+            rates that are not known, or there is no such file.
     """
     from secura.continual.anchoring import check_decay
 
@@ -47,13 +49,19 @@ def check(arguments: Any, config: Any, learning_rate: float, *, resumes: bool) -
             f"--anchor_decay pulls U back, and --fold_every {config.fold_every} moves what U "
             "learned to where nothing pulls it: give --anchor_decay 0, or leave out --fold_every"
         )
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    if arguments.decays and decay is None and schedule in _FOLLOW_THE_LOSS:
+        raise UserError(
+            f"--lr_scheduler_type {schedule} does not tell its learning rates beforehand, by which "
+            "--anchor_decay would be set: give --anchor_decay a number"
+        )
     given = arguments.anchor not in (None, SELF) and not resumes
     if given and not Path(arguments.anchor).is_file():
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
         )
     try:
-        check_decay(decay or 0.0, learning_rate)
+        check_decay(decay or 0.0, training.learning_rate)
     except ValueError as error:
         raise UserError(f"--{error}") from error
 

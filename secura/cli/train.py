@@ -57,7 +57,7 @@ def run(
     refuse_written_over(Path(training.output_dir), named)
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
     config = arguments.to_secura_config(adapter_args, training.seed)
-    anchoring.check(anchor_args, config, training.learning_rate, resumes=resume is not None)
+    anchoring.check(anchor_args, config, training, resumes=resume is not None)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision
     loading = {

@@ -334,6 +334,10 @@ BAD = {
     "must be 0 or more": ["--core", "u", "--anchor_decay", "-1"],
     "no such file": ["--core", "u", "--anchor", "nowhere.txt"],
     "leave out --fold_every": ["--anchor", "--fold_every", "2"],
+    "greedy does not tell": [
+        *("--anchor", "--lr_scheduler_type", "greedy"),
+        *("--eval_strategy", "steps", "--eval_steps", "2"),
+    ],
     "inner_r": ["--core", "u", "--inner_r", "8"],
 }
 
