@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import quantised
 from .sharding import (
@@ -18,6 +19,9 @@ from .sharding import (
     reshard,
 )
 
+_FEATURES_FIRST = ("Llama4TextExperts",)
+"""Classes of experts that store ``[E, K, N]`` and do not say so."""
+
 
 class Stack:
     """A parameter of a module as weights ``[E, N, K]`` of E experts; ``[N, K]`` is one.
@@ -26,7 +30,8 @@ class Stack:
         owner: the module.
         name: the parameter's in it.
         bias: None; the module adds its own.
-        transposed: whether the module stores ``[E, K, N]``, as it says itself (``is_transposed``).
+        transposed: whether the module stores ``[E, K, N]``: it says so itself (``is_transposed``),
+            or is known to.
 
     Raises:
         ValueError: for a parameter that is not 2-D or 3-D, has no expert, or is not of floats.
@@ -47,7 +52,8 @@ class Stack:
                 f"{name} is {list(stored.shape)}: target_parameters takes weights [N, K] and "
                 "experts' weights [E, N, K], none of them empty"
             )
-        self.transposed = stored.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+        features_first = getattr(owner, "is_transposed", type(owner).__name__ in _FEATURES_FIRST)
+        self.transposed = stored.dim() == 3 and bool(features_first)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -198,8 +204,16 @@ def _is_gathered(base: Any) -> bool:
     return is_fsdp_managed(getattr(base, "owner", base))
 
 
-def mark(base: Any) -> tuple[int, int] | None:
-    """Version and place of the stored weight, which tell when it was written to or replaced.
+def is_computed(base: nn.Module) -> bool:
+    """Whether the weight is made of other tensors: by torch's parametrizations, or by pruning."""
+    own = base._parameters
+    if "weight" in own:
+        return False
+    return is_parametrized(base, "weight") or "weight_orig" in own or "weight_g" in own
+
+
+def mark(base: Any) -> tuple[int, int, int] | None:
+    """Version, place and storage of the weight, which tell when it was written to or replaced.
 
     None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version.
     """
@@ -209,7 +223,12 @@ def mark(base: Any) -> tuple[int, int] | None:
         return None
     if stored.is_meta or stored.is_inference():
         return None
-    return stored._version, stored.data_ptr() if dense_weight(base) is not None else id(stored)
+    return mark_of(stored) if dense_weight(base) is not None else (stored._version, id(stored), 0)
+
+
+def mark_of(weight: Tensor) -> tuple[int, int, int]:
+    """:func:`mark` of a weight of floating numbers; an address alone may be another's later."""
+    return weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
 
 
 def check_at_hand(base: Any) -> None:
@@ -282,12 +301,14 @@ __all__ = [
     "comes_later",
     "conv1d_class",
     "dense_weight",
+    "is_computed",
     "is_conv1d",
     "is_elsewhere",
     "is_split",
     "is_transposed",
     "make_writable",
     "mark",
+    "mark_of",
     "oriented",
     "plain_linear",
     "shape",

@@ -24,6 +24,7 @@ from secura_kernels.cur import check_fits
 from secura_kernels.dispatch import without_autocast
 from secura_kernels.held import Held
 from secura_kernels.ops.project.op import project
+from secura_kernels.shared import stream_of
 
 from . import bases, products, tensor_parallel
 from .choosing import choose
@@ -146,6 +147,8 @@ class CABR(Core):
             return tensor_parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
         self._check_input(dense, x)
+        if y0 is None and bases.is_computed(base) and not self.config.replaces_product:
+            y0 = products.product(base, x, self.name)  # which may be what makes the weight
         self.refresh_beside(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if self.columns is None and bases.is_elsewhere(base):
@@ -174,12 +177,16 @@ class CABR(Core):
         return self.update() + self.core if self.folded else self.update()
 
     def refresh_beside(self, base: nn.Module) -> None:
-        """Bring up to date what follows from a base that may be trained: then in every pass."""
+        """Bring up to date what follows from a base that may be trained: then in every pass.
+
+        As where its weight is made of other tensors, which tell no version of it.
+        """
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
             self._base_trained = products.is_trained(base)
-        self.stale |= self._base_trained
+        changes = self._base_trained or bases.is_computed(base)
+        self.stale |= changes
         self.refresh(base)
-        self.stale |= self._base_trained
+        self.stale |= changes
 
     def _holding(self, weight: Tensor | None) -> Held | None:
         """What is held over micro-batches, in a pass that a backward pass may follow.
@@ -203,7 +210,8 @@ class CABR(Core):
         if self.core.is_cuda and not held.in_graphs and torch.cuda.is_current_stream_capturing():
             return None
         tensors = (self.A, self.B, self.U, self.core, self.left, self.right)
-        return held.of(tensors, (self.scaling, *map(_state, (*tensors, weight))))
+        values = self.scaling, stream_of(self.core), *map(_state, (*tensors, weight))
+        return held.of(tensors, values)
 
     def kernel_layer(
         self, base: nn.Module, weight: Tensor | None, held: Held | None = None
@@ -307,8 +315,7 @@ class CABR(Core):
         if config.norm != "channel" and not config.restrain and not needs_columns:
             self.columns, self.stale = None, False
             return
-        mark = None if torch.compiler.is_compiling() else bases.mark(base)
-        self._derived_from = None if mark is None else WeightVersion(mark)
+        self._derived_from = None if torch.compiler.is_compiling() else WeightVersion.of(base)
         weight = bases.weight(base, values=False)
         columns = weight.index_select(1, self.cols) if needs_columns else None
         if config.restrain:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from secura_kernels.layer import update
 
@@ -15,11 +16,28 @@ from .sharding import gathered, put
 from .state import AdapterState, factors
 
 
-class WeightVersion(tuple[int, int]):
-    """Version and address of a weight; a copy matches none, for its address may be used again."""
+class WeightVersion(tuple[int, int, int]):
+    """What :func:`secura.bases.mark` says of a weight; a copy matches none.
 
-    def __deepcopy__(self, memo: Any) -> WeightVersion:
-        return WeightVersion((-1, 0))
+    It keeps the storage's own number from being given to another one, though not its memory.
+    """
+
+    _storage: StorageWeakRef | None = None
+
+    @classmethod
+    def of(cls, base: nn.Module) -> WeightVersion | None:
+        """That of the base's weight as it is now; None where it has no mark."""
+        mark = bases.mark(base)
+        if mark is None:
+            return None
+        found = cls(mark)
+        if mark[2]:
+            weight: Any = base.weight
+            found._storage = StorageWeakRef(weight.untyped_storage())
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeightVersion, ((-1, 0, 0),)
 
 
 class Core(AdapterState):
@@ -140,7 +158,7 @@ class Core(AdapterState):
                 if type(weight) is not Tensor:
                     now = bases.mark(base)
                 elif not weight.is_inference():
-                    now = weight._version, weight.data_ptr()
+                    now = bases.mark_of(weight)
                 if now is not None and now != known:
                     self.stale = True
         if self.stale:

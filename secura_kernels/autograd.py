@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import alone, as_dtype, is_alone
+from .gpu import assumed
 from .held import once
 from .layer import cores
 from .ops.activation import op as activation
@@ -130,7 +131,12 @@ def _gradients(
     a, b, *saved = kept
     flat, da, db = len(shape) == 2, None, None
     so_far = total.so_far() if total is not None else None
-    dx, dp, dbias, scale = space.backward(call, g if flat else _flat(g), saved, wanted, so_far)
+    g = g if flat else _flat(g)
+    if so_far is not None and call.watched and assumed() is None:  # a mode is to see operators,
+        dx, dp, dbias, scale = space.backward(call, g, saved, wanted, None)  # which write to none
+        dx = so_far.add_(dx)
+    else:
+        dx, dp, dbias, scale = space.backward(call, g, saved, wanted, so_far)
     if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
         dp = call.layer.held.add(dp, ctx.layers)
     if wanted[1] and dp is not None:

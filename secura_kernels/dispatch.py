@@ -1,9 +1,9 @@
 """Which implementation an op takes: decided by device, once, and open to inspection.
 
-``impl="auto"`` takes Triton on CUDA and ROCm devices where it is installed and the dtype is one the
-kernels support, plain torch elsewhere. ``"triton"`` and ``"reference"`` insist; a kernel that
-cannot run is then an error with the reason. The environment variable ``SECURA_IMPL`` sets what
-``impl=None`` means.
+``impl="auto"`` takes Triton on ROCm devices and on CUDA devices of compute capability 8.0 and up,
+where it is installed and the dtype is one the kernels support, plain torch elsewhere. ``"triton"``
+and ``"reference"`` insist; a kernel that cannot run is then an error with the reason. The
+environment variable ``SECURA_IMPL`` sets what ``impl=None`` means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._ops import add_op_namespace_prefix
-from .gpu import assumed
+from .gpu import assumed, too_old
 
 IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,6 +53,8 @@ def why_not_triton(tensor: Tensor) -> str | None:
         return reason
     if exporting_to_onnx():
         return "ONNX has no operator for a kernel"
+    if tensor.is_cuda and (old := too_old(tensor.get_device())):
+        return f"the GPU has {old}"
     if not tensor.is_cuda and not interpreting():
         recording = tensor.is_meta and assumed() is not None
         if not recording:

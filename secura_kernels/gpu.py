@@ -64,6 +64,16 @@ def assume(limits: Limits) -> Iterator[None]:
 
 
 @functools.cache
+def too_old(index: int) -> str | None:
+    """Why Triton does not take the NVIDIA GPU of that index, by its compute capability, or None."""
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    least = f"compute capability {major}.{minor}, and Triton's products take 8.0 or more"
+    return least if major < 8 else None
+
+
+@functools.cache
 def _device(index: int) -> Limits:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", SMALL_SHARED)
@@ -79,4 +89,5 @@ __all__ = [
     "assume",
     "assumed",
     "limits_of",
+    "too_old",
 ]

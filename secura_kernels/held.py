@@ -66,6 +66,8 @@ class Held:
     def of(self, tensors: Sequence[Tensor | None], values: Any) -> Held:
         """Itself, for a layer of these tensors and of values that tell of changes to it.
 
+        Among the values should be the stream: what one computes, another has to wait for.
+
         Raises:
             RuntimeError: they are others, and a part of a gradient is held.
         """
@@ -74,8 +76,9 @@ class Held:
             if self.waits:
                 raise RuntimeError(
                     "the adapter is not the one whose gradient is held: it was written to, "
-                    "replaced, frozen or scaled between the micro-batches of a step, or is sharded "
-                    "by FSDP1, for which secura.accumulate is not made"
+                    "replaced, frozen, scaled or run on another CUDA stream between the "
+                    "micro-batches of a step, or is sharded by FSDP1, for which secura.accumulate "
+                    "is not made"
                 )
             self._known, self._tensors, self._values = {}, tensors, values
             self.layers += 1

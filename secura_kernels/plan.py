@@ -61,7 +61,7 @@ class Ceilings(NamedTuple):
 
 CEILINGS = {"h100": Ceilings(3.0e12, 798e12), "h200": Ceilings(4.3e12, 790e12)}
 """Ceilings as measured."""
-DEFAULT = CEILINGS["h100"]  # for others too: choices depend on the ratio, which is much the same
+DEFAULT = CEILINGS["h100"]  # for others too: the ratio, on which most choices hang, is much alike
 
 
 @functools.cache

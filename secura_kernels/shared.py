@@ -95,14 +95,18 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
     leaf = x.is_leaf  # which its own graph would keep alive, were it to keep the entrance
     if leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _selects():
         return as_dtype(x, dtype), None
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
-    key = (dtype, x._version, x.untyped_storage()._cdata, stream)
+    key = (dtype, x._version, x.untyped_storage()._cdata, stream_of(x))
     found = _ENTERED.get(x)
     if found is None or found.key != key:
         total = Total()
         found = _Shared(key, _Entrance.apply(x, dtype, total), total)
         _ENTERED[x] = found
     return found.x, found.total
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The stream that is current on a tensor's device, or 0."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
 
 
 def _selects() -> bool:
@@ -115,4 +119,4 @@ def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a @ b if total is None else torch.addmm(total, a, b, out=total)
 
 
-__all__ = ["Total", "added", "shared"]
+__all__ = ["Total", "added", "shared", "stream_of"]

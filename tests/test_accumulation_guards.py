@@ -9,6 +9,7 @@ from micro_batches import batches, check_equal, layer, plainly, sgd
 from torch import nn
 
 import secura
+from secura import cabr
 
 
 def test_a_gradient_that_is_not_finished_is_an_error():
@@ -100,6 +101,20 @@ def test_a_base_that_is_hooked_is_watched_too():
         with torch.no_grad():
             model.base.weight.mul_(2)
         with pytest.raises(RuntimeError, match="not the one whose gradient is held"):
+            model(x)
+        accumulation.drop()
+
+
+def test_another_stream_takes_nothing_that_this_one_computed(monkeypatch):
+    model, (x, *_) = layer(), batches()
+    with secura.accumulate(model, sgd(model)) as accumulation:
+        model(x)
+        monkeypatch.setattr(cabr, "stream_of", lambda tensor: 7)
+        before = model.held.layers
+        model(x).sum().backward()
+        assert model.held.layers == before + 1
+        monkeypatch.setattr(cabr, "stream_of", lambda tensor: 0)
+        with pytest.raises(RuntimeError, match="run on another CUDA stream"):
             model(x)
         accumulation.drop()
 

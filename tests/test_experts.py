@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import product
 
 import pytest
@@ -15,12 +16,14 @@ from torch.func import functional_call
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import secura
 from secura import SecuraConfig, anchor, export_lora
@@ -306,3 +309,60 @@ def test_experts_are_neither_exported_nor_anchored(tmp_path):
     with pytest.raises(ValueError, match=r"experts.*cannot be anchored"):  # before the first step
         AnchorCallback().on_train_begin(None, None, None, model=one)
     AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=one)  # decay takes them
+
+
+def test_all_adapters_of_a_model_have_the_same_parameters(tmp_path):
+    """Saved, each would be found by its place among the other's, and could not be loaded alone."""
+    one = adapted(mixtral, norm="none")
+    before = tiny.snapshot(one)
+    for other in (TARGETS[:1], ["q_proj.weight"]):
+        with pytest.raises(ValueError, match=r"target_parameters are .* give all adapters"):
+            one.add_adapter("other", SecuraConfig(r=3, norm="none", target_parameters=other))
+        assert list(one.peft_config) == ["default"]
+        tiny.assert_same(before, tiny.snapshot(one))
+    one.add_adapter("other", SecuraConfig(r=3, norm="none", target_parameters=TARGETS[::-1]))
+    one.save_pretrained(tmp_path)
+    loaded = secura.from_pretrained(made(mixtral), tmp_path / "other").eval()
+    one.set_adapter("other")
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(one))
+
+
+def test_what_reaches_no_parameter_is_told_and_what_does_is_not():
+    def told(**settings):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", secura.tuner.UnmatchedWarning)
+            get_peft_model(made(mixtral), SecuraConfig(r=4, target_parameters=TARGETS, **settings))
+        return [str(one.message) for one in found if "UnmatchedWarning" in str(one.category)]
+
+    assert not told() and not told(rank_pattern={"experts.gate_up_proj": 2})
+    assert not told(layers_to_transform=[0, 1])
+    for settings in ({"exclude_modules": ["experts"]}, {"exclude_modules": r".*\.1\..*experts"},
+                     {"layers_to_transform": [1]}):  # fmt: skip
+        (message,) = told(**settings)
+        layer = 1 if "1" in str(settings.get("exclude_modules")) else 0
+        start = f"{next(iter(settings))} does not reach target_parameters, so model.layers.{layer}."
+        assert message.startswith(start)
+    (message,) = told(rank_pattern={"experts.down": 2})
+    assert "rank_pattern: 'experts.down' matches no layer" in message
+
+
+def test_llama_4_stores_its_experts_inputs_first():
+    """And does not say so: a gain of ``channel`` is one of an output row all the same."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 3}
+    owner = Llama4TextExperts(Llama4TextConfig(**sizes)).requires_grad_(False)
+    for weight in owner.parameters():
+        nn.init.normal_(weight)
+    config = SecuraConfig(r=4, norm="channel", target_parameters=["experts.gate_up_proj"])
+    model = get_peft_model(nn.ModuleDict({"experts": owner}), config)
+    (layer,) = tiny.layers(model).values()
+    tiny.perturb(model)
+    assert layer.adapted.transposed
+    change = layer.get_delta_weight("default").detach()
+    (part,) = tiny.parts(model)
+    weight = owner.gate_up_proj.mT
+    plain = torch.stack([
+        weight[e][:, part.cols[e] % 16] @ part.A[e] @ part.B[e] @ weight[e][part.rows[e] % 48]
+        for e in range(3)
+    ])  # fmt: skip
+    gains = plain / (change.mT if change.shape != plain.shape else change)
+    torch.testing.assert_close(gains, gains[..., :1].expand_as(gains), rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,6 +14,7 @@ from tiny import gradients as model_gradients
 from tiny import llama, perturb
 from torch import nn
 from torch._dynamo import compiled_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -339,6 +341,28 @@ def test_a_pass_within_a_pass_has_a_sum_of_its_own(shares):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     (alone,) = torch.autograd.grad(part, x)
     torch.testing.assert_close(inner[0], alone, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("norm", SPACES)
+def test_a_dispatch_mode_sees_every_operator(norm):
+    """Those of the layers that add to a sum too, which no mode could see run on its own tensors."""
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "secura":
+                self.seen[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    layers, found = examples(norm), []
+    for shares in (False, True):
+        with Names() as names:
+            found.append((gradients(layers, layers[0].x, shares), names.seen))
+    check_equal(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1] and set(found[0][1].values()) == {3}
 
 
 @pytest.mark.parametrize("kept", [torch.ops.aten._to_copy.default, torch.ops.aten.mm.default])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 
 from secura import AdapterConfig, SecuraConfig, SECURALinear, bases, cabr
 
@@ -110,6 +112,59 @@ def test_a_weight_that_each_forward_gathers_has_no_mark(made_anew):
     with torch.no_grad():
         base.weight.mul_(2)
     assert (bases.mark(base) == before) == made_anew
+
+
+def beside(layer, x):
+    """What the layer computes, from its base's weight as it is."""
+    weight = layer.base.weight.detach()
+    change = weight[:, layer.cols] @ (layer.A @ layer.B) @ weight[layer.rows]
+    return layer.base(x) + x @ change.T
+
+
+@torch.no_grad()
+def test_another_weight_at_the_same_address_is_another():
+    """The allocator gives an address again as soon as it is free."""
+    config = AdapterConfig(r=8, norm="none", keep_columns=True, init_weights=False)
+    layer, x = SECURALinear(nn.Linear(64, 64), config).eval(), torch.randn(3, 64)
+    layer(x)
+    places = set()
+    for _ in range(12):
+        places.add(layer.base.weight.data_ptr())
+        del layer.base.weight
+        layer.base.weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        torch.testing.assert_close(layer(x), beside(layer, x), rtol=1e-4, atol=1e-3)
+    assert len(places) < 12, "no address was used twice, so nothing was tried"
+
+
+@pytest.mark.parametrize("made", ["parametrized", "pruned", "spectral"])
+@pytest.mark.parametrize("keep_columns", [False, True])
+def test_a_weight_that_is_made_of_others_is_read_anew(keep_columns, made):
+    torch.manual_seed(0)
+    base = nn.Linear(24, 20).requires_grad_(False)
+    if made == "parametrized":
+        nn.utils.parametrizations.weight_norm(base)
+    elif made == "spectral":
+        nn.utils.spectral_norm(base)
+    config = AdapterConfig(r=4, norm="none", keep_columns=keep_columns, init_weights=False)
+    layer, x = SECURALinear(base, config), torch.randn(3, 24)
+    layer(x)
+    if made == "parametrized":
+        base.parametrizations.weight.original1.mul_(torch.rand(20, 24))
+    elif made == "pruned":
+        prune.l1_unstructured(base, "weight", 0.5)
+    layer.train()
+    out = layer(x)  # in training spectral_norm goes a step on before it multiplies
+    layer.eval()
+    torch.testing.assert_close(out, beside(layer, x), rtol=1e-4, atol=1e-4)
+    if made == "parametrized":
+        config = AdapterConfig(r=4, norm="channel", init_weights=False)
+        other = SECURALinear(base, config)
+        before = other(x)
+        base.parametrizations.weight.original1.mul_(torch.rand(20, 24))
+        gains = copy.deepcopy(other)
+        gains.stale = True
+        assert not torch.equal(before, other(x))
+        torch.testing.assert_close(other(x), gains(x))
 
 
 @torch.no_grad()

@@ -38,9 +38,11 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
     check_file(path / SAFETENSORS_WEIGHTS_NAME)
     if (path / CONFIG_NAME).is_file():
         try:
-            PeftConfig.from_json_file(str(path / CONFIG_NAME))
+            settings = PeftConfig.from_json_file(str(path / CONFIG_NAME))
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path / CONFIG_NAME} is no JSON ({error}): save it again") from error
+        if not isinstance(settings, dict) or "peft_type" not in settings:
+            raise ValueError(f"{path / CONFIG_NAME} names no peft_type: it is no adapter's config")
     with _as_it_was(model):
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, str(folder), **kwargs)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from secura import bases
@@ -76,6 +76,7 @@ class SecuraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
+            self.peft_config.pop(adapter_name)
             for name, layer in reversed(_secura_layers(model)):  # wrappers from within
                 if layer in before:
                     layer.secura_adapter = nn.ModuleDict(before[layer])
@@ -174,6 +175,7 @@ class SecuraModel(BaseTuner):
         pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         rank = peft_config.rank_pattern.get(pattern, peft_config.r)
         named: str | None = optional_kwargs.get("parameter_name")
+        _check_other(current_key, target)
         adapted = target if isinstance(target, SecuraLayer) else None
         try:
             base: Any = target if adapted is None else adapted.get_base_layer()
@@ -205,15 +207,44 @@ class SecuraModel(BaseTuner):
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         # these have no weight, or one that is computed and not to be assigned
-        if isinstance(child, TrainableTokensWrapper | ParamWrapper) or isinstance(
+        if isinstance(child, AuxiliaryTrainingWrapper | ParamWrapper) or isinstance(
             new_module, ParamWrapper
         ):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            others = set(other.target_parameters or ())
+            if wanted and others and wanted != others:
+                raise ValueError(
+                    f"target_parameters are {sorted(wanted)}, and {sorted(others)} of the adapter "
+                    f"{name!r}: saved, each would be found by its place among the other's, so give "
+                    "all adapters of a model the same"
+                )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several together.
+
+        Raises:
+            ValueError: for a name that the model has no adapter of.
+        """
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        if unknown := sorted(set(names) - set(self.peft_config)):
+            raise ValueError(
+                f"the model has no adapter {', '.join(unknown)}, only {', '.join(self.peft_config)}"
+            )
+
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
+        if adapter_names is not None:
+            self._check_known(adapter_names or ["with a name in []"])
         owners: dict[Any, list[str]] = {}
         paths: dict[nn.Module, list[str]] = {}
         for name, part in self.model.named_modules(remove_duplicate=False):
@@ -238,6 +269,13 @@ class SecuraModel(BaseTuner):
     def _unload_and_optionally_merge(
         self, merge: bool = True, *, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
+        for name, part in self.model.named_modules():
+            above = isinstance(part, BaseTunerLayer) and not isinstance(part, SecuraLayer)
+            if above and isinstance(getattr(part, "base_layer", None), SecuraLayer):
+                raise ValueError(
+                    f"{name}: a {type(part).__module__} layer lies over the adapter, and the two "
+                    "would go as one: merge or unload that adapter first"
+                )
         if merge:
             self._check_mergeable(adapter_names)
         model = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
@@ -275,6 +313,21 @@ class SecuraModel(BaseTuner):
             "SECURA adapters are not combined into one: each has C and R of its own; with "
             "norm='none' several act and merge together, with base_model.set_adapter(['first', "
             "'second'])"
+        )
+
+
+def _check_other(name: str, target: nn.Module) -> None:
+    """Raise ``TypeError`` where what lies on a layer is another tuner's, or trains it in full."""
+    if isinstance(target, AuxiliaryTrainingWrapper):
+        raise TypeError(
+            f"{name}: an adapter of the model trains this layer itself (modules_to_save or "
+            "trainable_token_indices): leave it out of one of them, here with exclude_modules"
+        )
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, SecuraLayer):
+        raise TypeError(
+            f"{name}: a {type(target).__module__} layer is here already, and SECURA's columns and "
+            "rows are of a weight: merge that adapter first, or leave the layer out with "
+            "exclude_modules"
         )
 
 

@@ -41,6 +41,7 @@ _READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_MAMBA_2, "Zamba2MambaMixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
     "JambaMambaMixer": ("dt_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense",),
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
 }

@@ -62,7 +62,12 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         config: the adapter's settings as they were given.
         adapter: its name.
     """
-    adapted = [_without_adapters(name) for name in layers_with(model, adapter)]
+    layers = layers_with(model, adapter)
+    named = {  # of a parameter the name it is targeted by
+        name: ".".join(filter(None, (_without_adapters(name), getattr(one, "parameter_name", ""))))
+        for name, one in layers.items()
+    }
+    adapted = list(named.values())
     chosen = config.layers_to_transform
     indices = [chosen] if isinstance(chosen, int) else chosen or ()
     numbers = {part for name in adapted for part in name.split(".")}
@@ -71,9 +76,35 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         for name in config.rank_pattern
         if not any(re.fullmatch(rf"(.*\.)?({name})", layer) for layer in adapted)
     ]
+    parameters = [named[name] for name, one in layers.items() if hasattr(one, "parameter_name")]
+    excluded = [name for name in parameters if _is_excluded(name.rpartition(".")[0], config)]
+    left = {str(i) for i in indices}
+    others = [
+        name
+        for name in parameters
+        if left and (own := {part for part in name.split(".") if part.isdigit()}) and not left & own
+    ]
     return [
         *_told("layers_to_transform", [i for i in indices if str(i) not in numbers], adapted),
         *_told("rank_pattern", unranked, adapted),
+        *_told_of_parameters("exclude_modules", excluded),
+        *_told_of_parameters("layers_to_transform", others),
+    ]
+
+
+def _is_excluded(module: str, config: SecuraConfig) -> bool:
+    names = config.exclude_modules or ()
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _told_of_parameters(field: str, names: list[str]) -> list[str]:
+    """A sentence on the first parameter that is adapted though a setting leaves its module out."""
+    return [
+        f"{field} does not reach target_parameters, so {name} is adapted: give target_parameters "
+        "whole names of those to adapt"
+        for name in names[:1]
     ]
 
 

@@ -135,7 +135,7 @@ def summed_bias(bias: Tensor | None, delta: Tensor | None, dtype: torch.dtype) -
         return None
     if bias is None or delta is None:
         return as_dtype(delta if bias is None else bias, dtype)
-    return (bias.to(wide(dtype)) + delta).to(dtype)
+    return (bias + delta).to(dtype)
 
 
 def product_wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -3,8 +3,9 @@
 Triton works out anew at each launch which compiled code fits the arguments. On the host of an H100
 a launch took 18.5 µs that way and 6.0 µs without, by itself in a loop (benchmarks/LOG.md). The
 second launch of a :class:`Kernel` on arguments of the same kind (dtypes, alignment, the very same
-numbers) goes straight to the code that the first one found. Everything else is Triton's: compiling,
-the interpreter, hooks, the recorder.
+numbers, but for those of ``do_not_specialize``, such as the count of tokens) goes straight to the
+code that the first one found. Everything else is Triton's: compiling, the interpreter, hooks, the
+recorder.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Kernel:
     def __init__(self, jit: Any) -> None:
         self.jit = jit
         self._known: dict[tuple[Any, ...], _Compiled] = {}
+        parameters = enumerate(getattr(jit, "params", ()))  # the interpreter's has none
+        self._unspecialized = [at for at, one in parameters if one.do_not_specialize]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """What launches the kernel on a grid of up to three numbers."""
@@ -57,16 +60,13 @@ class Kernel:
             self.jit[grid](*arguments, **constants)
             return
         device = first.get_device()
-        key = (
-            device,
-            *[
-                argument
-                if type(argument) in _NUMBERS
-                else (argument.dtype, argument.data_ptr() & 15)
-                for argument in arguments
-            ],
-            *constants.values(),
-        )
+        kinds: list[Any] = [
+            argument if type(argument) in _NUMBERS else (argument.dtype, argument.data_ptr() & 15)
+            for argument in arguments
+        ]
+        for place in self._unspecialized:  # integers: Triton asks no more than how wide they are
+            kinds[place] = kinds[place].bit_length() // 32
+        key = (device, *kinds, *constants.values())
         known = self._known.get(key)
         if known is None:
             self._learn(key, self.jit[grid](*arguments, **constants), len(arguments), constants)

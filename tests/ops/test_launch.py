@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from types import SimpleNamespace
+
 import torch
 from triton import knobs
 
@@ -43,8 +45,11 @@ class Jit:
 
     arg_names = ("x", "size", "scale", "WIDE", "BLOCK")
 
-    def __init__(self):
+    def __init__(self, *unspecialized):
         self.slow, self.fast = [], []
+        self.params = [
+            SimpleNamespace(do_not_specialize=name in unspecialized) for name in self.arg_names
+        ]
 
     def __getitem__(self, grid):
         def start(*arguments, **constants):
@@ -55,7 +60,12 @@ class Jit:
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel(a_driver):
+    return Kernel(Jit())
+
+
+@pytest.fixture
+def a_driver(monkeypatch):
     class Driver:
         active = None
 
@@ -65,7 +75,6 @@ def kernel(monkeypatch):
 
     Driver.active = Driver
     monkeypatch.setattr(launch, "driver", Driver)
-    return Kernel(Jit())
 
 
 CONSTANTS = {"num_warps": 4, "BLOCK": 64, "WIDE": True}
@@ -106,6 +115,18 @@ def test_the_second_launch_goes_to_the_code_of_the_first(kernel):
 def test_what_may_need_other_code_goes_through_triton(kernel, changes):
     start(kernel)
     assert start(kernel, **changes) == (2, 0)
+
+
+def test_a_number_that_triton_does_not_specialize_counts_by_its_width(a_driver):
+    """Such as the count of tokens, a new one in every batch: the code is the same."""
+    kernel = Kernel(Jit("size"))
+    start(kernel, size=8)
+    for already, size in enumerate((9, 1, 0, 16, 2**31 - 1)):
+        assert start(kernel, size=size) == (1, 1 + already)
+    assert [given[-4] for given in kernel.jit.fast] == [9, 1, 0, 16, 2**31 - 1]
+    assert start(kernel, size=2**31) == (2, 5)
+    assert start(kernel, size=2**40) == (2, 6)
+    assert start(kernel, scale=0.25) == (3, 6)
 
 
 def test_hooks_and_other_devices_see_every_launch(kernel, monkeypatch):

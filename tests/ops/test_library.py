@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
 from secura_kernels.dispatch import interpreting
+from secura_kernels.gpu import too_old
 from secura_kernels.inspection.examples import Example
 
 from .draws import OPTIONS, SIZES, draw, every_option, every_space, name
@@ -111,12 +112,31 @@ def test_no_byte_of_the_gain_is_kept_where_no_backward_pass_follows():
         assert [arg for arg in taken if isinstance(arg, bool)] == [kept]
 
 
+def on_gpu(dtype):
+    return SimpleNamespace(
+        is_cuda=True, is_meta=False, device="cuda:0", dtype=dtype, get_device=lambda: 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "taken"),
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((7, 5), "6.4", True)],
+)
+def test_a_gpu_that_triton_makes_no_matrix_instructions_for(capability, hip, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(dispatch, "too_old", too_old.__wrapped__)
+    tensor = on_gpu(torch.float16)
+    assert dispatch.resolve("auto", tensor) == ("triton" if taken else "reference")
+    if not taken:
+        with pytest.raises(RuntimeError, match=r"the GPU has compute capability 7\.5"):
+            dispatch.resolve("triton", tensor)
+
+
 def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
     """On a GPU, of which these say they are: a weight or a core of another dtype is no error."""
 
-    def on_gpu(dtype):
-        return SimpleNamespace(is_cuda=True, is_meta=False, device="cuda:0", dtype=dtype)
-
+    monkeypatch.setattr(dispatch, "too_old", lambda index: None)
     low, wide, eighth = map(on_gpu, (torch.bfloat16, torch.float64, torch.float8_e4m3fn))
     assert dispatch.supported("auto", low, None, on_gpu(torch.float32)) == "triton"
     for other in (wide, eighth):

@@ -378,3 +378,11 @@ def test_what_passed_one_check_is_not_excused_from_a_stricter_one():
     part.check_loadable(tensors, own)
     with pytest.raises(ValueError, match="trained on another base weight"):
         part.check_loadable(tensors, own, other)
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, [1], "SECURA"])
+def test_a_config_of_no_adapter_is_told(config, tmp_path):
+    tiny.adapted().save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"adapter_config\.json names no peft_type"):
+        secura.from_pretrained(tiny.llama(), tmp_path)

@@ -11,7 +11,12 @@ import torch
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+)
 
 from secura import SecuraConfig
 
@@ -124,6 +129,12 @@ def mamba():
     [
         (encoder, ["out_proj"], FAST, "block.self_attn.out_proj: MultiheadAttention reads"),
         (encoder, ["head", "linear2"], FAST, "block.linear2: TransformerEncoderLayer reads"),
+        (
+            lambda: MobileBertForMaskedLM(MobileBertConfig(vocab_size=60, num_hidden_layers=1)),
+            "all-linear",
+            ["dense"],
+            r"predictions\.dense: MobileBertLMPredictionHead reads",
+        ),
         (
             mamba,
             "all-linear",

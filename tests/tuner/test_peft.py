@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from secura import SecuraConfig, SECURALinear
@@ -95,6 +95,32 @@ def test_target_that_matches_nothing():
 def test_a_target_that_is_not_linear_names_the_layer():
     with pytest.raises(TypeError, match=r"model\.embed_tokens: Embedding is no linear layer"):
         get_peft_model(tiny.llama(), tiny.config(target_modules=["embed_tokens"]))
+
+
+def test_a_layer_that_another_tuner_or_setting_has_says_so():
+    model = tiny.llama()
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model, "lora")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(TypeError, match=r"q_proj: a peft\.tuners\.lora.* layer is here already"):
+        get_peft_model(model, tiny.config(target_modules=["q_proj"]))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert "default" not in getattr(model, "peft_config", {})
+
+    model = get_peft_model(tiny.llama(), tiny.config(modules_to_save=["lm_head"]))
+    with pytest.raises(TypeError, match="lm_head: an adapter of the model trains this layer"):
+        model.add_adapter("second", tiny.config(target_modules=["lm_head"]))
+
+
+def test_what_lies_over_an_adapter_is_not_unloaded_with_it():
+    """PEFT puts the innermost layer in the place of both: the adapter's change went unsaid."""
+    model = tiny.adapted(norm="none", target_modules=["q_proj", "v_proj"])
+    lora = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, model.base_model.model, "lora")
+    before = tiny.logits(model)
+    for unload in (model.merge_and_unload, model.unload):
+        with pytest.raises(ValueError, match=r"v_proj: a peft.*lora.* lies over the adapter"):
+            unload()
+    assert torch.equal(tiny.logits(model), before)
 
 
 def test_what_a_lower_rank_would_not_mend_does_not_advise_one():

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -104,3 +106,26 @@ def test_a_trace_computes_the_same(norm):
     x = torch.randn(3, 16)
     traced = torch.jit.trace(layer, (torch.randn(3, 16),))
     torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("norm", ["none", "channel"])
+@pytest.mark.parametrize("saved", [None, ["classifier"], ["roberta.encoder.layer.0.output"]])
+def test_a_head_without_a_weight_of_its_own_is_merged_and_unloaded(norm, saved):
+    """RoBERTa's and others' head is a module of layers, as is a block that is saved in full."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = RobertaConfig(vocab_size=60, num_attention_heads=4, pad_token_id=1, **sizes)
+    base = RobertaForSequenceClassification(config)
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(
+        base,
+        tiny.config(
+            target_modules=["query", "value"], task_type=None if saved else "SEQ_CLS", norm=norm,
+            modules_to_save=saved,
+        ),
+    ).eval()  # fmt: skip
+    tiny.perturb(model)
+    ids = torch.arange(3, 20)[None]
+    expected = model(input_ids=ids).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert set(merged.state_dict()) == set(plain)

@@ -271,3 +271,22 @@ def test_scales(tmp_path):
 def scale(model, change) -> None:
     for layer in tiny.layers(model).values():
         change(layer)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: model.base_model.set_adapter(["default", "secnod"]),
+        lambda model: model.base_model.set_adapter("secnod"),
+        lambda model: model.merge_adapter(["secnod"]),
+        lambda model: model.merge_and_unload(adapter_names=["secnod"]),
+        lambda model: model.merge_and_unload(adapter_names=[]),
+    ],
+)
+def test_a_name_that_no_adapter_has_is_refused(act):
+    """PEFT passes over it: the base alone acted, or was all that a merge left."""
+    model = two_adapters()
+    before = tiny.logits(model)
+    with pytest.raises(ValueError, match="no adapter"):
+        act(model)
+    assert torch.equal(tiny.logits(model), before) and tiny.layers(model)

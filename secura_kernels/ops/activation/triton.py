@@ -126,11 +126,11 @@ def activation_fwd_kernel(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "tokens"])
 def activation_bwd_kernel(
     g_ptr, y0_ptr, kept_ptr, z_ptr, zd_ptr, z_scale_ptr, p_ptr, p_base_ptr, delta_bias_ptr,
     factor_ptr, scalars_ptr, ddelta_ptr, dbase_ptr, h_ptr, dbias_ptr,
-    t, n, m, first, width, stride_g, stride_y0, stride_out, stride_hs, eps, slope, offset,
+    t, n, m, first, width, tokens, stride_g, stride_y0, stride_out, eps, slope, offset,
     AVERAGED: tl.constexpr, SIGMOID_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr, STAGES: tl.constexpr,
@@ -142,7 +142,7 @@ def activation_bwd_kernel(
     ``kept`` and dbase.
 
     ``HAS_H``: the program adds its tokens' share of h [BLOCK_T, m] to what launches for earlier
-    columns left for its part at ``h_ptr [parts, t, m]``.
+    columns left for its part at ``h_ptr [parts, tokens, m]``.
     """
     pid = tl.program_id(0)
     offs_t = span(pid, BLOCK_T)
@@ -200,7 +200,7 @@ def activation_bwd_kernel(
         if z_scale_ptr is not None:
             z_scale = tl.load(z_scale_ptr + place_h, mask=mask, other=0.0)
             h = h * z_scale.to(tl.float32) + h_base
-        place_h += tl.program_id(1).to(tl.int64) * stride_hs
+        place_h += tl.program_id(1).to(tl.int64) * tokens * m
         if first > 0:
             h += tl.load(h_ptr + place_h, mask=mask, other=0.0)
         tl.store(h_ptr + place_h, h, mask=mask)
@@ -331,7 +331,7 @@ def backward(
     dbias = g.new_zeros(n, dtype=torch.float32) if needs[2] else None
     by_token = *ops.by_token, None if z_scale is None else padded(z_scale)
     by_column = *ops.by_column, delta_bias, factor
-    strides = g.stride(0), 0 if y0 is None else y0.stride(0), n, t * ops.m
+    strides = g.stride(0), 0 if y0 is None else y0.stride(0), n
     constants = _constants(tile, g.dtype, norm) | {"HAS_H": in_registers}
 
     for at, part in chunks:
@@ -346,7 +346,7 @@ def backward(
             *(_part(tensor, at) for tensor in by_token),
             *(_part(tensor, part) for tensor in by_column),
             *(scalars, ddelta, dbase_part, _part(h, slice(None), at), sums),
-            *(width_t, width_n, ops.m, part.start, width),
+            *(width_t, width_n, ops.m, part.start, width, t),
             *strides,
             *(known or (0.0, 0.0, 0.0)),
             **constants,

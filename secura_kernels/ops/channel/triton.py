@@ -5,13 +5,13 @@
 
 | tensor              | shape  | dtype          | in the kernel                        |
 |---------------------|--------|----------------|--------------------------------------|
-| P, P_base, Q        | [N, m] | bf16 fp16 fp32 | fp32; P is read twice, from the cache |
+| P, P_base, Q        | [N, m] | bf16 fp16 fp32 | fp32; P again and again, from cache  |
 | gram = R Rᵀ         | [m, m] | fp32           | products of TF32 parts, fp32 on ROCm |
 | norms, base_scale,  | [N]    | fp32           |                                      |
 | f/M                 |        |                |                                      |
 
-N·m² multiplications, 8 N m bytes. The forms that look at the largest ρ, and the restraint, which
-counts gains, take two launches with [N] sized work between them.
+N·m² multiplications, (4 + s) N m bytes, s an element's of Q. The forms that look at the largest ρ,
+and the restraint, which counts gains, take two launches with [N] sized work between them.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _output_gradient_kernel(
 @triton.jit(do_not_specialize=["T", "parts"])
 def _add_columns_kernel(
     base_ptr, base_scale_ptr, h_ptr, rows_ptr, dy_ptr,
-    T, N, m, parts, stride_bt, stride_hp, stride_ht, stride_dt,
+    T, N, m, parts, stride_bt, stride_ht, stride_dt,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(m, BLOCK_M)
@@ -192,8 +192,9 @@ def _add_columns_kernel(
         place_h = h_ptr + offs_t[:, None] * stride_ht + others[None, :]
         mask_h = (offs_t < T)[:, None] & mask_o[None, :]
         part_h = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
-        for part in range(0, parts):
-            part_h += tl.load(place_h + part * stride_hp.to(tl.int64), mask=mask_h, other=0.0)
+        for _ in range(0, parts):
+            part_h += tl.load(place_h, mask=mask_h, other=0.0)
+            place_h += T.to(tl.int64) * stride_ht
         same = (rows_o[:, None] == rows[None, :]).to(tl.float32)
         h = dot(part_h, same, h, "ieee")
     # Where base is dy, what another program stores there must not be read as base: of all that name
@@ -300,13 +301,13 @@ def add_columns(
     Args:
         base, dy: ``[T, N]``, their rows without gaps.
         base_scale: ``[N]`` or None for 1.
-        h: ``[parts, T, m]`` or wider, fp32, to be summed over its parts.
+        h: ``[parts, T, m]`` or wider, contiguous, fp32, to be summed over its parts.
         rows: ``[m]``; one named twice takes the sum of both columns of h.
     """
     (t, n), m = base.shape, rows.numel()
     tile = _columns_tile(m)
     tensors = (base, _vector(base_scale), h, rows.contiguous(), dy)
-    sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(0), h.stride(1), dy.stride(0))
+    sizes = (t, n, m, h.shape[0], base.stride(0), h.stride(1), dy.stride(0))
     grid = (cdiv(t, tile["BLOCK_T"]) * cdiv(m, tile["BLOCK_M"]),)
     _add_columns_kernel[grid](*tensors, *sizes, **tile)
 

@@ -12,7 +12,8 @@
 
 Sums run in a fixed order: W's rows are split among programs, which leave their sums apart. Entries
 of 16 bits are TF32 numbers as they stand, so that TF32 products with the parts of U or ∂P lose 2⁻²¹
-at most (of a scaled C two parts are taken too); fp32 weights, and ROCm, multiply in fp32.
+at most (of a scaled C two parts are taken too); fp32 weights, and ROCm, multiply in fp32, or in
+TF32 where torch is told to take that for fp32.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ elementwise over chunks of rows of at most ``WORKSPACE_MIB``, on a CPU of what i
 (``CACHE_MIB``).
 
 :func:`normed_weight` and :func:`merged_weight` are what a merge writes, of this space and of the
-additive ones, whose layers go through the second too. One pass over W: a merge's products in fp32,
-one rounding to W's dtype at the end. bf16 keeps 8 bits, so where |ΔW| is under 1/512 of |W|
-rounding to nearest drops it; stochastic rounding keeps it in the mean. For W in 16 bits triton
+additive ones, whose layers go through the second too. One pass over W: a merge's products in fp32
+(in TF32 where torch is told to take that for fp32), one rounding to W's dtype at the end. bf16
+keeps 8 bits, so where |ΔW| is under 1/512 of |W| rounding to nearest drops it; stochastic rounding
+keeps it in the mean. For W in 16 bits triton
 multiplies in TF32 on sm_100 even so: an error of 2⁻¹¹ of ΔW.
 """
 
@@ -142,12 +143,12 @@ def weight_backward(
             chunks = plain.Chunks(w, rows, p, p_base)
             fused, dp = plain.backward(g, x, chunks, parts, norm, needs[0])
             dx = None if fused is None else added(total, g, fused)
-    else:
+    elif needs[0] or x is not None:
+        tiles = triton.Tiles.whole(w, rows, p, p_base, g.dtype)
         if needs[0]:
-            tiles = triton.Tiles.whole(w, rows, p, p_base, g.dtype)
             dx = added(total, g, triton.fused_weight(tiles, *parts, norm, g.dtype))
         if x is not None:
-            dp = triton.grad_p(g, x, w, rows, p, p_base, parts, norm)
+            dp = triton.grad_p(g, x, tiles, rows, parts, norm)
     return (
         absent(g) if dx is None else dx,
         absent(g, exact) if dp is None else as_dtype(dp, exact),
@@ -175,7 +176,7 @@ def normed_weight(
     seed: int | None,
     impl: str | None,
 ) -> Tensor:
-    """``W' [N, K]`` of this space in ``dtype``: products in fp32, rounded once.
+    """``W' [N, K]`` of this space in ``dtype``: products in fp32 or TF32, rounded once.
 
     To nearest, or stochastically from ``seed`` (bf16).
     """

@@ -365,22 +365,21 @@ def fused_weight(
 def grad_p(
     g: Tensor,
     x: Tensor,
-    weight: Tensor,
+    tiles: Tiles,
     rows: Tensor,
-    p: Tensor,
-    p_base: Tensor | None,
     found: tuple[Tensor, Tensor | None],
     norm: Norm,
 ) -> Tensor:
     """``∂P = ((f · gᵀx) / M) Rᵀ [N, m]``, fp32, in chunks of W's rows.
 
-    ``found`` is ``([ε, slope, offset], f [N] or None)`` of :func:`measure`.
+    ``tiles`` are those of all of W; ``found`` is ``([ε, slope, offset], f [N] or None)`` of
+    :func:`measure`.
     """
+    weight, p, p_base = tiles.weight, tiles.p, tiles.p_base
     (n, k), (scalars, factor), ranks = weight.shape, found, rows.numel()
     if weight.numel() == 0 or ranks == 0:
-        return torch.zeros(p.shape, dtype=torch.float32, device=g.device)
+        return torch.zeros(n, ranks, dtype=torch.float32, device=g.device)
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
-    p, p_base = padded(p.to(x.dtype)), summands(p_base, x.dtype)
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
     tile = _product_tile(x.dtype, aligned(k), wide, p_base is not None)
@@ -395,14 +394,14 @@ def grad_p(
         d = workspace[: part.stop - start]
         torch.mm(g[:, part].t(), x, out=d)
         base_part = None if p_base is None else p_base[:, part]
-        tiles = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
+        chunk = Tiles(weight[part], r, None, p[part], base_part, x.dtype)
         of_rows = None if factor is None else factor[part]
         grid = (parts, cdiv(len(d), tile["BLOCK_N"]), cdiv(wide, tile["BLOCK_J"]))
-        sizes = (*tiles.sizes, columns, wide, n * wide)
+        sizes = (*chunk.sizes, columns, wide, n * wide)
         weight_bwd_kernel[grid](
-            *(d, *tiles.tensors, scalars, of_rows, dp[:, part], *sizes),
+            *(d, *chunk.tensors, scalars, of_rows, dp[:, part], *sizes),
             SIGMOID_WEIGHT=norm.sigmoid_weight,
-            **tiles.options | tile,
+            **chunk.options | tile,
         )
     whole = dp[0] if parts == 1 else dp.sum(0)
     return whole if wide == ranks else whole[:, :ranks].contiguous()
