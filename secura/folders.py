@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import os
+import re
 import shutil
 import stat
 import sys
@@ -113,8 +113,10 @@ def _exchange(source: Path, target: Path, stale: set[str]) -> bool:
         return False
     name, exchanged = f".{target.name}-", False
     try:
-        for left in target.parent.glob(f"{glob.escape(name)}*{SCRATCH}"):  # by a killed run
-            clear(left)
+        made_as = re.compile(rf"{re.escape(name)}[a-z0-9_]{{8}}{re.escape(SCRATCH)}")
+        for left in target.parent.iterdir():  # by a killed run; not a sibling's, named name-more
+            if made_as.fullmatch(left.name):
+                clear(left)
         made = Path(tempfile.mkdtemp(SCRATCH, name, target.parent))
     except OSError:
         return False

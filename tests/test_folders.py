@@ -161,3 +161,15 @@ def test_what_an_older_adapter_had_goes_with_it_and_nothing_else(older, tmp_path
     assert (output / "tokenizer.json").exists() == (not older)
     assert (output / "vocab.json").is_dir() and (output / "README.md").is_file()
     assert (output / "adapter_config.json").read_text() == "new"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the exchange is Linux's")
+def test_publishing_leaves_alone_what_a_sibling_is_publishing(tmp_path):
+    """Of a folder whose name goes on where this one's ends; what a killed run left here goes."""
+    output = fill(tmp_path / "run")
+    sibling, left = (tmp_path / f".{name}-ab3_defg.saving" for name in ("run-lr2", "run"))
+    for folder in (sibling, left):
+        (folder / "checkpoint-2").mkdir(parents=True)
+    folders.move_out(output / folders.SCRATCH, output)
+    assert content(output) == {"new"}
+    assert (sibling / "checkpoint-2").is_dir() and not left.exists()

@@ -342,6 +342,12 @@ def settle(parsed: Any) -> None:
             f"--max_steps {parsed.max_steps} must be 1 or more; leave it out to train for "
             "--num_train_epochs"
         )
+    if parsed.num_train_epochs <= 0 and parsed.max_steps < 0:
+        raise UserError(f"--num_train_epochs {parsed.num_train_epochs:g} must be above 0")
+    if parsed.gradient_accumulation_steps < 1:
+        raise UserError(
+            f"--gradient_accumulation_steps {parsed.gradient_accumulation_steps} must be 1 or more"
+        )
     if parsed.push_to_hub:
         check_strategy(parsed.hub_strategy)
     import torch

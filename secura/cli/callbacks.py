@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,9 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
         """Let a resumed state be this run's: what is recorded, and how often it logs and saves."""
         state.stateful_callbacks[type(self).__name__] = self.state()
         state.compute_steps(args, state.max_steps)
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is None and best.is_dir():  # recorded by another path
+            state.best_model_checkpoint = str(best)
 
 
 def recorded_settings(trainer_state: dict[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,19 @@ def _learns(dataset: Any) -> bool:
     return any(label is not None and label >= 0 for label in most)
 
 
+def check_steps(trainer: Any) -> None:
+    """Refuse a run without a batch to take a step on.
+
+    Raises:
+        UserError: fewer rows than a batch has, of which none that is not full is taken.
+    """
+    if trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 0:
+        raise UserError(
+            f"{len(trainer.train_dataset)} rows make no whole batch, and --dataloader_drop_last "
+            "takes no other: leave it out, or lower --per_device_train_batch_size"
+        )
+
+
 def check_lengths(trainer: Any) -> None:
     """Refuse rows longer than the model has positions for.
 
@@ -181,9 +194,13 @@ def nothing_held(training: Any, *, holding: bool) -> str | None:
 
 
 def never_evaluated(training: Any) -> str | None:
-    """Say that `--eval_steps` alone evaluates nothing."""
+    """Say that `--eval_steps` or `--load_best_model_at_end` alone evaluates nothing."""
     strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
-    if strategy != "no" or training.eval_steps is None:
+    if strategy != "no":
+        return None
+    if training.load_best_model_at_end:
+        return "--load_best_model_at_end has no best without --eval_strategy steps or epoch"
+    if training.eval_steps is None:
         return None
     return "--eval_steps evaluates nothing without --eval_strategy steps"
 

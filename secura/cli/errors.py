@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safetensors import SafetensorError
+
 from secura._extras import MissingExtraError, how_to_install
 
 
@@ -10,8 +12,12 @@ class UserError(Exception):
 
 
 # Core and libraries report bad input as these. Anything else is a defect and keeps its traceback.
-# An ImportError is a package that a flag such as `--optim adamw_8bit` needs.
-USER_ERRORS = (UserError, MissingExtraError, ImportError, ValueError, OSError, RuntimeError)
+# An ImportError is a package that a flag such as `--optim adamw_8bit` needs, a SafetensorError most
+# often a full disk.
+USER_ERRORS = (
+    *(UserError, MissingExtraError, ImportError, ValueError, OSError, RuntimeError),
+    SafetensorError,
+)
 
 EXTRAS = {"bitsandbytes": "quant", "matplotlib": "bench", "gguf": "bench"}
 """Extras of SECURA's by the package whose absence a library reports in its own words."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,7 +114,8 @@ def why_incomplete(checkpoint: Path) -> str | None:
     """What keeps a training run from resuming at `checkpoint`, or None.
 
     A trainer writes `trainer_state.json` last, so a run that was stopped while it saved is
-    recognised by its absence. Without the optimizer's state it would go on with a fresh one.
+    recognised by its absence. Without the optimizer's state it would go on with a fresh one, and
+    without the schedule's with both fresh.
     """
     from secura.integrity import check_file
 
@@ -124,6 +126,11 @@ def why_incomplete(checkpoint: Path) -> str | None:
             return f"{name} is missing"
     if not any(any(checkpoint.glob(name)) for name in _OPTIMIZER):
         return "optimizer.pt is missing (a checkpoint saved with --save_only_model has none)"
+    if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
+        return "scheduler.pt is missing, without which neither is read"
+    for file in (file for kind in ("*.pt", "*.pth") for file in checkpoint.glob(kind)):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is damaged (it was cut short, or is no file of torch's)"
     try:
         check_file(checkpoint / ADAPTER_WEIGHTS)
     except ValueError as error:

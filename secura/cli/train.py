@@ -94,12 +94,15 @@ def run(
     for note in filter(None, (unread, *notes)):
         trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
+    checks.check_steps(trainer)
     for line in anchoring.begin(trainer, anchor_args, config, training.seed, resumed=bool(resume)):
         trainer.accelerator.print(line)
     output = Path(training.output_dir)
     anew = data_args.overwrite_output_dir and not resuming.is_of(resume, output)
-    for old in checkpoints(output) if anew and trainer.is_world_process_zero() else ():
-        clear(old)
+    if anew and trainer.is_world_process_zero():
+        for old in checkpoints(output):
+            clear(old)
+        (output / TRAINER_STATE).unlink(missing_ok=True)  # else its adapter counts as this run's
     trainer.accelerator.print(train(trainer, resume))
     if training.push_to_hub:
         hub.push(trainer)
@@ -124,10 +127,17 @@ def train(trainer: Any, resume: str | None) -> str:
             and resuming.saved_step(output) >= trainer.state.global_step
         ):
             return f"secura: {finished}; the adapter in {output} stays as it is"
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        state, best = trainer.state, None
+        if trainer.args.load_best_model_at_end and state.best_global_step:
+            best = state.best_model_checkpoint
+            if best is None:
+                raise UserError(
+                    f"{finished}, and checkpoint-{state.best_global_step}, its best, is not in "
+                    f"{output}: leave out --load_best_model_at_end to publish {resume}"
+                ) from finished
             trainer._load_best_model()
         save(trainer)
-        return f"secura: {finished}; the adapter of {resume} is in {output}"
+        return f"secura: {finished}; the adapter of {best or resume} is in {output}"
     except DivergedError as error:
         kept = checkpoints(output)
         raise UserError(
@@ -135,13 +145,25 @@ def train(trainer: Any, resume: str | None) -> str:
             + (f", and {kept[-1]} is the last checkpoint before it" if kept else "")
             + "; begin anew with a lower --learning_rate, with --warmup_steps or --max_grad_norm 1"
         ) from error
+    steps = trainer.state.global_step - before
+    if steps < 1:
+        raise UserError("no step was taken, so nothing was learned or published")
     save(trainer)
     seconds = result.metrics.get("train_runtime", 0.0)
-    steps = trainer.state.global_step - before
     return (
         f"secura: {steps} steps in {seconds:.0f} s, mean training loss "
-        f"{result.training_loss:.4f}; the adapter is in {output}"
+        f"{result.training_loss:.4f}{_decayed(trainer)}; the adapter is in {output}"
     )
+
+
+def _decayed(trainer: Any) -> str:
+    """What the run's length made of the decay of an anchored core, where no flag said."""
+    from secura.continual import AnchorDecayCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, AnchorDecayCallback) and callback.anchor_decay is None:
+            return f", anchor_decay {callback.decay:.3g}"
+    return ""
 
 
 @contextmanager
@@ -252,12 +274,12 @@ def callbacks(
     folding = [FoldCallback()] if config.fold_every else []
     accumulating = [AccumulateCallback()] if holding else []
     return [
+        own.SettingsCallback(**settings),
         own.FinishedCallback(),
         *decay,
         *folding,
         *accumulating,
         own.FiniteCallback(),
-        own.SettingsCallback(**settings),
     ]
 
 

@@ -151,19 +151,22 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             the sum of its rates (the highest counted twice), 30 for the 128 steps at 5e-4 that were
             measured.
 
+    Attributes:
+        decay: what acts: ``anchor_decay``, or once training began what was taken for None.
+
     Raises:
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
-            ``core="u"``, or one that folds while training, since the decay does not reach what was
-            folded; with None, for a schedule that does not tell its rates beforehand. At a step:
-            where it was folded, for an optimizer that holds copies of the cores (ZeRO), and where
-            the rate times ``anchor_decay`` is 1 or more, which turns U's sign instead of making it
-            smaller.
+            ``core="u"``, one that is frozen or in fp16, or one that folds while training, since the
+            decay does not reach what was folded; with None, for a schedule that does not tell its
+            rates beforehand. At a step: where it was folded, for an optimizer that holds copies of
+            the cores (ZeRO), and where the rate times ``anchor_decay`` is 1 or more, which turns
+            U's sign instead of making it smaller.
     """
 
     def __init__(self, anchor_decay: float | None = None) -> None:
         if anchor_decay is not None and not (anchor_decay >= 0 and math.isfinite(anchor_decay)):
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
-        self.anchor_decay = self._decay = anchor_decay
+        self.anchor_decay = self.decay = anchor_decay
         self._unfolded: Unfolded | None = None
         self._step = 0
 
@@ -179,10 +182,11 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Refuse a model with no such core, or one that folds, before a step is paid for."""
         assert model is not None
+        _check_trained(model)
         cores = _cores(model)
         if self.anchor_decay is None:
-            self._decay = _decay_of_run(optimizer, lr_scheduler, state.max_steps, cores)
-        self._unfolded = Unfolded(model) if self._decay else None
+            self.decay = _decay_of_run(optimizer, lr_scheduler, state.max_steps, cores)
+        self._unfolded = Unfolded(model) if self.decay else None
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -196,7 +200,7 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Decay every core that the optimizer trains, at the rate of its group."""
         assert model is not None
-        if self._decay is None:
+        if self.decay is None:
             raise ValueError("anchor_decay=None is read off a Trainer's run: give it a number")
         if self._unfolded is not None:
             self._unfolded.check()
@@ -208,10 +212,24 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "the optimizer trains none of the model's cores U themselves (they are frozen, or "
                 "it holds copies, as ZeRO's does), so anchor_decay would do nothing: leave it out"
             )
-        check_decay(self._decay, max(float(rate) for rate, _ in found))
+        check_decay(self.decay, max(float(rate) for rate, _ in found))
         self._step = self._step + 1 if state is None else state.global_step
         for place, (rate, core) in enumerate(found):
-            _shrink(core, 1 - rate * self._decay, self._step * len(found) + place)
+            _shrink(core, 1 - rate * self.decay, self._step * len(found) + place)
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Raise ``ValueError`` where no core is trained, or a decay would be lost in its dtype."""
+    cores: list[Any] = [adapter.U for adapter, _ in u_adapters(model).values()]
+    if not any(core.requires_grad for core in cores):
+        raise ValueError(
+            "no core U of the model is trained: load the adapter with is_trainable=True"
+        )
+    if any(core.dtype == torch.float16 for core in cores):
+        raise ValueError(
+            "a core U is in float16, in which a decay is rounded away: keep adapters in fp32, as "
+            "autocast_adapter_dtype=True does"
+        )
 
 
 def _cores(model: nn.Module) -> set[int]:

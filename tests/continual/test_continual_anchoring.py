@@ -384,3 +384,15 @@ def test_a_file_of_no_old_text_is_one_line(name, text, message, base, data, tmp_
 
 def test_public_names():
     assert {"anchor", "unanchor", "AnchorReport"} <= set(dir(secura))
+
+
+def test_a_decay_that_would_do_nothing_is_refused(tmp_path):
+    frozen, low = (tiny.adapted(core="u", norm="none") for _ in range(2))
+    for adapter in tiny.parts(frozen):
+        adapter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no core U of the model is trained.*is_trainable=True"):
+        AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=frozen)
+    for adapter in tiny.parts(low):
+        adapter.half()
+    with pytest.raises(ValueError, match="a core U is in float16"):
+        AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=low)
