@@ -70,11 +70,25 @@ def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _load_saved(datasets, path, split)
+        _check_one_kind(path)
         return datasets.load_dataset(str(path), config, split=split)
     is_file = path.suffix.lower() in FORMATS or ("/" not in name and path.suffix)
     if is_file or name.startswith((".", "/", "~")):
         raise FileNotFoundError("no such file or folder")
     return datasets.load_dataset(name, config, split=split)
+
+
+def _check_one_kind(folder: Path) -> None:
+    """Raise `ValueError` for a folder of files of several kinds, of which one would be read."""
+    if (folder / "README.md").exists():  # which may say what is read
+        return
+    files = (file for file in folder.iterdir() if file.is_file())
+    kinds = {FORMATS[file.suffix.lower()] for file in files if file.suffix.lower() in FORMATS}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the folder has files of the kinds {' and '.join(sorted(kinds))}, of which one would "
+            "be read: name a file, or keep one kind in it"
+        )
 
 
 def _load_file(datasets: Any, path: Path, split: str) -> Any:

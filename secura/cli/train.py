@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from secura._extras import require
 from secura.cli import anchoring, arguments, checks, hub
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
-from secura.cli.folders import TRAINER_STATE, checkpoints, refuse_written_over, sole_use
+from secura.cli.folders import (
+    TRAINER_STATE,
+    checkpoints,
+    refuse_written_over,
+    sole_use,
+    why_incomplete,
+)
 from secura.cli.models import load_model, load_tokenizer, refuse_adapter
 from secura.cli.resume import resume_point
 from secura.cli.rows import holds_turns
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
 from secura.names import is_own
 
+_LITTLE = 2**24
+"""Bytes left of a disk where what failed is taken to have failed for want of them."""
 _PUBLISHED = (
     *("adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja", "tokenizer.json"),
     *("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -112,7 +123,8 @@ def train(trainer: Any, resume: str | None) -> str:
     """Train and publish, and say in one line what came of it.
 
     Raises:
-        UserError: training diverged; nothing is published, and the checkpoints before stay.
+        UserError: training diverged, or the disk is full; nothing is published, and the checkpoints
+            before stay.
     """
     from secura.cli.callbacks import DivergedError, FinishedError
 
@@ -144,6 +156,16 @@ def train(trainer: Any, resume: str | None) -> str:
             f"{error}; nothing was published"
             + (f", and {kept[-1]} is the last checkpoint before it" if kept else "")
             + "; begin anew with a lower --learning_rate, with --warmup_steps or --max_grad_norm 1"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(output).free >= _LITTLE:
+            raise
+        kept = [path for path in checkpoints(output) if why_incomplete(path) is None]
+        raise UserError(
+            f"the disk of {output} is full ({one_line(error)})"
+            + (f"; {kept[-1]} is the last whole checkpoint" if kept else "")
+            + "; make room, and "
+            + ("go on with --resume_from_checkpoint" if kept else "begin again")
         ) from error
     steps = trainer.state.global_step - before
     if steps < 1:

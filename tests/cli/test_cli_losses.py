@@ -197,6 +197,36 @@ def test_the_best_checkpoint_of_a_run_that_was_moved(there, base, data, tmp_path
     assert all(value.equal(best[name]) for name, value in published.items())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_disk_that_fills_while_training_is_named(kept, trained, tmp_path, monkeypatch):  # noqa: F811
+    output, full = tmp_path / "out", RuntimeError("[enforce fail at inline_container.cc:672]")
+    if kept:
+        shutil.copytree(trained, output)
+        (output / "checkpoint-4" / "optimizer.pt").unlink()  # of which it was saving this
+    output.mkdir(exist_ok=True)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=output), callback_handler=SimpleNamespace(callbacks=[]),
+        train=Mock(side_effect=full),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        train.train(trainer, None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    last = "checkpoint-2 is the last whole.*--resume_from_checkpoint" if kept else "begin again"
+    with pytest.raises(UserError, match=f"out is full .*enforce fail.*{last}"):
+        train.train(trainer, None)
+
+
+def test_a_folder_of_two_kinds_of_files_is_refused(base, data, tmp_path, capfd):  # noqa: F811
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    shutil.copy(data, folder / "a.jsonl")
+    (folder / "b.csv").write_text("question,answer\nhow many,1\n")
+    argv = train_flags(base, folder, tmp_path / "out", *NO_CHECKPOINTS)
+    fails(argv, capfd, "files of the kinds csv and json, of which one would be read")
+    (folder / "b.csv").unlink()
+    assert len(load_split(str(folder), None, "train")) == 16
+
+
 def test_a_full_disk_is_told_in_a_line(monkeypatch, capfd):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     monkeypatch.setattr("secura.cli.doctor.main", Mock(side_effect=full))
