@@ -205,7 +205,10 @@ def _is_gathered(base: Any) -> bool:
 
 
 def is_computed(base: nn.Module) -> bool:
-    """Whether the weight is made of other tensors: by torch's parametrizations, or by pruning."""
+    """Whether the weight is made of other tensors.
+
+    By torch's parametrizations, pruning, or the weight or spectral norm that came before them.
+    """
     own = base._parameters
     if "weight" in own:
         return False

@@ -241,7 +241,7 @@ class CABR(Core):
     def additive_product(self, base: nn.Module) -> tuple[Tensor, Tensor | None]:
         """``(Q [N, m], base_scale [N] or None)`` of ``none`` and ``channel``."""
         bases.check_whole(base)
-        self.refresh(base)
+        self.refresh_beside(base)
         layer = self.kernel_layer(base, bases.weight(base, values=False))
         return additive_product(layer, *self.whole_factors())
 
@@ -283,7 +283,7 @@ class CABR(Core):
                 )
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)
-        self.refresh(base)
+        self.refresh_beside(base)
         return effective_weight(self.kernel_layer(base, bases.weight(base)), *self.whole_factors())
 
     def _restrain(self) -> Restrain | None:

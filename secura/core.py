@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from .state import AdapterState, factors
 class WeightVersion(tuple[int, int, int]):
     """What :func:`secura.bases.mark` says of a weight; a copy matches none.
 
-    It keeps the storage's own number from being given to another one, though not its memory.
+    It keeps the storage's number from being given to another one, though not its memory; of a
+    quantised weight it knows whether that is still there.
     """
 
     _storage: StorageWeakRef | None = None
+    _weight: weakref.ref[Tensor] | None = None
 
     @classmethod
     def of(cls, base: nn.Module) -> WeightVersion | None:
@@ -30,11 +33,17 @@ class WeightVersion(tuple[int, int, int]):
         mark = bases.mark(base)
         if mark is None:
             return None
-        found = cls(mark)
+        found, weight = cls(mark), base.weight
+        assert isinstance(weight, Tensor)
         if mark[2]:
-            weight: Any = base.weight
             found._storage = StorageWeakRef(weight.untyped_storage())
+        else:
+            found._weight = weakref.ref(weight)
         return found
+
+    def is_gone(self) -> bool:
+        """Whether it was of a weight whose number may be another's by now."""
+        return self._weight is not None and self._weight() is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightVersion, ((-1, 0, 0),)
@@ -159,7 +168,7 @@ class Core(AdapterState):
                     now = bases.mark(base)
                 elif not weight.is_inference():
                     now = bases.mark_of(weight)
-                if now is not None and now != known:
+                if now is not None and (now != known or known.is_gone()):
                     self.stale = True
         if self.stale:
             self.derive(base)

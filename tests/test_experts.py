@@ -311,27 +311,39 @@ def test_experts_are_neither_exported_nor_anchored(tmp_path):
     AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=one)  # decay takes them
 
 
-def test_all_adapters_of_a_model_have_the_same_parameters(tmp_path):
-    """Saved, each would be found by its place among the other's, and could not be loaded alone."""
-    one = adapted(mixtral, norm="none")
+BY_PARAMETER = [TARGETS, TARGETS[:1], TARGETS[1:]]
+LOADED_ALONE = [*((one, one) for one in BY_PARAMETER), (TARGETS, TARGETS[1:]),
+                (TARGETS[1:], TARGETS), (TARGETS[1:], ["mlp." + TARGETS[1]])]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [*product(BY_PARAMETER, BY_PARAMETER), LOADED_ALONE[-1]], ids=str
+)
+def test_a_second_adapter_of_parameters_is_loaded_alone_or_refused(first, second, tmp_path):
+    """A file tells the wrappers of a module by how many others lie around each."""
+    one = adapted(mixtral, norm="none", target_parameters=first)
     before = tiny.snapshot(one)
-    for other in (TARGETS[:1], ["q_proj.weight"]):
-        with pytest.raises(ValueError, match=r"target_parameters are .* give all adapters"):
-            one.add_adapter("other", SecuraConfig(r=3, norm="none", target_parameters=other))
+    added = SecuraConfig(r=3, norm="none", target_parameters=second, init_weights=False)
+    if (first, second) not in LOADED_ALONE:
+        with pytest.raises(ValueError, match=r"target_parameters of the adapter .* give all adap"):
+            one.add_adapter("other", added)
         assert list(one.peft_config) == ["default"]
         tiny.assert_same(before, tiny.snapshot(one))
-    one.add_adapter("other", SecuraConfig(r=3, norm="none", target_parameters=TARGETS[::-1]))
+        return
+    one.add_adapter("other", added)
     one.save_pretrained(tmp_path)
-    loaded = secura.from_pretrained(made(mixtral), tmp_path / "other").eval()
-    one.set_adapter("other")
-    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(one))
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        loaded = secura.from_pretrained(made(mixtral), folder).eval()
+        one.set_adapter(name)
+        torch.testing.assert_close(tiny.logits(loaded), tiny.logits(one))
 
 
 def test_what_reaches_no_parameter_is_told_and_what_does_is_not():
     def told(**settings):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", secura.tuner.UnmatchedWarning)
-            get_peft_model(made(mixtral), SecuraConfig(r=4, target_parameters=TARGETS, **settings))
+            config = SecuraConfig(**({"r": 4, "target_parameters": TARGETS} | settings))
+            get_peft_model(made(mixtral), config)
         return [str(one.message) for one in found if "UnmatchedWarning" in str(one.category)]
 
     assert not told() and not told(rank_pattern={"experts.gate_up_proj": 2})
@@ -342,6 +354,10 @@ def test_what_reaches_no_parameter_is_told_and_what_does_is_not():
         layer = 1 if "1" in str(settings.get("exclude_modules")) else 0
         start = f"{next(iter(settings))} does not reach target_parameters, so model.layers.{layer}."
         assert message.startswith(start)
+    whole = [f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in TARGETS]
+    assert not told(layers_to_transform=[1], target_parameters=whole)
+    linears = {"target_parameters": [], "target_modules": ["q_proj", "o_proj"]}
+    assert not told(exclude_modules=["self_attn.k_proj", "model.layers.1.self_attn"], **linears)
     (message,) = told(rank_pattern={"experts.down": 2})
     assert "rank_pattern: 'experts.down' matches no layer" in message
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
+import weakref
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from secura import AdapterConfig, SecuraConfig, SECURALinear, bases, cabr
+from secura.core import WeightVersion
 
 RESTRAIN = {"restrain": True, "restrain_percent": 0.1, "restrain_edge": 1.9, "restrain_decay": 0.5}
 DERIVED = {
@@ -136,6 +139,22 @@ def test_another_weight_at_the_same_address_is_another():
     assert len(places) < 12, "no address was used twice, so nothing was tried"
 
 
+def test_a_mark_keeps_the_number_of_what_it_was_of():
+    """Of a storage that is freed, so that no other is taken for it; its memory goes."""
+    base = nn.Linear(64, 64)
+    mark, storage = WeightVersion.of(base), weakref.ref(base.weight.untyped_storage())
+    del base.weight
+    assert storage() is None and not mark.is_gone()
+    others = [torch.empty(64, 64) for _ in range(2000)]
+    assert mark[2] not in {other.untyped_storage()._cdata for other in others}
+    base.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    mark = WeightVersion.of(base)
+    assert not mark.is_gone()
+    del base.weight
+    assert mark.is_gone()
+    assert copy.deepcopy(mark) != mark and pickle.loads(pickle.dumps(mark)) != mark
+
+
 @pytest.mark.parametrize("made", ["parametrized", "pruned", "spectral"])
 @pytest.mark.parametrize("keep_columns", [False, True])
 def test_a_weight_that_is_made_of_others_is_read_anew(keep_columns, made):
@@ -163,7 +182,9 @@ def test_a_weight_that_is_made_of_others_is_read_anew(keep_columns, made):
         base.parametrizations.weight.original1.mul_(torch.rand(20, 24))
         gains = copy.deepcopy(other)
         gains.stale = True
+        merged = other.effective_weight()  # before another forward pass
         assert not torch.equal(before, other(x))
+        torch.testing.assert_close(merged, gains.effective_weight())
         torch.testing.assert_close(other(x), gains(x))
 
 

@@ -17,6 +17,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
+_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+"""Files that a trainer writes by `torch.save`."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -126,10 +128,10 @@ def why_incomplete(checkpoint: Path) -> str | None:
             return f"{name} is missing"
     if not any(any(checkpoint.glob(name)) for name in _OPTIMIZER):
         return "optimizer.pt is missing (a checkpoint saved with --save_only_model has none)"
-    if (checkpoint / "optimizer.pt").is_file() and not (checkpoint / "scheduler.pt").is_file():
+    if any(checkpoint.glob("optimizer*")) and not (checkpoint / "scheduler.pt").is_file():
         return "scheduler.pt is missing, without which neither is read"
-    for file in (file for kind in ("*.pt", "*.pth") for file in checkpoint.glob(kind)):
-        if not zipfile.is_zipfile(file):
+    for file in (file for name in _STATE for file in checkpoint.glob(name)):
+        if file.is_file() and not zipfile.is_zipfile(file):
             return f"{file.name} is damaged (it was cut short, or is no file of torch's)"
     try:
         check_file(checkpoint / ADAPTER_WEIGHTS)

@@ -139,17 +139,12 @@ def train(trainer: Any, resume: str | None) -> str:
             and resuming.saved_step(output) >= trainer.state.global_step
         ):
             return f"secura: {finished}; the adapter in {output} stays as it is"
-        state, best = trainer.state, None
-        if trainer.args.load_best_model_at_end and state.best_global_step:
-            best = state.best_model_checkpoint
-            if best is None:
-                raise UserError(
-                    f"{finished}, and checkpoint-{state.best_global_step}, its best, is not in "
-                    f"{output}: leave out --load_best_model_at_end to publish {resume}"
-                ) from finished
+        best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+        if best:
             trainer._load_best_model()
         save(trainer)
-        return f"secura: {finished}; the adapter of {best or resume} is in {output}"
+        which = f"the adapter of {best or resume}{_without_best(trainer)}"
+        return f"secura: {finished}; {which} is in {output}"
     except DivergedError as error:
         kept = checkpoints(output)
         raise UserError(
@@ -173,9 +168,18 @@ def train(trainer: Any, resume: str | None) -> str:
     save(trainer)
     seconds = result.metrics.get("train_runtime", 0.0)
     return (
-        f"secura: {steps} steps in {seconds:.0f} s, mean training loss "
-        f"{result.training_loss:.4f}{_decayed(trainer)}; the adapter is in {output}"
+        f"secura: {steps} steps in {seconds:.0f} s, mean training loss {result.training_loss:.4f}"
+        f"{_decayed(trainer)}; the adapter{_without_best(trainer)} is in {output}"
     )
+
+
+def _without_best(trainer: Any) -> str:
+    """That the last step's adapter is published in the place of the best one's, where it is."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_model_checkpoint:
+        return ""
+    step = state.best_global_step
+    return f" (the last one's: of step {step}, the best, there is no checkpoint)" if step else ""
 
 
 def _decayed(trainer: Any) -> str:

@@ -182,8 +182,9 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Refuse a model with no such core, or one that folds, before a step is paid for."""
         assert model is not None
-        _check_trained(model)
         cores = _cores(model)
+        if self.anchor_decay != 0:
+            _check_trained(model)
         if self.anchor_decay is None:
             self.decay = _decay_of_run(optimizer, lr_scheduler, state.max_steps, cores)
         self._unfolded = Unfolded(model) if self.decay else None

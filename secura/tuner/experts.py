@@ -109,4 +109,32 @@ def _in_place_of(stack: bases.Stack, weights: Tensor) -> Iterator[None]:
         del stack.owner.__dict__[stack.name]
 
 
-__all__ = ["ParamWrapper"]
+def check_nesting(model: nn.Module) -> None:
+    """Refuse adapters of parameters that could not be loaded alone once they were saved.
+
+    A file tells the wrappers of a module by how many others lie around each, so those of an adapter
+    have to be the outermost, in the order in which PEFT makes them: the last parameter's first.
+
+    Raises:
+        ValueError: names the module, the adapter and its parameters.
+    """
+    within = {one.base_layer for one in model.modules() if isinstance(one, ParamWrapper)}
+    for name, outermost in model.named_modules():
+        if not isinstance(outermost, ParamWrapper) or outermost in within:
+            continue
+        chain = [outermost]
+        while isinstance(inner := chain[-1].base_layer, ParamWrapper):
+            chain.append(inner)
+        made = list(outermost.get_base_layer()._parameters)[::-1]
+        for adapter in {adapter for one in chain for adapter in one.secura_adapter}:
+            own = [one.parameter_name for one in chain if adapter in one.secura_adapter]
+            around = [one.parameter_name for one in chain[: len(own)]]
+            if own != around or own != sorted(own, key=made.index):
+                raise ValueError(
+                    f"{name}: target_parameters of the adapter {adapter!r} are {', '.join(own)}, "
+                    f"which could not be found again among {', '.join(made)} once it is saved: "
+                    "give all adapters of a model the same target_parameters"
+                )
+
+
+__all__ = ["ParamWrapper", "check_nesting"]

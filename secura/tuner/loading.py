@@ -41,7 +41,8 @@ def from_pretrained(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
             settings = PeftConfig.from_json_file(str(path / CONFIG_NAME))
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path / CONFIG_NAME} is no JSON ({error}): save it again") from error
-        if not isinstance(settings, dict) or "peft_type" not in settings:
+        named = isinstance(settings, dict) and "peft_type" in settings
+        if not named and kwargs.get("config") is None:
             raise ValueError(f"{path / CONFIG_NAME} names no peft_type: it is no adapter's config")
     with _as_it_was(model):
         if not isinstance(model, PeftModel):

@@ -22,7 +22,7 @@ from secura_kernels.cur import RankError
 
 from . import saved
 from .config import SecuraConfig
-from .experts import ParamWrapper
+from .experts import ParamWrapper, check_nesting
 from .layer import SecuraLayer, SecuraLinear
 from .overlooked import refuse_overlooked, refuse_read
 from .several import BASE, REFERENCE
@@ -75,8 +75,10 @@ class SecuraModel(BaseTuner):
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            check_nesting(model)
         except Exception:
-            self.peft_config.pop(adapter_name)
+            if not any(adapter_name in adapters for adapters in before.values()):
+                self.peft_config.pop(adapter_name)
             for name, layer in reversed(_secura_layers(model)):  # wrappers from within
                 if layer in before:
                     layer.secura_adapter = nn.ModuleDict(before[layer])
@@ -214,18 +216,6 @@ class SecuraModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        wanted = set(config.target_parameters or ())
-        for name, other in self.peft_config.items():
-            others = set(other.target_parameters or ())
-            if wanted and others and wanted != others:
-                raise ValueError(
-                    f"target_parameters are {sorted(wanted)}, and {sorted(others)} of the adapter "
-                    f"{name!r}: saved, each would be found by its place among the other's, so give "
-                    "all adapters of a model the same"
-                )
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several together.
 
@@ -243,8 +233,10 @@ class SecuraModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before the first layer is written, so that no model is left half merged."""
-        if adapter_names is not None:
-            self._check_known(adapter_names or ["with a name in []"])
+        if adapter_names is not None and not adapter_names:
+            raise ValueError("adapter_names is empty, so no adapter would be merged: leave it out")
+        if adapter_names is not None and not isinstance(adapter_names, str):  # PEFT's own error
+            self._check_known(adapter_names)
         owners: dict[Any, list[str]] = {}
         paths: dict[nn.Module, list[str]] = {}
         for name, part in self.model.named_modules(remove_duplicate=False):

@@ -12,7 +12,7 @@ from peft.utils.peft_types import PeftType
 NAME = "SECURA"
 CALLED_BY_PEFT = (
     *("_create_and_replace", "_replace_module", "_unload_and_optionally_merge"),
-    *("_check_new_adapter_config", "_get_adapter_state_dict"),
+    "_get_adapter_state_dict",
     *("_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key"),
 )
 """Methods of a tuner that PEFT calls, and in which ours checks and warns of what PEFT does not."""

@@ -64,7 +64,9 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
     """
     layers = layers_with(model, adapter)
     named = {  # of a parameter the name it is targeted by
-        name: ".".join(filter(None, (_without_adapters(name), getattr(one, "parameter_name", ""))))
+        name: ".".join(
+            filter(None, (_without_adapters(name), getattr(one, "parameter_name", None)))
+        )
         for name, one in layers.items()
     }
     adapted = list(named.values())
@@ -76,7 +78,12 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         for name in config.rank_pattern
         if not any(re.fullmatch(rf"(.*\.)?({name})", layer) for layer in adapted)
     ]
-    parameters = [named[name] for name, one in layers.items() if hasattr(one, "parameter_name")]
+    whole = set(config.target_parameters or ())  # which leave no doubt
+    parameters = [
+        named[name]
+        for name, one in layers.items()
+        if getattr(one, "parameter_name", None) and named[name] not in whole
+    ]
     excluded = [name for name in parameters if _is_excluded(name.rpartition(".")[0], config)]
     left = {str(i) for i in indices}
     others = [

@@ -8,7 +8,13 @@ import peft
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import nn
 
 from secura import SecuraConfig, SECURALinear
@@ -109,6 +115,20 @@ def test_a_layer_that_another_tuner_or_setting_has_says_so():
     model = get_peft_model(tiny.llama(), tiny.config(modules_to_save=["lm_head"]))
     with pytest.raises(TypeError, match="lm_head: an adapter of the model trains this layer"):
         model.add_adapter("second", tiny.config(target_modules=["lm_head"]))
+
+
+def test_another_tuners_settings_are_its_own():
+    model = tiny.llama()
+    inject_adapter_in_model(IA3Config(target_modules=["v_proj"], feedforward_modules=[]), model)
+    assert tiny.layers(get_peft_model(model, tiny.config(target_modules=["q_proj"])))
+
+
+def test_a_name_that_is_refused_keeps_the_adapter_it_has():
+    model, inner = tiny.adapted(target_modules=["q_proj"]), "model.embed_tokens"
+    model.peft_config["default"].target_modules = {"q_proj", "embed_tokens"}
+    with pytest.raises(TypeError, match=f"{inner}: Embedding is no linear layer"):
+        model.base_model.inject_adapter(model.base_model.model, "default")
+    assert list(model.peft_config) == ["default"] and tiny.layers(model)
 
 
 def test_what_lies_over_an_adapter_is_not_unloaded_with_it():
