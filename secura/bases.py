@@ -226,12 +226,19 @@ def mark(base: Any) -> tuple[int, int, int] | None:
         return None
     if stored.is_meta or stored.is_inference():
         return None
-    return mark_of(stored) if dense_weight(base) is not None else (stored._version, id(stored), 0)
+    plain = innermost(stored)
+    if plain is stored and dense_weight(base) is None:  # which bitsandbytes may pack in place
+        return stored._version, id(stored), 0
+    # an address alone may be another's later
+    return stored._version, plain.data_ptr(), plain.untyped_storage()._cdata
 
 
-def mark_of(weight: Tensor) -> tuple[int, int, int]:
-    """:func:`mark` of a weight of floating numbers; an address alone may be another's later."""
-    return weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
+def innermost(weight: Tensor) -> Tensor:
+    """The first plain tensor of those that a quantised weight (torchao's) is made of, or itself."""
+    while hasattr(weight, "__tensor_flatten__"):
+        names, _ = weight.__tensor_flatten__()
+        weight = getattr(weight, names[0])
+    return weight
 
 
 def check_at_hand(base: Any) -> None:
@@ -304,6 +311,7 @@ __all__ = [
     "comes_later",
     "conv1d_class",
     "dense_weight",
+    "innermost",
     "is_computed",
     "is_conv1d",
     "is_elsewhere",
@@ -311,7 +319,6 @@ __all__ = [
     "is_transposed",
     "make_writable",
     "mark",
-    "mark_of",
     "oriented",
     "plain_linear",
     "shape",

@@ -20,8 +20,8 @@ from .state import AdapterState, factors
 class WeightVersion(tuple[int, int, int]):
     """What :func:`secura.bases.mark` says of a weight; a copy matches none.
 
-    It keeps the storage's number from being given to another one, though not its memory; of a
-    quantised weight it knows whether that is still there.
+    It keeps the storage's number from being given to another one, though not its memory; where the
+    mark has none it knows whether the weight is still there.
     """
 
     _storage: StorageWeakRef | None = None
@@ -36,7 +36,7 @@ class WeightVersion(tuple[int, int, int]):
         found, weight = cls(mark), base.weight
         assert isinstance(weight, Tensor)
         if mark[2]:
-            found._storage = StorageWeakRef(weight.untyped_storage())
+            found._storage = StorageWeakRef(bases.innermost(weight).untyped_storage())
         else:
             found._weight = weakref.ref(weight)
         return found
@@ -167,7 +167,8 @@ class Core(AdapterState):
                 if type(weight) is not Tensor:
                     now = bases.mark(base)
                 elif not weight.is_inference():
-                    now = bases.mark_of(weight)
+                    # bases.mark(base), without the calls
+                    now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
                 if now is not None and (now != known or known.is_gone()):
                     self.stale = True
         if self.stale:

@@ -97,6 +97,7 @@ def test_columns_of_a_quantised_weight_that_was_replaced(assign):
     model, x = get_peft_model(quantised(0), config).eval(), torch.randn(3, 64)
     model(x)
     layer = model.base_model.model[0]
+    assert bases.mark(layer.base_layer)[2], "its number alone, another's later"
     state = {"weight": quantised(1)[0].weight}
     layer.base_layer.load_state_dict(state, assign=assign)
     weight = layer.base_layer.weight.dequantize()
