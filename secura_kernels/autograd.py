@@ -132,8 +132,9 @@ def _gradients(
     flat, da, db = len(shape) == 2, None, None
     so_far = total.so_far() if total is not None else None
     g = g if flat else _flat(g)
-    if so_far is not None and call.watched and assumed() is None:  # a mode is to see operators,
-        dx, dp, dbias, scale = space.backward(call, g, saved, wanted, None)  # which write to none
+    if so_far is not None and call.watched and assumed() is None:
+        # operators, which a dispatch mode is to see, write to none of their inputs
+        dx, dp, dbias, scale = space.backward(call, g, saved, wanted, None)
         dx = so_far.add_(dx)
     else:
         dx, dp, dbias, scale = space.backward(call, g, saved, wanted, so_far)

@@ -75,11 +75,14 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
         return {"args": self.settings, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let a resumed state be this run's: what is recorded, and how often it logs and saves."""
+        """Let a resumed state be this run's: what is recorded, and how often it logs and saves.
+
+        And where its best checkpoint is, which may be recorded by a path that it has no longer.
+        """
         state.stateful_callbacks[type(self).__name__] = self.state()
         state.compute_steps(args, state.max_steps)
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if state.best_model_checkpoint is None and best.is_dir():  # recorded by another path
+        if state.best_model_checkpoint is None and best.is_dir():
             state.best_model_checkpoint = str(best)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from secura._extras import require
-from secura.cli import anchoring, arguments, checks, hub
+from secura.cli import adapter_flags, anchoring, arguments, checks, hub
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
@@ -67,7 +67,7 @@ def run(
     }
     refuse_written_over(Path(training.output_dir), named)
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
-    config = arguments.to_secura_config(adapter_args, training.seed)
+    config = adapter_flags.to_secura_config(adapter_args, training.seed)
     anchoring.check(anchor_args, config, training, resumes=resume is not None)
     if model_args.model_revision != "main":
         config.revision = model_args.model_revision

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
@@ -84,35 +86,30 @@ def unmatched_layers(model: nn.Module, config: SecuraConfig, adapter: str) -> li
         for name, one in layers.items()
         if getattr(one, "parameter_name", None) and named[name] not in whole
     ]
-    excluded = [name for name in parameters if _is_excluded(name.rpartition(".")[0], config)]
-    left = {str(i) for i in indices}
-    others = [
-        name
-        for name in parameters
-        if left and (own := {part for part in name.split(".") if part.isdigit()}) and not left & own
-    ]
     return [
         *_told("layers_to_transform", [i for i in indices if str(i) not in numbers], adapted),
         *_told("rank_pattern", unranked, adapted),
-        *_told_of_parameters("exclude_modules", excluded),
-        *_told_of_parameters("layers_to_transform", others),
+        *_told_of_parameters("exclude_modules", config, parameters, layers_to_transform=None),
+        *_told_of_parameters("layers_to_transform", config, parameters, exclude_modules=None),
     ]
 
 
-def _is_excluded(module: str, config: SecuraConfig) -> bool:
-    names = config.exclude_modules or ()
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in names)
-
-
-def _told_of_parameters(field: str, names: list[str]) -> list[str]:
-    """A sentence on the first parameter that is adapted though a setting leaves its module out."""
-    return [
-        f"{field} does not reach target_parameters, so {name} is adapted: give target_parameters "
-        "whole names of those to adapt"
-        for name in names[:1]
-    ]
+def _told_of_parameters(
+    field: str, config: SecuraConfig, names: list[str], **without: None
+) -> list[str]:
+    """A sentence on the first of the parameters that ``field`` leaves out in vain, if one is."""
+    alone = copy.copy(config)
+    for other, nothing in without.items():
+        setattr(alone, other, nothing)
+    for name in names:
+        module = name.rpartition(".")[0]
+        alone.target_modules = [module.rpartition(".")[2]]
+        if not check_target_module_exists(alone, module):
+            return [
+                f"{field} does not reach target_parameters, so {name} is adapted: give "
+                "target_parameters whole names of those to adapt"
+            ]
+    return []
 
 
 def _without_adapters(name: str) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import counts, launches
 from benchmarks.shapes import LayerCase
-from secura_kernels import NormOptions, plan
+from secura_kernels import Layer, NormOptions, plan, secura_linear
 from secura_kernels.dispatch import interpreting
 from secura_kernels.inspection.costs import layer_costs
 from secura_kernels.norm import pack, unpack
@@ -25,6 +25,28 @@ def test_a_frozen_layer_is_two_products():
     found, first = counts.rival("frozen")(case(t, n, k))
     assert [one.name for one in found] == ["mm", "mm"] and first == 1
     assert {one.cost for one in found} == {plan.product(Shape(t, n, k, 0))}
+
+
+@pytest.mark.parametrize(
+    ("norm", "more"), [("none", 4), ("channel", 4), ("activation", 4), ("weight", 6)]
+)
+def test_what_a_rank_that_is_no_multiple_of_16_costs(norm, more):
+    """As docs/kernels.md says: launches of a layer forward and backward."""
+    like = {"device": "meta", "dtype": torch.bfloat16}
+    found = []
+    for m in (144, 150):
+        places = torch.empty(m, dtype=torch.int64, device="meta")
+        norms = torch.empty(m, m, device="meta"), torch.empty(4096, device="meta")
+        layer = Layer(
+            torch.empty(4096, 4096, **like), None, places, places, NormOptions(norm),
+            gram=norms[0], base_norms=norms[1],
+        )  # fmt: skip
+        a, b = (torch.empty(*size, device="meta").requires_grad_() for size in ((m, 8), (8, m)))
+        x = torch.empty(8192, 4096, **like).requires_grad_()
+        with launches.counting() as launched:
+            secura_linear(x, layer, a, b, impl="triton").backward(torch.empty(8192, 4096, **like))
+        found.append(len(launched))
+    assert found[1] - found[0] == more
 
 
 def test_operators_read_their_inputs_and_write_their_outputs():

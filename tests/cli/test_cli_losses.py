@@ -8,30 +8,19 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
-from cli_fixtures import base, data, fails, main, train_flags, trained  # noqa: F401
+from cli_fixtures import base, data, fails, main, train_flags, trained, tree  # noqa: F401
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from secura.cli import train
 from secura.cli.data import load_split
-from secura.cli.errors import UserError
-from secura.cli.folders import why_incomplete
-from secura.cli.resume import resume_point
 
 NO_CHECKPOINTS = ("--save_strategy", "no")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
 
 
 def jsonl(path, *rows):
@@ -61,107 +50,6 @@ def test_a_base_is_not_overwritten(place, base, data, tmp_path, capfd):  # noqa:
     assert tree(output) == before
 
 
-def test_resuming_another_runs_checkpoint(trained, base, data, tmp_path, capfd):  # noqa: F811
-    """Not over other work; of a finished one, its adapter is published in the folder asked for."""
-    for name in ("checkpoint-2", "checkpoint-4"):
-        shutil.copytree(trained / name, tmp_path / "old" / name)
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "adapter_config.json").write_text("{}")
-    last = tmp_path / "old" / "checkpoint-4"
-    resumed = ("--save_steps", 2, "--logging_steps", 1, "--resume_from_checkpoint", last)
-    fails(train_flags(base, data, taken, *resumed), capfd, "taken is not empty")
-    fresh = tmp_path / "fresh"
-    assert main(train_flags(base, data, fresh, *resumed)) == 0
-    published, saved = (load_file(at / "adapter_model.safetensors") for at in (fresh, last))
-    assert published.keys() == saved.keys()
-    assert all(value.equal(saved[name]) for name, value in published.items())
-    for name in ("checkpoint-2", "checkpoint-4"):  # over another run's, which has got as far
-        shutil.copytree(trained / name, taken / name)
-    shutil.copy(trained / "trainer_state.json", taken)
-    again = train_flags(base, data, taken, *resumed, "--overwrite_output_dir")
-    assert main(again) == 0
-    assert "stays as it is" not in capfd.readouterr().out
-    assert load_file(taken / "adapter_model.safetensors").keys() == saved.keys()
-    assert not list(taken.glob("checkpoint-*"))
-
-
-def test_over_a_run_as_long(trained, base, data, tmp_path, monkeypatch, capfd):  # noqa: F811
-    """The adapter of the former run, as many steps long, is not taken for what this one made."""
-    output = tmp_path / "out"
-    shutil.copytree(trained, output)
-    argv = train_flags(base, data, output, "--learning_rate", 0.01, "--overwrite_output_dir")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save", Mock(side_effect=KeyboardInterrupt))
-        train.main(argv[1:])
-    former = load_file(output / "adapter_model.safetensors")
-    assert main([*argv, "--resume_from_checkpoint"]) == 0
-    assert "stays as it is" not in capfd.readouterr().out
-    published, saved = (
-        load_file(at / "adapter_model.safetensors") for at in (output, output / "checkpoint-4")
-    )
-    assert all(value.equal(saved[name]) for name, value in published.items())
-    assert not all(value.equal(former[name]) for name, value in published.items())
-
-
-@pytest.mark.parametrize(
-    ("flags", "part"),
-    [
-        ({"num_train_epochs": 0, "max_steps": -1}, "--num_train_epochs 0 must be above 0"),
-        ({"num_train_epochs": -1, "max_steps": -1}, "--num_train_epochs -1 must be above 0"),
-        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be 1 or more"),
-        ({"gradient_accumulation_steps": -2}, "--gradient_accumulation_steps -2 must be 1"),
-        (
-            {"dataloader_drop_last": True, "per_device_train_batch_size": 17},
-            "16 rows make no whole batch",
-        ),
-    ],
-)
-def test_a_run_of_no_step_is_refused(flags, part, trained, base, data, tmp_path, capfd):  # noqa: F811
-    output = tmp_path / "out"
-    shutil.copytree(trained, output)
-    before = tree(output)
-    argv = train_flags(base, data, output, "--overwrite_output_dir")
-    for name, value in flags.items():
-        if (flag := f"--{name}") in argv:
-            argv[argv.index(flag) + 1] = str(value)
-        else:
-            argv += [flag, str(value)]
-    fails(argv, capfd, part)
-    assert tree(output) == before
-
-
-def test_a_trainer_that_takes_no_step_publishes_nothing(monkeypatch):
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir="out", load_best_model_at_end=False),
-        callback_handler=SimpleNamespace(callbacks=[]),
-        state=SimpleNamespace(global_step=0), train=lambda **kwargs: SimpleNamespace(metrics={}),
-    )  # fmt: skip
-    monkeypatch.setattr(train, "save", Mock(side_effect=AssertionError))
-    with pytest.raises(UserError, match="no step was taken"):
-        train.train(trainer, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [("scheduler.pt", "scheduler.pt is missing"), ("optimizer.pt", "optimizer.pt is damaged"),
-     ("rng_state.pth", "rng_state.pth is damaged")],
-)  # fmt: skip
-def test_a_checkpoint_whose_state_is_not_whole_is_passed_over(name, part, trained, tmp_path):  # noqa: F811
-    """Without its schedule a trainer goes on with a fresh optimizer too, and says nothing."""
-    for step in (2, 4):
-        shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    file = tmp_path / "checkpoint-4" / name
-    if "missing" in part:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-200])
-    assert why_incomplete(tmp_path / "checkpoint-2") is None
-    assert part in why_incomplete(tmp_path / "checkpoint-4")
-    training = SimpleNamespace(output_dir=tmp_path, resume_from_checkpoint="true")
-    assert resume_point(training, overwrite=False) == str(tmp_path / "checkpoint-2")
-
-
 def test_a_file_of_the_same_place_and_time_is_read_by_its_content(tmp_path):
     """As what copies a file with its time leaves it; what was prepared is kept by that alone."""
     path, found = tmp_path / "rows.jsonl", []
@@ -170,49 +58,6 @@ def test_a_file_of_the_same_place_and_time_is_read_by_its_content(tmp_path):
         os.utime(path, (1e9, 1e9))
         found.append(load_split(str(path), None, "train")["text"][0])
     assert found == ["ann has 1", "now she eats"]
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_the_best_checkpoint_of_a_run_that_was_moved(there, base, data, tmp_path, capfd):  # noqa: F811
-    """It is recorded by a path, which another folder or working directory does not have."""
-    output = tmp_path / "out"
-    argv = train_flags(
-        base, data, output, "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2,
-        "--dataset_test_split", "train[:4]", "--load_best_model_at_end",
-    )  # fmt: skip
-    assert main(argv) == 0
-    state = output / "checkpoint-4" / "trainer_state.json"
-    content = json.loads(state.read_text())
-    content |= {"best_model_checkpoint": "elsewhere/checkpoint-2", "best_global_step": 2}
-    state.write_text(json.dumps(content))
-    (output / "adapter_config.json").unlink()
-    if not there:
-        shutil.rmtree(output / "checkpoint-2")
-    assert main([*argv, "--resume_from_checkpoint"]) == 0
-    said, taken = capfd.readouterr().out, output / f"checkpoint-{2 if there else 4}"
-    assert f"the adapter of {taken}" in said
-    assert ("of step 2, the best, there is no checkpoint" in said) != there
-    published, best = (load_file(at / "adapter_model.safetensors") for at in (output, taken))
-    assert all(value.equal(best[name]) for name, value in published.items())
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_disk_that_fills_while_training_is_named(kept, trained, tmp_path, monkeypatch):  # noqa: F811
-    output, full = tmp_path / "out", RuntimeError("[enforce fail at inline_container.cc:672]")
-    if kept:
-        shutil.copytree(trained, output)
-        (output / "checkpoint-4" / "optimizer.pt").unlink()  # of which it was saving this
-    output.mkdir(exist_ok=True)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=output), callback_handler=SimpleNamespace(callbacks=[]),
-        train=Mock(side_effect=full),
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="enforce fail"):
-        train.train(trainer, None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
-    last = "checkpoint-2 is the last whole.*--resume_from_checkpoint" if kept else "begin again"
-    with pytest.raises(UserError, match=f"out is full .*enforce fail.*{last}"):
-        train.train(trainer, None)
 
 
 def test_a_folder_of_two_kinds_of_files_is_refused(base, data, tmp_path, capfd):  # noqa: F811
@@ -224,12 +69,6 @@ def test_a_folder_of_two_kinds_of_files_is_refused(base, data, tmp_path, capfd):
     fails(argv, capfd, "files of the kinds csv and json, of which one would be read")
     (folder / "b.csv").unlink()
     assert len(load_split(str(folder), None, "train")) == 16
-
-
-def test_a_full_disk_is_told_in_a_line(monkeypatch, capfd):
-    full = SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("secura.cli.doctor.main", Mock(side_effect=full))
-    fails(["doctor"], capfd, "No space left on device")
 
 
 def test_a_row_with_more_fields_than_its_header(base, tmp_path, capfd):  # noqa: F811

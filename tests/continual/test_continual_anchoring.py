@@ -22,8 +22,8 @@ from transformers import TrainerState, get_cosine_schedule_with_warmup
 
 import secura
 from secura import anchor
+from secura.cli import adapter_flags, arguments, main
 from secura.cli import anchoring as commands
-from secura.cli import arguments, main
 from secura.continual import AnchorCallback, AnchorDecayCallback, anchoring
 
 
@@ -358,7 +358,7 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
     assert (adapter.core, adapter.norm, adapter.r) == ("u", "none", 16)
     assert (training.learning_rate, anchor.anchor, anchor.decays) == (5e-4, "self", True)
     assert not arguments.parse([*flags, *given, "--anchor_decay", "0"])[-1].decays
-    config = arguments.to_secura_config(adapter, 0)
+    config = adapter_flags.to_secura_config(adapter, 0)
     layers = "model.layers.0.mlp.gate_proj", "gpt_neox.layers.3.mlp.dense_h_to_4h", "h.1.mlp.c_fc"
     assert all(re.fullmatch(config.target_modules, f"base.{name}") for name in layers)
     assert not re.fullmatch(config.target_modules, "model.layers.0.mlp.gate")

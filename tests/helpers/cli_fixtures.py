@@ -79,3 +79,8 @@ def fails(argv, capfd, *parts):
     for part in parts:
         assert str(part) in line
     return line
+
+
+def tree(folder):
+    """Every file in a folder, with its size."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
