@@ -144,8 +144,8 @@ _ON_GEMMA: Tried = {
 }
 # Decided after those: the core's next rate, and the controls that could do as well.
 _ON_GEMMA_BESIDE: Tried = {_HELD_LESS: (2e-3,), "ewc-self": (1e-3,), "lora-whitened": (3e-3,)}
-# Decided after I-LoRA's slow copy had learned less of the first task: higher rates there.
-_ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2)}
+# Decided after I-LoRA had learned less of the first task: higher rates there, and then a lower one.
+_ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2, 1.5e-3)}
 _SEEDS = (0, 1, 2, 3, 4)
 _MEASURED = Settings(held_out=128, text_count=48, part=1.0, probe_questions=200)
 _IN_TURN = Settings(tasks=SEQUENCE, max_tokens=160, text_count=24, part=1.0, probe_questions=0)
