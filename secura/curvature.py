@@ -208,7 +208,9 @@ def pieces_of(
         raise ValueError("there is no text to anchor by: give some, or texts=None to sample")
     ids = []
     for number, text in enumerate(texts):
+        quoted = ""
         if isinstance(text, str):
+            quoted = f" ({text.strip()[:40]!r})"
             text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
         elif isinstance(text, list | tuple) and all(type(token) is int for token in text):
             text = torch.tensor(text, dtype=torch.int64)
@@ -233,8 +235,8 @@ def pieces_of(
             )
         if text.numel() < 2:
             raise ValueError(
-                f"text {number} has {text.numel()} token(s): there is nothing to predict in fewer "
-                "than two"
+                f"text {number}{quoted} has {text.numel()} token(s): there is nothing to predict "
+                "in fewer than two"
             )
         ids.append(text.long().cpu())
     pieces, left = [], tokens

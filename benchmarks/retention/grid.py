@@ -135,6 +135,8 @@ _BESIDE = {
 }
 # Decided after those: replay and EWC given the model's own samples too, as the anchor is.
 _WITH_OWN_SAMPLES = {"ewc-self": 3e-3, "replay-self": 3e-3}
+# Decided after those: EWC of the samples held harder.
+_HELD_HARDER = {"ewc-self@strength=1e5": 3e-3}
 # Decided after the core of `gemma` had stopped learning at half of its steps.
 _HELD_LESS = BEST.replace("decay=30", "decay=3")
 _ON_GEMMA: Tried = {
@@ -231,6 +233,7 @@ STAGES: dict[str, Stage] = {
             *in_sequence(_WITH_OWN_SAMPLES, "mlp", (0, 1, 2), 64),
             *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
             *front(_ON_FIRST_TASK, "mlp", (0,), 64),
+            *in_sequence(_HELD_HARDER, "mlp", (0, 1, 2), 64),
         ),
     ),
 }

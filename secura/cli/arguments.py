@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn, get_type_hints
 
 from secura._extras import require
+from secura.cli import steps
 from secura.cli.adapter_flags import adapter_arguments
 from secura.cli.config_file import as_defaults, read_config, take_config_flag
-from secura.cli.errors import UserError
+from secura.cli.errors import UserError, one_line
 from secura.cli.hub import check_strategy
 from secura.cli.models import DTYPES
 from secura.cli.parser import Parser, refuse_repeated, refuse_unknown
@@ -261,7 +262,10 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     if flagged or defaults.get("anchor") is not None:
         parser.set_defaults(**ANCHORED)
     parser.set_defaults_with_config(**defaults)
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    try:
+        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except TypeError as error:  # an unknown key of a flag that is a dict
+        raise UserError(one_line(error)) from error
 
 
 def _by_field(read: dict[str, Any], name: str, parser: Any) -> dict[str, Any]:
@@ -286,16 +290,12 @@ def settle(parsed: Any) -> None:
     missing = [f"--{name}" for name in REQUIRED if not getattr(parsed, name)]
     if missing:
         raise UserError(f"{', '.join(missing)} missing; give flags, or keys of a --config file")
-    if parsed.max_steps == 0 or parsed.max_steps < -1:
+    steps.check_numbers(parsed)
+    if parsed.model_init_kwargs:
         raise UserError(
-            f"--max_steps {parsed.max_steps} must be 1 or more; leave it out to train for "
-            "--num_train_epochs"
-        )
-    if parsed.num_train_epochs <= 0 and parsed.max_steps < 0:
-        raise UserError(f"--num_train_epochs {parsed.num_train_epochs:g} must be above 0")
-    if parsed.gradient_accumulation_steps < 1:
-        raise UserError(
-            f"--gradient_accumulation_steps {parsed.gradient_accumulation_steps} must be 1 or more"
+            "--model_init_kwargs would be ignored, since the model is loaded before TRL has it: "
+            "give --dtype, --attn_implementation, --model_revision or --trust_remote_code, or load "
+            "it in Python"
         )
     if parsed.push_to_hub:
         check_strategy(parsed.hub_strategy)

@@ -128,19 +128,6 @@ def _learns(dataset: Any) -> bool:
     return any(label is not None and label >= 0 for label in most)
 
 
-def check_steps(trainer: Any) -> None:
-    """Refuse a run without a batch to take a step on.
-
-    Raises:
-        UserError: fewer rows than a batch has, of which none that is not full is taken.
-    """
-    if trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 0:
-        raise UserError(
-            f"{len(trainer.train_dataset)} rows make no whole batch, and --dataloader_drop_last "
-            "takes no other: leave it out, or lower --per_device_train_batch_size"
-        )
-
-
 def check_lengths(trainer: Any) -> None:
     """Refuse rows longer than the model has positions for.
 

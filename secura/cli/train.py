@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from secura._extras import require
-from secura.cli import adapter_flags, anchoring, arguments, checks, hub
+from secura.cli import adapter_flags, anchoring, arguments, checks, hub, steps
 from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
@@ -105,7 +105,8 @@ def run(
     for note in filter(None, (unread, *notes)):
         trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
-    checks.check_steps(trainer)
+    steps.check_batches(trainer)
+    steps.check_optimizer(trainer)
     for line in anchoring.begin(trainer, anchor_args, config, training.seed, resumed=bool(resume)):
         trainer.accelerator.print(line)
     output = Path(training.output_dir)
@@ -152,6 +153,10 @@ def train(trainer: Any, resume: str | None) -> str:
             + (f", and {kept[-1]} is the last checkpoint before it" if kept else "")
             + "; begin anew with a lower --learning_rate, with --warmup_steps or --max_grad_norm 1"
         ) from error
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise UserError(str(error.args[0])) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if shutil.disk_usage(output).free >= _LITTLE:
             raise
@@ -162,13 +167,13 @@ def train(trainer: Any, resume: str | None) -> str:
             + "; make room, and "
             + ("go on with --resume_from_checkpoint" if kept else "begin again")
         ) from error
-    steps = trainer.state.global_step - before
-    if steps < 1:
+    taken = trainer.state.global_step - before
+    if taken < 1:
         raise UserError("no step was taken, so nothing was learned or published")
     save(trainer)
     seconds = result.metrics.get("train_runtime", 0.0)
     return (
-        f"secura: {steps} steps in {seconds:.0f} s, mean training loss {result.training_loss:.4f}"
+        f"secura: {taken} steps in {seconds:.0f} s, mean training loss {result.training_loss:.4f}"
         f"{_decayed(trainer)}; the adapter{_without_best(trainer)} is in {output}"
     )
 

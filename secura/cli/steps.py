@@ -1,0 +1,96 @@
+"""Checks of what a step is made of: the flags' numbers, the batches, optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secura._extras import require
+from secura.cli.errors import UserError, one_line
+
+_INFINITY = float("inf")
+_ABOVE = {"learning_rate": 0.0}
+_AT_LEAST = {
+    "weight_decay": 0.0,
+    "neftune_noise_alpha": 0.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+
+
+def check_numbers(parsed: Any) -> None:
+    """Refuse numbers of `SFTConfig` that would fail late, teach nothing, or undo what is learned.
+
+    Raises:
+        UserError: names the flag, its value and what it has to be.
+    """
+    if parsed.max_steps == 0 or parsed.max_steps < -1:
+        raise UserError(
+            f"--max_steps {parsed.max_steps} must be 1 or more; leave it out to train for "
+            "--num_train_epochs"
+        )
+    if parsed.num_train_epochs <= 0 and parsed.max_steps < 0:
+        raise UserError(f"--num_train_epochs {parsed.num_train_epochs:g} must be above 0")
+    for name, least in _ABOVE.items():
+        if not least < getattr(parsed, name) < _INFINITY:
+            raise UserError(f"--{name} {getattr(parsed, name)} must be above {least:g}, and finite")
+    for name, least in _AT_LEAST.items():
+        value = getattr(parsed, name)
+        if value is not None and not least <= value < _INFINITY:
+            raise UserError(f"--{name} {value} must be {least:g} or more, and finite")
+    if not 0 <= parsed.label_smoothing_factor < 1:
+        raise UserError(
+            f"--label_smoothing_factor {parsed.label_smoothing_factor} must be from 0 to below 1"
+        )
+
+
+def check_batches(trainer: Any) -> None:
+    """Refuse a run without a batch to take a step on.
+
+    Raises:
+        UserError: fewer rows than a batch has, of which none that is not full is taken.
+    """
+    if trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 0:
+        raise UserError(
+            f"{len(trainer.train_dataset)} rows make no whole batch, and --dataloader_drop_last "
+            "takes no other: leave it out, or lower --per_device_train_batch_size"
+        )
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Refuse an optimizer or a schedule that cannot be built, before an anchor is paid for.
+
+    Those of torch are built on a stand-in; of others, whether they are installed is asked.
+
+    Raises:
+        UserError: names the flags and what is wrong with them.
+    """
+    import torch
+
+    optimization = require("transformers.optimization", "train")
+    args = trainer.args
+    stand_in = [torch.nn.Parameter(torch.zeros(1, 1))]
+    try:
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        if kind.__module__.startswith("torch."):
+            kind(stand_in, **settings)
+    except (TypeError, ValueError, ImportError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        raise UserError(f"--optim {name}: {one_line(error)}") from error
+    try:
+        optimization.get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD(stand_in, lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(max(1, args.max_steps)),
+            num_training_steps=max(1, args.max_steps),
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(
+            f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
+            f"{one_line(error)}"
+        ) from error
+
+
+__all__ = ["check_batches", "check_numbers", "check_optimizer"]
