@@ -20,7 +20,10 @@ from benchmarks.retention.summary import (
     sequences,
 )
 
+_M1 = "secura-weight"
 _BESIDE = {
+    BEST: "the anchored core, which stores 2 m² numbers a layer",
+    _M1: "the paper's averaged weight, folded between tasks",
     "er": "replay, which stores the earlier tasks",
     "ewc": "EWC, which stores two numbers for each trained parameter",
     "replay-self": "replay of the model's own samples too, which it stores",
@@ -58,7 +61,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
             parts += [f"Against {keeps}, the same:", markdown(head, stored)]
-    for reference in (REFERENCE, RIVAL, BEST):
+    for reference in (REFERENCE, RIVAL, BEST, _M1):
         parts += _after_each(found, reference)
     return "\n\n".join(parts)
 

@@ -264,7 +264,9 @@ def parse(argv: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     parser.set_defaults_with_config(**defaults)
     try:
         return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    except TypeError as error:  # an unknown key of a flag that is a dict
+    except TypeError as error:
+        if "keyword argument" not in str(error):  # of a flag that is a dict, an unknown key
+            raise
         raise UserError(one_line(error)) from error
 
 

@@ -8,7 +8,6 @@ from secura._extras import require
 from secura.cli.errors import UserError, one_line
 
 _INFINITY = float("inf")
-_ABOVE = {"learning_rate": 0.0}
 _AT_LEAST = {
     "weight_decay": 0.0,
     "neftune_noise_alpha": 0.0,
@@ -31,9 +30,8 @@ def check_numbers(parsed: Any) -> None:
         )
     if parsed.num_train_epochs <= 0 and parsed.max_steps < 0:
         raise UserError(f"--num_train_epochs {parsed.num_train_epochs:g} must be above 0")
-    for name, least in _ABOVE.items():
-        if not least < getattr(parsed, name) < _INFINITY:
-            raise UserError(f"--{name} {getattr(parsed, name)} must be above {least:g}, and finite")
+    if not 0 < parsed.learning_rate < _INFINITY:
+        raise UserError(f"--learning_rate {parsed.learning_rate} must be above 0, and finite")
     for name, least in _AT_LEAST.items():
         value = getattr(parsed, name)
         if value is not None and not least <= value < _INFINITY:
