@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from secura._extras import require
@@ -69,12 +70,12 @@ def check_optimizer(trainer: Any) -> None:
     args = trainer.args
     stand_in = [torch.nn.Parameter(torch.zeros(1, 1))]
     try:
-        kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-        if kind.__module__.startswith("torch."):
-            kind(stand_in, **settings)
+        if not _hooks_in(args):
+            kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            if kind.__module__.startswith("torch."):
+                kind(stand_in, **settings)
     except (TypeError, ValueError, ImportError) as error:
-        name = getattr(args.optim, "value", args.optim)
-        raise UserError(f"--optim {name}: {one_line(error)}") from error
+        raise UserError(f"--optim {_plain(args.optim)}: {one_line(error)}") from error
     try:
         optimization.get_scheduler(
             args.lr_scheduler_type,
@@ -84,11 +85,62 @@ def check_optimizer(trainer: Any) -> None:
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError) as error:
-        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise UserError(
-            f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
-            f"{one_line(error)}"
+            f"--lr_scheduler_type {_plain(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
+            f"{args.lr_scheduler_kwargs}: {one_line(error)}"
         ) from error
 
 
-__all__ = ["check_batches", "check_numbers", "check_optimizer"]
+def unread_settings(trainer: Any) -> list[str]:
+    """A note on each setting of `--optim_args` that changes nothing, and on modules not looked at.
+
+    Transformers reads of them what its way of building that optimizer asks for, and no more.
+    """
+    args = trainer.args
+    if _hooks_in(args):
+        return []
+    built, name = _numbers(trainer, args), _plain(args.optim)
+    given = (args.optim_args or "").replace(" ", "").split(",")
+    lesser = [(f"--optim_args {one}", ",".join({*given} - {one})) for one in given if one]
+    fewer = [(flag, _with(args, optim_args=rest or None)) for flag, rest in lesser]
+    if args.optim_target_modules is not None:
+        fewer.append(("--optim_target_modules", _with(args, optim_target_modules=None)))
+    return [
+        f"{flag} changes nothing of --optim {name}: it is its default, or nothing it takes"
+        for flag, rest in fewer
+        if _numbers(trainer, rest) == built
+    ]
+
+
+def _hooks_in(args: Any) -> bool:
+    """Whether building the optimizer already puts it on the model, which is to be done once."""
+    return _plain(args.optim).endswith("layerwise")
+
+
+def _with(args: Any, **changes: Any) -> Any:
+    """A copy of training arguments with some of them replaced, and nothing derived anew."""
+    copied = copy.copy(args)
+    vars(copied).update(changes)
+    return copied
+
+
+def _numbers(trainer: Any, args: Any) -> Any:
+    """What an optimizer is built of, without the parameters; None where it cannot be built."""
+    try:
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    except (TypeError, ValueError, ImportError):
+        return None
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in settings.get("params", ())
+        if isinstance(group, dict)
+    ]
+    return kind, {**settings, "params": groups}
+
+
+def _plain(value: Any) -> str:
+    """An enumeration's value, or a string as it is."""
+    return str(getattr(value, "value", value))
+
+
+__all__ = ["check_batches", "check_numbers", "check_optimizer", "unread_settings"]

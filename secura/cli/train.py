@@ -102,11 +102,11 @@ def run(
     notes = checks.notes(
         trainer, train_set, eval_set, config=config, wanted=wanted, holding=holding
     )
-    for note in filter(None, (unread, *notes)):
-        trainer.accelerator.print(f"secura: note: {note}")
-    trainer.accelerator.print(describe(trainer, config))
     steps.check_batches(trainer)
     steps.check_optimizer(trainer)
+    for note in filter(None, (unread, *notes, *steps.unread_settings(trainer))):
+        trainer.accelerator.print(f"secura: note: {note}")
+    trainer.accelerator.print(describe(trainer, config))
     for line in anchoring.begin(trainer, anchor_args, config, training.seed, resumed=bool(resume)):
         trainer.accelerator.print(line)
     output = Path(training.output_dir)

@@ -67,3 +67,21 @@ def test_a_text_too_short_to_anchor_by_is_quoted(base, data, tmp_path, capfd):
     texts.write_text("now how many apples\n\nhow\n")
     argv = train_flags(base, data, tmp_path / "out", "--anchor", texts)
     fails(argv, capfd, "text 1 ('how') has 1 token(s)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--optim rmsprop --optim_args beta1=0.8,momentum=0.5", ["--optim_args beta1=0.8"]),
+        ("--optim adamw_torch --optim_args eps=1", ["--optim_args eps=1"]),
+        ("--optim_target_modules all-linear", ["--optim_target_modules"]),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_read_are_told(
+    flags, told, base, data, tmp_path, capfd
+):
+    assert main(train_flags(base, data, tmp_path / "out", *flags.split())) == 0
+    notes = [line for line in capfd.readouterr().out.splitlines() if "changes nothing" in line]
+    assert len(notes) == len(told)
+    for note, part in zip(notes, told, strict=True):
+        assert note.startswith(f"secura: note: {part} changes nothing of --optim ")
