@@ -136,10 +136,12 @@ _BESIDE = {
 # Decided after those: replay and EWC given the model's own samples too, as the anchor is.
 _WITH_OWN_SAMPLES = {"ewc-self": 3e-3, "replay-self": 3e-3}
 # Decided after those: EWC of the samples held harder, and after two seeds of that the core too;
-# after the first two tasks of that core, harder again.
+# after the first two tasks of that core, the decay that `secura train --anchor` takes for 64 steps
+# of this schedule, 59, and a harder one.
 _HELD_HARDER = {
     "ewc-self@strength=1e5": 3e-3,
     BEST.replace("decay=30", "decay=100"): BEST_RATES[0],
+    BEST.replace("decay=30", "decay=59"): BEST_RATES[0],
     BEST.replace("decay=30", "decay=300"): BEST_RATES[0],
 }
 # Decided after the core of `gemma` had stopped learning at half of its steps.
