@@ -9,7 +9,7 @@ from torch import nn
 
 from ._extras import require
 from .accumulation import accumulate
-from .folding import check_foldable, fold, fold_periods
+from .folding import check_foldable, check_sole_copy, fold, fold_periods
 from .layers import active_adapters
 
 TrainerCallback = require("transformers", "train").TrainerCallback
@@ -27,7 +27,8 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: for a negative number of steps; when training begins, for a model with no SECURA
-            layer, or active adapters that differ in ``fold_every`` where it is to be theirs.
+            layer, active adapters that differ in ``fold_every`` where it is to be theirs, or an
+            optimizer that keeps a second copy of the parameters (schedule-free).
     """
 
     def __init__(self, fold_every: int | None = None) -> None:
@@ -37,7 +38,13 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         self._period: int | None = None
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Settle how often to fold, before the first step is paid for."""
         assert model is not None
@@ -49,6 +56,8 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 ": give them one value, or FoldCallback(fold_every=...)"
             )
         self._period = max(periods, default=0)
+        if self._period:
+            check_sole_copy(optimizer, "a fold")
         for adapter, _ in active_adapters(model).values():
             adapter.folds = True
 

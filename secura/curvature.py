@@ -122,6 +122,18 @@ def _add_up(sums: Statistics) -> None:
         tensor.div_(reached.clamp_min(1))
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a model writes from left to right: no encoder-decoder, no masked language model."""
+    auto: Any = sys.modules.get("transformers.models.auto.modeling_auto")
+    masked = getattr(auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}).values()
+    return not getattr(_config(model), "is_encoder_decoder", False) and _kind(model) not in masked
+
+
+def _kind(model: Any) -> str:
+    """The name of the model's class, beneath PEFT's."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
 def _limit(model: Any) -> int:
     """How many tokens the model's positions allow at once."""
     limit = getattr(_config(model), "max_position_embeddings", None)
@@ -140,21 +152,20 @@ _READS = "an anchor is for models that take input_ids alone and give logits"
 @torch.no_grad()
 def check_reads(model: Any) -> None:
     """Raise ``ValueError`` where a model, in eval mode, cannot read two tokens of ``input_ids``."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
     try:
         out = model(input_ids=ids)
     except Exception as error:  # whatever a forward of another kind says
-        raise ValueError(f"{_READS}: {type(base).__name__} says {error}") from error
+        raise ValueError(f"{_READS}: {_kind(model)} says {error}") from error
     if not isinstance(getattr(out, "logits", None), Tensor):
         raise ValueError(
-            f"{_READS}: {type(base).__name__} gives a {type(out).__name__} without (return_dict="
-            "False in its config, or a model without a head)"
+            f"{_READS}: {_kind(model)} gives a {type(out).__name__} without (return_dict=False in "
+            "its config, or a model without a head)"
         )
     if out.logits.shape[-1] < 2:
         raise ValueError(
-            f"{_READS}: {type(base).__name__} gives one number, a reward or a regression, of which "
-            "no label can be drawn"
+            f"{_READS}: {_kind(model)} gives one number, a reward or a regression, of which no "
+            "label can be drawn"
         )
 
 
@@ -260,13 +271,10 @@ def _sample(
     Returns:
         The texts, and whether the model's logits were finite.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    auto: Any = sys.modules.get("transformers.models.auto.modeling_auto")
-    masked = getattr(auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}).values()
-    if getattr(_config(model), "is_encoder_decoder", False) or type(base).__name__ in masked:
+    if not is_causal(model):
         raise ValueError(
-            f"the model cannot sample: a {type(base).__name__} writes no text from left to right; "
-            "give texts to anchor by"
+            f"the model cannot sample: a {_kind(model)} writes no text from left to right; give "
+            "texts to anchor by"
         )
     token = _start_token(model, tokenizer)
     pieces: list[Tensor] = []
@@ -402,6 +410,7 @@ __all__ = [
     "Texts",
     "check_reads",
     "curvature",
+    "is_causal",
     "largest",
     "listed",
     "pieces_of",

@@ -13,7 +13,10 @@ from .sharding import reshard, unit_by_unit
 def fold(model: nn.Module) -> int:
     """Move what active adapters learned into U_acc ``[m, m]``; B, or U, starts at 0 again.
 
-    Sharded with FSDP, every process has to call this: it gathers A and B.
+    Sharded with FSDP, every process has to call this: it gathers A and B. An optimizer that keeps
+    a second copy of its parameters (schedule-free ones do) goes on from that copy, so that what was
+    folded counts twice: do not fold beside one. Nor may weights be averaged (EMA, SWA) over a fold:
+    A, B and U before and after it are parts of different functions.
 
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
@@ -50,9 +53,22 @@ def check_foldable(model: nn.Module) -> list[Any]:
     return layers
 
 
+def check_sole_copy(optimizer: Any, what: str) -> None:
+    """Raise ``ValueError`` for an optimizer that keeps a second copy of what it trains.
+
+    Those are told by their own ``train()`` and ``eval()``, as transformers tells them.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds it
+    if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+        raise ValueError(
+            f"{what} does not reach the second copy that a {type(inner).__name__} keeps of the "
+            "parameters: take another optimizer, or leave it out"
+        )
+
+
 def fold_periods(model: nn.Module) -> set[int]:
     """What the model's active SECURA adapters say of ``fold_every``."""
     return {adapter.config.fold_every for adapter, _ in active_adapters(model).values()}
 
 
-__all__ = ["check_foldable", "fold", "fold_periods"]
+__all__ = ["check_foldable", "check_sole_copy", "fold", "fold_periods"]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from . import naive
 from .autograd import SPACES, SecuraFunction
-from .checks import check_call, check_trained
-from .dispatch import compute_dtype, is_watched, supported, without_autocast
+from .checks import FLOATS, check_call, check_floats, check_trained, check_weight
+from .dispatch import compute_dtype, is_watched, resolve, settled, without_autocast
 from .layer import Layer, cores
 from .norm import pack
 from .ops import flops
@@ -66,15 +66,18 @@ def secura_linear(
         reach x, a, b and delta_bias, once differentiable.
 
     Raises:
-        TypeError: for an x of integers or complex numbers.
+        TypeError: for operands of other dtypes than fp16, bf16, fp32 and fp64.
         ValueError: where shapes do not fit, or for an unknown form, combination, ``save`` or
-            ``impl``; for ``channel`` without ``gram`` and ``base_norms``; for ``weight`` with
-            ``z_scale``; for a layer whose weight, bias or columns require a gradient.
+            ``impl``; for numbers of the norm that are out of range; for ``channel`` without
+            ``gram`` and ``base_norms``; for ``weight`` with ``z_scale``; for a ``rounding_seed``
+            with ``activation``, ``z_scale`` or in fp16, or one that is no integer; for a layer
+            whose weight, bias, columns, core or scaling, or a z_scale, requires a gradient.
         RuntimeError: for ``impl="triton"`` where no kernel can take the tensors; in the backward
             pass, for a second derivative.
     """
     if layer.weight is None:
         raise ValueError("the layer has no weight: call secura_add with the base's own output")
+    check_weight(layer.weight)
     if x.dim() == 0 or x.shape[-1] != layer.weight.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit the weight {list(layer.weight.shape)}")
     n = layer.weight.shape[0]
@@ -141,6 +144,7 @@ def effective_weight(
         ``[N, K]`` in W's layout. No gradient; W is not written.
 
     Raises:
+        TypeError: for operands or a ``dtype`` other than fp16, bf16, fp32 and fp64.
         ValueError: for ``norm="activation"``, stochastic rounding to fp16, a layer without weight,
             shapes that do not fit, or an unknown form or ``impl``.
         RuntimeError: for ``impl="triton"`` where no kernel can take the weight.
@@ -150,7 +154,10 @@ def effective_weight(
         raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
     if w is None:
         raise ValueError("the layer has no weight to make another of")
+    check_weight(w)
     dtype = dtype or w.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"a weight in {dtype} is not made: choose fp16, bf16, fp32 or fp64")
     seed = rounding_seed(layer, dtype)
     check_call(w.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
@@ -179,7 +186,8 @@ def additive_product(
     if layer.options.norm not in ("none", "channel"):
         raise ValueError(f"norm={layer.options.norm!r} adds no product of low rank")
     source = layer.weight if layer.columns is None else layer.columns
-    assert source is not None
+    if source is None:
+        raise ValueError("the layer has neither weight nor columns, of which P is made")
     check_call(source.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
     with without_autocast(a.device.type):
@@ -222,8 +230,7 @@ def _run(
     given: bool,
 ) -> Tensor:
     """Check, flatten, choose the implementation, and run the layer in ``dtype``."""
-    if not x.is_floating_point():
-        raise TypeError(f"the input is {x.dtype}: the ops take floating numbers")
+    check_floats(("the input", x))
     lead = x.shape[:-1]
     check_call(n, lead, layer, a, b, delta_bias, z_scale)
     w, bias, columns = layer.weight, layer.bias, layer.columns
@@ -237,18 +244,23 @@ def _run(
             raise ValueError(
                 "torch.jit.trace needs W itself for 'channel': merge the adapter first"
             )
+        resolve(impl, x)
+        if impl == "triton":
+            why = "the layer's own weight is trained" if trained else "torch.jit.trace is at work"
+            raise RuntimeError(f"impl='triton' cannot run: {why}, which plain torch computes")
+        pack(layer.options, layer.restrain, traced=True)  # refuses what it would refuse elsewhere
         function = naive.secura_add if given else naive.secura_linear
         with without_autocast(x.device.type):
             out = function(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
         return out.to(dtype)
-    watched = is_watched(x, layer.weight, a, b, delta_bias, z_scale)
+    watched = is_watched(x, a, b, delta_bias, z_scale, *layer.tensors)
     total = None
     if layer.shares_input and not given:
         x, total = shared(x, dtype)
     elif x.dtype != dtype:
         x = x.to(dtype)
     if not watched:
-        impl = supported(impl, x, layer.weight, layer.columns, a, b)
+        impl = settled(impl, x, layer.weight, layer.columns, a, b)
     call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
     return SecuraFunction.apply(x, a, b, delta_bias, z_scale, call)
 

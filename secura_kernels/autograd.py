@@ -99,16 +99,20 @@ def _output(
     u, u_base = once(held, "U", cores, call.layer, a, b)
     scale = None if z_scale is None else _flat(z_scale)
     needs_p = call.differentiates and (needs[1] or needs[2])
-    source = call.layer.weight if call.layer.columns is None else call.layer.columns
-    if not needs_p or call.watched or source is None or source.is_inference():
-        source = None
-    ctx.source, ctx.written = source, 0 if source is None else source._version
+    ctx.sources = _versions(call) if needs_p and not call.watched else ()
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
     ctx.layers, ctx.has_b = None if held is None else held.layers, b is not None
     ctx.save_for_backward(a, b, *saved)
     return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
+
+
+def _versions(call: Call) -> list[tuple[Tensor, int]]:
+    """What C is made of, and how often each was written to: the backward pass makes it again."""
+    layer = call.layer
+    sources = (layer.weight, layer.cols) if layer.columns is None else (layer.columns,)
+    return [(one, one._version) for one in sources if one is not None and not one.is_inference()]
 
 
 def _gradients(
@@ -141,10 +145,10 @@ def _gradients(
     if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
         dp = call.layer.held.add(dp, ctx.layers)
     if wanted[1] and dp is not None:
-        if ctx.source is not None and not call.watched and ctx.source._version != ctx.written:
+        if not call.watched and any(one._version != before for one, before in ctx.sources):
             raise RuntimeError(
-                "the weight or the columns that C is of were written to between the forward pass "
-                "and its backward pass, which reads them again"
+                "the weight, the indices or the columns that C is of were written to between the "
+                "forward pass and its backward pass, which reads them again"
             )
         dtype = ctx.u_dtype
         du = project.backward(call, as_dtype(dp, dtype), scale)

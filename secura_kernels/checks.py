@@ -10,6 +10,26 @@ from torch import Tensor
 from .layer import Layer
 from .norm import SAVES
 
+FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+"""What the ops compute of: numbers of 8 bits have a scale that an op does not see."""
+
+
+def check_floats(*operands: tuple[str, Tensor | None]) -> None:
+    """Raise ``TypeError`` for a named operand whose dtype is none of :data:`FLOATS`."""
+    for name, tensor in operands:
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} is {tensor.dtype}: the ops take floating numbers, in fp16, bf16, fp32 or "
+                "fp64"
+            )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise where a weight is no matrix: ``ValueError``, or ``TypeError`` of its dtype."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight {list(weight.shape)} must be [N, K]")
+    check_floats(("the weight", weight))
+
 
 def check_call(
     n: int,
@@ -22,14 +42,14 @@ def check_call(
 ) -> None:
     """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens.
 
-    ``TypeError`` for a weight of integers.
+    ``TypeError`` for operands that are none of :data:`FLOATS`.
     """
     rows, cols, columns = layer.rows, layer.cols, layer.columns
     if rows.dim() != 1 or rows.shape != cols.shape:
         raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
     m = rows.shape[0]
-    inner = m if b is None else b.shape[0]
-    if a.shape != (m, inner) or (b is not None and b.shape[1:] != (m,)):
+    inner = m if b is None else next(iter(b.shape), 0)
+    if a.shape != (m, inner) or (b is not None and b.shape != (inner, m)):
         raise ValueError(
             f"a {list(a.shape)} and b {None if b is None else list(b.shape)} must be [{m}, r] and "
             f"[r, {m}] beside rows [{m}]; without b, a must be [{m}, {m}]"
@@ -45,19 +65,29 @@ def check_call(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
+    check_floats(
+        ("a", a),
+        ("b", b),
+        ("bias", layer.bias),
+        ("delta_bias", delta_bias),
+        ("core", layer.core),
+        ("columns", columns),
+        ("z_scale", z_scale),
+    )
     if layer.weight is not None:
+        check_weight(layer.weight)
         if layer.weight.shape[0] != n:
             raise ValueError(
                 f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs"
             )
-        if not layer.weight.is_floating_point():
-            raise TypeError(f"the weight is {layer.weight.dtype}: the ops take floating numbers")
     if important is not None and important.dtype != torch.bool:
         raise ValueError(f"important is {important.dtype}, and must be bool")
     for name, fixed in (("z_scale", z_scale), ("core", layer.core), ("scaling", layer.scaling)):
         if isinstance(fixed, Tensor) and fixed.requires_grad:
             raise ValueError(f"{name} requires a gradient, of which it would get none: detach it")
     norm, draws = layer.options.norm, layer.rounding_seed is not None
+    if draws and not isinstance(layer.rounding_seed, int):
+        raise ValueError(f"rounding_seed={layer.rounding_seed!r} must be an integer, or None")
     if draws and norm == "activation":
         raise ValueError("the space 'activation' has no W' to round: leave rounding_seed out")
     if draws and z_scale is not None:
@@ -91,4 +121,4 @@ def check_trained(layer: Layer, given: bool) -> None:
         raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
 
 
-__all__ = ["check_call", "check_trained"]
+__all__ = ["FLOATS", "check_call", "check_floats", "check_trained", "check_weight"]

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .dispatch import wide
 
 SELECTIONS = ("least_norm", "inverse_sampling")
@@ -28,7 +29,7 @@ def select(
     """Pick the ``m`` least important rows and columns of a weight ``[N, K]``.
 
     Args:
-        weight: ``[N, K]``, any floating dtype.
+        weight: ``[N, K]``, fp16, bf16, fp32 or fp64.
         m: CUR rank, ``1 <= m <= min(N, K)``; the config's ``r``, which errors call it by.
         selection: ``"least_norm"`` takes the smallest L2 norms (the released code) and passes over
             rows and columns of zeros, which could carry nothing. ``"inverse_sampling"`` draws ``m``
@@ -56,10 +57,10 @@ def select(
 
 
 def _check_matrix(weight: Tensor) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or weight.dtype not in FLOATS:
         raise ValueError(
             f"the weight is {weight.dtype} {list(weight.shape)}: it must be [N, K], of floating "
-            "numbers"
+            "numbers, in fp16, bf16, fp32 or fp64"
         )
 
 
@@ -75,6 +76,7 @@ def check_fits(m: int, n: int, k: int) -> None:
         )
 
 
+@torch.no_grad()
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Squared L2 norms of the rows ``[N]`` and columns ``[K]`` of a weight, fp32 or wider."""
     dtype = wide(weight.dtype)
@@ -130,23 +132,26 @@ def init_a(
         generator: CPU generator.
 
     Returns:
-        ``[m, r]`` fp32, on the weight's device.
+        ``[m, r]`` fp32, on the weight's device, of no graph.
 
     Raises:
         ValueError: for an unknown init, or a weight that is no matrix of floating numbers.
-        RankError: for an m that does not fit the weight, and for ``"svd"`` with ``r > K``.
+        RankError: for an m that does not fit the weight, an r below 0, and for ``"svd"`` with
+            ``r > K``.
     """
     if init not in INITS:
         raise ValueError(f"unknown init {init!r}: choose one of {INITS}")
     _check_matrix(weight)
     check_fits(m, *weight.shape)
+    if r < 0:
+        raise RankError(f"inner_r={r} must be 0 or more")
     if init == "svd":
         if r > weight.shape[1]:
             raise RankError(
                 f"init='svd' takes A from the weight's first {r} columns, but it has "
                 f"{weight.shape[1]}: lower inner_r or use init='kaiming'"
             )
-        return weight[:m, :r].to(torch.float32, copy=True).contiguous()
+        return weight.detach()[:m, :r].to(torch.float32, copy=True).contiguous()
     if init == "identity":
         return torch.eye(m, r, dtype=torch.float32, device=weight.device)
     a = torch.empty(m, r, dtype=torch.float32, device="cpu")
@@ -161,12 +166,18 @@ def important_channels(weight: Tensor, m: int) -> Tensor:
     """Find the ``(N − m) // 2`` rows of a weight ``[N, K]`` with the largest L2 norm.
 
     Args:
-        weight: ``[N, K]``, any floating dtype.
+        weight: ``[N, K]``, fp16, bf16, fp32 or fp64.
         m: CUR rank.
 
     Returns:
         ``[N]`` bool, on the weight's device: what :class:`secura_kernels.Restrain` acts on.
+
+    Raises:
+        ValueError: for a weight that is no matrix of such numbers.
+        RankError: for an m that does not fit the weight.
     """
+    _check_matrix(weight)
+    check_fits(m, *weight.shape)
     count = (weight.shape[0] - m) // 2
     important = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     order = squared_norms(weight)[0].sort(descending=True, stable=True).indices

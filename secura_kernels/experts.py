@@ -42,7 +42,7 @@ def expert_weights(
     """Compute ``W' [E, N, K]`` of E adapted experts, in W's dtype.
 
     Args:
-        weight: ``W [E, N, K]``, frozen, any floating dtype and strides.
+        weight: ``W [E, N, K]``, frozen, fp16 to fp64, any strides.
         rows: ``[E, m]`` int64, R_e = W_e[rows_e].
         cols: ``[E, m]`` int64, C_e = W_e[:, cols_e].
         u: ``[E, m, m]``, fp32 or wider, s · A B; gradients reach it.

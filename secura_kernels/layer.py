@@ -23,7 +23,7 @@ class Layer(NamedTuple):
     Indices are not checked: ``rows`` within [0, N), ``cols`` within [0, K).
 
     Attributes:
-        weight: ``W [N, K]``, frozen, any floating dtype and strides; None where only its output is
+        weight: ``W [N, K]``, frozen, fp16 to fp64, any strides; None where only its output is
             at hand (a quantised base). One that requires a gradient is taken by ``secura_add``
             alone.
         bias: ``b [N]``, frozen, or None.
@@ -65,6 +65,13 @@ class Layer(NamedTuple):
     rounding_seed: int | None = None
     shares_input: bool = False
     held: Held | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors of the layer."""
+        frozen = self.weight, self.bias, self.rows, self.cols, self.core, self.columns
+        important = None if self.restrain is None else self.restrain.important
+        return *frozen, self.gram, self.base_norms, important
 
     @property
     def replaces_product(self) -> bool:

@@ -102,7 +102,7 @@ def secura_add(
     p, p_base = _projections(layer, a, b)
     dtype = torch.promote_types(torch.promote_types(y0.dtype, p.dtype), torch.float32)
     y0, p, options = y0.to(dtype), p.to(dtype), layer.options
-    bias = torch.zeros_like(p[:, 0]) if layer.bias is None else layer.bias.to(dtype)
+    bias = p.new_zeros(p.shape[0]) if layer.bias is None else layer.bias.to(dtype)
     delta_bias = torch.zeros_like(bias) if delta_bias is None else delta_bias.to(dtype)
     z = y0[..., layer.rows] - bias[layer.rows]
     base = y0 if p_base is None else y0 + z @ p_base.to(dtype).T
@@ -171,7 +171,7 @@ def linear(
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     x, weight, p = x.to(dtype), weight.to(dtype), p.to(dtype)
-    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(dtype)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
     delta_bias = torch.zeros_like(bias) if delta_bias is None else delta_bias.to(dtype)
     r = weight[rows]
     base_weight = weight if p_base is None else weight + p_base.to(dtype) @ r

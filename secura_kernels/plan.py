@@ -223,7 +223,8 @@ def input_way(
 ) -> str:
     """Which of :func:`input_ways` is the quickest: ``"weight"``, ``"h"`` or ``"output"``.
 
-    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3528 tokens on, and h R + g W below.
+    At m = 128 in 16 bits and K = N = 4096 that is W' from T = 3528 tokens on, h R + g W from 614
+    on, and ∂y0 W below.
     """
     ways = input_ways(shape, per_token, scaled, ceilings)
     return min(ways, key=lambda way: _price(ways[way], ceilings))

@@ -12,6 +12,7 @@ from secura_kernels import (
     NormOptions,
     Restrain,
     effective_weight,
+    important_channels,
     init_a,
     secura_add,
     secura_linear,
@@ -46,6 +47,11 @@ NOT_TAKEN = {
     "core requires a gradient": {"core": torch.ones(4, 4).requires_grad_()},
     "scaling requires a gradient": {"scaling": torch.ones(()).requires_grad_()},
     "the weight is torch.int8": {"weight": torch.ones(13, 11, dtype=torch.int8)},
+    "the weight is torch.float8": {"weight": torch.ones(13, 11).to(torch.float8_e4m3fn)},
+    "core is torch.complex64": {"core": torch.ones(4, 4, dtype=torch.complex64)},
+    "bias is torch.int64": {"bias": torch.ones(13, dtype=torch.int64)},
+    r"weight \[13\] must be \[N, K\]": {"weight": torch.ones(13)},
+    r"weight \[13, 11, 1\] must be \[N, K\]": {"weight": torch.ones(13, 11, 1)},
     "important is torch.float32": {"restrain": Restrain(torch.ones(13))},
 }
 
@@ -62,11 +68,69 @@ def test_what_would_be_taken_for_something_else_is_refused(message, function):
         getattr(secura_kernels, function)(torch.tensor(1.0), example.layer, example.a)
 
 
-@pytest.mark.parametrize("weight", [torch.ones(2, 3, 4), torch.ones(4), torch.ones(3, 4).int()])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(2, 3, 4),
+        torch.ones(4),
+        torch.ones(3, 4).int(),
+        torch.ones(3, 4).to(torch.float8_e4m3fn),
+    ],
+)
 def test_what_is_no_matrix_of_floating_numbers_is_refused(weight):
-    for make in (lambda: select(weight, 1), lambda: init_a(weight, 1, 1)):
+    for make in (select, important_channels, lambda weight, m: init_a(weight, m, 1)):
         with pytest.raises(ValueError, match=r"must be \[N, K\], of floating numbers"):
-            make()
+            make(weight, 1)
+
+
+def test_ranks_out_of_range_are_refused():
+    """Of a slice, a negative number would be another one."""
+    weight = torch.ones(8, 12)
+    for m in (0, 9, 12, -100):
+        for make in (select, important_channels, lambda weight, m: init_a(weight, m, 1)):
+            with pytest.raises(ValueError, match=f"r={m} must lie between 1 and"):
+                make(weight, m)
+    for init in ("svd", "kaiming", "identity"):
+        with pytest.raises(ValueError, match="inner_r=-1 must be 0 or more"):
+            init_a(weight, 4, -1, init)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "delta_bias", "z_scale"])
+def test_operands_of_complex_numbers_are_refused(name):
+    example = Case(NormOptions("none"), **WIDE, inner=6, dropout=True).draw()
+    given = getattr(example, name)
+    given = torch.ones(13) if given is None else given
+    with pytest.raises(TypeError, match=f"{name} is torch.complex"):
+        example._replace(**{name: given.detach() * (1 + 1j)}).output()
+
+
+def test_a_merge_to_what_holds_no_weight_is_refused():
+    example = Case(NormOptions("none"), **WIDE).draw()
+    for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match="a weight in torch"):
+            effective_weight(example.layer, example.a, dtype=dtype)
+
+
+@pytest.mark.parametrize("b", [torch.tensor(1.0), torch.ones(4), torch.ones(6, 4, 1)])
+def test_a_factor_that_is_no_matrix_is_refused(b):
+    example = Case(NormOptions("none"), **WIDE, inner=6).draw()
+    with pytest.raises(ValueError, match="must be"):
+        example._replace(b=b).output()
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+def test_a_trained_layer_is_checked_as_a_frozen_one(norm):
+    """It is computed by plain equations, which would take anything."""
+    example = Case(NormOptions(norm), **WIDE, given=True).draw()
+    layer = example.layer._replace(weight=example.layer.weight.clone().requires_grad_())
+    for name, value in (("eps", 0.0), ("scale", inf)):
+        options = layer.options._replace(**{name: value})
+        with pytest.raises(ValueError, match=rf"{name}={value} .*must be"):
+            secura_add(example.x, layer._replace(options=options), example.a)
+    with pytest.raises(ValueError, match="unknown impl 'nonsense'"):
+        secura_add(example.x, layer, example.a, impl="nonsense")
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
+        secura_add(example.x, layer, example.a, impl="triton")
 
 
 @pytest.mark.parametrize("norm", ["none", "activation"])
@@ -114,6 +178,8 @@ def test_what_a_space_cannot_do_is_refused():
     with pytest.raises(ValueError, match="not linear in x"):
         effective_weight(layer._replace(options=NormOptions("activation")), a)
     drawn = layer._replace(rounding_seed=0, options=NormOptions("none"))
+    with pytest.raises(ValueError, match=r"rounding_seed=3\.5 must be an integer"):
+        secura_linear(x, drawn._replace(rounding_seed=3.5), a)
     with pytest.raises(ValueError, match=r"is to torch\.bfloat16"):
         effective_weight(drawn, a, dtype=torch.float16)
     with pytest.raises(ValueError, match="no W' to round"):

@@ -40,7 +40,7 @@ def test_a_second_derivative_by_autograd_grad_is_refused(options, twice_of):
         torch.autograd.grad(loss, a)
 
 
-@pytest.mark.parametrize("given", ["y0", "columns"])
+@pytest.mark.parametrize("given", ["y0", "columns", "cols"])
 def test_a_weight_written_to_before_the_backward_pass_is_an_error(given):
     weight, x = torch.randn(8, 8), torch.randn(3, 8)
     rows, cols = select(weight, 4)
@@ -49,6 +49,9 @@ def test_a_weight_written_to_before_the_backward_pass_is_an_error(given):
     if given == "y0":
         out = secura_add(x @ weight.t(), layer, a)
         weight.zero_()
+    elif given == "cols":
+        out = secura_linear(x, layer, a)
+        cols.copy_(cols.flip(0))
     else:
         columns = weight[:, cols]
         out = secura_linear(x, layer._replace(columns=columns), a)

@@ -218,6 +218,12 @@ def test_svd_init_is_the_block_of_the_weight():
     assert a.dtype == torch.float32
 
 
+def test_a_parameters_block_is_a_leaf_to_train():
+    """As torch's ``nn.Linear`` holds W: else A is part of a graph, and gets no gradient."""
+    a = cur.init_a(torch.nn.Linear(8, 6).weight, 4, 3).requires_grad_()
+    assert a.is_leaf
+
+
 @pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
 def test_other_inits_are_seeded(init):
     weight = torch.randn(9, 8)

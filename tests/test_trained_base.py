@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from secura import AdapterConfig, SecuraConfig, SECURALinear, bases, tensor_parallel
-from secura_kernels import naive, secura_add, secura_linear
+from secura_kernels import Layer, NormOptions, naive, secura_add, secura_linear, with_norms
 from secura_kernels.cur import important_channels
 
 N, K, T = 20, 24, 7
@@ -217,3 +217,13 @@ def test_frozen_experts_are_not_taken_for_trained_where_fsdp1_shows_views(monkey
     view = property(lambda self: stored(self).detach().requires_grad_() * 1)
     monkeypatch.setattr(bases.Stack, "weight", view)
     assert model(input_ids=tiny.tokens(), labels=tiny.tokens()).loss.requires_grad
+
+
+@pytest.mark.parametrize("norm", ADDING)
+def test_a_layer_of_rank_0_is_its_base(norm):
+    weight, x = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    layer = Layer(weight, None, none, none, NormOptions(norm))
+    y0 = x @ weight.t()
+    out = secura_add(y0, with_norms(layer), torch.zeros(0, 2), torch.zeros(2, 0))
+    assert torch.equal(out, y0)

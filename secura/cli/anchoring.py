@@ -13,6 +13,8 @@ from secura.cli.errors import UserError, one_line
 from secura.cli.rows import check_rows
 
 SELF = "self"
+_SCHEDULE_FREE = "schedule_free"
+"""How transformers' names of optimizers begin that keep a second copy of the parameters."""
 _FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that do not tell their learning rates beforehand."""
 
@@ -48,6 +50,13 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
         raise UserError(
             f"--anchor_decay pulls U back, and --fold_every {config.fold_every} moves what U "
             "learned to where nothing pulls it: give --anchor_decay 0, or leave out --fold_every"
+        )
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    if optimizer.startswith(_SCHEDULE_FREE) and (arguments.decays or config.fold_every):
+        flag = "--anchor_decay" if arguments.decays else "--fold_every"
+        raise UserError(
+            f"{flag} does not reach the second copy that --optim {optimizer} keeps of the "
+            f"parameters: give {flag} 0, or another --optim"
         )
     schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     if arguments.decays and decay is None and schedule in _FOLLOW_THE_LOSS:

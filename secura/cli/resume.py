@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from secura.cli.anchoring import SELF
 from secura.cli.errors import UserError
 from secura.cli.folders import (
     ADAPTER_CONFIG,
@@ -175,6 +176,9 @@ def check_settings(checkpoint: str, now: dict[str, Any]) -> None:
 
 
 def _content(name: str, value: Any) -> Any:
+    """What counts of a setting: the rows of a data set, and not what a file of texts is called."""
+    if name == "anchor" and value not in (None, SELF):
+        return "a file, which is not read again"
     return value[1] if name == _DATA else value
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from itertools import chain, zip_longest
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
 
 from secura._extras import require
 from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
@@ -28,7 +30,7 @@ from secura.curvature import (
     listed,
     pieces_of,
 )
-from secura.folding import fold
+from secura.folding import check_sole_copy, fold
 from secura.sharding import is_distributed, is_dtensor
 from secura_kernels.ops.common import round_stochastically
 
@@ -51,7 +53,9 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Args:
         texts: of the task: strings or 1-D tensors of token ids; None takes those it trained on,
-            replayed ones too.
+            replayed ones too, and where preferences are trained (DPO, KTO) the rejected ones, which
+            the next task would then keep: give the chosen. Of those padding is left out where an
+            ``attention_mask`` comes with it, or the config names its token.
         tokenizer: for strings.
         fold: whether the core is folded first.
         tokens: how many to read at most.
@@ -65,7 +69,10 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     Raises:
         ValueError: strings without a tokenizer, or a number out of range. When training begins, for
             a model with no ``core="u"``, with one on experts, or that reads something else than
-            ``input_ids``, and for texts that cannot be read; at its end as :func:`secura.anchor`.
+            ``input_ids``, for texts and batches that cannot be read, and with None for a stream
+            that can be read once; at its end as :func:`secura.anchor`.
+
+    A core that was not anchored before is warned of.
     """
 
     def __init__(
@@ -96,13 +103,26 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     ) -> None:
         """Refuse a model or texts that it cannot be anchored by before a step is paid for."""
         assert model is not None
-        check_anchorable(u_adapters(model))
+        adapters = u_adapters(model)
+        check_anchorable(adapters)
         with without_dropout(model):
             check_reads(model)
         if self.texts is not None:  # token ids are texts too
             self.texts = pieces_of(model, self.texts, self.tokenizer, self.tokens, self.length)
+        elif _is_read_once(train_dataloader):
+            raise ValueError(
+                "the training rows are a stream that can be read once, and are to be read again at "
+                "the task's end: give AnchorCallback the task's texts"
+            )
         elif (batch := _first(train_dataloader)) is not None:
-            _check_batch(batch)
+            _texts_of(batch)
+        if any(adapter.left is None for adapter, _ in adapters.values()):
+            warnings.warn(
+                "AnchorCallback adds the task's texts to an anchor, and a core has none yet: it "
+                "will be held to this task, and to nothing that the model knew before. Call "
+                "secura.anchor(model) before training",
+                stacklevel=2,
+            )
 
     def on_train_end(
         self,
@@ -158,9 +178,10 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
             ``core="u"``, one that is frozen or in fp16, or one that folds while training, since the
             decay does not reach what was folded; with None, for a schedule that does not tell its
-            rates beforehand. At a step: where it was folded, for an optimizer that holds copies of
-            the cores (ZeRO), and where the rate times ``anchor_decay`` is 1 or more, which turns
-            U's sign instead of making it smaller.
+            rates beforehand or has none but 0, and for an optimizer that keeps a second copy of the
+            cores (schedule-free). At a step: where it was folded, for an optimizer that holds
+            copies of the cores (ZeRO), and where the rate times ``anchor_decay`` is 1 or more,
+            which turns U's sign instead of making it smaller.
     """
 
     def __init__(self, anchor_decay: float | None = None) -> None:
@@ -185,6 +206,7 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         cores = _cores(model)
         if self.anchor_decay != 0:
             _check_trained(model)
+            check_sole_copy(optimizer, "anchor_decay")
         if self.anchor_decay is None:
             self.decay = _decay_of_run(optimizer, lr_scheduler, state.max_steps, cores)
         self._unfolded = Unfolded(model) if self.decay else None
@@ -256,8 +278,13 @@ def _decay_of_run(optimizer: Any, scheduler: Any, steps: int, cores: set[int]) -
         )
         if any(id(one) in cores for one in group["params"])
     ]
-    total = max((float(sum(rates) + max(rates)) for rates in found if rates), default=0.0)
-    return 1 / total if total > 0 else 0.0
+    totals = [float(sum(rates) + max(rates)) for rates in found if rates]
+    if totals and max(totals) <= 0:
+        raise ValueError(
+            "the schedule's learning rates are all 0 (Adafactor makes its own, say), so none tells "
+            "anchor_decay: give it a number"
+        )
+    return 1 / max(totals) if totals else 0.0
 
 
 def check_decay(anchor_decay: float, rate: float) -> None:
@@ -297,8 +324,19 @@ def _first(dataloader: Any) -> Any:
             np.random.set_state(state[1])
 
 
-def _check_batch(batch: Any) -> None:
-    """Raise ``ValueError`` where a batch has no ``input_ids``."""
+def _is_read_once(dataloader: Any) -> bool:
+    """Whether a loader's data set hands out one iterator, which is used up after an epoch."""
+    dataset = getattr(dataloader, "dataset", None)
+    dataset = getattr(dataset, "dataset", dataset)  # accelerate's holds it
+    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
+
+
+def _texts_of(batch: Any) -> list[Tensor]:
+    """The rows of a batch, padding left out; of a packed row as many as its positions tell.
+
+    Raises:
+        ValueError: it has no ``input_ids``, or a mask of another shape.
+    """
     names = list(batch) if isinstance(batch, Mapping) else None
     if names is None or "input_ids" not in names:
         found = type(batch).__name__ if names is None else ", ".join(map(str, names))
@@ -306,6 +344,22 @@ def _check_batch(batch: Any) -> None:
             f"a batch has {found} and no input_ids to anchor by: give AnchorCallback the task's "
             "texts"
         )
+    rows, mask, places = (
+        batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")
+    )
+    if mask is not None and mask.shape != rows.shape:
+        raise ValueError(
+            f"a batch has an attention_mask {list(mask.shape)} beside input_ids "
+            f"{list(rows.shape)}, which does not tell its texts apart: give AnchorCallback the "
+            "task's texts"
+        )
+    mask = torch.ones_like(rows) if mask is None else mask
+    places = torch.ones_like(rows) if places is None or places.shape != rows.shape else places
+    texts: list[Tensor] = []
+    for ids, read, place in zip(rows, mask.bool(), places, strict=True):
+        starts = (place[read] == 0).nonzero().flatten().cpu()
+        texts += [text for text in ids[read].cpu().tensor_split(starts) if len(text) > 1]
+    return texts
 
 
 def _of_all(texts: list[Tensor]) -> list[Tensor]:
@@ -319,10 +373,9 @@ def _of_all(texts: list[Tensor]) -> list[Tensor]:
 
 
 def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
-    """The first ``tokens`` token ids of a data loader's examples, padding left out.
+    """The texts of a data loader's examples, up to ``tokens`` token ids and what a batch has more.
 
-    A packed row is as many texts as there are in it, where its ``position_ids`` tell. Processes
-    take equally many batches, which one may hand out to all of them.
+    Processes take equally many batches, which one may hand out to all of them.
     """
     texts: list[Tensor] = []
     left, batches = tokens, iter(dataloader)
@@ -331,16 +384,9 @@ def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
         if batch is None or left <= 0:
             left = 0
             continue
-        _check_batch(batch)
-        rows = batch["input_ids"]
-        masks, places = batch.get("attention_mask"), batch.get("position_ids")
-        masks = torch.ones_like(rows) if masks is None else masks
-        places = torch.ones_like(rows) if places is None or places.shape != rows.shape else places
-        for ids, mask, place in zip(rows, masks.bool(), places, strict=True):
-            starts = (place[mask] == 0).nonzero().flatten().cpu()
-            found = [text for text in ids[mask].cpu().tensor_split(starts) if len(text) > 1]
-            texts += found
-            left -= sum(map(len, found))
+        found = _texts_of(batch)
+        texts += found
+        left -= sum(map(len, found))
     return texts
 
 

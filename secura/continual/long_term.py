@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.curvature import is_causal
 
 from .state import (
     Unfolded,
@@ -56,22 +57,25 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
     it reads back. It is looked for in ``output_dir/checkpoint-<step>``, since a callback is not
     told of another folder.
 
-    Where ``train()`` ends in an exception, the model goes on adding to its loss: training it with a
-    ``LongTermMemory`` again replaces that, :meth:`detach` ends it.
+    A second run of the same model with the same object goes on from its values, as the next task
+    is to. Where ``train()`` ends in an exception, the model goes on adding to its loss: training it
+    with a ``LongTermMemory`` again replaces that, :meth:`detach` ends it.
 
     Args:
         ema: share of the long-term values that a step keeps, from 0 to 1.
         weight: of the MSE, 0 or more. 0 costs no forward pass: the average alone is kept.
         start: file of :meth:`save` to go on from, such as the task before's; None starts at the
-            model's parameters.
+            parameters of a model that it did not train before.
 
     Attributes:
         values: the long-term values by parameter name, fp32; empty before training.
 
     Raises:
         ValueError: for settings out of their range. When training begins: for a run that cannot be
-            served, or a checkpoint without the long-term values. At a step: for a model that
-            returns no loss to add to, or that is no causal language model.
+            served (TRL's trainers but ``SFTTrainer``, which make a loss of their own, among them),
+            a model that is no causal language model, a checkpoint without the long-term values, or
+            values of before a fold or an anchor. At a step: for a model that returns no loss to add
+            to.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         self.start = start
         self.values: dict[str, Tensor] = {}
         self._made_in = ""
+        self._model: Any = lambda: None
         self._unfolded: Unfolded | None = None
 
     def on_train_begin(
@@ -103,13 +108,26 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
                 "LongTermMemory adds to the model's own loss, with one device a process: train "
                 "without torch_compile, DataParallel, label_smoothing_factor and loss_type='dft'"
             )
+        if self.weight and _makes_its_loss(args):
+            raise ValueError(
+                "LongTermMemory adds to the model's own loss, which of TRL's trainers SFTTrainer "
+                f"alone trains on: with a {type(args).__name__} take EWC, replay or weight=0"
+            )
+        if self.weight and not is_causal(model):
+            raise ValueError(
+                "LongTermMemory is for causal language models: an encoder-decoder or a masked "
+                "language model scores other positions. Take weight=0, which keeps the average"
+            )
         if state.global_step:
             self._read(_file(args, state), model)
         elif self.start is not None:
             self._take(Path(self.start), model, f"the long-term memory in {self.start}")
+        elif self._model() is model:
+            self.values = placed(self.values, model, "the long-term memory", self._made_in)
         else:
             self.values = {n: p.detach().float().clone() for n, p in trainable(model).items()}
             self._made_in = coordinates(model)
+        self._model = ref(model)
         self.detach(model)
         if self.weight:
             _hooks[model] = model.register_forward_hook(self._add_to_loss, with_kwargs=True)
@@ -220,6 +238,13 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         values = {name: self.values[name].to(p.dtype) for name, p in trainable(model).items()}
         with without_dropout(model):
             return torch.func.functional_call(model, values, args, inputs).logits
+
+
+def _makes_its_loss(args: Any) -> bool:
+    """Whether a run's arguments are of a trainer that makes a loss of log-probabilities itself."""
+    kinds = type(args).__mro__
+    of_trl = any(kind.__module__.startswith("trl.") for kind in kinds)
+    return of_trl and all(kind.__name__ != "SFTConfig" for kind in kinds)
 
 
 def _logits_again(model: nn.Module, args: Any, inputs: dict[str, Any]) -> Tensor:

@@ -3,7 +3,7 @@
 Triton works out anew at each launch which compiled code fits the arguments. On the host of an H100
 a launch took 18.5 µs that way and 6.0 µs without, by itself in a loop (benchmarks/LOG.md). The
 second launch of a :class:`Kernel` on arguments of the same kind (dtypes, alignment, the very same
-numbers, but for those of ``do_not_specialize``, such as the count of tokens) goes straight to the
+integers, but for those of ``do_not_specialize``, such as the count of tokens) goes straight to the
 code that the first one found. Everything else is Triton's: compiling, the interpreter, hooks, the
 recorder.
 """
@@ -14,12 +14,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from triton import knobs
 from triton.runtime import driver
 
 MOST_KEPT = 4096
 """Launches a kernel remembers; past them it forgets all and begins again."""
 _NUMBERS = (int, float, bool, type(None))
+_SHORT_OFFSETS = torch.version.hip is not None
+"""Whether Triton makes other code, with offsets of 32 bits, for tensors of up to 2 GiB."""
 
 
 watchers: list[Callable[[Any, tuple[Any, ...]], None]] = []
@@ -61,9 +64,16 @@ class Kernel:
             return
         device = first.get_device()
         kinds: list[Any] = [
-            argument if type(argument) in _NUMBERS else (argument.dtype, argument.data_ptr() & 15)
+            (argument.dtype, argument.data_ptr() & 15)
+            if type(argument) not in _NUMBERS
+            else float  # of which Triton asks no more
+            if type(argument) is float
+            else argument
             for argument in arguments
         ]
+        if _SHORT_OFFSETS:
+            tensors = (one for one in arguments if type(one) not in _NUMBERS)
+            kinds.append(tuple(one.untyped_storage().size() < 2**31 for one in tensors))
         for place in self._unspecialized:  # integers: Triton asks no more than how wide they are
             kinds[place] = kinds[place].bit_length() // 32
         key = (device, *kinds, *constants.values())

@@ -284,6 +284,15 @@ def test_doctor_notices_a_wrong_or_failing_op(capfd, monkeypatch):
     assert "2 of 5 checks passed" in shown  # 1% lies within what bf16 may err
 
 
+def test_doctor_notices_a_gradient_of_nan(monkeypatch):
+    from secura_kernels import autograd
+    from secura_kernels.inspection.selfcheck import self_check
+
+    right = autograd.project.backward
+    monkeypatch.setattr(autograd.project, "backward", lambda *given: right(*given) * float("nan"))
+    assert {one.passed for one in self_check() if one.op != "effective_weight"} == {False}
+
+
 def test_doctor_notices_an_anchor_that_moves_something(capfd, monkeypatch):
     from secura.cli import doctor
 

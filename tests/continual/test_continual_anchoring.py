@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
 import shutil
 from itertools import cycle
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -24,7 +22,7 @@ import secura
 from secura import anchor
 from secura.cli import adapter_flags, arguments, main
 from secura.cli import anchoring as commands
-from secura.continual import AnchorCallback, AnchorDecayCallback, anchoring
+from secura.continual import AnchorCallback, AnchorDecayCallback
 
 
 def cored():
@@ -113,14 +111,6 @@ def test_decay_reaches_a_core_in_bf16():
     assert abs(shrunk - (1 - 5e-4 * 3) ** steps) < 0.01
 
 
-def test_a_stream_of_rows_is_trained_on_and_anchored(tmp_path):
-    callback = AnchorCallback(tokens=32)
-    run = trainer(tmp_path, cored(), [callback])
-    run.train_dataset = run.train_dataset.to_iterable_dataset()
-    run.train()
-    assert run.state.global_step == 4 and callback.report.tokens == 32
-
-
 def test_what_the_optimizer_knew_of_a_folded_core_is_forgotten(tmp_path):
     """Adam's moments are of coordinates that are gone."""
     model = cored()
@@ -142,28 +132,6 @@ def test_texts_that_cannot_be_read_are_refused_before_the_first_step(texts, mess
     with pytest.raises(ValueError, match=message):
         run.train()
     assert run.state.global_step == 0
-
-
-def test_batches_without_token_ids_are_refused_before_the_first_step(tmp_path):
-    def embedded(features):
-        random.random(), np.random.rand()
-        width = tiny.llama().config.hidden_size
-        return {"inputs_embeds": torch.randn(len(features), 4, width), "labels": torch.ones(1)}
-
-    run = trainer(tmp_path, cored(), [AnchorCallback()], collator=embedded)
-    with pytest.raises(ValueError, match="a batch has inputs_embeds, labels and no input_ids"):
-        run.train()
-    assert run.state.global_step == 0
-    callback = AnchorCallback()
-    before = torch.random.get_rng_state(), random.getstate()
-    known = np.random.get_state()[2]
-    loader = torch.utils.data.DataLoader(rows(), collate_fn=embedded)
-    with pytest.raises(ValueError, match="and no input_ids"):
-        callback.on_train_begin(None, None, None, model=run.model, train_dataloader=loader)
-    assert torch.equal(torch.random.get_rng_state(), before[0])
-    assert random.getstate() == before[1] and np.random.get_state()[2] == known
-    with pytest.raises(ValueError, match="a batch has list and no input_ids"):
-        anchoring._read([[{"prompt": "a"}]], 8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("callback", [AnchorCallback(), AnchorDecayCallback(1.0)])
@@ -219,21 +187,6 @@ def test_the_rate_of_what_is_no_core_is_not_looked_at(tmp_path):
     run.train()
 
 
-def test_packed_rows_are_read_text_by_text():
-    ids = torch.arange(3, 23)
-    packed = {"input_ids": ids[None], "position_ids": torch.tensor([[*range(7), *range(13)]])}
-    padded = {"input_ids": ids[None], "attention_mask": (ids > 5)[None].long()}
-    of_images = {"input_ids": ids[None], "position_ids": torch.zeros(3, 1, 20)}  # Qwen2-VL's
-    assert [text.tolist() for text in anchoring._read([of_images], 100, torch.device("cpu"))] == [
-        ids.tolist()
-    ]
-    found = anchoring._read([packed, padded], 100, torch.device("cpu"))
-    assert [text.tolist() for text in found] == [[*ids[:7]], [*ids[7:]], [*ids[3:]]]
-    assert len(anchoring._read([packed, padded], 20, torch.device("cpu"))) == 2
-    with pytest.raises(ValueError, match="a batch has pixel_values and no input_ids"):
-        anchoring._read([{"pixel_values": ids}], 8, torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -282,10 +235,12 @@ def test_train_anchors_and_says_so(source, base, data, tmp_path, capfd):  # noqa
     assert "anchored by old text" in (output / "README.md").read_text()
     assert main(["merge", "--adapter", str(output), "--output_dir", str(tmp_path / "m")]) == 0
     other = [*train_flags(base, data, output, *flags, *more), "--resume_from_checkpoint"]
-    if source == "text":  # which is not read again
+    if source == "text":  # which is not read again, whatever it is called now
         by.unlink()
         shutil.rmtree(output / "checkpoint-4")
-        assert main(other) == 0
+        named = other.index("--anchor") + 1
+        assert main([*other[:named], "moved.txt", *other[named + 1 :]]) == 0
+        fails([*other[:named], "self", *other[named + 1 :]], capfd, "anchor was", "is now 'self'")
     other[other.index("--anchor_decay") + 1] = "2"
     fails(other, capfd, "anchor_decay", "1", "2")
 
@@ -334,6 +289,8 @@ BAD = {
     "must be 0 or more": ["--core", "u", "--anchor_decay", "-1"],
     "no such file": ["--core", "u", "--anchor", "nowhere.txt"],
     "leave out --fold_every": ["--anchor", "--fold_every", "2"],
+    "--anchor_decay 0, or another --optim": ["--anchor", "--optim", "schedule_free_adamw"],
+    "--fold_every 0, or another --optim": ["--fold_every", "2", "--optim", "schedule_free_sgd"],
     "greedy does not tell": [
         *("--anchor", "--lr_scheduler_type", "greedy"),
         *("--eval_strategy", "steps", "--eval_steps", "2"),
@@ -396,3 +353,9 @@ def test_a_decay_that_would_do_nothing_is_refused(tmp_path):
         adapter.half()
     with pytest.raises(ValueError, match="a core U is in float16"):
         AnchorDecayCallback(1.0).on_train_begin(None, None, None, model=low)
+
+
+def test_rates_that_are_all_0_tell_no_decay(tmp_path):
+    run = trainer(tmp_path, cored(), [AnchorDecayCallback()], learning_rate=0.0)
+    with pytest.raises(ValueError, match="rates are all 0"):
+        run.train()

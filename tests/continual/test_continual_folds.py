@@ -81,3 +81,37 @@ def test_values_from_before_another_anchor_are_refused(tmp_path):
     trainer(tmp_path, model, [memory, AnchorCallback(fold=False)], max_steps=2).train()
     with pytest.raises(ValueError, match="anchored anew"), memory.applied(model):
         pass
+
+
+class ScheduleFree(torch.optim.SGD):
+    """What an optimizer has that keeps a second copy of its parameters."""
+
+    def train(self):
+        """Put the one copy into the parameters."""
+
+    def eval(self):
+        """Put the other."""
+
+
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [
+        (FoldCallback(2), "a fold"),
+        (AnchorDecayCallback(1.0), "anchor_decay"),
+        (AnchorDecayCallback(), "anchor_decay"),
+    ],
+)
+def test_an_optimizer_with_a_second_copy_is_refused_before_the_first_step(callback, what, tmp_path):
+    """It would go on from that copy, in which nothing was folded and nothing decayed."""
+    run = trainer(tmp_path, cored(), [callback])
+    run.optimizer = ScheduleFree([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=f"{what} does not reach the second copy that a Schedule"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_an_optimizer_with_a_second_copy_trains_where_nothing_is_folded(tmp_path):
+    run = trainer(tmp_path, cored(), [FoldCallback(0), AnchorDecayCallback(0.0)])
+    run.optimizer = ScheduleFree([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
+    run.train()
+    assert run.state.global_step == 4

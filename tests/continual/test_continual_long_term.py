@@ -9,8 +9,23 @@ import tiny
 import torch
 from continual_runs import ADAPTERS, adapted, losses, pad, parameters, rows, trainer
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+from trl import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from secura.continual import LongTermMemory
 from secura.continual.long_term import FILE
@@ -189,6 +204,22 @@ def test_the_next_task_goes_on_from_the_values_of_the_one_before(tmp_path):
         trainer(tmp_path / "third", adapted("secura"), [second], max_steps=1).train()
 
 
+def test_a_second_run_of_the_same_model_goes_on_from_its_values(tmp_path):
+    memory, model = LongTermMemory(), adapted()
+    trainer(tmp_path / "first", model, [memory], max_steps=2).train()
+    before = {name: value.clone() for name, value in memory.values.items()}
+    trainer(tmp_path / "second", model, [memory], max_steps=1).train()
+    for name, value in parameters(model).items():
+        torch.testing.assert_close(memory.values[name], 0.99 * before[name] + 0.01 * value)
+    other = adapted()
+    trainer(tmp_path / "third", other, [LongTermMemory(ema=1.0)], max_steps=1).train()
+    kept = LongTermMemory(ema=1.0)
+    kept.values = memory.values  # of another model
+    begin = parameters(other)
+    trainer(tmp_path / "fourth", other, [kept], max_steps=1).train()
+    tiny.assert_same(kept.values, begin)
+
+
 def test_the_best_checkpoint_brings_its_long_term_values(tmp_path):
     model, memory = adapted(), LongTermMemory(ema=0.5)
     run = trainer(
@@ -263,6 +294,36 @@ def test_runs_whose_loss_it_cannot_add_to_are_refused(settings):
     with pytest.raises(ValueError, match="adds to the model's own loss"):
         begun(model, **settings)
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, KTOConfig, GRPOConfig, RLOOConfig, RewardConfig])
+def test_trainers_that_make_a_loss_of_their_own_are_refused(kind, tmp_path):
+    """Of log-probabilities: what was added to them would change sign with the pair's other side."""
+    model, args = adapted(), kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    state = SimpleNamespace(global_step=0)
+    with pytest.raises(ValueError, match=f"with a {kind.__name__} take EWC, replay or weight=0"):
+        LongTermMemory().on_train_begin(args, state, None, model=model)
+    LongTermMemory(weight=0).on_train_begin(args, state, None, model=model)
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_models_that_score_other_positions_are_refused(kind):
+    model = {"t5": t5, "bert": bert}[kind]()
+    with pytest.raises(ValueError, match="is for causal language models"):
+        begun(model)
+    begun(model, weight=0)
+    assert not model._forward_hooks
+
+
+def t5():
+    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(config)
+
+
+def bert():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=32, intermediate_size=16, **sizes))
 
 
 def test_forwards_it_cannot_add_to_are_refused():

@@ -20,8 +20,11 @@ class Pointer:
 
     is_cuda = True
 
-    def __init__(self, place=0, dtype=torch.bfloat16, device=0):
-        self.place, self.dtype, self.device = place, dtype, device
+    def __init__(self, place=0, dtype=torch.bfloat16, device=0, size=64):
+        self.place, self.dtype, self.device, self.size = place, dtype, device, size
+
+    def untyped_storage(self):
+        return SimpleNamespace(size=lambda: self.size)
 
     def data_ptr(self):
         return self.place
@@ -106,7 +109,7 @@ def test_the_second_launch_goes_to_the_code_of_the_first(kernel):
         {"pointer": Pointer(device=1)},
         {"size": 9},
         {"size": 2**40},
-        {"scale": 0.25},
+        {"scale": 1},
         {"BLOCK": 32},
         {"num_warps": 8},
         {"WIDE": False},
@@ -126,7 +129,26 @@ def test_a_number_that_triton_does_not_specialize_counts_by_its_width(a_driver):
     assert [given[-4] for given in kernel.jit.fast] == [9, 1, 0, 16, 2**31 - 1]
     assert start(kernel, size=2**31) == (2, 5)
     assert start(kernel, size=2**40) == (2, 6)
-    assert start(kernel, scale=0.25) == (3, 6)
+    assert start(kernel, grid=(7,)) == (2, 7)
+
+
+def test_a_fraction_is_one_whatever_its_value(kernel):
+    """Such as a scale with a schedule; 1.0 is no 1, which Triton makes a constant of."""
+    start(kernel, scale=1)
+    assert start(kernel, scale=1.0) == (2, 0)
+    assert start(kernel, scale=0.25) == (2, 1)
+    assert kernel.jit.fast[0][-3] == 0.25
+
+
+def test_a_tensor_of_more_than_2_gib_takes_other_code_on_rocm(kernel, monkeypatch):
+    """Triton makes offsets of 32 bits for smaller ones there."""
+    small, large = Pointer(size=2**31 - 1), Pointer(size=2**31)
+    start(kernel, small)
+    assert start(kernel, large) == (1, 1)
+    monkeypatch.setattr(launch, "_SHORT_OFFSETS", True)
+    start(kernel, small)
+    assert start(kernel, large) == (3, 1)
+    assert start(kernel, large) == (3, 2) and start(kernel, small) == (3, 3)
 
 
 def test_hooks_and_other_devices_see_every_launch(kernel, monkeypatch):

@@ -144,7 +144,7 @@ def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
         with pytest.raises(RuntimeError, match="no kernel takes float"):
             dispatch.supported("triton", low, other)
     asked = []
-    monkeypatch.setattr(api, "supported", lambda impl, *of: asked.append(of) or "reference")
+    monkeypatch.setattr(api, "settled", lambda impl, *of: asked.append(of) or "reference")
     for options in OPTIONS:
         example = draw(options)
         example.output()
@@ -162,6 +162,22 @@ def test_an_operator_that_gets_a_tensor_subclass_is_one(place):
     assert not dispatch.is_watched(*arguments)
     arguments[place] = arguments[place].as_subclass(Sharded)
     assert dispatch.is_watched(*arguments) and dispatch.is_watched(None, arguments)
+
+
+class Other(torch.Tensor):
+    """A tensor subclass whose operators are torch's own."""
+
+
+@pytest.mark.parametrize("name", ["bias", "rows", "cols", "core", "columns", "gram", "base_norms"])
+def test_any_tensor_of_a_layer_that_is_a_subclass_is_seen(name, monkeypatch):
+    example = draw(NormOptions("channel"), folded="change")
+    layer = example.layer._replace(columns=example.layer.weight[:, example.layer.cols])
+    seen = []
+    monkeypatch.setattr(api, "is_watched", lambda *of: seen.append(dispatch.is_watched(*of)) or 0)
+    example._replace(layer=layer).output()
+    changed = layer._replace(**{name: getattr(layer, name).as_subclass(Other)})
+    example._replace(layer=changed).output()
+    assert seen == [False, True]
 
 
 def test_fake_tensors_see_the_operator_outside_their_mode():

@@ -77,7 +77,7 @@ def weight(
 
     Args:
         x: ``[T, K]`` in the compute dtype.
-        w: ``W [N, K]``, any floating dtype and strides.
+        w: ``W [N, K]``, fp16 to fp64, any strides.
         bias: ``b [N]`` or None.
         rows: ``[m]`` int64.
         terms: :class:`~secura_kernels.ops.common.Terms` without z_scale, for there is no z.
