@@ -26,8 +26,8 @@ from torch import Tensor
 
 from . import naive
 from .autograd import SPACES, SecuraFunction
-from .checks import FLOATS, check_call, check_floats, check_trained, check_weight
-from .dispatch import compute_dtype, is_watched, resolve, settled, without_autocast
+from .checks import FLOATS, check_call, check_trained
+from .dispatch import SETTLED, compute_dtype, is_watched, resolve, supported, without_autocast
 from .layer import Layer, cores
 from .norm import pack
 from .ops import flops
@@ -77,10 +77,12 @@ def secura_linear(
     """
     if layer.weight is None:
         raise ValueError("the layer has no weight: call secura_add with the base's own output")
-    check_weight(layer.weight)
-    if x.dim() == 0 or x.shape[-1] != layer.weight.shape[1]:
-        raise ValueError(f"x {list(x.shape)} does not fit the weight {list(layer.weight.shape)}")
-    n = layer.weight.shape[0]
+    shape = layer.weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"weight {list(shape)} must be [N, K]")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit the weight {list(shape)}")
+    n = shape[0]
     return _run(x, n, compute_dtype(x), layer, a, b, delta_bias, z_scale, impl, given=False)
 
 
@@ -154,12 +156,11 @@ def effective_weight(
         raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
     if w is None:
         raise ValueError("the layer has no weight to make another of")
-    check_weight(w)
+    check_call(None, w.shape[0] if w.dim() else 0, (), layer, a, b, None, None)
     dtype = dtype or w.dtype
     if dtype not in FLOATS:
         raise TypeError(f"a weight in {dtype} is not made: choose fp16, bf16, fp32 or fp64")
     seed = rounding_seed(layer, dtype)
-    check_call(w.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
     with torch.no_grad(), without_autocast(w.device.type):
         p, p_base = _projections(call, a, b)
@@ -188,7 +189,7 @@ def additive_product(
     source = layer.weight if layer.columns is None else layer.columns
     if source is None:
         raise ValueError("the layer has neither weight nor columns, of which P is made")
-    check_call(source.shape[0], (), layer, a, b, None, None)
+    check_call(None, source.shape[0], (), layer, a, b, None, None)
     call = _call(layer, False, True, impl)
     with without_autocast(a.device.type):
         p, p_base = _projections(call, a, b)
@@ -230,9 +231,8 @@ def _run(
     given: bool,
 ) -> Tensor:
     """Check, flatten, choose the implementation, and run the layer in ``dtype``."""
-    check_floats(("the input", x))
     lead = x.shape[:-1]
-    check_call(n, lead, layer, a, b, delta_bias, z_scale)
+    check_call(x, n, lead, layer, a, b, delta_bias, z_scale)
     w, bias, columns = layer.weight, layer.bias, layer.columns
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
@@ -253,14 +253,16 @@ def _run(
         with without_autocast(x.device.type):
             out = function(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
         return out.to(dtype)
-    watched = is_watched(x, a, b, delta_bias, z_scale, *layer.tensors)
+    of_layer = w, bias, layer.rows, layer.cols, layer.core, columns, layer.gram, layer.base_norms
+    watched = is_watched(x, a, b, delta_bias, z_scale, *of_layer, layer.restrain)
     total = None
     if layer.shares_input and not given:
         x, total = shared(x, dtype)
     elif x.dtype != dtype:
         x = x.to(dtype)
     if not watched:
-        impl = settled(impl, x, layer.weight, layer.columns, a, b)
+        impl = supported(impl, x, layer.weight, layer.columns, a, b)
+        impl = SETTLED if impl == "triton" else impl
     call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
     return SecuraFunction.apply(x, a, b, delta_bias, z_scale, call)
 

@@ -7,6 +7,7 @@ one. What a space saves stands in its folder's ``op.py``.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,9 @@ def _flat(tensor: Tensor) -> Tensor:
     lead = tensor.shape[:-1]
     return tensor if len(lead) == 1 else tensor.reshape(math.prod(lead), tensor.shape[-1])
 
+
+_version = operator.attrgetter("_version")
+"""How often a tensor was written to."""
 
 _unflatten = torch.ops.aten._unsafe_view.default
 """A view that autograd does not take for one: into a function's view nobody may write."""
@@ -99,20 +103,17 @@ def _output(
     u, u_base = once(held, "U", cores, call.layer, a, b)
     scale = None if z_scale is None else _flat(z_scale)
     needs_p = call.differentiates and (needs[1] or needs[2])
-    ctx.sources = _versions(call) if needs_p and not call.watched else ()
+    layer = call.layer
+    sources: Any = (layer.weight, layer.cols) if layer.columns is None else (layer.columns,)
+    if not needs_p or call.watched or sources[0] is None or any(map(Tensor.is_inference, sources)):
+        sources = ()
+    ctx.sources, ctx.written = sources, tuple(map(_version, sources))
     step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
     ctx.layers, ctx.has_b = None if held is None else held.layers, b is not None
     ctx.save_for_backward(a, b, *saved)
     return out if flat else _unflatten(out, (*shape[:-1], out.shape[-1]))
-
-
-def _versions(call: Call) -> list[tuple[Tensor, int]]:
-    """What C is made of, and how often each was written to: the backward pass makes it again."""
-    layer = call.layer
-    sources = (layer.weight, layer.cols) if layer.columns is None else (layer.columns,)
-    return [(one, one._version) for one in sources if one is not None and not one.is_inference()]
 
 
 def _gradients(
@@ -145,7 +146,7 @@ def _gradients(
     if wanted[1] and ctx.layers is not None and _is_for_grad(ctx):
         dp = call.layer.held.add(dp, ctx.layers)
     if wanted[1] and dp is not None:
-        if not call.watched and any(one._version != before for one, before in ctx.sources):
+        if not call.watched and tuple(map(_version, ctx.sources)) != ctx.written:
             raise RuntimeError(
                 "the weight, the indices or the columns that C is of were written to between the "
                 "forward pass and its backward pass, which reads them again"

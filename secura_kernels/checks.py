@@ -14,24 +14,8 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 """What the ops compute of: numbers of 8 bits have a scale that an op does not see."""
 
 
-def check_floats(*operands: tuple[str, Tensor | None]) -> None:
-    """Raise ``TypeError`` for a named operand whose dtype is none of :data:`FLOATS`."""
-    for name, tensor in operands:
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}: the ops take floating numbers, in fp16, bf16, fp32 or "
-                "fp64"
-            )
-
-
-def check_weight(weight: Tensor) -> None:
-    """Raise where a weight is no matrix: ``ValueError``, or ``TypeError`` of its dtype."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight {list(weight.shape)} must be [N, K]")
-    check_floats(("the weight", weight))
-
-
 def check_call(
+    x: Tensor | None,
     n: int,
     lead: Sequence[int],
     layer: Layer,
@@ -40,7 +24,7 @@ def check_call(
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
 ) -> None:
-    """Raise ``ValueError`` for what does not fit a layer of N outputs and ``lead`` tokens.
+    """Raise ``ValueError`` for what does not fit a layer of N outputs and x of ``lead`` tokens.
 
     ``TypeError`` for operands that are none of :data:`FLOATS`.
     """
@@ -65,7 +49,12 @@ def check_call(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
-    check_floats(
+    weight = layer.weight
+    if weight is not None and (weight.dim() != 2 or weight.shape[0] != n):
+        raise ValueError(f"weight {list(weight.shape)} must be [{n}, K] beside {n} outputs")
+    for name, tensor in (
+        ("the weight", weight),
+        ("the input", x),
         ("a", a),
         ("b", b),
         ("bias", layer.bias),
@@ -73,12 +62,11 @@ def check_call(
         ("core", layer.core),
         ("columns", columns),
         ("z_scale", z_scale),
-    )
-    if layer.weight is not None:
-        check_weight(layer.weight)
-        if layer.weight.shape[0] != n:
-            raise ValueError(
-                f"weight {list(layer.weight.shape)} must be [{n}, K] beside {n} outputs"
+    ):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} is {tensor.dtype}: the ops take floating numbers, in fp16, bf16, fp32 or "
+                "fp64"
             )
     if important is not None and important.dtype != torch.bool:
         raise ValueError(f"important is {important.dtype}, and must be bool")
@@ -121,4 +109,4 @@ def check_trained(layer: Layer, given: bool) -> None:
         raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
 
 
-__all__ = ["FLOATS", "check_call", "check_floats", "check_trained", "check_weight"]
+__all__ = ["FLOATS", "check_call", "check_trained"]

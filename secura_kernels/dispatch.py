@@ -26,8 +26,8 @@ from ._ops import add_op_namespace_prefix
 from .gpu import assumed, too_old
 
 IMPLS = ("auto", "triton", "reference")
-_SETTLED = "settled"
-"""The implementation of an op whose tensors were all found to be such as kernels take."""
+SETTLED = "settled"
+"""The ``impl`` of ops that are given tensors all of which kernels were found to take."""
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -105,14 +105,9 @@ def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
     return found
 
 
-def settled(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
-    """:func:`supported` of all tensors of a call, for :func:`kernels` to be asked no more."""
-    return _SETTLED if supported(impl, first, *others) == "triton" else "reference"
-
-
 def kernels(package: str, impl: str | None, *tensors: Tensor) -> ModuleType | None:
     """The kernels of an op's package, its module ``triton``, where they take ``tensors``."""
-    if impl == _SETTLED:
+    if impl == SETTLED:
         return _kernels(package)
     if impl == "reference" or supported(impl, *tensors) != "triton":
         return None
@@ -242,6 +237,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 __all__ = [
     "IMPLS",
+    "SETTLED",
     "absent",
     "alone",
     "as_dtype",
@@ -253,7 +249,6 @@ __all__ = [
     "kernels",
     "op",
     "resolve",
-    "settled",
     "supported",
     "triton_missing",
     "why_not_triton",

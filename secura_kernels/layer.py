@@ -67,13 +67,6 @@ class Layer(NamedTuple):
     held: Held | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors of the layer."""
-        frozen = self.weight, self.bias, self.rows, self.cols, self.core, self.columns
-        important = None if self.restrain is None else self.restrain.important
-        return *frozen, self.gram, self.base_norms, important
-
-    @property
     def replaces_product(self) -> bool:
         """Whether the layer multiplies by another weight than W, so that W itself is needed."""
         return self.options.replaces_product or self.rounding_seed is not None

@@ -39,7 +39,8 @@ COMBINES = ("averaged", "gated")
 REFERENCES = ("folded", "pretrained")
 SAVES = ("recompute", "8bit")
 
-_SMALLEST_PEAK = 1e-30
+SMALLEST_PEAK = 1e-30
+"""What a smaller ρmax counts as, so that `paper` divides by none that is 0."""
 _SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 
@@ -231,7 +232,7 @@ def coefficients(norm: Norm, peak: Tensor | None, like: Tensor) -> tuple[Tensor,
         return slope, offset
     assert peak is not None
     if norm.form == "paper":
-        slope = slope / peak.to(dtype).clamp(min=_SMALLEST_PEAK)
+        slope = slope / peak.to(dtype).clamp(min=SMALLEST_PEAK)
     still = peak == 0
     return slope.masked_fill(still, 0.0), offset.masked_fill(still, -math.inf)
 

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..norm import Norm
+from ..norm import SMALLEST_PEAK, Norm
 from .launch import Kernel
+
+_SMALLEST_PEAK = tl.constexpr(SMALLEST_PEAK)
 
 
 @Kernel
@@ -23,7 +25,7 @@ def _gain_scalars_kernel(
             peak = tl.maximum(peak, tl.load(peaks_ptr + offs, offs < count, other=0.0))
         peak = tl.max(peak)
         if FORM == "paper":
-            slope = scale / tl.maximum(peak, 1e-30)
+            slope = scale / tl.maximum(peak, _SMALLEST_PEAK)
             offset = -0.5 * scale
         slope = tl.where(peak == 0.0, 0.0, slope)
         offset = tl.where(peak == 0.0, float("-inf"), offset)

@@ -144,7 +144,7 @@ def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
         with pytest.raises(RuntimeError, match="no kernel takes float"):
             dispatch.supported("triton", low, other)
     asked = []
-    monkeypatch.setattr(api, "settled", lambda impl, *of: asked.append(of) or "reference")
+    monkeypatch.setattr(api, "supported", lambda impl, *of: asked.append(of) or "reference")
     for options in OPTIONS:
         example = draw(options)
         example.output()
