@@ -266,9 +266,10 @@ def _marks(table: Sequence[Sequence[str]]) -> str:
 def _question_errors(record: Record) -> tuple[float, float]:
     """The least and the largest standard error of a probe's accuracy, as a share of it."""
     shares = [
-        math.sqrt((1 - probe.base_accuracy_norm) / (probe.n * probe.base_accuracy_norm))
+        math.sqrt((1 - accuracy) / (probe.n * accuracy))
         for probe in record.probes.values()
-        if probe.base_accuracy_norm
+        for accuracy in (probe.base_accuracy_norm, probe.base_accuracy)
+        if accuracy
     ]
     return (min(shares), max(shares)) if shares else (math.nan, math.nan)
 
