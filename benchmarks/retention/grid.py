@@ -138,10 +138,12 @@ _WITH_OWN_SAMPLES = {"ewc-self": 3e-3, "replay-self": 3e-3}
 # Decided after those: EWC of the samples held harder, and after two seeds of that the core too;
 # after the first two tasks of that core, the decay that `secura train --anchor` takes for 64 steps
 # of this schedule, 59, and a harder one.
+HARD_EWC = "ewc-self@strength=1e5"
+BY_LENGTH, HARD = (BEST.replace("decay=30", f"decay={decay}") for decay in (59, 100))
 _HELD_HARDER = {
-    "ewc-self@strength=1e5": 3e-3,
-    BEST.replace("decay=30", "decay=100"): BEST_RATES[0],
-    BEST.replace("decay=30", "decay=59"): BEST_RATES[0],
+    HARD_EWC: 3e-3,
+    HARD: BEST_RATES[0],
+    BY_LENGTH: BEST_RATES[0],
     BEST.replace("decay=30", "decay=300"): BEST_RATES[0],
 }
 # Decided after the core of `gemma` had stopped learning at half of its steps.
@@ -246,4 +248,15 @@ STAGES: dict[str, Stage] = {
 }
 """By the name of the stage's folder. The rates of ``sequence`` are read off ``screen``."""
 
-__all__ = ["BEST", "GSM8K", "SEQUENCE", "STAGES", "Stage", "front", "in_sequence"]
+__all__ = [
+    "BEST",
+    "BY_LENGTH",
+    "GSM8K",
+    "HARD",
+    "HARD_EWC",
+    "SEQUENCE",
+    "STAGES",
+    "Stage",
+    "front",
+    "in_sequence",
+]

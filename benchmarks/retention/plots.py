@@ -1,14 +1,17 @@
-"""The picture: learned to the right, KL upwards, a line a method, the base model at the origin."""
+"""The pictures: what was learned against the KL, of one task and of several in turn."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.retention.grid import BEST
 from benchmarks.retention.methods import get_method
-from benchmarks.retention.summary import REFERENCE, SCALED, Front, kl_of, learned, unseen
+from benchmarks.retention.summary import REFERENCE, SCALED, Front, InTurn, kl_of, learned, unseen
 from secura._extras import require
 
 _LOOKS: dict[str, tuple[str, str]] = {
@@ -35,6 +38,15 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "anchored-channel": ("#2E94D6", ">"),
 }
 _OTHER = ("#999999", ".")
+_IN_TURN = {
+    "anchored-self@rank=128": _LOOKS[BEST],
+    "ewc": ("#8A7A3A", "^"),
+    "er": ("#5F4300", "P"),
+    "i-lora": ("#C23B22", "8"),
+    "secura-weight@norm_reference=pretrained": ("#1E7B45", "v"),
+}
+_STRENGTH = re.compile(r"(?:decay|strength)=[^,]+")
+"""Of a method's name, how hard it is held."""
 
 
 def draw_front(front: Front, title: str) -> Any:
@@ -91,6 +103,58 @@ def _points(front: Front, method: str, kinds: list[str]) -> list[tuple[float, fl
     ]
 
 
+def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
+    """A figure of tasks learned in turn: the loss of all of them against the KL, after the last.
+
+    A marker a method, the mean over seeds, each of which is a small dot; lower and further left is
+    better. A line joins one method at several strengths of what holds it. On the left all; on the
+    right those that drift less than half as far as LoRA, with the strengths beside them.
+    """
+    figure_class = require("matplotlib.figure", "bench").Figure
+    figure = figure_class(figsize=(11, 4.8), dpi=150, layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    plain = [fmean(run.kl.values()) for run in runs if run.method == REFERENCE]
+    edge = min(plain, default=math.inf) / 2
+    methods: dict[str, list[InTurn]] = {}
+    for run in sorted(runs, key=lambda run: fmean(run.kl.values())):
+        methods.setdefault(_STRENGTH.sub("", run.method).rstrip("@,"), []).append(run)
+    for method, strengths in methods.items():
+        colour, marker = _IN_TURN.get(method) or _LOOKS.get(method, _OTHER)
+        look = {"color": colour, "marker": marker, "markersize": 6}
+        _draw_strengths(whole, strengths, label=get_method(method).title, **look)
+        close = [run for run in strengths if fmean(run.kl.values()) < edge]
+        _draw_strengths(near, close, **look)
+        for run in close if len(strengths) > 1 else ():
+            if held := _STRENGTH.search(run.method):
+                place = fmean(run.kl.values()), fmean(run.loss.values())
+                around = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": 8}
+                near.annotate(held[0].replace("=", " "), place, color=colour, **around)
+    seeds = {len(run.kl) for run in runs}
+    count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    whole.set(title=title, ylabel=f"held-out loss of all tasks, means over {count} seeds")
+    near.set(title="less than half of LoRA's KL")
+    for axes in (whole, near):
+        axes.set(xscale="log", xlabel="KL(base ‖ tuned) on old texts, nats a token")
+        axes.spines[["top", "right"]].set_visible(False)
+    whole.legend(frameon=False, fontsize=7, loc="upper left")
+    return figure
+
+
+def _draw_strengths(axes: Any, runs: Sequence[InTurn], **look: Any) -> None:
+    """Draws a method's seeds, and its means at each strength joined."""
+    for run in runs:
+        seeds = [(run.kl[seed], run.loss[seed]) for seed in run.kl]
+        axes.plot(*zip(*seeds, strict=True), ".", color=look["color"], alpha=0.4, markersize=4)
+    if runs:
+        means = [(fmean(run.kl.values()), fmean(run.loss.values())) for run in runs]
+        axes.plot(*zip(*means, strict=True), **look)
+
+
+def write_sequence(runs: Sequence[InTurn], path: Path, title: str) -> None:
+    """Writes the picture as a PNG; the same runs give the same bytes."""
+    draw_sequence(runs, title).savefig(path, metadata={"Software": None})
+
+
 def write_front(front: Front, path: Path, title: str) -> None:
     """Writes the picture as a PNG; the same records give the same bytes."""
     draw_front(front, title).savefig(path, metadata={"Software": None})
@@ -112,4 +176,4 @@ def _top(front: Front, kinds: list[str]) -> float:
     return 2 * worst
 
 
-__all__ = ["draw_front", "write_front"]
+__all__ = ["draw_front", "draw_sequence", "write_front", "write_sequence"]

@@ -13,7 +13,7 @@ from statistics import fmean
 from benchmarks.retention.figures import NOTHING, interval, markdown, percent, plus_minus
 from benchmarks.retention.grid import BEST, STAGES
 from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
-from benchmarks.retention.plots import write_front
+from benchmarks.retention.plots import write_front, write_sequence
 from benchmarks.retention.record import Record, read_all
 from benchmarks.retention.sequence_report import sequence_table
 from benchmarks.retention.summary import (
@@ -25,6 +25,7 @@ from benchmarks.retention.summary import (
     Front,
     estimate,
     learned,
+    sequences,
     unseen,
 )
 
@@ -70,7 +71,7 @@ def write_report(folder: Path) -> Path:
     for stage, records in sorted(stages.items()):
         parts += [f"## {stage}", "", *_about(records), ""]
         if any(len(record.cell.tasks) > 1 for record in records):
-            parts += [sequence_table(records), ""]
+            parts += _sequences(stage, records, folder)
         elif len({record.cell.method for record in records}) > 1:
             parts += _fronts(stage, records, folder)
         parts += [
@@ -84,6 +85,15 @@ def write_report(folder: Path) -> Path:
     path = folder / REPORT
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+def _sequences(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
+    """A picture and the tables of a stage of tasks in turn; the tables alone where one was run."""
+    parts, runs = [], sequences(records)
+    if len(runs) > 1:
+        write_sequence(runs, folder / f"{stage}.png", f"{stage}: tasks in turn")
+        parts += [f"![Learned and drifted, tasks in turn]({stage}.png)", ""]
+    return [*parts, sequence_table(records), ""]
 
 
 def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:

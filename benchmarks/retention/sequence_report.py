@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.retention.figures import NOTHING, markdown, plus_minus
-from benchmarks.retention.grid import BEST
+from benchmarks.retention.grid import BEST, BY_LENGTH, HARD, HARD_EWC
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Record
 from benchmarks.retention.summary import (
@@ -22,12 +22,15 @@ from benchmarks.retention.summary import (
 
 _M1 = "secura-weight"
 _BESIDE = {
-    BEST: "the anchored core, which stores 2 m² numbers a layer",
+    BEST: "the anchored core, which stores 2 m² numbers a layer, with a decay of 30",
+    BY_LENGTH: "the core with the decay that its rule takes for these steps",
+    HARD: "the core held harder, with a decay of 100",
     _M1: "the paper's averaged weight, folded between tasks",
     "er": "replay, which stores the earlier tasks",
     "ewc": "EWC, which stores two numbers for each trained parameter",
     "replay-self": "replay of the model's own samples too, which it stores",
     "ewc-self": "EWC of the model's own samples too",
+    HARD_EWC: "the same EWC held harder",
 }
 """Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _NO_PAIRS = (NOTHING,) * 3
@@ -61,7 +64,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
             parts += [f"Against {keeps}, the same:", markdown(head, stored)]
-    for reference in (REFERENCE, RIVAL, BEST, _M1):
+    for reference in (REFERENCE, RIVAL, BEST, BY_LENGTH, _M1):
         parts += _after_each(found, reference)
     return "\n\n".join(parts)
 

@@ -31,7 +31,7 @@ The anchored core (:func:`secura.anchor`) stores no data either: at a task's end
 added to those of old text, and what was learned is folded::
 
     secura.anchor(model, tokenizer=tokenizer)
-    trainer = Trainer(model, ..., callbacks=[AnchorCallback(), AnchorDecayCallback(30)])
+    trainer = Trainer(model, ..., callbacks=[AnchorCallback(), AnchorDecayCallback()])
 
 Its callbacks are not refused under sharded training, in which they have not been tried within a
 Trainer. The others work under one process and under DDP. Sharded training (FSDP, DeepSpeed) keeps

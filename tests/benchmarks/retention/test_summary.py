@@ -16,6 +16,7 @@ from benchmarks.retention.record import Measure, Probe, Record, Score
 from benchmarks.retention.summary import (
     SCALED,
     Front,
+    InTurn,
     difference,
     estimate,
     kl_of,
@@ -381,3 +382,17 @@ def test_the_questions_own_error_stands_beside_the_seeds():
 def test_an_empty_folder_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="holds no results"):
         report.write_report(tmp_path)
+
+
+def test_a_picture_of_tasks_in_turn_joins_the_strengths_of_one_method():
+    held = {"lora": (3.0, 0.5), "ewc-self": (2.0, 0.2), "ewc-self@strength=1e5": (2.5, 0.1)}
+    runs = [
+        InTurn(method, "mlp", 1e-3, 64, {0: loss, 1: loss}, {}, {4: {0: kl, 1: kl}})
+        for method, (loss, kl) in held.items()
+    ]
+    whole, near = plots.draw_sequence(runs, "a title").axes
+    for axes, shown in ((whole, [[2.5, 2.0], [3.0]]), (near, [[2.5, 2.0]])):
+        means = [line.get_ydata() for line in axes.lines if line.get_marker() != "."]
+        assert [list(values) for values in means] == shown
+        assert len(axes.lines) == len(means) + len(runs) - (axes is near)
+    assert [text.get_text() for text in near.texts] == ["strength 1e5"]
