@@ -38,13 +38,7 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         self._period: int | None = None
 
     def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         """Settle how often to fold, before the first step is paid for."""
         assert model is not None
@@ -57,7 +51,7 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             )
         self._period = max(periods, default=0)
         if self._period:
-            check_sole_copy(optimizer, "a fold")
+            check_sole_copy(kwargs.get("optimizer"), "a fold")
         for adapter, _ in active_adapters(model).values():
             adapter.folds = True
 
