@@ -58,7 +58,9 @@ def check_sole_copy(optimizer: Any, what: str) -> None:
 
     Those are told by their own ``train()`` and ``eval()``, as transformers tells them.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds it
+    inner = optimizer
+    while hasattr(inner, "optimizer"):  # accelerate's holds it
+        inner = inner.optimizer
     if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
         raise ValueError(
             f"{what} does not reach the second copy that a {type(inner).__name__} keeps of the "

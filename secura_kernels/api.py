@@ -27,7 +27,14 @@ from torch import Tensor
 from . import naive
 from .autograd import SPACES, SecuraFunction
 from .checks import FLOATS, check_call, check_trained
-from .dispatch import SETTLED, compute_dtype, is_watched, resolve, supported, without_autocast
+from .dispatch import (
+    SETTLED,
+    check_known,
+    compute_dtype,
+    is_watched,
+    supported,
+    without_autocast,
+)
 from .layer import Layer, cores
 from .norm import pack
 from .ops import flops
@@ -244,7 +251,7 @@ def _run(
             raise ValueError(
                 "torch.jit.trace needs W itself for 'channel': merge the adapter first"
             )
-        resolve(impl, x)
+        check_known(impl or "auto")
         if impl == "triton":
             why = "the layer's own weight is trained" if trained else "torch.jit.trace is at work"
             raise RuntimeError(f"impl='triton' cannot run: {why}, which plain torch computes")

@@ -26,8 +26,13 @@ from ._ops import add_op_namespace_prefix
 from .gpu import assumed, too_old
 
 IMPLS = ("auto", "triton", "reference")
-SETTLED = "settled"
-"""The ``impl`` of ops that are given tensors all of which kernels were found to take."""
+
+
+class _Settled(str):
+    """The ``"triton"`` of a call whose tensors were all found to be such as kernels take."""
+
+
+SETTLED = _Settled("triton")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -81,8 +86,7 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     impl = impl or os.environ.get("SECURA_IMPL", "auto")
     if impl == "reference":
         return impl
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
+    check_known(impl)
     if impl == "auto" and not tensor.is_cuda:
         return "reference"
     reason = why_not_triton(tensor)
@@ -91,6 +95,12 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='auto' or 'reference'")
     return "reference"
+
+
+def check_known(impl: str) -> None:
+    """Raise ``ValueError`` for an unknown ``impl``."""
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
 
 
 def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
@@ -107,7 +117,7 @@ def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
 
 def kernels(package: str, impl: str | None, *tensors: Tensor) -> ModuleType | None:
     """The kernels of an op's package, its module ``triton``, where they take ``tensors``."""
-    if impl == SETTLED:
+    if impl is SETTLED:
         return _kernels(package)
     if impl == "reference" or supported(impl, *tensors) != "triton":
         return None
@@ -241,6 +251,7 @@ __all__ = [
     "absent",
     "alone",
     "as_dtype",
+    "check_known",
     "compute_dtype",
     "exporting_to_onnx",
     "interpreting",

@@ -46,7 +46,7 @@ _IN_TURN = {
     "secura-weight@norm_reference=pretrained": ("#1E7B45", "v"),
 }
 _STRENGTH = re.compile(r"(?:decay|strength)=[^,]+")
-"""Of a method's name, how hard it is held."""
+"""Of a method's name, how hard it is held; the last of its settings."""
 
 
 def draw_front(front: Front, title: str) -> Any:
@@ -115,13 +115,15 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
     whole, near = figure.subplots(1, 2)
     plain = [fmean(run.kl.values()) for run in runs if run.method == REFERENCE]
     edge = min(plain, default=math.inf) / 2
-    methods: dict[str, list[InTurn]] = {}
-    for run in sorted(runs, key=lambda run: fmean(run.kl.values())):
-        methods.setdefault(_STRENGTH.sub("", run.method).rstrip("@,"), []).append(run)
-    for method, strengths in methods.items():
-        colour, marker = _IN_TURN.get(method) or _LOOKS.get(method, _OTHER)
+    methods: dict[tuple, list[InTurn]] = {}
+    for run in sorted(runs, key=_how_hard):
+        weaker = _STRENGTH.sub("", run.method).rstrip("@,")
+        methods.setdefault((weaker, run.targets, run.rate, run.steps), []).append(run)
+    for (method, *_), strengths in methods.items():
+        shown = strengths[0].method if len(strengths) == 1 else method
+        colour, marker = _IN_TURN.get(method) or _LOOKS.get(shown, _OTHER)
         look = {"color": colour, "marker": marker, "markersize": 6}
-        _draw_strengths(whole, strengths, label=get_method(method).title, **look)
+        _draw_strengths(whole, strengths, label=get_method(shown).title, **look)
         close = [run for run in strengths if fmean(run.kl.values()) < edge]
         _draw_strengths(near, close, **look)
         for run in close if len(strengths) > 1 else ():
@@ -132,12 +134,19 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
     seeds = {len(run.kl) for run in runs}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     whole.set(title=title, ylabel=f"held-out loss of all tasks, means over {count} seeds")
-    near.set(title="less than half of LoRA's KL")
+    if plain:
+        near.set(title="less than half of LoRA's KL")
     for axes in (whole, near):
         axes.set(xscale="log", xlabel="KL(base ‖ tuned) on old texts, nats a token")
         axes.spines[["top", "right"]].set_visible(False)
     whole.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
+
+
+def _how_hard(run: InTurn) -> tuple[float, float]:
+    """By what the strengths of one method are in order."""
+    method = get_method(run.method)
+    return method.decay, method.strength
 
 
 def _draw_strengths(axes: Any, runs: Sequence[InTurn], **look: Any) -> None:

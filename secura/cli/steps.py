@@ -9,6 +9,7 @@ from secura._extras import require
 from secura.cli.errors import UserError, one_line
 
 _INFINITY = float("inf")
+_LAYERWISE = "_layerwise"
 _AT_LEAST = {
     "weight_decay": 0.0,
     "neftune_noise_alpha": 0.0,
@@ -70,10 +71,9 @@ def check_optimizer(trainer: Any) -> None:
     args = trainer.args
     stand_in = [torch.nn.Parameter(torch.zeros(1, 1))]
     try:
-        if not _hooks_in(args):
-            kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-            if kind.__module__.startswith("torch."):
-                kind(stand_in, **settings)
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(_unhooked(args), trainer.model)
+        if kind.__module__.startswith("torch."):
+            kind(stand_in, **settings)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"--optim {_plain(args.optim)}: {one_line(error)}") from error
     try:
@@ -96,13 +96,17 @@ def unread_settings(trainer: Any) -> list[str]:
 
     Transformers reads of them what its way of building that optimizer asks for, and no more.
     """
-    args = trainer.args
-    if _hooks_in(args):
-        return []
-    built, name = _numbers(trainer, args), _plain(args.optim)
+    args = _unhooked(trainer.args)
+    built, name = _numbers(trainer, args), _plain(trainer.args.optim)
     given = (args.optim_args or "").replace(" ", "").split(",")
-    lesser = [(f"--optim_args {one}", ",".join({*given} - {one})) for one in given if one]
-    fewer = [(flag, _with(args, optim_args=rest or None)) for flag, rest in lesser]
+    fewer = [
+        (
+            f"--optim_args {one}",
+            _with(args, optim_args=",".join(other for other in given if other != one) or None),
+        )
+        for one in given
+        if one
+    ]
     if args.optim_target_modules is not None:
         fewer.append(("--optim_target_modules", _with(args, optim_target_modules=None)))
     return [
@@ -112,9 +116,15 @@ def unread_settings(trainer: Any) -> list[str]:
     ]
 
 
-def _hooks_in(args: Any) -> bool:
-    """Whether building the optimizer already puts it on the model, which is to be done once."""
-    return _plain(args.optim).endswith("layerwise")
+def _unhooked(args: Any) -> Any:
+    """The arguments, with the optimizer that a layer-wise one makes of each parameter.
+
+    Building a layer-wise one puts it on the model, which is to be done once.
+    """
+    name = _plain(args.optim)
+    if not name.endswith(_LAYERWISE):
+        return args
+    return _with(args, optim=type(args.optim)(name.removesuffix(_LAYERWISE)))
 
 
 def _with(args: Any, **changes: Any) -> Any:

@@ -39,8 +39,7 @@ parameters and gradients where a callback cannot reach them, and is refused, as 
 config folds during training (``fold_every``): folding moves what was learned out of the parameters
 these methods watch. Fold at the end of a task, before ``Fisher.estimate``. For the same reason
 :class:`LongTermMemory`, whose copy is used after a run, does not go with :class:`AnchorCallback`,
-which folds and anchors anew at its end: nothing refuses the two, and ``applied`` and ``copy_to``
-are errors then.
+which folds and anchors anew at its end: ``applied``, ``copy_to`` and a second run are errors then.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         ValueError: strings without a tokenizer, or a number out of range. When training begins, for
             a model with no ``core="u"``, with one on experts, or that reads something else than
             ``input_ids``, for texts and batches that cannot be read, and with None for a stream
-            that can be read once; at its end as :func:`secura.anchor`.
+            that is seen to be read once. At its end as :func:`secura.anchor`, and for a stream
+            that is used up; nothing is folded then.
 
     A core that was not anchored before is warned of.
     """
@@ -140,6 +141,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         if texts is None:
             own = _read(train_dataloader, self.tokens, next(model.parameters()).device)
             texts = _of_all(own)
+            if not texts:
+                raise ValueError(_GONE)
         if self.fold:
             fold(model)
         self.report = anchor(
@@ -176,12 +179,12 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: for a value below 0 or not finite. When training begins: for a model with no
-            ``core="u"``, one that is frozen or in fp16, or one that folds while training, since the
-            decay does not reach what was folded; with None, for a schedule that does not tell its
-            rates beforehand or has none but 0, and for an optimizer that keeps a second copy of the
-            cores (schedule-free). At a step: where it was folded, for an optimizer that holds
-            copies of the cores (ZeRO), and where the rate times ``anchor_decay`` is 1 or more,
-            which turns U's sign instead of making it smaller.
+            ``core="u"``, one that is frozen or in fp16, one that folds while training, since the
+            decay does not reach what was folded, or an optimizer that keeps a second copy of the
+            cores (schedule-free); with None, for a schedule that does not tell its rates
+            beforehand, or whose highest is 0. At a step: where it was folded, for an optimizer
+            that holds copies of the cores (ZeRO), and where the rate times ``anchor_decay`` is 1
+            or more, which turns U's sign instead of making it smaller.
     """
 
     def __init__(self, anchor_decay: float | None = None) -> None:
@@ -279,12 +282,13 @@ def _decay_of_run(optimizer: Any, scheduler: Any, steps: int, cores: set[int]) -
         if any(id(one) in cores for one in group["params"])
     ]
     totals = [float(sum(rates) + max(rates)) for rates in found if rates]
-    if totals and max(totals) <= 0:
+    if totals and max(schedule.base_lrs) <= 0:
         raise ValueError(
             "the schedule's learning rates are all 0 (Adafactor makes its own, say), so none tells "
             "anchor_decay: give it a number"
         )
-    return 1 / max(totals) if totals else 0.0
+    total = max(totals, default=0.0)  # 0 in a run that does not end its warm-up
+    return 1 / total if total > 0 else 0.0
 
 
 def check_decay(anchor_decay: float, rate: float) -> None:
@@ -325,10 +329,16 @@ def _first(dataloader: Any) -> Any:
 
 
 def _is_read_once(dataloader: Any) -> bool:
-    """Whether a loader's data set hands out one iterator, which is used up after an epoch."""
+    """Whether a loader's data set hands out one iterator, which is used up after an epoch.
+
+    One that hands out itself may begin anew. That of a generator over a stream is not seen here.
+    """
     dataset = getattr(dataloader, "dataset", None)
     dataset = getattr(dataset, "dataset", dataset)  # accelerate's holds it
-    return isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset)
+    if not isinstance(dataset, IterableDataset):
+        return False
+    first = iter(dataset)
+    return first is not dataset and first is iter(dataset)
 
 
 def _texts_of(batch: Any) -> list[Tensor]:
@@ -372,6 +382,12 @@ def _of_all(texts: list[Tensor]) -> list[Tensor]:
     return [torch.tensor(text) for text in turns if text is not None]
 
 
+_GONE = (
+    "the training rows could not be read again at the task's end, so nothing was folded or "
+    "anchored: give AnchorCallback the task's texts"
+)
+
+
 def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
     """The texts of a data loader's examples, up to ``tokens`` token ids and what a batch has more.
 
@@ -380,7 +396,10 @@ def _read(dataloader: Any, tokens: int, device: torch.device) -> list[Tensor]:
     texts: list[Tensor] = []
     left, batches = tokens, iter(dataloader)
     while largest(left, device) > 0:
-        batch = next(batches, None)
+        try:
+            batch = next(batches, None)
+        except ValueError as error:  # accelerate's, of a stream that is used up
+            raise ValueError(f"{_GONE} ({error})") from error
         if batch is None or left <= 0:
             left = 0
             continue

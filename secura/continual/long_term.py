@@ -57,15 +57,15 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
     it reads back. It is looked for in ``output_dir/checkpoint-<step>``, since a callback is not
     told of another folder.
 
-    A second run of the same model with the same object goes on from its values, as the next task
-    is to. Where ``train()`` ends in an exception, the model goes on adding to its loss: training it
-    with a ``LongTermMemory`` again replaces that, :meth:`detach` ends it.
+    A second run of the same parameters with the same object goes on from its values, as the next
+    task is to. Where ``train()`` ends in an exception, the model goes on adding to its loss:
+    training it with a ``LongTermMemory`` again replaces that, :meth:`detach` ends it.
 
     Args:
         ema: share of the long-term values that a step keeps, from 0 to 1.
         weight: of the MSE, 0 or more. 0 costs no forward pass: the average alone is kept.
         start: file of :meth:`save` to go on from, such as the task before's; None starts at the
-            parameters of a model that it did not train before.
+            parameters, unless it trained them before.
 
     Attributes:
         values: the long-term values by parameter name, fp32; empty before training.
@@ -73,9 +73,9 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
     Raises:
         ValueError: for settings out of their range. When training begins: for a run that cannot be
             served (TRL's trainers but ``SFTTrainer``, which make a loss of their own, among them),
-            a model that is no causal language model, a checkpoint without the long-term values, or
-            values of before a fold or an anchor. At a step: for a model that returns no loss to add
-            to.
+            an encoder-decoder or a masked language model, a checkpoint without the long-term
+            values, or values of before a fold or an anchor. At a step: for a model that returns no
+            loss to add to, or logits that go with other labels (a classifier's).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         self.start = start
         self.values: dict[str, Tensor] = {}
         self._made_in = ""
-        self._model: Any = lambda: None
+        self._model: Any = None  # a weak reference
         self._unfolded: Unfolded | None = None
 
     def on_train_begin(
@@ -122,8 +122,12 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
             self._read(_file(args, state), model)
         elif self.start is not None:
             self._take(Path(self.start), model, f"the long-term memory in {self.start}")
-        elif self._model() is model:
-            self.values = placed(self.values, model, "the long-term memory", self._made_in)
+        elif self._trained(model):
+            if self._made_in != coordinates(model):
+                raise ValueError(
+                    "the long-term values are of before the adapter was folded or anchored anew, "
+                    "and mean nothing beside it: take a new LongTermMemory"
+                )
         else:
             self.values = {n: p.detach().float().clone() for n, p in trainable(model).items()}
             self._made_in = coordinates(model)
@@ -156,6 +160,14 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         self.detach(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._read(Path(state.best_model_checkpoint, FILE), model)
+
+    def _trained(self, model: nn.Module) -> bool:
+        """Whether the values are of these parameters of this very model."""
+        known = self._model is not None and self._model() is model
+        return known and self.values.keys() == trainable(model).keys()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
 
     @staticmethod
     def detach(model: nn.Module) -> None:
@@ -242,9 +254,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
 
 def _makes_its_loss(args: Any) -> bool:
     """Whether a run's arguments are of a trainer that makes a loss of log-probabilities itself."""
-    kinds = type(args).__mro__
-    of_trl = any(kind.__module__.startswith("trl.") for kind in kinds)
-    return of_trl and all(kind.__name__ != "SFTConfig" for kind in kinds)
+    of_trl = [kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
+    return bool(of_trl) and of_trl[0].__name__ != "SFTConfig"
 
 
 def _logits_again(model: nn.Module, args: Any, inputs: dict[str, Any]) -> Tensor:

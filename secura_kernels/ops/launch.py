@@ -65,17 +65,17 @@ class Kernel:
         device = first.get_device()
         kinds: list[Any] = [
             (argument.dtype, argument.data_ptr() & 15)
-            if type(argument) not in _NUMBERS
-            else float  # of which Triton asks no more
-            if type(argument) is float
-            else argument
+            if (kind := type(argument)) not in _NUMBERS
+            else kind  # of which Triton asks no more
+            if kind is float
+            else (kind, argument)
             for argument in arguments
         ]
         if _SHORT_OFFSETS:
             tensors = (one for one in arguments if type(one) not in _NUMBERS)
             kinds.append(tuple(one.untyped_storage().size() < 2**31 for one in tensors))
         for place in self._unspecialized:  # integers: Triton asks no more than how wide they are
-            kinds[place] = kinds[place].bit_length() // 32
+            kinds[place] = arguments[place].bit_length() // 32
         key = (device, *kinds, *constants.values())
         known = self._known.get(key)
         if known is None:

@@ -38,6 +38,7 @@ def test_numbers_that_would_fail_late_or_teach_nothing(flags, parts, base, data,
         ("--lr_scheduler_type cosine_with_min_lr", ["--lr_scheduler_type cosine", "min_lr_rate"]),
         ("--adam_beta1 2", ["--optim adamw_torch", "beta"]),
         ("--optim lomo", ["--optim lomo", "lomo_optim"]),
+        ("--optim galore_adamw_layerwise", ["--optim galore_adamw_layerwise", "galore_torch"]),
     ],
 )
 def test_nothing_is_anchored_for_an_optimizer_that_cannot_be_built(

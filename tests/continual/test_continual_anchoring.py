@@ -359,3 +359,6 @@ def test_rates_that_are_all_0_tell_no_decay(tmp_path):
     run = trainer(tmp_path, cored(), [AnchorDecayCallback()], learning_rate=0.0)
     with pytest.raises(ValueError, match="rates are all 0"):
         run.train()
+    warming = AnchorDecayCallback()  # one step at a rate of 0
+    trainer(tmp_path, cored(), [warming], max_steps=1, warmup_steps=1).train()
+    assert warming.decay == 0

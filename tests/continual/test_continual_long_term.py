@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from trl import (
     SFTTrainer,
 )
 
+from secura import fold
 from secura.continual import LongTermMemory
 from secura.continual.long_term import FILE
 
@@ -211,13 +213,33 @@ def test_a_second_run_of_the_same_model_goes_on_from_its_values(tmp_path):
     trainer(tmp_path / "second", model, [memory], max_steps=1).train()
     for name, value in parameters(model).items():
         torch.testing.assert_close(memory.values[name], 0.99 * before[name] + 0.01 * value)
-    other = adapted()
-    trainer(tmp_path / "third", other, [LongTermMemory(ema=1.0)], max_steps=1).train()
-    kept = LongTermMemory(ema=1.0)
-    kept.values = memory.values  # of another model
+    pickle.loads(pickle.dumps(memory))
+
+
+def test_a_run_of_other_parameters_begins_at_them(tmp_path):
+    """Of another model, or of another adapter of it."""
+    memory, model, other = LongTermMemory(ema=1.0), adapted(), adapted()
+    trainer(tmp_path / "first", model, [memory], max_steps=1).train()
+    with torch.no_grad():
+        next(iter(p for p in other.parameters() if p.requires_grad)).add_(1)
     begin = parameters(other)
-    trainer(tmp_path / "fourth", other, [kept], max_steps=1).train()
-    tiny.assert_same(kept.values, begin)
+    trainer(tmp_path / "second", other, [memory], max_steps=1).train()
+    tiny.assert_same(memory.values, begin)
+    other.add_adapter("two", other.peft_config["default"])
+    other.set_adapter("two")
+    begin = parameters(other)
+    trainer(tmp_path / "third", other, [memory], max_steps=1).train()
+    tiny.assert_same(memory.values, begin)
+
+
+def test_a_second_run_after_a_fold_is_refused_before_the_first_step(tmp_path):
+    memory, model = LongTermMemory(), adapted("secura")
+    trainer(tmp_path / "first", model, [memory], max_steps=1).train()
+    fold(model)
+    run = trainer(tmp_path / "second", model, [memory], max_steps=1)
+    with pytest.raises(ValueError, match="take a new LongTermMemory"):
+        run.train()
+    assert run.state.global_step == 0
 
 
 def test_the_best_checkpoint_brings_its_long_term_values(tmp_path):
@@ -296,7 +318,30 @@ def test_runs_whose_loss_it_cannot_add_to_are_refused(settings):
     assert not model._forward_hooks
 
 
-@pytest.mark.parametrize("kind", [DPOConfig, KTOConfig, GRPOConfig, RLOOConfig, RewardConfig])
+class OwnSFT(SFTConfig):
+    """Somebody's own arguments of an SFTTrainer."""
+
+
+class OwnPairs(DPOConfig):
+    """Somebody's own arguments of a DPOTrainer."""
+
+
+class Distilling(SFTConfig):
+    """TRL's own, of a trainer that makes another loss, as its GKDConfig is."""
+
+    __module__ = "trl.experimental.gkd"
+
+
+def test_arguments_of_sft_are_taken(tmp_path):
+    args = OwnSFT(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    model = adapted()
+    LongTermMemory().on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
+    LongTermMemory.detach(model)
+
+
+@pytest.mark.parametrize(
+    "kind", [DPOConfig, OwnPairs, KTOConfig, GRPOConfig, RLOOConfig, RewardConfig, Distilling]
+)
 def test_trainers_that_make_a_loss_of_their_own_are_refused(kind, tmp_path):
     """Of log-probabilities: what was added to them would change sign with the pair's other side."""
     model, args = adapted(), kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)

@@ -91,6 +91,40 @@ def test_a_stream_that_can_be_read_once_is_refused_before_the_first_step(tmp_pat
     assert run.state.global_step == 4
 
 
+class Again(Stream):
+    """Rows that begin anew whenever they are asked for."""
+
+    def __iter__(self):
+        self.left = iter(rows())
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+
+class Yielding(Stream):
+    """Rows that are there once, behind a generator that is not."""
+
+    def __iter__(self):
+        yield from self.left
+
+
+def test_a_stream_that_begins_anew_is_read_again(tmp_path):
+    callback = AnchorCallback(tokens=32)
+    run = trainer(tmp_path, cored(), [callback])
+    run.train_dataset = Again()
+    run.train()
+    assert callback.report.tokens == 32
+
+
+def test_a_stream_that_is_used_up_is_told_and_nothing_is_folded(tmp_path):
+    run = trainer(tmp_path, cored(), [AnchorCallback()], max_steps=6)
+    run.train_dataset = Yielding()
+    with pytest.raises(ValueError, match="nothing was folded or anchored: give AnchorCallback"):
+        run.train()
+    assert run.state.global_step == 6 and not tiny.parts(run.model)[0].core.any()
+
+
 def rows_of_ids():
     return [row["input_ids"] for row in rows()]
 

@@ -110,6 +110,7 @@ def test_the_second_launch_goes_to_the_code_of_the_first(kernel):
         {"size": 9},
         {"size": 2**40},
         {"scale": 1},
+        {"size": True},
         {"BLOCK": 32},
         {"num_warps": 8},
         {"WIDE": False},

@@ -385,14 +385,24 @@ def test_an_empty_folder_says_what_to_run(tmp_path):
 
 
 def test_a_picture_of_tasks_in_turn_joins_the_strengths_of_one_method():
-    held = {"lora": (3.0, 0.5), "ewc-self": (2.0, 0.2), "ewc-self@strength=1e5": (2.5, 0.1)}
+    held = {
+        ("lora", 1e-3): (3.0, 0.5),
+        ("ewc-self@strength=1e5", 1e-3): (2.5, 0.1),
+        ("ewc-self", 1e-3): (2.0, 0.2),
+        ("ewc-self", 3e-3): (1.0, 0.2),
+        ("anchored-self@rank=128,decay=30", 1e-3): (1.5, 0.2),
+    }
     runs = [
-        InTurn(method, "mlp", 1e-3, 64, {0: loss, 1: loss}, {}, {4: {0: kl, 1: kl}})
-        for method, (loss, kl) in held.items()
+        InTurn(method, "mlp", rate, 64, {0: loss, 1: loss}, {}, {4: {0: kl, 1: kl}})
+        for (method, rate), (loss, kl) in held.items()
     ]
     whole, near = plots.draw_sequence(runs, "a title").axes
-    for axes, shown in ((whole, [[2.5, 2.0], [3.0]]), (near, [[2.5, 2.0]])):
+    joined = [[1.0], [1.5], [2.0, 2.5]]
+    for axes, shown in ((whole, [*joined, [3.0]]), (near, joined)):
         means = [line.get_ydata() for line in axes.lines if line.get_marker() != "."]
-        assert [list(values) for values in means] == shown
+        assert sorted(map(list, means)) == shown
         assert len(axes.lines) == len(means) + len(runs) - (axes is near)
     assert [text.get_text() for text in near.texts] == ["strength 1e5"]
+    labels = {line.get_label() for line in whole.lines}
+    assert "anchored, no data, rank=128,decay=30" in labels, "its one strength is in its title"
+    assert near.get_title() and not plots.draw_sequence(runs[1:], "a title").axes[1].get_title()
