@@ -29,9 +29,9 @@ from .autograd import SPACES, SecuraFunction
 from .checks import FLOATS, check_call, check_trained
 from .dispatch import (
     SETTLED,
-    check_known,
     compute_dtype,
     is_watched,
+    resolve,
     supported,
     without_autocast,
 )
@@ -251,7 +251,7 @@ def _run(
             raise ValueError(
                 "torch.jit.trace needs W itself for 'channel': merge the adapter first"
             )
-        check_known(impl or "auto")
+        resolve("auto" if impl in (None, "triton") else impl, x)  # refuses what it does not know
         if impl == "triton":
             why = "the layer's own weight is trained" if trained else "torch.jit.trace is at work"
             raise RuntimeError(f"impl='triton' cannot run: {why}, which plain torch computes")

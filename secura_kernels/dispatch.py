@@ -86,7 +86,8 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     impl = impl or os.environ.get("SECURA_IMPL", "auto")
     if impl == "reference":
         return impl
-    check_known(impl)
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
     if impl == "auto" and not tensor.is_cuda:
         return "reference"
     reason = why_not_triton(tensor)
@@ -95,12 +96,6 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot run: {reason}; use impl='auto' or 'reference'")
     return "reference"
-
-
-def check_known(impl: str) -> None:
-    """Raise ``ValueError`` for an unknown ``impl``."""
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}: choose one of {IMPLS}")
 
 
 def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
@@ -251,7 +246,6 @@ __all__ = [
     "absent",
     "alone",
     "as_dtype",
-    "check_known",
     "compute_dtype",
     "exporting_to_onnx",
     "interpreting",
