@@ -26,8 +26,9 @@ from torch import Tensor
 
 from . import naive
 from .autograd import SPACES, SecuraFunction
-from .checks import FLOATS, check_call, check_trained
+from .checks import check_call, check_trained
 from .dispatch import (
+    FLOATS,
     SETTLED,
     compute_dtype,
     is_watched,

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import FLOATS
 from .layer import Layer
 from .norm import SAVES
-
-FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-"""What the ops compute of: numbers of 8 bits have a scale that an op does not see."""
 
 
 def check_call(
@@ -26,7 +24,7 @@ def check_call(
 ) -> None:
     """Raise ``ValueError`` for what does not fit a layer of N outputs and x of ``lead`` tokens.
 
-    ``TypeError`` for operands that are none of :data:`FLOATS`.
+    ``TypeError`` for operands that are none of :data:`secura_kernels.dispatch.FLOATS`.
     """
     rows, cols, columns = layer.rows, layer.cols, layer.columns
     if rows.dim() != 1 or rows.shape != cols.shape:
@@ -109,4 +107,4 @@ def check_trained(layer: Layer, given: bool) -> None:
         raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
 
 
-__all__ = ["FLOATS", "check_call", "check_trained"]
+__all__ = ["check_call", "check_trained"]

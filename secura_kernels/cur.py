@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import FLOATS
-from .dispatch import wide
+from .dispatch import FLOATS, wide
 
 SELECTIONS = ("least_norm", "inverse_sampling")
 INITS = ("svd", "kaiming", "orthogonal", "identity")

@@ -33,6 +33,8 @@ class _Settled(str):
 
 
 SETTLED = _Settled("triton")
+FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+"""What the ops compute of: numbers of 8 bits have a scale that an op does not see."""
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -241,6 +243,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 __all__ = [
+    "FLOATS",
     "IMPLS",
     "SETTLED",
     "absent",

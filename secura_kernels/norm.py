@@ -295,6 +295,7 @@ __all__ = [
     "NORMS",
     "REFERENCES",
     "SAVES",
+    "SMALLEST_PEAK",
     "Norm",
     "NormOptions",
     "Restrain",
