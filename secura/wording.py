@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -12,4 +13,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-__all__ = ["did_you_mean"]
+def plain(value: Any) -> Any:
+    """What an enumeration's member stands for, as transformers' and PEFT's are written; else it."""
+    return getattr(value, "value", value)
+
+
+__all__ = ["did_you_mean", "plain"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from secura_kernels import NormOptions, cur, naive
+from secura_kernels import Layer, NormOptions, cur, effective_weight, naive, with_norms
 from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import (
     COMBINES,
@@ -357,3 +357,27 @@ def test_the_papers_gain_is_the_same_however_small_all_changes_are():
     rho = torch.rand(50)
     whole, tiny = (gain(r, *coefficients(norm, r.max(), r), norm) for r in (rho, rho * 1e-20))
     torch.testing.assert_close(tiny, whole)
+
+
+@pytest.mark.parametrize(
+    ("norm", "settings", "shares"),
+    [
+        ("weight", {}, (0.51, 0.51, 0.51, 0.51)),
+        ("weight", {"eps": 1e-2, "eps_relative": True}, (0.51, 0.51, 0.51, 0.51)),
+        ("weight", {"form": "calibrated"}, (0.56, 0.77, 0.96, 0.99)),
+        ("channel", {}, (0.51, 0.59, 0.92, 0.99)),
+    ],
+)
+def test_what_passes_of_a_change_is_what_the_page_says(norm, settings, shares):
+    """docs/norms.md: on random matrices, at ‖ΔW‖/‖W‖ = 0.01, 0.1, 0.5 and 1."""
+    torch.manual_seed(0)
+    weight = torch.randn(576, 1536) * 0.02
+    rows, cols = cur.select(weight, 64)
+    layer = Layer(weight, None, rows, cols, NormOptions(norm, **settings))
+    layer = with_norms(layer) if norm == "channel" else layer
+    a = torch.randn(64, 64)
+    whole = effective_weight(layer._replace(options=NormOptions("none")), a) - weight
+    for change, share in zip((0.01, 0.1, 0.5, 1.0), shares, strict=True):
+        scale = change * weight.norm() / whole.norm()
+        passed = (effective_weight(layer, a * scale) - weight).norm() / (whole.norm() * scale)
+        assert float(passed) == pytest.approx(share, abs=0.01)

@@ -133,7 +133,8 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
                 near.annotate(held[0].replace("=", " "), place, color=colour, **around)
     seeds = {len(run.kl) for run in runs}
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    whole.set(title=title, ylabel=f"held-out loss of all tasks, means over {count} seeds")
+    means = "one seed" if seeds == {1} else f"means over {count} seeds"
+    whole.set(title=title, ylabel=f"held-out loss of all tasks, {means}")
     if plain:
         near.set(title="less than half of LoRA's KL")
     for axes in (whole, near):

@@ -13,6 +13,7 @@ from secura.cli.errors import UserError, one_line
 from secura.cli.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from secura.layers import embeddings
 from secura.names import PREFIX, bare, is_own
+from secura.wording import plain
 
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -63,7 +64,7 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
         place = "" if ADAPTER_WEIGHTS in str(error) else f"{ADAPTER_CONFIG}: "
         raise UserError(f"adapter {adapter!r}: {place}{one_line(error)}") from error
     if config.peft_type != "SECURA":
-        kind = getattr(config.peft_type, "value", config.peft_type)
+        kind = plain(config.peft_type)
         raise UserError(
             f"adapter {adapter!r} is a {kind} adapter, not one of SECURA's: load it with "
             "peft.PeftModel.from_pretrained, or give the SECURA adapter it was made of"
@@ -150,7 +151,7 @@ def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
 def class_of(config: Any) -> str:
     """The name of transformers' class that an adapter's base is loaded with."""
     if config.task_type is not None:
-        kind = CLASSES.get(getattr(config.task_type, "value", config.task_type))
+        kind = CLASSES.get(plain(config.task_type))
         if kind is None:
             raise UserError(f"an adapter of task_type {config.task_type} is not known here")
         return kind

@@ -11,6 +11,7 @@ from typing import Any
 from secura.cli.data import FORMATS, load_split
 from secura.cli.errors import UserError, one_line
 from secura.cli.rows import check_rows
+from secura.wording import plain
 
 SELF = "self"
 _SCHEDULE_FREE = "schedule_free"
@@ -51,14 +52,14 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
             f"--anchor_decay pulls U back, and --fold_every {config.fold_every} moves what U "
             "learned to where nothing pulls it: give --anchor_decay 0, or leave out --fold_every"
         )
-    optimizer = str(getattr(training.optim, "value", training.optim))
+    optimizer = plain(training.optim)
     if optimizer.startswith(_SCHEDULE_FREE) and (arguments.decays or config.fold_every):
         flag = "--anchor_decay" if arguments.decays else "--fold_every"
         raise UserError(
             f"{flag} does not reach the second copy that --optim {optimizer} keeps of the "
             f"parameters: give {flag} 0, or another --optim"
         )
-    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    schedule = plain(training.lr_scheduler_type)
     if arguments.decays and decay is None and schedule in _FOLLOW_THE_LOSS:
         raise UserError(
             f"--lr_scheduler_type {schedule} does not tell its learning rates beforehand, by which "

@@ -9,6 +9,7 @@ from secura._extras import require
 from secura.cli.errors import UserError
 from secura.cli.rows import listed
 from secura.names import is_own
+from secura.wording import plain
 
 _NUMBER = "secura_row"
 _LOOKED_AT = 256
@@ -182,7 +183,7 @@ def nothing_held(training: Any, *, holding: bool) -> str | None:
 
 def never_evaluated(training: Any) -> str | None:
     """Say that `--eval_steps` or `--load_best_model_at_end` alone evaluates nothing."""
-    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    strategy = plain(training.eval_strategy)
     if strategy != "no":
         return None
     if training.load_best_model_at_end:

@@ -11,6 +11,7 @@ from secura.cli import adapters
 from secura.cli.errors import UserError, one_line
 from secura.cli.models import DTYPES, add_loading_flags, load_model, load_tokenizer
 from secura.cli.parser import Parser
+from secura.wording import plain
 
 
 def make_parser() -> Parser:
@@ -112,7 +113,7 @@ def load(args: Any) -> tuple[Any, Any]:
         model = load_model(base, dtype=dtype, **loading).eval()
         return model.to(device), load_tokenizer(base, **loading)
     config = adapters.load_adapter_config(adapter, check_base=not args.no_check_base)
-    task = getattr(config.task_type, "value", config.task_type)
+    task = plain(config.task_type)
     if task not in (None, "CAUSAL_LM"):
         raise UserError(
             f"adapter {adapter!r} was trained for {task}: there is no text to generate; 'secura "

@@ -7,6 +7,7 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
+from secura.wording import plain
 
 LEFT_OUT = (".*", "_*", "checkpoint-*", "training_args.bin")
 """What may be in an output folder beside a finished adapter: no upload has it."""
@@ -18,7 +19,7 @@ def check_strategy(strategy: Any) -> None:
     Raises:
         UserError: for any strategy but the upload at the end.
     """
-    name = getattr(strategy, "value", strategy)
+    name = plain(strategy)
     if name != "end":
         raise UserError(
             f"--hub_strategy {name} uploads an adapter that is not finished, and leaves it in "

@@ -7,6 +7,7 @@ from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
+from secura.wording import plain
 
 _INFINITY = float("inf")
 _LAYERWISE = "_layerwise"
@@ -75,7 +76,7 @@ def check_optimizer(trainer: Any) -> None:
         if kind.__module__.startswith("torch."):
             kind(stand_in, **settings)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"--optim {_plain(args.optim)}: {one_line(error)}") from error
+        raise UserError(f"--optim {plain(args.optim)}: {one_line(error)}") from error
     try:
         optimization.get_scheduler(
             args.lr_scheduler_type,
@@ -86,7 +87,7 @@ def check_optimizer(trainer: Any) -> None:
         )
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_type {_plain(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
+            f"--lr_scheduler_type {plain(args.lr_scheduler_type)} with --lr_scheduler_kwargs "
             f"{args.lr_scheduler_kwargs}: {one_line(error)}"
         ) from error
 
@@ -97,7 +98,7 @@ def unread_settings(trainer: Any) -> list[str]:
     Transformers reads of them what its way of building that optimizer asks for, and no more.
     """
     args = _unhooked(trainer.args)
-    built, name = _numbers(trainer, args), _plain(trainer.args.optim)
+    built, name = _numbers(trainer, args), plain(trainer.args.optim)
     given = (args.optim_args or "").replace(" ", "").split(",")
     fewer = [
         (
@@ -121,7 +122,7 @@ def _unhooked(args: Any) -> Any:
 
     Building a layer-wise one puts it on the model, which is to be done once.
     """
-    name = _plain(args.optim)
+    name = plain(args.optim)
     if not name.endswith(_LAYERWISE):
         return args
     return _with(args, optim=type(args.optim)(name.removesuffix(_LAYERWISE)))
@@ -146,11 +147,6 @@ def _numbers(trainer: Any, args: Any) -> Any:
         if isinstance(group, dict)
     ]
     return kind, {**settings, "params": groups}
-
-
-def _plain(value: Any) -> str:
-    """An enumeration's value, or a string as it is."""
-    return str(getattr(value, "value", value))
 
 
 __all__ = ["check_batches", "check_numbers", "check_optimizer", "unread_settings"]

@@ -30,6 +30,7 @@ from secura.cli.resume import resume_point
 from secura.cli.rows import holds_turns
 from secura.folders import SCRATCH, clear, empty_scratch, move_out
 from secura.names import is_own
+from secura.wording import plain
 
 _LITTLE = 2**24
 """Bytes left of a disk where what failed is taken to have failed for want of them."""
@@ -230,7 +231,7 @@ def load_rows(training: Any, model_args: Any, data_args: Any, loading: dict[str,
 
 def load_data(training: Any, data: Any, *, chat: bool) -> tuple[Any, Any, str | None]:
     """The training split, the evaluation split where there is to be one, and a note on columns."""
-    strategy = getattr(training.eval_strategy, "value", training.eval_strategy)
+    strategy = plain(training.eval_strategy)
     splits = [data.dataset_train_split]
     if strategy != "no":
         splits.append(data.dataset_test_split)

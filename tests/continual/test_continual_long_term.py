@@ -8,22 +8,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from continual_runs import ADAPTERS, adapted, losses, pad, parameters, rows, trainer
+from continual_runs import ADAPTERS, adapted, begun, losses, pad, parameters, rows, trainer
 from tokenizers import Tokenizer, models
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
     TrainerCallback,
 )
 from trl import (
-    DPOConfig,
-    GRPOConfig,
-    KTOConfig,
-    RewardConfig,
-    RLOOConfig,
     SFTConfig,
     SFTTrainer,
 )
@@ -53,17 +44,6 @@ class Interrupt(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         raise KeyboardInterrupt
-
-
-def begun(model, *, weight: float = 1.0, **settings) -> LongTermMemory:
-    """A memory attached to the model as a Trainer would, its values a little off the model's."""
-    memory = LongTermMemory(weight=weight)
-    plain = {"torch_compile": False, "n_gpu": 0, "label_smoothing_factor": 0.0}
-    args, state = SimpleNamespace(**(plain | settings)), SimpleNamespace(global_step=0)
-    memory.on_train_begin(args, state, None, model=model)
-    for place, value in enumerate(memory.values.values()):
-        value += 0.05 * (1 + place % 3)
-    return memory
 
 
 def mean_squared_difference(model, memory, items: int | None = None) -> torch.Tensor:
@@ -300,87 +280,6 @@ def test_training_that_breaks_off_is_taken_up_by_the_next(tmp_path):
     begun(model)
     LongTermMemory.detach(model)
     assert not model._forward_hooks
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"label_smoothing_factor": 0.1},
-        {"torch_compile": True},
-        {"n_gpu": 2},
-        {"loss_type": "dft"},
-    ],
-)
-def test_runs_whose_loss_it_cannot_add_to_are_refused(settings):
-    model = adapted()
-    with pytest.raises(ValueError, match="adds to the model's own loss"):
-        begun(model, **settings)
-    assert not model._forward_hooks
-
-
-class OwnSFT(SFTConfig):
-    """Somebody's own arguments of an SFTTrainer."""
-
-
-class OwnPairs(DPOConfig):
-    """Somebody's own arguments of a DPOTrainer."""
-
-
-class Distilling(SFTConfig):
-    """TRL's own, of a trainer that makes another loss, as its GKDConfig is."""
-
-    __module__ = "trl.experimental.gkd"
-
-
-def test_arguments_of_sft_are_taken(tmp_path):
-    args = OwnSFT(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    model = adapted()
-    LongTermMemory().on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
-    LongTermMemory.detach(model)
-
-
-@pytest.mark.parametrize(
-    "kind", [DPOConfig, OwnPairs, KTOConfig, GRPOConfig, RLOOConfig, RewardConfig, Distilling]
-)
-def test_trainers_that_make_a_loss_of_their_own_are_refused(kind, tmp_path):
-    """Of log-probabilities: what was added to them would change sign with the pair's other side."""
-    model, args = adapted(), kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    state = SimpleNamespace(global_step=0)
-    with pytest.raises(ValueError, match=f"with a {kind.__name__} take EWC, replay or weight=0"):
-        LongTermMemory().on_train_begin(args, state, None, model=model)
-    LongTermMemory(weight=0).on_train_begin(args, state, None, model=model)
-    assert not model._forward_hooks
-
-
-@pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_models_that_score_other_positions_are_refused(kind):
-    model = {"t5": t5, "bert": bert}[kind]()
-    with pytest.raises(ValueError, match="is for causal language models"):
-        begun(model)
-    begun(model, weight=0)
-    assert not model._forward_hooks
-
-
-def t5():
-    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return T5ForConditionalGeneration(config)
-
-
-def bert():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForMaskedLM(BertConfig(vocab_size=32, intermediate_size=16, **sizes))
-
-
-def test_forwards_it_cannot_add_to_are_refused():
-    model = adapted().train()
-    begun(model)
-    with pytest.raises(ValueError, match="this forward has none"):
-        model(input_ids=BATCH["input_ids"])
-    with pytest.raises(ValueError, match="this forward has none"):
-        model(**BATCH, return_dict=False)
-    for settings in ({"ema": 1.1}, {"ema": -0.1}, {"weight": -1.0}, {"weight": float("inf")}):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            LongTermMemory(**settings)
 
 
 def sft(folder, model, callbacks=(), **settings) -> SFTTrainer:

@@ -153,6 +153,17 @@ def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
         assert all(one is other for one, other in zip(asked[-1][1:], operands, strict=True))
 
 
+def test_what_a_layer_found_of_its_tensors_is_not_asked_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(api, "supported", lambda impl, *of: "triton")
+    monkeypatch.setattr(api.SecuraFunction, "apply", lambda *given: calls.append(given[-1]))
+    draw(NormOptions("none")).output()
+    monkeypatch.setattr(dispatch, "supported", None)  # to be called is an error
+    monkeypatch.setattr(dispatch, "_kernels", lambda package: f"kernels of {package}")
+    assert dispatch.kernels("a space", calls[0].impl) == "kernels of a space"
+    assert calls[0].impl == "triton", "as an operator's schema takes it"
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_an_operator_that_gets_a_tensor_subclass_is_one(place):
     class Sharded(torch.Tensor):

@@ -4,7 +4,7 @@
 
 | tensor | shape  | dtype                        |
 |--------|--------|------------------------------|
-| W      | [N, K] | fp16 to fp64, frozen        |
+| W      | [N, K] | fp16 to fp64, frozen         |
 | cols   | [m]    | int64                        |
 | U      | [m, m] | fp32 or wider, scaling in it |
 | P      | [N, m] | any; summed in U's           |
