@@ -125,6 +125,15 @@ def test_a_stream_that_is_used_up_is_told_and_nothing_is_folded(tmp_path):
     assert run.state.global_step == 6 and not tiny.parts(run.model)[0].core.any()
 
 
+def test_a_loader_that_gives_nothing_any_more_folds_nothing():
+    model = cored()
+    with torch.no_grad():
+        tiny.parts(model)[0].U.fill_(1)
+    with pytest.raises(ValueError, match="nothing was folded or anchored"):
+        AnchorCallback().on_train_end(None, None, None, model=model, train_dataloader=[])
+    assert tiny.parts(model)[0].U.all()
+
+
 def rows_of_ids():
     return [row["input_ids"] for row in rows()]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from secura_kernels import NormOptions, api, dispatch, effective_weight, plan
-from secura_kernels.dispatch import interpreting
-from secura_kernels.gpu import too_old
+from secura_kernels import NormOptions, dispatch, effective_weight, plan
 from secura_kernels.inspection.examples import Example
 
 from .draws import OPTIONS, SIZES, draw, every_option, every_space, name
@@ -110,85 +107,6 @@ def test_no_byte_of_the_gain_is_kept_where_no_backward_pass_follows():
             example.output("reference")
         (taken,) = (args for func, args, _ in recorder.calls if "activation" in str(func))
         assert [arg for arg in taken if isinstance(arg, bool)] == [kept]
-
-
-def on_gpu(dtype):
-    return SimpleNamespace(
-        is_cuda=True, is_meta=False, device="cuda:0", dtype=dtype, get_device=lambda: 0
-    )
-
-
-@pytest.mark.parametrize(
-    ("capability", "hip", "taken"),
-    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((7, 5), "6.4", True)],
-)
-def test_a_gpu_that_triton_makes_no_matrix_instructions_for(capability, hip, taken, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(dispatch, "too_old", too_old.__wrapped__)
-    tensor = on_gpu(torch.float16)
-    assert dispatch.resolve("auto", tensor) == ("triton" if taken else "reference")
-    if not taken:
-        with pytest.raises(RuntimeError, match=r"the GPU has compute capability 7\.5"):
-            dispatch.resolve("triton", tensor)
-
-
-def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
-    """On a GPU, of which these say they are: a weight or a core of another dtype is no error."""
-
-    monkeypatch.setattr(dispatch, "too_old", lambda index: None)
-    low, wide, eighth = map(on_gpu, (torch.bfloat16, torch.float64, torch.float8_e4m3fn))
-    assert dispatch.supported("auto", low, None, on_gpu(torch.float32)) == "triton"
-    for other in (wide, eighth):
-        assert dispatch.supported("auto", low, None, other) == "reference"
-        with pytest.raises(RuntimeError, match="no kernel takes float"):
-            dispatch.supported("triton", low, other)
-    asked = []
-    monkeypatch.setattr(api, "supported", lambda impl, *of: asked.append(of) or "reference")
-    for options in OPTIONS:
-        example = draw(options)
-        example.output()
-        layer = example.layer
-        operands = layer.weight, layer.columns, example.a, example.b
-        assert all(one is other for one, other in zip(asked[-1][1:], operands, strict=True))
-
-
-def test_what_a_layer_found_of_its_tensors_is_not_asked_again(monkeypatch):
-    calls = []
-    monkeypatch.setattr(api, "supported", lambda impl, *of: "triton")
-    monkeypatch.setattr(api.SecuraFunction, "apply", lambda *given: calls.append(given[-1]))
-    draw(NormOptions("none")).output()
-    monkeypatch.setattr(dispatch, "supported", None)  # to be called is an error
-    monkeypatch.setattr(dispatch, "_kernels", lambda package: f"kernels of {package}")
-    assert dispatch.kernels("a space", calls[0].impl) == "kernels of a space"
-    assert calls[0].impl == "triton", "as an operator's schema takes it"
-
-
-@pytest.mark.parametrize("place", [0, 2])
-def test_an_operator_that_gets_a_tensor_subclass_is_one(place):
-    class Sharded(torch.Tensor):
-        pass
-
-    arguments = [torch.ones(1), None, torch.ones(1), 3]
-    assert not dispatch.is_watched(*arguments)
-    arguments[place] = arguments[place].as_subclass(Sharded)
-    assert dispatch.is_watched(*arguments) and dispatch.is_watched(None, arguments)
-
-
-class Other(torch.Tensor):
-    """A tensor subclass whose operators are torch's own."""
-
-
-@pytest.mark.parametrize("name", ["bias", "rows", "cols", "core", "columns", "gram", "base_norms"])
-def test_any_tensor_of_a_layer_that_is_a_subclass_is_seen(name, monkeypatch):
-    example = draw(NormOptions("channel"), folded="change")
-    layer = example.layer._replace(columns=example.layer.weight[:, example.layer.cols])
-    seen = []
-    monkeypatch.setattr(api, "is_watched", lambda *of: seen.append(dispatch.is_watched(*of)) or 0)
-    example._replace(layer=layer).output()
-    changed = layer._replace(**{name: getattr(layer, name).as_subclass(Other)})
-    example._replace(layer=changed).output()
-    assert seen == [False, True]
 
 
 def test_fake_tensors_see_the_operator_outside_their_mode():
@@ -393,17 +311,3 @@ def test_both_routes_of_the_input_gradient_of_activation(h_alone, folded, dropou
     example = draw(options, dtype=torch.float64, folded=folded, dropout=dropout)
     for got, exact in zip(example.run("reference"), exactly(example), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(interpreting(), reason="the interpreter runs kernels on the CPU")
-def test_an_implementation_that_cannot_run_is_an_error(monkeypatch):
-    example = draw(NormOptions("none"))
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
-        example.output("triton")
-    with pytest.raises(ValueError, match="unknown impl 'cuda'"):
-        example.output("cuda")
-    monkeypatch.setenv("SECURA_IMPL", "triton")
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
-        example.output()
-    monkeypatch.setenv("SECURA_IMPL", "reference")
-    assert example.output().shape == example.grad.shape
