@@ -133,18 +133,19 @@ def gradient_norms(model: nn.Module, targets: str) -> dict[str, float]:
     return {k: float(nn.utils.get_total_norm(found)) for k, found in grads.items() if found}
 
 
-def make_optimizer(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:
-    """AdamW or Muon over what is trained.
+def make_optimizer(model: nn.Module, cell: Cell, method: Method) -> torch.optim.Optimizer:
+    """AdamW or Muon over what is trained, at the cell's rate and the method's decay.
 
     Muon's steps have the root mean square of 0.2 times the rate in every entry, as Adam's have
     about; it takes matrices alone.
     """
     trained = [value for value in model.parameters() if value.requires_grad]
+    decay = method.decay * len(cell.tasks) if method.grows else method.decay
     if method.optimizer == "muon":
         return torch.optim.Muon(
-            trained, lr=rate, weight_decay=method.decay, adjust_lr_fn="match_rms_adamw"
+            trained, lr=cell.rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
         )
-    return torch.optim.AdamW(trained, lr=rate, weight_decay=method.decay)
+    return torch.optim.AdamW(trained, lr=cell.rate, weight_decay=decay)
 
 
 def scale_update(model: nn.Module, factor: float) -> None:

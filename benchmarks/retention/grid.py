@@ -146,6 +146,8 @@ _HELD_HARDER = {
     BY_LENGTH: BEST_RATES[0],
     BEST.replace("decay=30", "decay=300"): BEST_RATES[0],
 }
+# Decided after those: the rule's decay once for each task so far.
+GROWING = f"{BY_LENGTH},grows=True"
 # Decided after the core of `gemma` had stopped learning at half of its steps.
 _HELD_LESS = BEST.replace("decay=30", "decay=3")
 _ON_GEMMA: Tried = {
@@ -243,6 +245,7 @@ STAGES: dict[str, Stage] = {
             *in_sequence(_BESIDE, "mlp", (0, 1, 2), 64),
             *front(_ON_FIRST_TASK, "mlp", (0,), 64),
             *in_sequence(_HELD_HARDER, "mlp", (0, 1, 2), 64),
+            *in_sequence({GROWING: BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
         ),
     ),
 }
@@ -251,6 +254,7 @@ STAGES: dict[str, Stage] = {
 __all__ = [
     "BEST",
     "BY_LENGTH",
+    "GROWING",
     "GSM8K",
     "HARD",
     "HARD_EWC",

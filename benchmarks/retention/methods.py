@@ -33,6 +33,8 @@ class Method:
         optimizer: ``"adamw"``, or ``"muon"`` for orthogonalised steps.
         decay: the optimizer's decoupled weight decay; of an anchored core, a penalty on leaving
             what the anchor saw.
+        grows: whether the decay counts once for each task so far, as the precision of a posterior
+            and EWC's penalty do.
         anchor: what anchors the core: the model's own samples (``"self"``), given news
             (``"text"``), or nothing.
         damping: of the anchor.
@@ -53,6 +55,7 @@ class Method:
     config: Mapping[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
     decay: float = 0.0
+    grows: bool = False
     anchor: str = ""
     damping: float = 1e-2
     sides: str = "both"
@@ -88,8 +91,9 @@ class Method:
     @property
     def first_as(self) -> str:
         """The method that learns a first task as this one does, which then has nothing to keep."""
-        keeps = self.against in ("er", "ewc")
-        return self._named("lora", without="strength") if keeps else self.name
+        if self.against in ("er", "ewc"):
+            return self._named("lora", without="strength")
+        return self._named(self.name.partition("@")[0], without="grows")
 
     def _named(self, base: str, *, without: str) -> str:
         parts = self.name.partition("@")[2].split(",")

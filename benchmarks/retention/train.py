@@ -112,7 +112,7 @@ class _Run:
         self.strategy: Strategy = STRATEGIES[self.method.against](
             Context(self.cell, self.method, material, self.model, _under("strategy", before))
         )
-        self.optimizer = make_optimizer(self.model, self.method, self.cell.rate)
+        self.optimizer = make_optimizer(self.model, self.cell, self.method)
         record.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if kept:
             self._resume(kept, notes)

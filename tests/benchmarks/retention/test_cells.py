@@ -15,6 +15,7 @@ import secura
 from benchmarks.graphs import NotCapturableError
 from benchmarks.retention import gradients, strategies, train
 from benchmarks.retention import record as records
+from benchmarks.retention.build import make_optimizer
 from benchmarks.retention.cells import Cell
 from benchmarks.retention.methods import METHODS, get_method
 from benchmarks.retention.record import Record
@@ -344,9 +345,19 @@ def test_a_wrong_method_is_named_with_the_nearest():
     assert get_method("lora@rank=2,scale=0.5").trained_as == "lora@rank=2"
     assert get_method("ewc@strength=9,rank=2").first_as == "lora@rank=2"
     assert get_method("er").first_as == "lora"
-    assert (
-        get_method("ewc-self").first_as == "ewc-self" and get_method("i-lora").first_as == "i-lora"
-    )
+    for same in ("ewc-self", "i-lora", "anchored-self@rank=128,decay=59"):
+        assert get_method(same).first_as == same
+    growing = get_method("anchored-self@rank=128,decay=59,grows=True")
+    assert growing.first_as == "anchored-self@rank=128,decay=59"
+
+
+@pytest.mark.parametrize(("grows", "decays"), [(False, (3, 3)), (True, (3, 6))])
+def test_a_decay_that_grows_counts_once_for_each_task(grows, decays):
+    method = get_method(f"anchored-self@decay=3,grows={grows}")
+    for tasks, decay in zip((("sums",), ("sums", "words")), decays, strict=True):
+        cell = Cell(method.name, "mlp", 1e-3, 0, tasks, 2)
+        group = make_optimizer(torch.nn.Linear(2, 2), cell, method).param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (1e-3, decay)
 
 
 def test_whitened_inputs_are_white(runner):
