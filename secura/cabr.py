@@ -278,8 +278,9 @@ class CABR(Core):
             if not (allow_inexact or self.config.allow_inexact_merge):
                 raise ValueError(
                     "norm='activation' is not linear in x, so no merged weight is exact: keep the "
-                    "adapter, or merge W + ΔW as the released code does with allow_inexact=True "
-                    "(allow_inexact_merge=True in the config)"
+                    "adapter, or merge W + ΔW, as the released code does, with "
+                    "allow_inexact_merge=True in its config (secura.SECURALinear's methods take "
+                    "allow_inexact=True too)"
                 )
             weight = bases.weight(base)
             return (weight + self.delta_of(base)).to(weight.dtype)

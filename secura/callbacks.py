@@ -9,6 +9,7 @@ from torch import nn
 
 from ._extras import require
 from .accumulation import accumulate
+from .config import check_period
 from .folding import check_foldable, check_sole_copy, fold, fold_periods
 from .layers import active_adapters
 
@@ -26,14 +27,14 @@ class FoldCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             begins. 0 never folds.
 
     Raises:
-        ValueError: for a negative number of steps; when training begins, for a model with no SECURA
-            layer, active adapters that differ in ``fold_every`` where it is to be theirs, or an
-            optimizer that keeps a second copy of the parameters (schedule-free).
+        ValueError: for steps that are no integer of 0 or more; when training begins, for a model
+            with no SECURA layer, active adapters that differ in ``fold_every`` where it is to be
+            theirs, or an optimizer that keeps a second copy of the parameters (schedule-free).
     """
 
     def __init__(self, fold_every: int | None = None) -> None:
-        if fold_every is not None and fold_every < 0:
-            raise ValueError(f"fold_every={fold_every} must be 0 or more optimizer steps")
+        if fold_every is not None:
+            check_period("fold_every", fold_every)
         self.fold_every = fold_every
         self._period: int | None = None
 

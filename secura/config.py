@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from secura_kernels.cur import INITS, SELECTIONS
-from secura_kernels.norm import REFERENCES, SAVES, NormOptions, resolve_norm
+from secura_kernels.norm import REFERENCES, SAVES, NormOptions, Restrain, resolve_norm
+
+_NORM, _RESTRAIN = NormOptions._field_defaults, Restrain._field_defaults
 
 
 @dataclass
@@ -95,9 +97,9 @@ class AdapterConfig:
     norm_form: str | None = None
     norm_combine: str | None = None
     norm_reference: str = "pretrained"
-    norm_scale: float = 6.0
-    norm_eps: float = 1e-10
-    norm_eps_relative: bool = False
+    norm_scale: float = _NORM["scale"]
+    norm_eps: float = _NORM["eps"]
+    norm_eps_relative: bool = _NORM["eps_relative"]
     norm_save: str = "recompute"
     fold_every: int = 0
     train_bias: bool = False
@@ -106,9 +108,9 @@ class AdapterConfig:
     keep_columns: bool = False
     dropout: float = 0.0
     restrain: bool = False
-    restrain_percent: float = 0.9
-    restrain_edge: float = 1.2
-    restrain_decay: float = 0.99
+    restrain_percent: float = _RESTRAIN["percent"]
+    restrain_edge: float = _RESTRAIN["edge"]
+    restrain_decay: float = _RESTRAIN["decay"]
     seed: int = 0
     init_weights: bool = True
     check_base: bool = True
@@ -118,6 +120,8 @@ class AdapterConfig:
     anchored: bool = False
 
     def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            check_switch(name, getattr(self, name))
         check_rank("r", self.r)
         if self.inner_r is not None:
             check_rank("inner_r", self.inner_r)
@@ -167,10 +171,7 @@ class AdapterConfig:
                 "dropout do not have: set dropout=0 and choose norm='channel', 'weight' or 'none', "
                 "or leave it off"
             )
-        if isinstance(self.fold_every, bool) or not isinstance(self.fold_every, int):
-            raise ValueError(f"fold_every={self.fold_every!r} must be an integer")
-        if self.fold_every < 0:
-            raise ValueError(f"fold_every={self.fold_every} must be 0 or more optimizer steps")
+        check_period("fold_every", self.fold_every)
         if self.restrain and self.norm == "none":
             raise ValueError("restrain needs a gain to count: choose a norm other than 'none'")
 
@@ -208,6 +209,7 @@ class AdapterConfig:
 
 
 CORES = ("ab", "u")
+_SWITCHES = tuple(of.name for of in fields(AdapterConfig) if of.type == "bool")
 
 _FP32 = torch.finfo(torch.float32)
 
@@ -232,9 +234,28 @@ def check_rank(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False: ``"no"`` would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_period(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r} must be an integer, 0 or more optimizer steps")
+
+
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}: choose one of {known}")
 
 
-__all__ = ["CORES", "AdapterConfig", "check_damping", "check_rank"]
+__all__ = [
+    "CORES",
+    "AdapterConfig",
+    "check_damping",
+    "check_period",
+    "check_rank",
+    "check_switch",
+]

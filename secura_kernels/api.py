@@ -37,7 +37,7 @@ from .dispatch import (
     without_autocast,
 )
 from .layer import Layer, cores
-from .norm import pack
+from .norm import NO_WEIGHT, pack
 from .ops import flops
 from .ops.common import Call, rounding_seed
 from .ops.project import op as project
@@ -89,7 +89,10 @@ def secura_linear(
     if len(shape) != 2:
         raise ValueError(f"weight {list(shape)} must be [N, K]")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(f"x {list(x.shape)} does not fit the weight {list(shape)}")
+        raise ValueError(
+            f"x {list(x.shape)} does not fit the weight [N, K]={list(shape)}: x has to be "
+            f"[..., {shape[1]}]"
+        )
     n = shape[0]
     return _run(x, n, compute_dtype(x), layer, a, b, delta_bias, z_scale, impl, given=False)
 
@@ -161,9 +164,9 @@ def effective_weight(
     """
     options, w, rows = layer.options, layer.weight, layer.rows
     if options.norm == "activation":
-        raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
+        raise ValueError(NO_WEIGHT)
     if w is None:
-        raise ValueError("the layer has no weight to make another of")
+        raise ValueError("the layer has no weight to make another of: give Layer.weight")
     check_call(None, w.shape[0] if w.dim() else 0, (), layer, a, b, None, None)
     dtype = dtype or w.dtype
     if dtype not in FLOATS:

@@ -71,7 +71,8 @@ def check_fits(m: int, n: int, k: int) -> None:
     """Raise :class:`RankError` where a weight ``[n, k]`` has no CUR decomposition of rank ``m``."""
     if not 1 <= m <= min(n, k):
         raise RankError(
-            f"r={m} must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] weight"
+            f"m={m} (r of a config) must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] "
+            "weight"
         )
 
 
@@ -143,12 +144,13 @@ def init_a(
     _check_matrix(weight)
     check_fits(m, *weight.shape)
     if r < 0:
-        raise RankError(f"inner_r={r} must be 0 or more")
+        raise RankError(f"r={r} (inner_r of a config) must be 0 or more")
     if init == "svd":
         if r > weight.shape[1]:
             raise RankError(
-                f"init='svd' takes A from the weight's first {r} columns, but it has "
-                f"{weight.shape[1]}: lower inner_r or use init='kaiming'"
+                f"init='svd' takes A [{m}, {r}] from the weight's first {r} columns, but it has "
+                f"{weight.shape[1]}: lower inner_r (2 · r where it is not given) or r, or take "
+                "init='kaiming'"
             )
         return weight.detach()[:m, :r].to(torch.float32, copy=True).contiguous()
     if init == "identity":

@@ -18,7 +18,7 @@ else is computed in fp32 or wider.
 | `channel`    | the same with one M a row, ρ_i = ‖ΔW_i‖ / ‖W_base,i‖      |
 | `activation` | combine(x W_baseᵀ + b, x ΔWᵀ + δb)                        |
 
-Source: SECURA (arXiv 2502.18168), section 4, and its released code.
+Source: SECURA (arXiv 2502.18168), and its released code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .layer import Layer, update
-from .norm import NormOptions, Restrain, resolve_norm
+from .norm import NO_WEIGHT, NormOptions, Restrain, resolve_norm
 
 
 def relative_change(base: Tensor, delta: Tensor, options: NormOptions) -> Tensor:
@@ -217,7 +217,7 @@ def effective_weight(
         ValueError: for ``activation``, which is not linear in x and has no such weight.
     """
     if layer.options.norm == "activation":
-        raise ValueError("norm='activation' is not linear in x: no plain weight computes it")
+        raise ValueError(NO_WEIGHT)
     assert layer.weight is not None
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     identity = torch.eye(layer.weight.shape[1], dtype=dtype, device=layer.weight.device)

@@ -39,6 +39,10 @@ COMBINES = ("averaged", "gated")
 REFERENCES = ("folded", "pretrained")
 SAVES = ("recompute", "8bit")
 
+NO_WEIGHT = (
+    "norm='activation' is not linear in x, so no plain weight computes it: call the layer, or "
+    "choose a norm that has one, 'none', 'channel' or 'weight'"
+)
 SMALLEST_PEAK = 1e-30
 """What a smaller ρmax counts as, so that `paper` divides by none that is 0."""
 _SMALLEST_EPS = torch.finfo(torch.float32).tiny
@@ -177,6 +181,8 @@ def _packed(
         edge=float(edge),
         decay=float(decay),
     )
+    if not isinstance(norm.eps_relative, bool):  # "no" would count as True
+        raise ValueError(f"eps_relative={norm.eps_relative!r} of a norm must be True or False")
     for name, value in norm._asdict().items():
         if isinstance(value, float) and not abs(value) < math.inf:  # NaN too
             raise ValueError(f"{name}={value} of a norm or its restraint must be finite")
@@ -293,6 +299,7 @@ __all__ = [
     "COMBINES",
     "FORMS",
     "NORMS",
+    "NO_WEIGHT",
     "REFERENCES",
     "SAVES",
     "SMALLEST_PEAK",

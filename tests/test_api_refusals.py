@@ -88,10 +88,10 @@ def test_ranks_out_of_range_are_refused():
     weight = torch.ones(8, 12)
     for m in (0, 9, 12, -100):
         for make in (select, important_channels, lambda weight, m: init_a(weight, m, 1)):
-            with pytest.raises(ValueError, match=f"r={m} must lie between 1 and"):
+            with pytest.raises(ValueError, match=rf"m={m} \(.*\) must lie between 1 and"):
                 make(weight, m)
     for init in ("svd", "kaiming", "identity"):
-        with pytest.raises(ValueError, match="inner_r=-1 must be 0 or more"):
+        with pytest.raises(ValueError, match=r"r=-1 \(inner_r of a config\) must be 0"):
             init_a(weight, 4, -1, init)
 
 
@@ -127,6 +127,9 @@ def test_a_trained_layer_is_checked_as_a_frozen_one(norm):
         options = layer.options._replace(**{name: value})
         with pytest.raises(ValueError, match=rf"{name}={value} .*must be"):
             secura_add(example.x, layer._replace(options=options), example.a)
+    options = layer.options._replace(eps_relative="no")
+    with pytest.raises(ValueError, match=r"eps_relative='no' .*True or False"):
+        secura_add(example.x, layer._replace(options=options), example.a)
     with pytest.raises(ValueError, match="unknown impl 'nonsense'"):
         secura_add(example.x, layer, example.a, impl="nonsense")
     with pytest.raises(RuntimeError, match="impl='triton' cannot run"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -42,8 +44,9 @@ def test_numbers_of_the_norm_are_the_released_codes(kind):
         ({"dropout": 0.1, "norm": "weight"}, "never forms"),
         ({"dropout": 0.1, "norm": "none", "stochastic_rounding": True}, "one W' for all tokens"),
         ({"norm": "activation", "stochastic_rounding": True}, "one W' for all tokens"),
-        ({"fold_every": -1}, "must be 0 or more"),
+        ({"fold_every": -1}, "fold_every=-1 must be an integer, 0 or more"),
         ({"fold_every": 1.5}, "must be an integer"),
+        ({"fold_every": True}, "must be an integer"),
         ({"restrain": True, "norm": "none"}, "restrain needs a gain"),
         ({"restrain_decay": float("nan")}, "restrain_decay=nan must lie in"),
         ({"restrain_percent": 7}, "restrain_percent=7 must lie in"),
@@ -58,6 +61,15 @@ def test_numbers_of_the_norm_are_the_released_codes(kind):
 def test_bad_settings(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize("kind", [AdapterConfig, SecuraConfig])
+@pytest.mark.parametrize("value", ["no", "false", 1, None])
+@pytest.mark.parametrize("name", [of.name for of in fields(AdapterConfig) if of.type == "bool"])
+def test_a_switch_is_true_or_false(name, value, kind):
+    """`"no"` counts as True."""
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be True or False"):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,9 @@ def test_without_fold_every_the_callback_does_nothing(tmp_path):
     model = get_peft_model(tiny.llama(), tiny.config(norm="channel"))
     trainer(tmp_path, model, [FoldCallback()]).train()
     assert not any(part.core.any() for part in tiny.parts(model))
-    with pytest.raises(ValueError, match="fold_every=-1"):
-        FoldCallback(-1)
+    for never in (-1, 2.5, True):
+        with pytest.raises(ValueError, match=f"fold_every={never} must be an integer"):
+            FoldCallback(never)
 
 
 @pytest.mark.parametrize("fold_every", [None, 0, 1])

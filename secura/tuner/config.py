@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from secura._extras import how_to_install
-from secura.config import AdapterConfig, check_rank
+from secura.config import AdapterConfig, check_rank, check_switch
 from secura.integrity import check_file, file_checksum, read_file
 from secura.names import INNER, PREFIX, is_own, without_wrappers
 
@@ -135,10 +135,12 @@ class SecuraConfig(AdapterConfig, PeftConfig):
             **kwargs: ``check_base`` for this loading; others are for the download.
 
         Raises:
-            ValueError: where the folder's adapter file was cut short or is no safetensors file.
+            ValueError: for a ``check_base`` that is no bool, and where the folder's adapter file
+                was cut short or is no safetensors file.
         """
         check_base = kwargs.pop("check_base", True)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        check_switch("check_base", check_base)
         config.check_base = check_base
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         check_file(folder / SAFETENSORS_WEIGHTS_NAME)

@@ -45,11 +45,12 @@ def warn_of_unsaved(
     adapters = [cast(CABR, layer.secura_adapter[adapter]) for layer in layers.values()]
     scales = {one.scaling for one in adapters} - {float(config.scaling)}
     if scales:
+        scaling = scales.pop()
         warnings.warn(
-            f"adapter {adapter!r} acts with scaling={scales.pop():g} here, set by set_scale(), and "
-            f"its file has the config's {config.scaling:g}: unscale_layer() before saving, or "
-            "set_scale() again after loading; where something was folded, secura.fold(model) "
-            "before saving, which leaves nothing to scale",
+            f"adapter {adapter!r} acts with scaling={scaling:g} here, and its config, which is "
+            f"saved, says {config.scaling:g}, with which it acts once it is loaded again: call "
+            f"set_scale({adapter!r}, {scaling / config.scaling:g}) on its layers then, or where "
+            "something was folded, secura.fold(model) before saving, which leaves nothing to scale",
             stacklevel=4,
         )
     trained_here = any(

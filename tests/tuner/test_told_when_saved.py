@@ -16,8 +16,23 @@ def test_a_scale_that_the_file_has_not_is_told(tmp_path):
     model = tiny.adapted(norm="none")
     for layer in tiny.layers(model).values():
         layer.set_scale("default", 2.0)
-    with pytest.warns(UserWarning, match=r"acts with scaling=2 here.*the config's 1"):
+    told = r"acts with scaling=2 here.*says 1, .*set_scale\('default', 2\)"
+    with pytest.warns(UserWarning, match=told):
         model.save_pretrained(tmp_path)
+
+
+def test_what_is_told_of_an_edited_scaling_brings_back_what_acted(tmp_path):
+    model = tiny.adapted(norm="none", scaling=0.5)
+    tiny.perturb(model)
+    before = tiny.logits(model)
+    model.peft_config["default"].scaling = 2.0
+    with pytest.warns(UserWarning, match=r"says 2, .*set_scale\('default', 0\.25\)"):
+        model.save_pretrained(tmp_path)
+    again = secura.from_pretrained(tiny.llama(), tmp_path)
+    assert not torch.equal(tiny.logits(again), before)
+    for layer in tiny.layers(again).values():
+        layer.set_scale("default", 0.25)
+    torch.testing.assert_close(tiny.logits(again), before)
 
 
 def test_layers_that_were_never_trained_are_told(tmp_path):
