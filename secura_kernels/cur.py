@@ -71,7 +71,7 @@ def check_fits(m: int, n: int, k: int) -> None:
     """Raise :class:`RankError` where a weight ``[n, k]`` has no CUR decomposition of rank ``m``."""
     if not 1 <= m <= min(n, k):
         raise RankError(
-            f"m={m} (r of a config) must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] "
+            f"r={m} (an op's m) must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] "
             "weight"
         )
 
@@ -144,7 +144,7 @@ def init_a(
     _check_matrix(weight)
     check_fits(m, *weight.shape)
     if r < 0:
-        raise RankError(f"r={r} (inner_r of a config) must be 0 or more")
+        raise RankError(f"inner_r={r} (an op's r) must be 0 or more")
     if init == "svd":
         if r > weight.shape[1]:
             raise RankError(

@@ -88,10 +88,10 @@ def test_ranks_out_of_range_are_refused():
     weight = torch.ones(8, 12)
     for m in (0, 9, 12, -100):
         for make in (select, important_channels, lambda weight, m: init_a(weight, m, 1)):
-            with pytest.raises(ValueError, match=rf"m={m} \(.*\) must lie between 1 and"):
+            with pytest.raises(ValueError, match=rf"r={m} \(an op.s m\) must lie between 1 and"):
                 make(weight, m)
     for init in ("svd", "kaiming", "identity"):
-        with pytest.raises(ValueError, match=r"r=-1 \(inner_r of a config\) must be 0"):
+        with pytest.raises(ValueError, match=r"inner_r=-1 \(an op.s r\) must be 0 or more"):
             init_a(weight, 4, -1, init)
 
 

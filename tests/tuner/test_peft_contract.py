@@ -298,7 +298,7 @@ def test_a_layer_with_one_output(norm):
     merged = model.merge_and_unload()
     if norm != "activation":
         torch.testing.assert_close(merged(x), adapted)
-    with pytest.raises(ValueError, match=r"^out: m=4 .r of a config. .*for this layer alone set rank_pattern"):
+    with pytest.raises(ValueError, match=r"^out: r=4 .*for this layer alone set rank_pattern"):
         get_peft_model(Model(), tiny.config(target_modules=["fc", "out"], norm=norm))
 
 
