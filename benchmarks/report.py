@@ -22,7 +22,7 @@ from . import scale
 from .count_tables import counts_table, landing_model_table, landing_table, memory_table
 from .plots import draw_all, plots_of
 from .retention.record import read_all
-from .retention.report import main_table
+from .retention.report import brief_table, main_table
 from .retention.summary import Front
 from .schema import Result
 from .tables import NOT_YET, anchor_table, layer_table, model_table, startup_table
@@ -83,7 +83,8 @@ def retention_table(results: Path, name: str) -> str:
     folder = results / "retention" / stage
     if not folder.is_dir():
         return NOT_YET
-    return f"{main_table(Front(read_all(folder), targets), brief=bool(brief))}\n"
+    front = Front(read_all(folder), targets)
+    return f"{brief_table(front) if brief else main_table(front)}\n"
 
 
 def table(name: str, results: Path = RESULTS) -> str:

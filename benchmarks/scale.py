@@ -245,8 +245,9 @@ def table() -> str:
 _CAPTION = (
     f"Counted, not measured: LoRA r={R} / SECURA `channel` m={M} on every linear layer of the "
     f"decoder, beyond the frozen model, each GPU and step; bf16, {TOKENS} tokens a GPU (under TP a "
-    "node), AdamW, no checkpointing. *Sent* by rings, of whose links in a node of 8 one leaves it. "
-    "*Collectives* are those that the frozen model has not; FSDP2's all-gathers ride with its. "
+    "node), AdamW, no checkpointing. *Sent* by rings, of whose 8 links in a node of 8 GPUs one "
+    "goes to another node. *Collectives* are those that the frozen model has not; FSDP2's "
+    "all-gathers ride with its. "
     "*Launches* are those of the layers alone, by a layer of 256 × 256 at m = 32; at these sizes "
     "`channel` starts about 12 a layer where 11 are counted here. *Through memory*: as PEFT and "
     "our kernels run."

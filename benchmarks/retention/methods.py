@@ -140,15 +140,18 @@ METHODS: dict[str, Method] = {
             config=_PAPER | {"core": "u", "norm_combine": "gated", "norm_reference": "folded"},
             fold="task",
         ),
+        Method("anchored-self", "anchored core", "secura", config=_U, anchor="self", fold="task"),
         Method(
-            "anchored-self", "anchored, no data", "secura", config=_U, anchor="self", fold="task"
-        ),
-        Method(
-            "anchored-text", "anchored by news", "secura", config=_U, anchor="text", fold="task"
+            "anchored-text",
+            "anchored core, by news",
+            "secura",
+            config=_U,
+            anchor="text",
+            fold="task",
         ),
         Method(
             "anchored-channel",
-            "anchored, S-MagNorm channel",
+            "anchored core, S-MagNorm channel",
             "secura",
             config={"core": "u", "norm": "channel"},
             anchor="self",

@@ -29,7 +29,7 @@ from benchmarks.retention.summary import (
     unseen,
 )
 
-BRIEF = 8  # rows of the table that shows the KL alone
+BRIEF = 8  # rows of the table that shows drift alone
 REPORT = "report.md"
 _PREFERRED = (
     "lora",
@@ -47,11 +47,11 @@ _INTERVALS = "Intervals are of 95% over the seeds of training, paired, on fixed 
 _MARKED = "†"
 _ABOVE = (
     "all its runs of a seed end above this level; it is read off the one that drifted least, and "
-    "may pay less than is shown."
+    "at the level itself may have drifted less."
 )
 _LORA_ABOVE = (
-    "LoRA ends above this level at every rate it was run at on a seed: what it pays here is too "
-    "much, and every ratio too small."
+    "LoRA ends above this level at every rate it was run at on a seed: its drift here is too "
+    "large, and every ratio too small."
 )
 
 
@@ -114,52 +114,79 @@ def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
     return parts
 
 
-def main_table(front: Front, *, brief: bool = False) -> str:
+def brief_table(front: Front) -> str:
+    """How far the methods of most interest have drifted at two levels of learning."""
+    level, lower = front.levels()[MAIN], front.levels()[MAIN - 1]
+    main, less = f"{LEVELS[MAIN]:.0%}", f"{LEVELS[MAIN - 1]:.0%}"
+    head = ["method", "trained", "learned at best", f"drift at {main}", f"drift at {less}"]
+    table = [
+        [*_learner(front, name), _ratio(front, name, level), _ratio(front, name, lower)]
+        for name in _by_interest(front)[:BRIEF]
+    ]
+    caption = (
+        f"*Drift*: KL(base ‖ tuned) on all kinds of old text where a method has learned {main} and "
+        f"{less} ({level:.3f} and {lower:.3f} nats a token of the task's held-out loss) of what "
+        "LoRA reaches at its best rate on every seed, as a multiple of LoRA's there; below 1 "
+        f"drifts less. Read between the ends of runs at different rates. {_INTERVALS}"
+        f"{_marks(table)} {_made(front)}"
+    )
+    return f"{markdown(head, table)}\n\n{caption}"
+
+
+def main_table(front: Front) -> str:
     """The methods of most interest, each where it learned nearly what LoRA does at its best rate.
 
     Args:
         front: of one stage and place.
-        brief: the KL on each kind of old text alone.
     """
-    rows = [name for name in dict.fromkeys([*_PREFERRED, *front.methods]) if name in front.runs]
     level = front.levels()[MAIN]
     kinds = front.some(REFERENCE).settings.texts
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
     more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "kept, plain"]
-    shown = rows[:BRIEF] if brief else rows
-    table = []
-    for name in shown:
-        some = front.some(name)
-        cells = [_title(front, name), f"{some.trained / 1e3:,.0f}k"]
-        cells.append(plus_minus(estimate(list(front.best(name).values()))))
-        cells += [_ratio(front, name, level, kind) for kind in kinds]
-        table.append(cells if brief else [*cells, *_costs(front, name, level, some.task)])
+    shown, task = _by_interest(front), front.some(REFERENCE).task
+    table = [
+        [
+            *_learner(front, name),
+            *(_ratio(front, name, level, kind) for kind in kinds),
+            *_costs(front, name, level, task),
+        ]
+        for name in shown
+    ]
     caption = (
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
         f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
-        "as a multiple of what LoRA pays for that; below 1 drifts less. Read between the ends of "
+        "as a multiple of LoRA's there; below 1 drifts less. Read between the ends of "
         f"runs at different rates. {_INTERVALS}{_marks(table)}"
     )
     if front.above(REFERENCE, level):
         caption += f" {_LORA_ABOVE}"
-    if not brief:
-        some = max(front.records(REFERENCE), key=lambda record: len(record.probes))
-        low, high = _question_errors(some)
+    some = max(front.records(REFERENCE), key=lambda record: len(record.probes))
+    low, high = _question_errors(some)
+    caption += (
+        " Rise of loss, mean over the kinds of old text, and probes, accuracy normalised by "
+        "the answers' lengths (acc_norm) and plain as a share of the base model's, are of the "
+        "run that ends nearest above that level. Their ± is over seeds alone: the standard "
+        "error of a probe's accuracy over its "
+        f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in it."
+    )
+    if any(len(unseen(front.some(name))) < len(kinds) for name in shown):
         caption += (
-            " Rise of loss, mean over the kinds of old text, and probes, accuracy normalised by "
-            "the answers' lengths (acc_norm) and plain as a share of the base model's, are of the "
-            "run that ends nearest above that level. Their ± is over seeds alone: the standard "
-            "error of a probe's accuracy over its "
-            f"{some.settings.probe_questions} questions, {low:.0%} to {high:.0%} of it, is not in "
-            "it."
+            " An anchor by given news has seen the source of the kind news, which its column "
+            "of all kinds leaves out."
         )
-        if any(len(unseen(front.some(name))) < len(kinds) for name in shown):
-            caption += (
-                " An anchor by given news has seen the source of the kind news, which its column "
-                "of all kinds leaves out."
-            )
     caption += f" {_made(front)}"
-    return f"{markdown(head if brief else [*head, *more], table)}\n\n{caption}"
+    return f"{markdown([*head, *more], table)}\n\n{caption}"
+
+
+def _by_interest(front: Front) -> list[str]:
+    """The methods of a front, those of most interest first."""
+    return [name for name in dict.fromkeys([*_PREFERRED, *front.methods]) if name in front.runs]
+
+
+def _learner(front: Front, name: str) -> list[str]:
+    """A method's name, how many numbers it trains, and the most it learned."""
+    best = plus_minus(estimate(list(front.best(name).values())))
+    return [_title(front, name), f"{front.some(name).trained / 1e3:,.0f}k", best]
 
 
 def _costs(front: Front, name: str, level: float, task: str) -> list[str]:
@@ -363,4 +390,4 @@ def _dig(content: dict, key: str) -> object:
     return content
 
 
-__all__ = ["REPORT", "every_cell", "main_table", "sequence_table", "write_report"]
+__all__ = ["REPORT", "brief_table", "every_cell", "main_table", "sequence_table", "write_report"]

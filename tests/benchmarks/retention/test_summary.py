@@ -220,7 +220,7 @@ def test_the_report_has_a_row_a_method_and_a_picture(tmp_path):
     failed = made("cabr", path=((0.1, 0.1),), status="failed", error="the loss became nan")
     records.write(tmp_path / failed.stage / failed.cell.path, failed)
     text = report.write_report(tmp_path).read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| anchored, no data |"))
+    row = next(line for line in text.splitlines() if line.startswith("| anchored core |"))
     assert "**0." in row and "[0." in row
     assert "| U alone | 1k | 0.500 ± 0.000 | – |" in text and "125% ± 0%" in text
     assert "1 of them failed" in text and "the loss became nan" in text
@@ -250,7 +250,7 @@ def test_what_is_read_off_a_run_that_learned_more_is_marked():
     low = made("anchored-self", rate=1e-4, seed=1, path=((0.1, 0.01), (0.2, 0.01)))
     for some, marked in (([*ours, low], True), ([*ours, low, replace_seed(low, 0)], False)):
         table = report.main_table(Front([*plain, *some], "mlp"))
-        row = next(line for line in table.splitlines() if line.startswith("| anchored, no data |"))
+        row = next(line for line in table.splitlines() if line.startswith("| anchored core |"))
         assert ("†" in row) is marked and ("all its runs of a seed end above" in table) is marked
 
 
@@ -370,7 +370,8 @@ def test_a_table_shows_every_method_and_explains_the_marks_it_uses_alone():
     table = report.main_table(Front(records, "mlp"))
     assert "Bold: the interval excludes 1" in table and "–: it does not learn as much" in table
     assert "(2 of 3): of the seeds" in table and "given news has seen" in table
-    assert report.main_table(Front(records, "mlp"), brief=True).count("\n|") == report.BRIEF + 1
+    brief = report.brief_table(Front(records, "mlp"))
+    assert brief.count("\n|") == report.BRIEF + 1 and "drift at 98% | drift at 96%" in brief
 
 
 def test_the_questions_own_error_stands_beside_the_seeds():
@@ -404,5 +405,5 @@ def test_a_picture_of_tasks_in_turn_joins_the_strengths_of_one_method():
         assert len(axes.lines) == len(means) + len(runs) - (axes is near)
     assert [text.get_text() for text in near.texts] == ["strength 1e5"]
     labels = {line.get_label() for line in whole.lines}
-    assert "anchored, no data, rank=128,decay=30" in labels, "its one strength is in its title"
+    assert "anchored core, rank=128,decay=30" in labels, "its one strength is in its title"
     assert near.get_title() and not plots.draw_sequence(runs[1:], "a title").axes[1].get_title()
