@@ -172,7 +172,7 @@ def effective_weight(
     if dtype not in FLOATS:
         raise TypeError(f"a weight in {dtype} is not made: choose fp16, bf16, fp32 or fp64")
     seed = rounding_seed(layer, dtype)
-    call = _call(layer, False, True, impl)
+    call = _call(layer, given=False, watched=True, impl=impl)
     with torch.no_grad(), without_autocast(w.device.type):
         p, p_base = _projections(call, a, b)
         if options.norm == "weight":
@@ -201,7 +201,7 @@ def additive_product(
     if source is None:
         raise ValueError("the layer has neither weight nor columns, of which P is made")
     check_call(None, source.shape[0], (), layer, a, b, None, None)
-    call = _call(layer, False, True, impl)
+    call = _call(layer, given=False, watched=True, impl=impl)
     with without_autocast(a.device.type):
         p, p_base = _projections(call, a, b)
         q, base_scale, _ = SPACES[layer.options.norm].product(call, p, p_base, p.dtype)
@@ -210,6 +210,7 @@ def additive_product(
 
 def _call(
     layer: Layer,
+    *,
     given: bool,
     watched: bool,
     impl: str | None,
@@ -274,7 +275,14 @@ def _run(
     if not watched:
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
         impl = SETTLED if impl == "triton" else impl
-    call = _call(layer, given, watched, impl, total, torch.is_grad_enabled())
+    call = _call(
+        layer,
+        given=given,
+        watched=watched,
+        impl=impl,
+        total=total,
+        differentiates=torch.is_grad_enabled(),
+    )
     return SecuraFunction.apply(x, a, b, delta_bias, z_scale, call)
 
 

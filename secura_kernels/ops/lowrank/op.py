@@ -57,8 +57,8 @@ from ..common import (
 from ..project.op import projections
 from ..weight.op import merged_weight
 
-# The one-pass ∂y0 holds h [T block, m] in registers; above this rank plain torch computes it.
 MAX_RANK = 512
+"""The one-pass ∂y0 holds h ``[T block, m]`` in registers; above it plain torch computes it."""
 
 
 def takes_weight(x: Tensor, q: Tensor, z_scale: Tensor | None, keep: bool) -> bool:
