@@ -164,9 +164,10 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
     On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
-    decay is, whatever the optimizer; other parameters are left alone, and a ``weight_decay`` comes
-    on top. Without an anchor it is plain weight decay on U. A U in bf16, which TRL makes of every
-    adapter on a quantised base, is rounded stochastically, so that it decays in the mean.
+    decay is, whatever the optimizer; other parameters and cores that are frozen are left alone, and
+    a ``weight_decay`` comes on top. Without an anchor it is plain weight decay on U. A U in bf16,
+    which TRL makes of every adapter on a quantised base, is rounded stochastically, so that it
+    decays in the mean.
 
     Args:
         anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off what U
@@ -259,8 +260,9 @@ def _check_trained(model: nn.Module) -> None:
 
 
 def _cores(model: nn.Module) -> set[int]:
-    """The ``id`` of each core U that is trained itself."""
-    return {id(adapter.U) for adapter, _ in u_adapters(model).values()}
+    """The ``id`` of each core U that is trained itself, now."""
+    cores: list[Any] = [adapter.U for adapter, _ in u_adapters(model).values()]
+    return {id(core) for core in cores if core.requires_grad}
 
 
 def _decay_of_run(optimizer: Any, scheduler: Any, steps: int, cores: set[int]) -> float:

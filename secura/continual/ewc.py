@@ -25,6 +25,7 @@ from .state import (
     coordinates,
     placed,
     read,
+    still_trained,
     trainable,
     without_dropout,
     write,
@@ -154,7 +155,8 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     Raises:
         ValueError: for a λ below 0 or not finite. When training begins: for another model's
             ``fisher``, or a run that cannot be served (see :mod:`secura.continual`). At a step:
-            where a gradient scaler has not been undone, which clipping does in fp16.
+            where a gradient scaler has not been undone, which clipping does in fp16, and where
+            other parameters are trained than when training began.
     """
 
     def __init__(self, fisher: Fisher, ewc_lambda: float) -> None:
@@ -200,7 +202,8 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "fp16 scales gradients, and it is clipping that undoes it before EWC's gradient is "
                 "added: set max_grad_norm above 0, or train in bf16"
             )
-        for name, value in trainable(model).items():
+        trained = still_trained(self.fisher.center, model, "the Fisher information")
+        for name, value in trained.items():
             pull = value.float() - self.fisher.center[name]
             pull = (pull * self.fisher.importance[name] * self.ewc_lambda).to(value.dtype)
             value.grad = pull if value.grad is None else value.grad.add_(pull)

@@ -21,6 +21,7 @@ from .state import (
     coordinates,
     placed,
     read,
+    still_trained,
     trainable,
     without_dropout,
     write,
@@ -34,6 +35,7 @@ FILE = "long_term.safetensors"
 _FOR_THE_LOSS = ("labels", "num_items_in_batch", "fused_lm_head")
 """Arguments of a causal language model's forward without which it returns plain logits."""
 
+_WHAT = "the long-term memory"
 _hooks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -75,7 +77,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
             served (TRL's trainers but ``SFTTrainer``, which make a loss of their own, among them),
             an encoder-decoder or a masked language model, a checkpoint without the long-term
             values, or values of before a fold or an anchor. At a step: for a model that returns no
-            loss to add to, or logits that go with other labels (a classifier's).
+            loss to add to, or logits that go with other labels (a classifier's), and where other
+            parameters are trained than when training began.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         assert model is not None
         if self._unfolded is not None:
             self._unfolded.check()
-        for name, value in trainable(model).items():
+        for name, value in still_trained(self.values, model, _WHAT).items():
             self.values[name].mul_(self.ema).add_(value.float(), alpha=1 - self.ema)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -187,7 +190,7 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
             ValueError: before any training, for a model with other trainable parameters, or one
                 that was folded or anchored anew since.
         """
-        _copy(placed(self.values, model, "the long-term memory", self._made_in), model)
+        _copy(placed(self.values, model, _WHAT, self._made_in), model)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -247,7 +250,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
 
     @torch.no_grad()
     def _long_term_logits(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> Tensor:
-        values = {name: self.values[name].to(p.dtype) for name, p in trainable(model).items()}
+        trained = still_trained(self.values, model, _WHAT)
+        values = {name: self.values[name].to(p.dtype) for name, p in trained.items()}
         with without_dropout(model):
             return torch.func.functional_call(model, values, args, inputs).logits
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from secura._extras import require
+from secura.core import Core
 from secura.folders import use_umask
 from secura.folding import fold_periods
 from secura.integrity import check_file, version
@@ -40,7 +41,7 @@ class Unfolded:
                 "was learned out of the parameters this method watches: set fold_every=0, and fold "
                 "at the end of the task"
             )
-        self._cores = [adapter.core for adapter, _ in active_adapters(model).values()]
+        self._cores = [module.core for module in model.modules() if isinstance(module, Core)]
         self._before = self._versions()
 
     def check(self) -> None:
@@ -117,6 +118,24 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError("the model has no trainable parameter: load it with is_trainable=True")
     return found
+
+
+def still_trained(
+    tensors: Mapping[str, Tensor], model: nn.Module, what: str
+) -> dict[str, nn.Parameter]:
+    """The model's trainable parameters by name, which have to be those of ``tensors``.
+
+    Raises:
+        ValueError: they are others by now.
+    """
+    parameters = trainable(model)
+    if other := sorted(tensors.keys() ^ parameters.keys()):
+        raise ValueError(
+            f"the parameters that are trained changed while training, {other[0]} first, and {what} "
+            "is of those that it began with: leave requires_grad and set_adapter() alone until "
+            "train() has ended"
+        )
+    return parameters
 
 
 def placed(
@@ -205,6 +224,7 @@ __all__ = [
     "coordinates",
     "placed",
     "read",
+    "still_trained",
     "trainable",
     "without_dropout",
     "write",
