@@ -12,6 +12,8 @@ from . import bases, quantised
 
 _GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """Modules whose hooks gather a weight for a forward."""
+_WRITTEN_OUT = ("FalconLinear",)
+"""Classes of transformers whose own forward is x Wᵀ + b, written out."""
 
 
 def product_weight(base: nn.Module) -> Tensor | None:
@@ -90,6 +92,32 @@ def is_another_function(base: nn.Module) -> bool:
     return bool((made - product).norm() > 0.1 * product.norm())
 
 
+def check_forward(base: nn.Module) -> None:
+    """Raise ``TypeError`` where an architecture's own linear layer is no function of one input.
+
+    A class of transformers' models that is an ``nn.Linear`` and has a forward of its own is tried
+    on two tokens: a router gives several tensors, a grouped one takes inputs of another shape.
+    """
+    kind = type(base)
+    weight = bases.dense_weight(base)
+    if not kind.__module__.startswith("transformers.models.") or weight is None:
+        return
+    if kind.forward is nn.Linear.forward or type(weight) not in (nn.Parameter, Tensor):
+        return
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            made: Any = base.forward(weight.new_ones(1, 2, weight.shape[1]))
+        fits = isinstance(made, Tensor) and made.shape == (1, 2, weight.shape[0])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        fits = False
+    if not fits:
+        raise TypeError(
+            f"the forward of {kind.__name__} takes or gives something else than a linear layer's "
+            "[..., K] and [..., N], to which a change could be added: leave it out with "
+            "exclude_modules"
+        )
+
+
 def only_places(base: nn.Module) -> bool:
     """Whether what ``base`` adds to its product only says where its input and weight have to be.
 
@@ -108,11 +136,12 @@ def only_places(base: nn.Module) -> bool:
 
 def _is_product(base: nn.Module, own_forward: Any) -> bool:
     plain: Any = nn.Linear if isinstance(base, nn.Linear) else bases.conv1d_class()
-    if plain is None or type(base).forward is not plain.forward:
+    forward: Any = type(base).forward
+    if plain is None or (forward is not plain.forward and type(base).__name__ not in _WRITTEN_OUT):
         return False
     if own_forward is None:
         return True
-    same = getattr(own_forward, "__func__", None) is plain.forward
+    same = getattr(own_forward, "__func__", None) is forward
     return same and own_forward.__self__ is base
 
 

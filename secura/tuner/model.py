@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from secura import bases
+from secura import bases, products
 from secura.cabr import CABR
 from secura.layers import layers_with
 from secura.names import INNER, without_wrappers
@@ -24,7 +24,7 @@ from . import saved
 from .config import SecuraConfig
 from .experts import ParamWrapper, check_nesting
 from .layer import SecuraLayer, SecuraLinear
-from .overlooked import refuse_overlooked, refuse_read
+from .overlooked import leave_out_read, refuse_overlooked, refuse_unheeded, warn_of_experts
 from .several import BASE, REFERENCE
 from .unmatched import unmatched_layers, unmatched_names, warn_unmatched
 
@@ -71,6 +71,7 @@ class SecuraModel(BaseTuner):
             own.modules_to_save = [*_HEADS[own.task_type]]
         config = copy.copy(given)  # as given: PEFT fills in its targets
         refuse_overlooked(model, config)
+        leave_out_read(model, own)
         warn_unmatched(unmatched_names(model, config))
         before = {layer: dict(layer.secura_adapter) for _, layer in _secura_layers(model)}
         try:
@@ -86,6 +87,7 @@ class SecuraModel(BaseTuner):
                     model.set_submodule(name, layer.base_layer)
             raise
         warn_unmatched(unmatched_layers(model, config, adapter_name))
+        warn_of_experts(model, config)
         copied = [name for name, own in self.peft_config.items() if own is given]
         if adapter_name == REFERENCE and copied:  # TRL copies parameters alone
             for _, layer in _secura_layers(model):
@@ -182,8 +184,9 @@ class SecuraModel(BaseTuner):
         try:
             base: Any = target if adapted is None else adapted.get_base_layer()
             if named is None:
-                refuse_read(parent, target_name)
+                refuse_unheeded(self.model, parent, target_name, current_key)
                 bases.check_linear(base)
+                products.check_forward(base)
             if not bases.is_split(base):
                 bases.check_at_hand(base if named is None else bases.Stack(base, named))
         except (TypeError, ValueError) as error:

@@ -1,9 +1,11 @@
-"""Refuse layers that an adapter would do nothing for: passed over in silence, or never called."""
+"""Layers that an adapter would do nothing for: passed over in silence, never called, rescaled."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -25,8 +27,7 @@ def refuse_overlooked(model: nn.Module, config: SecuraConfig) -> None:
         TypeError: for such a layer, where nothing here knows its kind.
         ValueError: for any other, or for experts.
     """
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if _is_all_linear(config):
         for name, layer in _outside_adapters(model):
             if quantised.is_packed(layer) and _is_meant(model, config, name, layer):
                 _refuse_layer(name, layer)
@@ -44,21 +45,102 @@ _READ: dict[str, tuple[str, ...]] = {
     "MobileBertLMPredictionHead": ("dense",),
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
+    "LSHSelfAttention": ("query_key", "value"),
+    "TDNNLayer": ("kernel",),
+    "Gemma3nTextAltUp": ("correction_coefs",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    **{f"{of}MHAttentionMap": ("k_proj",) for of in ("Detr", "ConditionalDetr", "MaskFormerDetr")},
+    **dict.fromkeys(
+        ("LayoutLMv2Encoder", "LayoutLMv3Encoder", "PPDocLayoutV2ReadingOrderEncoder"),
+        ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    ),
 }
 """Layers that torch's or transformers' module of such a class hands on as weights, always or in its
 fast path."""
+_RESCALED = {"RwkvSelfAttention": "output", "RwkvFeedForward": "value"}
+"""Layers whose weight ``RwkvModel`` multiplies wherever it goes from training to evaluation."""
 
 
-def refuse_read(parent: nn.Module, child: str) -> None:
-    """Raise ``ValueError`` where ``parent`` reads the weight of its layer ``child``, uncalled."""
-    for kind in type(parent).__mro__:
-        theirs = kind.__module__.startswith(("torch.", "transformers."))
-        if theirs and child in _READ.get(kind.__name__, ()):
+def refuse_unheeded(model: Any, parent: nn.Module, child: str, name: str) -> None:
+    """Raise ``ValueError`` where an adapter on a layer would not act, or on another weight.
+
+    Args:
+        model: the whole.
+        parent: the module the layer is in.
+        child: its name there.
+        name: its name in the model.
+    """
+    out = f"exclude_modules=['{name}'] leaves it out"
+    for kind in _kinds(parent):
+        if child in _READ.get(kind, ()):
             raise ValueError(
-                f"{kind.__name__} reads this layer's weight, always or in its fast path, and does "
-                f"not call it, so an adapter would not act: exclude_modules=['{child}'] leaves it "
-                "out"
+                f"{kind} reads this layer's weight, always or in its fast path, and does not call "
+                f"it, so an adapter would not act: {out}"
             )
+        every = getattr(getattr(model, "config", None), "rescale_every", 0)
+        if _RESCALED.get(kind) == child and 0 < every < model.config.num_hidden_layers:
+            raise ValueError(
+                f"the model rescales the weight of this layer of {kind} between training and "
+                "evaluation, and C and R are of it: set the model's config.rescale_every = 0 "
+                f"before, or {out}"
+            )
+
+
+def leave_out_read(model: nn.Module, config: SecuraConfig) -> None:
+    """Have ``"all-linear"`` leave out, with a warning, layers that the model reads and never calls.
+
+    They are added to ``config.exclude_modules``, but where that is a pattern.
+    """
+    given = config.exclude_modules or ()
+    if not _is_all_linear(config) or isinstance(given, str):
+        return
+    found = {
+        f"{name}.{child}".lstrip(".")
+        for name, parent in model.named_modules()
+        for kind in _kinds(parent)
+        for child in _READ.get(kind, ())
+        if isinstance(getattr(parent, child, None), nn.Linear)
+    }
+    found = {n for n in found if not any(f".{n}".endswith(f".{other}") for other in given)}
+    if found:
+        left_out: Any = {*given, *found}  # PEFT's sets, as names are kept in a config
+        config.exclude_modules = left_out
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {len(found)} layers, {min(found)} say, whose "
+            "weight the model reads and does not call: an adapter would not act there",
+            stacklevel=4,
+        )
+
+
+def warn_of_experts(model: nn.Module, config: SecuraConfig) -> None:
+    """Warn where ``"all-linear"`` leaves out fused experts: they are parameters, and no layers."""
+    if not _is_all_linear(config) or config.target_parameters:
+        return
+    found = {
+        f"{name.rpartition('.')[2]}.{own}"
+        for name, owner in model.named_modules()
+        for own, value in owner._parameters.items()
+        if "Experts" in type(owner).__name__ and value is not None and value.dim() == 3
+    }
+    if found:
+        warnings.warn(
+            "target_modules='all-linear' is linear layers alone and leaves out the fused experts: "
+            f"target_parameters={sorted(found)} adapts these too",
+            stacklevel=4,
+        )
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """Names of a module's classes that are torch's or transformers' own."""
+    theirs = ("torch.", "transformers.")
+    return [one.__name__ for one in type(module).__mro__ if one.__module__.startswith(theirs)]
+
+
+def _is_all_linear(config: SecuraConfig) -> bool:
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -107,4 +189,4 @@ def _refuse_no_parameter(name: str, owner: nn.Module, target: str) -> None:
         raise ValueError(f"{name}.{own}: {error}") from error
 
 
-__all__ = ["refuse_overlooked", "refuse_read"]
+__all__ = ["leave_out_read", "refuse_overlooked", "refuse_unheeded", "warn_of_experts"]

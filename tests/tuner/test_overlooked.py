@@ -5,6 +5,8 @@ Quantised ones that nothing here dequantises or that PEFT passes over, and such 
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -12,12 +14,23 @@ from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     MobileBertConfig,
     MobileBertForMaskedLM,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
+import secura
 from secura import SecuraConfig
 
 
@@ -124,23 +137,47 @@ def mamba():
     return MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCAB, **sizes))
 
 
+def mobilebert():
+    return MobileBertForMaskedLM(MobileBertConfig(vocab_size=60, num_hidden_layers=1))
+
+
+def reformer():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8}
+    sizes |= {"feed_forward_size": 16, "attn_layers": ["lsh"], "axial_pos_embds": False}
+    return ReformerModelWithLMHead(ReformerConfig(vocab_size=60, is_decoder=True, **sizes))
+
+
+def rwkv(rescale_every=1):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    return RwkvForCausalLM(RwkvConfig(vocab_size=60, rescale_every=rescale_every, **sizes))
+
+
 @pytest.mark.parametrize(
     ("make", "targets", "unread", "message"),
     [
         (encoder, ["out_proj"], FAST, "block.self_attn.out_proj: MultiheadAttention reads"),
         (encoder, ["head", "linear2"], FAST, "block.linear2: TransformerEncoderLayer reads"),
         (
-            lambda: MobileBertForMaskedLM(MobileBertConfig(vocab_size=60, num_hidden_layers=1)),
-            "all-linear",
-            ["dense"],
-            r"predictions\.dense: MobileBertLMPredictionHead reads",
+            mobilebert,
+            ["query", "predictions.dense"],
+            ["predictions.dense"],
+            r"predictions\.dense: MobileBertLMPredictionHead reads"
+            r".*exclude_modules=\['cls\.predictions\.dense'\]",
         ),
         (
             mamba,
-            "all-linear",
             ["x_proj", "dt_proj", "out_proj"],
-            r"x_proj: MambaMixer reads .*exclude_modules=\['x_proj'\]",
+            ["x_proj", "dt_proj", "out_proj"],
+            r"x_proj: MambaMixer reads .*exclude_modules=\['backbone\.layers\.0\.mixer\.x_proj'\]",
         ),
+        (
+            reformer,
+            ["query_key"],
+            ["query_key", "value"],
+            "query_key: LSHSelfAttention reads",
+        ),
+        (rwkv, "all-linear", ["output", "value"], "output: the model rescales the weight"),
+        (rwkv, ["value"], ["output", "value"], r"value: .*config\.rescale_every = 0"),
     ],
 )
 def test_a_layer_that_is_read_and_not_called_is_refused(make, targets, unread, message):
@@ -151,3 +188,71 @@ def test_a_layer_that_is_read_and_not_called_is_refused(make, targets, unread, m
     assert kinds(model) == before
     config = SecuraConfig(r=4, target_modules="all-linear", exclude_modules=unread)
     assert tiny.layers(get_peft_model(model, config))
+
+
+@pytest.mark.parametrize(
+    ("make", "count"), [(mobilebert, 1), (mamba, 3), (reformer, 2), (encoder, 3)]
+)
+def test_all_linear_leaves_out_what_is_read_and_says_so(make, count, tmp_path):
+    """Many of them lie beside layers of the same name, which a suffix would leave out too."""
+    torch.manual_seed(0)
+    model = make()
+    config = SecuraConfig(r=4, target_modules="all-linear", init_weights=False)
+    linears = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with pytest.warns(UserWarning, match=f"leaves out {count} layers, .*does not call"):
+        adapted = get_peft_model(model, config)
+    heads = 0 if head is None else 1
+    assert len(tiny.layers(adapted)) == len(linears) - count - heads
+    adapted.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = secura.from_pretrained(make(), tmp_path)
+    assert tiny.layers(again).keys() == tiny.layers(adapted).keys()
+
+
+def test_layers_that_are_not_rescaled_are_adapted():
+    for every in (0, 2):
+        config = SecuraConfig(r=4, target_modules=["output"])
+        assert len(tiny.layers(get_peft_model(rwkv(every), config))) == 2
+
+
+def experts(**settings):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=60, **sizes))
+    return get_peft_model(model, SecuraConfig(r=4, target_modules="all-linear", **settings))
+
+
+def test_all_linear_tells_of_fused_experts():
+    names = ["experts.down_proj", "experts.gate_up_proj"]
+    with pytest.warns(UserWarning, match=r"leaves out the fused experts: .*experts\.down_proj"):
+        assert len(tiny.layers(experts())) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert len(tiny.layers(experts(target_parameters=names))) > 4
+        get_peft_model(tiny.llama(), SecuraConfig(r=4, target_modules="all-linear"))
+
+
+def test_an_own_linear_layer_of_another_function_is_refused_when_it_is_named():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_local_experts": 2, "head_dim": 8}
+    router = Llama4Router(Llama4TextConfig(**sizes, num_attention_heads=2, num_hidden_layers=1))
+    model = nn.ModuleDict({"router": router, "plain": nn.Linear(16, 8)})
+    before = kinds(model)
+    with pytest.raises(TypeError, match=r"^router: the forward of Llama4Router takes or gives"):
+        get_peft_model(model, SecuraConfig(r=2, target_modules="all-linear", inner_r=4))
+    assert kinds(model) == before
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "weight", "activation"])
+def test_falcons_own_linear_layer_is_a_product(norm):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = FalconForCausalLM(FalconConfig(vocab_size=60, **sizes)).eval()
+    before = tiny.logits(base)
+    settings = {"norm": norm, "init_weights": False, "allow_inexact_merge": True}
+    config = SecuraConfig(r=4, target_modules=["query_key_value", "dense"], **settings)
+    model = get_peft_model(base, config)
+    adapted = tiny.logits(model)
+    assert not torch.allclose(adapted, before)
+    if norm != "activation":
+        torch.testing.assert_close(tiny.logits(model.merge_and_unload()), adapted)
