@@ -257,8 +257,8 @@ class SecuraModel(BaseTuner):
             if merging and shared:
                 raise ValueError(
                     f"{name}: its weight is also that of {shared[0]}, which the merge would change "
-                    "too: untie first: give the head its own weight and set "
-                    "tie_word_embeddings=False"
+                    "too: give one of the two a weight of its own first (of a tied head: also set "
+                    "tie_word_embeddings=False), or leave the layer out with exclude_modules"
                 )
 
     def _unload_and_optionally_merge(

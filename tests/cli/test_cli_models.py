@@ -207,7 +207,12 @@ def test_a_norm_weight_that_cannot_be_merged_answers_all_the_same(base, tmp_path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tiny.adapted(model, target_modules=["lm_head"]).save_pretrained(tmp_path / "adapter")
     argv = ["--adapter", str(tmp_path / "adapter")]
-    fails(["merge", *argv, "--output_dir", tmp_path / "merged"], capfd, "lm_head", "untie first")
+    fails(
+        ["merge", *argv, "--output_dir", tmp_path / "merged"],
+        capfd,
+        "lm_head",
+        "weight of its own first",
+    )
     assert main(["generate", *argv, "--prompt", PROMPT, "--max_new_tokens", "5"]) == 0
     assert capfd.readouterr().out.split()
 
