@@ -77,8 +77,9 @@ class Held:
                 raise RuntimeError(
                     "the adapter is not the one whose gradient is held: it was written to, "
                     "replaced, frozen, scaled or run on another CUDA stream between the "
-                    "micro-batches of a step, or is sharded by FSDP1, for which secura.accumulate "
-                    "is not made"
+                    "micro-batches of a step, is sharded by FSDP1, for which secura.accumulate is "
+                    "not made, or DistributedDataParallel of an old torch (2.11) broadcast its "
+                    "buffers: give it broadcast_buffers=False"
                 )
             self._known, self._tensors, self._values = {}, tensors, values
             self.layers += 1

@@ -82,8 +82,9 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
         state.stateful_callbacks[type(self).__name__] = self.state()
         state.compute_steps(args, state.max_steps)
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
-        if state.best_model_checkpoint is None and best.is_dir():
-            state.best_model_checkpoint = str(best)
+        recorded = state.best_model_checkpoint
+        if recorded is None or not Path(recorded).is_dir():  # transformers 5.8 keeps such a path
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
 
 
 def recorded_settings(trainer_state: dict[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,11 @@ def for_loading(
     """
     state_dict = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
     found = {name: tensor for name, tensor in state_dict.items() if is_own(name)}
+    if not state_dict:
+        raise ValueError(
+            f"no tensors were given for adapter {adapter!r}: its file is empty, or accelerate, "
+            "before 1.15, gave them to the first process of an FSDP2 run alone: update it"
+        )
     if not found:
         raise ValueError(
             f"the file of adapter {adapter!r} holds no tensor of SECURA's: it was damaged "

@@ -11,8 +11,10 @@ import pytest
 from cli_fixtures import base, data, fails, main, train_flags, trained, tree  # noqa: F401
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from secura.cli import train
+from secura.cli.callbacks import SettingsCallback
 from secura.cli.errors import UserError
 from secura.cli.folders import why_incomplete
 from secura.cli.resume import resume_point
@@ -141,6 +143,22 @@ def test_the_best_checkpoint_of_a_run_that_was_moved(there, base, data, tmp_path
     assert ("of step 2, the best, there is no checkpoint" in said) != there
     published, best = (load_file(at / "adapter_model.safetensors") for at in (output, taken))
     assert all(value.equal(best[name]) for name, value in published.items())
+
+
+@pytest.mark.parametrize("recorded", [None, "elsewhere/checkpoint-2", "here"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_best_checkpoint_is_looked_for_in_the_runs_folder(recorded, there, tmp_path):
+    """Newer transformers forget a path that is not there, 5.8 keeps it."""
+    best = tmp_path / "checkpoint-2"
+    if there:
+        best.mkdir()
+    state = TrainerState(best_global_step=2, best_model_checkpoint=recorded)
+    if recorded == "here":
+        state.best_model_checkpoint = str(tmp_path)
+    args = SimpleNamespace(output_dir=tmp_path, logging_steps=1, eval_steps=1, save_steps=1)
+    SettingsCallback().on_train_begin(args, state, None)
+    expected = str(tmp_path) if recorded == "here" else str(best) if there else None
+    assert state.best_model_checkpoint == expected
 
 
 @pytest.mark.parametrize("kept", [True, False])

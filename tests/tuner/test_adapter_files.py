@@ -242,6 +242,16 @@ def test_a_checksum_of_zero_stands_for_none(folder):
 
 def test_a_file_without_tensors(folder):
     rewrite(folder, lambda state: state.clear())
+    refused(folder, "no tensors were given for adapter 'default': its file is empty, or accelerate")
+
+
+def test_a_file_of_something_else(folder):
+    def rename(state):
+        first = next(iter(state.values()))
+        state.clear()
+        state["base_model.model.lora_A.weight"] = first
+
+    rewrite(folder, rename)
     refused(folder, "adapter 'default' holds no tensor of SECURA's")
 
 
