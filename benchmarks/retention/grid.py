@@ -246,6 +246,8 @@ STAGES: dict[str, Stage] = {
             *front(_ON_FIRST_TASK, "mlp", (0,), 64),
             *in_sequence(_HELD_HARDER, "mlp", (0, 1, 2), 64),
             *in_sequence({GROWING: BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
+            # EWC at the rate at which LoRA learns most of one task.
+            *in_sequence({HARD_EWC: 6e-3}, "mlp", (0, 1, 2), 64),
         ),
     ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.retention.grid import BEST
+from benchmarks.retention.grid import BEST, GROWING
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.summary import REFERENCE, SCALED, Front, InTurn, kl_of, learned, unseen
 from secura._extras import require
@@ -33,6 +33,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
     BEST.replace("decay=30", "decay=10"): ("#3F7FBF", "X"),
     BEST.replace("decay=30", "decay=7.5"): ("#0B2F57", "^"),
     BEST.replace("decay=30", "decay=3"): ("#19A0A0", "D"),
+    GROWING: ("#3F7FBF", "*"),
     "lora@rank=8": ("#F2B75C", "o"),
     "anchored-text": ("#1F6FB2", "<"),
     "anchored-channel": ("#2E94D6", ">"),
