@@ -31,7 +31,7 @@ class SECURALinear(CABR):
             ``bias``, ``rows``, ``cols``, ``core``, ``fingerprint``.
 
     Raises:
-        TypeError: for a base that is no linear layer.
+        TypeError: for a base that is no linear layer, or a config of another kind.
         ValueError: for a rank that does not fit the weight, or a weight with NaN or inf.
     """
 
@@ -39,6 +39,11 @@ class SECURALinear(CABR):
     secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
 
     def __init__(self, base: nn.Module, config: AdapterConfig | None = None) -> None:
+        if config is not None and not isinstance(config, AdapterConfig):
+            raise TypeError(
+                f"config={config!r} is no AdapterConfig: give AdapterConfig(r=...), or "
+                "SECURALinear.from_linear(base, r=...)"
+            )
         super().__init__(config or AdapterConfig(), base)
         self.base = base.requires_grad_(False)
         self._merged: merging.MergedState | None = None

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from secura import AdapterConfig, SecuraConfig
+from secura import AdapterConfig, SecuraConfig, SECURALinear
 from secura_kernels import NormOptions, Restrain
 
 
@@ -85,3 +85,31 @@ def test_a_switch_is_true_or_false(name, value, kind):
 def test_bad_settings_of_pefts(settings, message):
     with pytest.raises(ValueError, match=message):
         SecuraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_alpha", "'lora_alpha': take scaling"),
+        ("lora_dropout", "'lora_dropout': take dropout"),
+        ("target_module", r"'target_module'; did you mean target_modules\?"),
+        ("use_dora", r"'use_dora'; see docs/from_lora\.md"),
+    ],
+)
+def test_settings_that_there_are_not_are_told_what_is_meant(name, message):
+    refusal = rf"^SecuraConfig\.__init__\(\) got an unexpected keyword argument {message}"
+    with pytest.raises(TypeError, match=refusal):
+        SecuraConfig(**{name: 1})
+
+
+def test_a_config_of_ones_own_takes_its_own_settings():
+    class Own(SecuraConfig):
+        def __init__(self, size, **settings):
+            super().__init__(r=size, **settings)
+
+    assert Own(size=3, norm="none").r == 3
+
+
+def test_a_layer_wants_a_config():
+    with pytest.raises(TypeError, match=r"config=64 is no AdapterConfig: .*from_linear"):
+        SECURALinear(torch.nn.Linear(4, 4), 64)

@@ -183,6 +183,8 @@ def test_merging_one_adapter_after_the_other(targets):
     tiny.assert_same(tiny.snapshot(model), before)
     layer = next(iter(tiny.layers(model).values()))
     assert torch.equal(layer.get_delta_weight("default"), delta)
+    with pytest.raises(ValueError, match="no adapter 'other', only default"):
+        layer.get_delta_weight("other")
 
 
 def test_a_second_adapter_with_a_norm_is_not_merged_into_the_same_layer():

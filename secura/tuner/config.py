@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from secura._extras import how_to_install
 from secura.config import AdapterConfig, check_rank, check_switch
 from secura.integrity import check_file, file_checksum, read_file
 from secura.names import INNER, PREFIX, is_own, without_wrappers
+from secura.wording import did_you_mean
 
 from .registration import peft_type
 
@@ -22,6 +23,17 @@ FORMAT = 4
 """Version of the adapter files this package writes and reads; none before it was released."""
 
 _HOW_TO_LOAD = "import secura.tuner first: PEFT knows SECURA from then on"
+
+_OF_LORA = {
+    "lora_alpha": "scaling, the factor itself and no numerator over r",
+    "use_rslora": "scaling",
+    "lora_dropout": "dropout",
+    "bias": "train_bias",
+    "lora_bias": "train_bias",
+    "init_lora_weights": "init",
+    "alpha_pattern": "one scaling for all layers",
+}
+"""What stands here for some of ``LoraConfig``'s settings."""
 
 _RELEASED: dict[str, dict[str, Any]] = {
     "M1": {"norm": "activation", "norm_reference": "folded", "fold_every": 1, "restrain": True},
@@ -59,8 +71,22 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         how_to_load: a note in ``adapter_config.json`` for whoever finds it.
 
     Raises:
+        TypeError: for a setting that there is not; of LoRA's, what stands for it.
         ValueError: for a setting out of range, or a file of another format.
     """
+
+    def __new__(cls, *args: Any, **settings: Any) -> SecuraConfig:
+        """Refuse settings that there are not, with those that are meant."""
+        known = [of.name for of in fields(cls) if of.init]
+        unknown = [] if cls.__init__ is not SecuraConfig.__init__ else settings.keys() - {*known}
+        if unknown:
+            name = min(unknown)
+            near = did_you_mean(name, known) or "; see docs/from_lora.md"
+            hint = f": take {_OF_LORA[name]}" if name in _OF_LORA else near
+            raise TypeError(  # PEFT knows such an error by these words
+                f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}{hint}"
+            )
+        return super().__new__(cls)
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None

@@ -258,7 +258,14 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         """``ΔW [N, K]`` of one adapter before any norm, in fp32 (``[K, N]`` for a Conv1D).
 
         Of experts ``[E, N, K]``, or as they are stored.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
         """
+        if adapter not in self.secura_adapter:
+            raise ValueError(
+                f"the layer has no adapter {adapter!r}, only {', '.join(self.secura_adapter)}"
+            )
         with self._before_merging():
             delta = self.adapters_named([adapter])[0].delta_of(self.adapted)
         return delta.mT if bases.is_transposed(self.adapted) else delta
