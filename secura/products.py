@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secura_kernels.dispatch import without_autocast
+
 from . import bases, quantised
 
 _GATHERS = ("torch.distributed.fsdp.", "deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """Modules whose hooks gather a weight for a forward."""
+_MODELS = "transformers.models."
 _WRITTEN_OUT = ("FalconLinear",)
-"""Classes of transformers whose own forward is x Wᵀ + b, written out."""
+"""Classes of these whose own forward is x Wᵀ + b, written out."""
 
 
 def product_weight(base: nn.Module) -> Tensor | None:
@@ -80,16 +83,24 @@ def is_another_function(base: nn.Module) -> bool:
     if weight is None or plain or type(weight) not in (nn.Parameter, Tensor):
         return False
     x = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    made, product = _tried(base, x), F.linear(x, weight, bases.bias(base))
+    if not isinstance(made, Tensor) or made.shape != product.shape:
+        return False
+    return bool((made - product).norm() > 0.1 * product.norm())
+
+
+@torch.no_grad()
+def _tried(base: Any, x: Tensor) -> Any:
+    """What the forward of ``base`` makes of ``x`` in evaluation, or None where it takes no such."""
     training = base.training
     base.training = False
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            product, made = F.linear(x, weight, bases.bias(base)), base.forward(x)
-    except (TypeError, ValueError, RuntimeError):
-        return False
+        with without_autocast(x.device.type):
+            return base.forward(x)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
     finally:
         base.training = training
-    return bool((made - product).norm() > 0.1 * product.norm())
 
 
 def check_forward(base: nn.Module) -> None:
@@ -98,19 +109,13 @@ def check_forward(base: nn.Module) -> None:
     A class of transformers' models that is an ``nn.Linear`` and has a forward of its own is tried
     on two tokens: a router gives several tensors, a grouped one takes inputs of another shape.
     """
-    kind = type(base)
-    weight = bases.dense_weight(base)
-    if not kind.__module__.startswith("transformers.models.") or weight is None:
+    kind, weight = type(base), bases.dense_weight(base)
+    if not kind.__module__.startswith(_MODELS) or kind.forward is nn.Linear.forward:
         return
-    if kind.forward is nn.Linear.forward or type(weight) not in (nn.Parameter, Tensor):
+    if weight is None or weight.is_meta or type(weight) not in (nn.Parameter, Tensor):
         return
-    try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            made: Any = base.forward(weight.new_ones(1, 2, weight.shape[1]))
-        fits = isinstance(made, Tensor) and made.shape == (1, 2, weight.shape[0])
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        fits = False
-    if not fits:
+    made = _tried(base, weight.new_ones(1, 2, weight.shape[1]))
+    if not isinstance(made, Tensor) or made.shape != (1, 2, weight.shape[0]):
         raise TypeError(
             f"the forward of {kind.__name__} takes or gives something else than a linear layer's "
             "[..., K] and [..., N], to which a change could be added: leave it out with "
@@ -136,8 +141,10 @@ def only_places(base: nn.Module) -> bool:
 
 def _is_product(base: nn.Module, own_forward: Any) -> bool:
     plain: Any = nn.Linear if isinstance(base, nn.Linear) else bases.conv1d_class()
-    forward: Any = type(base).forward
-    if plain is None or (forward is not plain.forward and type(base).__name__ not in _WRITTEN_OUT):
+    kind: Any = type(base)
+    forward, theirs = kind.forward, kind.__module__.startswith(_MODELS)
+    written_out = theirs and kind.__name__ in _WRITTEN_OUT
+    if plain is None or (forward is not plain.forward and not written_out):
         return False
     if own_forward is None:
         return True

@@ -8,7 +8,6 @@ from typing import Any
 from secura._extras import require
 from secura.cli.errors import UserError
 from secura.cli.rows import listed
-from secura.names import is_own
 from secura.wording import plain
 
 _NUMBER = "secura_row"
@@ -17,7 +16,7 @@ _LOOKED_AT = 256
 
 
 def notes(
-    trainer: Any, train_set: Any, eval_set: Any, *, config: Any, wanted: Any, holding: bool
+    trainer: Any, train_set: Any, eval_set: Any, *, config: Any, holding: bool
 ) -> tuple[str | None, ...]:
     """What a user should know of a run before its first step; None for what there is not.
 
@@ -26,7 +25,6 @@ def notes(
         train_set: the rows it was given, numbered by `number`.
         eval_set: the same to evaluate, or None.
         config: the adapter's, as PEFT filled it in.
-        wanted: the same as it was given.
         holding: whether `--hold_gradients` was.
 
     Raises:
@@ -38,7 +36,6 @@ def notes(
         cut_rows(trainer),
         never_ends(trainer),
         never_evaluated(trainer.args),
-        left_out(trainer.model, wanted),
         nothing_held(trainer.args, holding=holding),
         not_rounded(trainer.args, config, trainer.model),
     )
@@ -191,36 +188,6 @@ def never_evaluated(training: Any) -> str | None:
     if training.eval_steps is None:
         return None
     return "--eval_steps evaluates nothing without --eval_strategy steps"
-
-
-def left_out(model: Any, config: Any) -> str | None:
-    """Say which large weights `all-linear` cannot reach: experts kept as 3-d parameters."""
-    if config.target_modules != "all-linear" or config.target_parameters:
-        return None
-    import torch
-
-    stacked = {
-        name: value
-        for name, value in model.get_base_model().named_parameters()
-        if value.dim() == 3 and not is_own(name)
-    }
-    owners = dict(model.get_base_model().named_modules())
-    conv = torch.nn.modules.conv._ConvNd
-    found = {
-        name: value
-        for name, value in stacked.items()
-        if not isinstance(owners[name.rpartition(".")[0]], conv)
-    }
-    if not found:
-        return None
-    share = sum(value.numel() for value in found.values())
-    total = sum(value.numel() for value in model.get_base_model().parameters())
-    return (
-        f"{len(found)} stacked weights of experts, such as {next(iter(found))}, are no linear "
-        f"layers: all-linear leaves them as they are ({share / total:.0%} of the parameters); to "
-        "adapt them, name them in --target_parameters; to train such a module in full, name it in "
-        "--modules_to_save"
-    )
 
 
 def not_rounded(training: Any, config: Any, model: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import warnings
@@ -86,7 +85,6 @@ def run(
         attn_implementation=model_args.attn_implementation,
         **loading,
     )
-    wanted = copy.deepcopy(config)  # putting it on the model changes its target_modules
     trainer = make_trainer(
         model=model,
         args=training,
@@ -100,9 +98,7 @@ def run(
     gather_to_save(trainer)
     checks.check_lengths(trainer)
     holding = model_args.hold_gradients
-    notes = checks.notes(
-        trainer, train_set, eval_set, config=config, wanted=wanted, holding=holding
-    )
+    notes = checks.notes(trainer, train_set, eval_set, config=config, holding=holding)
     steps.check_batches(trainer)
     steps.check_optimizer(trainer)
     for note in filter(None, (unread, *notes, *steps.unread_settings(trainer))):

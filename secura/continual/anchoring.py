@@ -230,7 +230,7 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         if self.decay is None:
             raise ValueError("anchor_decay=None is read off a Trainer's run: give it a number")
         if self._unfolded is not None:
-            self._unfolded.check()
+            self._unfolded.check(model)
         cores = _cores(model)
         pairs = [(group["lr"], one) for group in optimizer.param_groups for one in group["params"]]
         found = [(rate, one) for rate, one in pairs if id(one) in cores]

@@ -23,9 +23,9 @@ from .state import (
     check_alike,
     check_run,
     coordinates,
+    known,
     placed,
     read,
-    still_trained,
     trainable,
     without_dropout,
     write,
@@ -196,13 +196,13 @@ class EWCCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         """Add the penalty's gradient."""
         assert model is not None
         if self._unfolded is not None:
-            self._unfolded.check()
+            self._unfolded.check(model)
         if getattr(kwargs.get("optimizer"), "scaler", None) is not None and not args.max_grad_norm:
             raise ValueError(
                 "fp16 scales gradients, and it is clipping that undoes it before EWC's gradient is "
                 "added: set max_grad_norm above 0, or train in bf16"
             )
-        trained = still_trained(self.fisher.center, model, "the Fisher information")
+        trained = known(self.fisher.center, model, "the Fisher information")
         for name, value in trained.items():
             pull = value.float() - self.fisher.center[name]
             pull = (pull * self.fisher.importance[name] * self.ewc_lambda).to(value.dtype)

@@ -19,9 +19,9 @@ from .state import (
     Unfolded,
     check_run,
     coordinates,
+    known,
     placed,
     read,
-    still_trained,
     trainable,
     without_dropout,
     write,
@@ -146,8 +146,8 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         """Move the long-term values towards the parameters."""
         assert model is not None
         if self._unfolded is not None:
-            self._unfolded.check()
-        for name, value in still_trained(self.values, model, _WHAT).items():
+            self._unfolded.check(model)
+        for name, value in known(self.values, model, _WHAT).items():
             self.values[name].mul_(self.ema).add_(value.float(), alpha=1 - self.ema)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -250,8 +250,9 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
 
     @torch.no_grad()
     def _long_term_logits(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> Tensor:
-        trained = still_trained(self.values, model, _WHAT)
-        values = {name: self.values[name].to(p.dtype) for name, p in trained.items()}
+        known(self.values, model, _WHAT)
+        parameters = dict(model.named_parameters())  # of which some may be frozen by now
+        values = {name: value.to(parameters[name].dtype) for name, value in self.values.items()}
         with without_dropout(model):
             return torch.func.functional_call(model, values, args, inputs).logits
 

@@ -41,20 +41,19 @@ class Unfolded:
                 "was learned out of the parameters this method watches: set fold_every=0, and fold "
                 "at the end of the task"
             )
-        self._cores = [module.core for module in model.modules() if isinstance(module, Core)]
-        self._before = self._versions()
+        every = (module for module in model.modules() if isinstance(module, Core))
+        self._before = {adapter: version(adapter.core) for adapter in every}
 
-    def check(self) -> None:
-        """Raise ``ValueError`` where an adapter was folded since."""
-        if self._versions() != self._before:
+    def check(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` where an adapter that acts in ``model`` was folded since."""
+        adapters = [adapter for adapter, _ in active_adapters(model).values()]
+        here = {one: version(one.core) for one in adapters if one in self._before}
+        if any(now != self._before[one] for one, now in here.items()):
             raise ValueError(
                 "an adapter was folded while training, which moved what was learned out of the "
                 "parameters this method watches: leave out FoldCallback, and fold at the end of "
                 "the task"
             )
-
-    def _versions(self) -> list[int]:
-        return [version(core) for core in self._cores]
 
 
 def check_run(model: nn.Module) -> Unfolded:
@@ -120,20 +119,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def still_trained(
-    tensors: Mapping[str, Tensor], model: nn.Module, what: str
-) -> dict[str, nn.Parameter]:
-    """The model's trainable parameters by name, which have to be those of ``tensors``.
+def known(tensors: Mapping[str, Tensor], model: nn.Module, what: str) -> dict[str, nn.Parameter]:
+    """The model's trainable parameters by name, all of which are among ``tensors``.
 
     Raises:
-        ValueError: they are others by now.
+        ValueError: others are trained by now.
     """
     parameters = trainable(model)
-    if other := sorted(tensors.keys() ^ parameters.keys()):
+    if other := sorted(parameters.keys() - tensors.keys()):
         raise ValueError(
-            f"the parameters that are trained changed while training, {other[0]} first, and {what} "
-            "is of those that it began with: leave requires_grad and set_adapter() alone until "
-            "train() has ended"
+            f"{other[0]} is trained by now, and {what} is of the parameters that were trained when "
+            "training began: leave set_adapter() alone until train() has ended, and let what is "
+            "to be trained later require its gradient from the beginning"
         )
     return parameters
 
@@ -222,9 +219,9 @@ __all__ = [
     "check_alike",
     "check_run",
     "coordinates",
+    "known",
     "placed",
     "read",
-    "still_trained",
     "trainable",
     "without_dropout",
     "write",

@@ -184,11 +184,12 @@ class SecuraModel(BaseTuner):
         try:
             base: Any = target if adapted is None else adapted.get_base_layer()
             if named is None:
-                refuse_unheeded(self.model, parent, target_name, current_key)
+                refuse_unheeded(parent, target_name, current_key)
                 bases.check_linear(base)
-                products.check_forward(base)
             if not bases.is_split(base):
                 bases.check_at_hand(base if named is None else bases.Stack(base, named))
+            if named is None:
+                products.check_forward(base)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{current_key}: {error}") from error
         try:

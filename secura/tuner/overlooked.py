@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from secura import bases, quantised
 
@@ -42,7 +43,7 @@ _READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_MAMBA_2, "Zamba2MambaMixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
     "JambaMambaMixer": ("dt_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "MobileBertLMPredictionHead": ("dense",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
     "LSHSelfAttention": ("query_key", "value"),
@@ -63,11 +64,10 @@ _RESCALED = {"RwkvSelfAttention": "output", "RwkvFeedForward": "value"}
 """Layers whose weight ``RwkvModel`` multiplies wherever it goes from training to evaluation."""
 
 
-def refuse_unheeded(model: Any, parent: nn.Module, child: str, name: str) -> None:
+def refuse_unheeded(parent: Any, child: str, name: str) -> None:
     """Raise ``ValueError`` where an adapter on a layer would not act, or on another weight.
 
     Args:
-        model: the whole.
         parent: the module the layer is in.
         child: its name there.
         name: its name in the model.
@@ -79,55 +79,63 @@ def refuse_unheeded(model: Any, parent: nn.Module, child: str, name: str) -> Non
                 f"{kind} reads this layer's weight, always or in its fast path, and does not call "
                 f"it, so an adapter would not act: {out}"
             )
-        every = getattr(getattr(model, "config", None), "rescale_every", 0)
-        if _RESCALED.get(kind) == child and 0 < every < model.config.num_hidden_layers:
+        if _RESCALED.get(kind) == child and 0 < parent.config.rescale_every <= parent.layer_id:
             raise ValueError(
                 f"the model rescales the weight of this layer of {kind} between training and "
-                "evaluation, and C and R are of it: set the model's config.rescale_every = 0 "
-                f"before, or {out}"
+                "evaluation, and C and R are of it: make the model with rescale_every=0 in its "
+                f"config, or {out}"
             )
 
 
 def leave_out_read(model: nn.Module, config: SecuraConfig) -> None:
     """Have ``"all-linear"`` leave out, with a warning, layers that the model reads and never calls.
 
-    They are added to ``config.exclude_modules``, but where that is a pattern.
+    They are added to ``config.exclude_modules``, but where that is a pattern, or where such a name
+    would leave out another layer too, whose own name ends with it.
     """
     given = config.exclude_modules or ()
     if not _is_all_linear(config) or isinstance(given, str):
         return
+    head = _head(model)
     found = {
         f"{name}.{child}".lstrip(".")
         for name, parent in model.named_modules()
         for kind in _kinds(parent)
         for child in _READ.get(kind, ())
-        if isinstance(getattr(parent, child, None), nn.Linear)
+        if isinstance(layer := getattr(parent, child, None), nn.Linear) and layer is not head
     }
     found = {n for n in found if not any(f".{n}".endswith(f".{other}") for other in given)}
+    names = [name for name, _ in model.named_modules()]
+    found = {n for n in found if sum(f".{name}".endswith(f".{n}") for name in names) == 1}
     if found:
         left_out: Any = {*given, *found}  # PEFT's sets, as names are kept in a config
         config.exclude_modules = left_out
         warnings.warn(
-            f"target_modules='all-linear' leaves out {len(found)} layers, {min(found)} say, whose "
-            "weight the model reads and does not call: an adapter would not act there",
+            f"target_modules='all-linear' leaves out {len(found)} layer(s), such as {min(found)}, "
+            "whose weight the model reads and does not call: an adapter would not act there",
             stacklevel=4,
         )
 
 
 def warn_of_experts(model: nn.Module, config: SecuraConfig) -> None:
-    """Warn where ``"all-linear"`` leaves out fused experts: they are parameters, and no layers."""
+    """Warn where ``"all-linear"`` leaves out fused experts: 3-D parameters, and no layers."""
     if not _is_all_linear(config) or config.target_parameters:
         return
     found = {
-        f"{name.rpartition('.')[2]}.{own}"
-        for name, owner in model.named_modules()
+        f"{name}.{own}": value
+        for name, owner in _outside_adapters(model)
         for own, value in owner._parameters.items()
-        if "Experts" in type(owner).__name__ and value is not None and value.dim() == 3
+        if value is not None and value.dim() == 3 and value.is_floating_point()
+        if not isinstance(owner, _ConvNd) and _is_meant(model, config, name, owner)
     }
     if found:
+        share = sum(value.numel() for value in found.values())
+        total = sum(value.numel() for value in model.parameters())
+        names = sorted({".".join(name.split(".")[-2:]) for name in found})
         warnings.warn(
-            "target_modules='all-linear' is linear layers alone and leaves out the fused experts: "
-            f"target_parameters={sorted(found)} adapts these too",
+            f"target_modules='all-linear' leaves out {len(found)} stacked weights of experts, such "
+            f"as {min(found)}, {share / total:.0%} of the parameters: target_parameters={names} "
+            "adapts them, modules_to_save trains such a module in full",
             stacklevel=4,
         )
 
@@ -156,10 +164,14 @@ def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_meant(model: nn.Module, config: SecuraConfig, name: str, layer: nn.Module) -> bool:
     """Whether the config would have ``layer`` adapted, were it an ``nn.Linear``."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     alone = copy.copy(config)
     alone.target_modules = [name]
-    return layer is not head and bool(check_target_module_exists(alone, name))
+    return layer is not _head(model) and bool(check_target_module_exists(alone, name))
+
+
+def _head(model: Any) -> nn.Module | None:
+    """The layer that gives the model's logits, which ``"all-linear"`` leaves out, or None."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _refuse_layer(name: str, layer: nn.Module) -> None:

@@ -43,14 +43,15 @@ def warn_of_unsaved(
             in looking.
     """
     adapters = [cast(CABR, layer.secura_adapter[adapter]) for layer in layers.values()]
-    scales = {one.scaling for one in adapters} - {float(config.scaling)}
-    if scales:
-        scaling = scales.pop()
+    scales, written = {one.scaling for one in adapters}, float(config.scaling)
+    if scales - {written}:
+        scaling = min(scales - {written})
+        again = f"{scaling / written!r}" if len(scales) == 1 and written else "the scale of each"
         warnings.warn(
             f"adapter {adapter!r} acts with scaling={scaling:g} here, and its config, which is "
-            f"saved, says {config.scaling:g}, with which it acts once it is loaded again: call "
-            f"set_scale({adapter!r}, {scaling / config.scaling:g}) on its layers then, or where "
-            "something was folded, secura.fold(model) before saving, which leaves nothing to scale",
+            f"saved, says {written:g}, with which it acts once it is loaded again: call "
+            f"set_scale({adapter!r}, {again}) on its layers then, or where something was folded, "
+            "secura.fold(model) before saving, which leaves nothing to scale",
             stacklevel=4,
         )
     trained_here = any(

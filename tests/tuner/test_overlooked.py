@@ -5,6 +5,8 @@ Quantised ones that nothing here dequantises or that PEFT passes over, and such 
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 
 import pytest
@@ -177,7 +179,7 @@ def rwkv(rescale_every=1):
             "query_key: LSHSelfAttention reads",
         ),
         (rwkv, "all-linear", ["output", "value"], "output: the model rescales the weight"),
-        (rwkv, ["value"], ["output", "value"], r"value: .*config\.rescale_every = 0"),
+        (rwkv, ["value"], ["output", "value"], "value: .*rescale_every=0 in its config"),
     ],
 )
 def test_a_layer_that_is_read_and_not_called_is_refused(make, targets, unread, message):
@@ -200,7 +202,7 @@ def test_all_linear_leaves_out_what_is_read_and_says_so(make, count, tmp_path):
     config = SecuraConfig(r=4, target_modules="all-linear", init_weights=False)
     linears = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    with pytest.warns(UserWarning, match=f"leaves out {count} layers, .*does not call"):
+    with pytest.warns(UserWarning, match=rf"leaves out {count} layer\(s\), .*does not call"):
         adapted = get_peft_model(model, config)
     heads = 0 if head is None else 1
     assert len(tiny.layers(adapted)) == len(linears) - count - heads
@@ -210,10 +212,34 @@ def test_all_linear_leaves_out_what_is_read_and_says_so(make, count, tmp_path):
     assert tiny.layers(again).keys() == tiny.layers(adapted).keys()
 
 
+def test_what_is_given_to_exclude_stays_excluded():
+    given = SecuraConfig(r=4, target_modules="ALL-linear", exclude_modules=["x_proj"])
+    with pytest.warns(UserWarning, match=r"leaves out 2 layer\(s\), such as .*dt_proj"):
+        model = get_peft_model(mamba(), given)
+    assert len(tiny.layers(model)) == 1
+    assert given.exclude_modules == {"x_proj"}, "it may be of another model next"
+    pattern = SecuraConfig(r=4, target_modules="all-linear", exclude_modules=".*x_proj")
+    with pytest.raises(ValueError, match="dt_proj: MambaMixer reads"):
+        get_peft_model(mamba(), pattern)
+
+
+def test_a_layer_whose_name_ends_another_layers_is_not_left_out_by_it():
+    """PEFT excludes by the end of a name, and the other one would be lost."""
+    inner = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(16, 16)})})
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2), "decoder": inner})
+    before = kinds(model)
+    with pytest.raises(ValueError, match=r"attn\.out_proj: MultiheadAttention reads"):
+        get_peft_model(model, SecuraConfig(r=4, target_modules="all-linear"))
+    assert kinds(model) == before
+
+
 def test_layers_that_are_not_rescaled_are_adapted():
+    config = SecuraConfig(r=4, target_modules=["output"])
     for every in (0, 2):
-        config = SecuraConfig(r=4, target_modules=["output"])
         assert len(tiny.layers(get_peft_model(rwkv(every), config))) == 2
+    within = nn.ModuleDict({"model": rwkv(1)})
+    with pytest.raises(ValueError, match=r"model\.rwkv\.blocks\.1\.attention\.output: .*rescales"):
+        get_peft_model(within, config)
 
 
 def experts(**settings):
@@ -225,12 +251,18 @@ def experts(**settings):
 
 def test_all_linear_tells_of_fused_experts():
     names = ["experts.down_proj", "experts.gate_up_proj"]
-    with pytest.warns(UserWarning, match=r"leaves out the fused experts: .*experts\.down_proj"):
+    told = rf"2 stacked weights of experts.*\d% of .*target_parameters={re.escape(str(names))}"
+    with pytest.warns(UserWarning, match=told):
         assert len(tiny.layers(experts())) == 4
+    convolution = nn.ModuleDict({"c": nn.Conv1d(4, 4, 3), "l": nn.Linear(8, 8)})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert len(tiny.layers(experts(target_parameters=names))) > 4
-        get_peft_model(tiny.llama(), SecuraConfig(r=4, target_modules="all-linear"))
+        assert len(tiny.layers(experts(exclude_modules=["experts"]))) == 4
+        model = experts(target_parameters=names)
+        assert len(tiny.layers(model)) > 4
+        model.add_adapter("more", SecuraConfig(r=4, target_modules="all-linear"))
+        for plain in (tiny.llama(), convolution):
+            get_peft_model(plain, SecuraConfig(r=4, target_modules="all-linear"))
 
 
 def test_an_own_linear_layer_of_another_function_is_refused_when_it_is_named():
@@ -241,6 +273,46 @@ def test_an_own_linear_layer_of_another_function_is_refused_when_it_is_named():
     with pytest.raises(TypeError, match=r"^router: the forward of Llama4Router takes or gives"):
         get_peft_model(model, SecuraConfig(r=2, target_modules="all-linear", inner_r=4))
     assert kinds(model) == before
+
+
+class GroupedLinear(nn.Linear):
+    """As DeepSeek-V4's: the inputs have a dimension of groups."""
+
+    def forward(self, x):
+        return x.unflatten(-1, (2, -1)) @ self.weight.T
+
+
+def test_an_own_linear_layer_of_another_shape_is_refused(monkeypatch):
+    model = nn.ModuleDict({"grouped": GroupedLinear(8, 8)})
+    config = SecuraConfig(r=2, target_modules=["grouped"])
+    assert tiny.layers(get_peft_model(copy.deepcopy(model), config)), "not transformers': untried"
+    monkeypatch.setattr(GroupedLinear, "__module__", "transformers.models.grouped.modeling_grouped")
+    with pytest.raises(TypeError, match="the forward of GroupedLinear takes or gives"):
+        get_peft_model(model, config)
+
+
+class FalconLinear(nn.Linear):
+    """Of that name, and of another function, as remote code's may be."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_linear_layer_of_ones_own_by_falcons_name_is_no_product():
+    model = nn.ModuleDict({"one": FalconLinear(8, 8)})
+    adapted = get_peft_model(model, SecuraConfig(r=2, target_modules=["one"], norm="none"))
+    layer, x = next(iter(tiny.layers(adapted).values())), torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    with pytest.raises(ValueError, match="computes something else than x Wᵀ"):
+        adapted.merge_and_unload()
+
+
+def test_layers_with_an_own_forward_are_adapted_on_the_meta_device():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        base = FalconForCausalLM(FalconConfig(vocab_size=60, **sizes))
+    config = SecuraConfig(r=4, norm="none", target_modules=["query_key_value"])
+    assert len(tiny.layers(get_peft_model(base, config, low_cpu_mem_usage=True))) == 1
 
 
 @pytest.mark.parametrize("norm", ["none", "channel", "weight", "activation"])

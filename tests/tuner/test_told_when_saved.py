@@ -16,7 +16,7 @@ def test_a_scale_that_the_file_has_not_is_told(tmp_path):
     model = tiny.adapted(norm="none")
     for layer in tiny.layers(model).values():
         layer.set_scale("default", 2.0)
-    told = r"acts with scaling=2 here.*says 1, .*set_scale\('default', 2\)"
+    told = r"acts with scaling=2 here.*says 1, .*set_scale\('default', 2\.0\)"
     with pytest.warns(UserWarning, match=told):
         model.save_pretrained(tmp_path)
 
@@ -33,6 +33,16 @@ def test_what_is_told_of_an_edited_scaling_brings_back_what_acted(tmp_path):
     for layer in tiny.layers(again).values():
         layer.set_scale("default", 0.25)
     torch.testing.assert_close(tiny.logits(again), before)
+
+
+@pytest.mark.parametrize(("first", "written"), [(3.0, 1.0), (1.0, 0.0)])
+def test_scales_that_are_no_one_multiple_of_the_configs_are_told(first, written, tmp_path):
+    model = tiny.adapted(norm="none")
+    next(iter(tiny.layers(model).values())).set_scale("default", first)
+    model.peft_config["default"].scaling = written
+    told = rf"says {written:g}, .*set_scale\('default', the scale of each\)"
+    with pytest.warns(UserWarning, match=told):
+        model.save_pretrained(tmp_path)
 
 
 def test_layers_that_were_never_trained_are_told(tmp_path):
