@@ -112,7 +112,7 @@ def check_forward(base: nn.Module) -> None:
     kind, weight = type(base), bases.dense_weight(base)
     if not kind.__module__.startswith(_MODELS) or kind.forward is nn.Linear.forward:
         return
-    if weight is None or weight.is_meta or type(weight) not in (nn.Parameter, Tensor):
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
         return
     made = _tried(base, weight.new_ones(1, 2, weight.shape[1]))
     if not isinstance(made, Tensor) or made.shape != (1, 2, weight.shape[0]):

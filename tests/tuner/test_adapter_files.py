@@ -138,6 +138,9 @@ def test_check_base_false_overrides(folder, tmp_path):
     state = load_file(folder / WEIGHTS)
     assert torch.equal(tiny.parts(first)[0].A, state[FIRST + "A"])
     assert SecuraConfig.from_pretrained(folder).check_base
+    for no in ("no", None):
+        with pytest.raises(ValueError, match=f"check_base={no!r} must be True or False"):
+            SecuraConfig.from_pretrained(folder, check_base=no)
     first.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["check_base"] is True
 

@@ -275,19 +275,27 @@ def test_an_own_linear_layer_of_another_function_is_refused_when_it_is_named():
     assert kinds(model) == before
 
 
-class GroupedLinear(nn.Linear):
-    """As DeepSeek-V4's: the inputs have a dimension of groups."""
+class OfGroups(nn.Linear):
+    """As DeepSeek-V4's: its inputs have a dimension of groups."""
 
     def forward(self, x):
-        return x.unflatten(-1, (2, -1)) @ self.weight.T
+        return x.unflatten(-1, (2, 2, -1)) @ self.weight.T
 
 
-def test_an_own_linear_layer_of_another_shape_is_refused(monkeypatch):
-    model = nn.ModuleDict({"grouped": GroupedLinear(8, 8)})
+class InGroups(nn.Linear):
+    """Its outputs have one."""
+
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (2, -1))
+
+
+@pytest.mark.parametrize("kind", [OfGroups, InGroups])
+def test_an_own_linear_layer_of_another_shape_is_refused(kind, monkeypatch):
+    model = nn.ModuleDict({"grouped": kind(8, 8)})
     config = SecuraConfig(r=2, target_modules=["grouped"])
     assert tiny.layers(get_peft_model(copy.deepcopy(model), config)), "not transformers': untried"
-    monkeypatch.setattr(GroupedLinear, "__module__", "transformers.models.grouped.modeling_grouped")
-    with pytest.raises(TypeError, match="the forward of GroupedLinear takes or gives"):
+    monkeypatch.setattr(kind, "__module__", "transformers.models.grouped.modeling_grouped")
+    with pytest.raises(TypeError, match=f"the forward of {kind.__name__} takes or gives"):
         get_peft_model(model, config)
 
 
