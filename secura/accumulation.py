@@ -161,11 +161,35 @@ def accumulate(
     accumulation = Accumulation(model, inner, is_last)
     with ExitStack() as stack:
         stack.callback(accumulation.close)
-        stack.callback(register_optimizer_step_pre_hook(accumulation.before_step).remove)
-        stack.callback(register_optimizer_step_post_hook(accumulation.after_step).remove)
+        _watch_steps()
+        _open.append(accumulation)
+        stack.callback(_open.remove, accumulation)
         stack.enter_context(_dropping(inner, accumulation))
         yield accumulation
         accumulation.check_finished()
+
+
+_open: list[Accumulation] = []
+
+
+@functools.cache
+def _watch_steps() -> None:
+    """See every optimizer's steps from now on.
+
+    For good: torch walks its hooks of all optimizers while one steps, which fails in a thread that
+    steps while another adds or removes one.
+    """
+
+    def before(optimizer: Any, *_: Any) -> None:
+        for one in tuple(_open):
+            one.before_step(optimizer)
+
+    def after(optimizer: Any, *_: Any) -> None:
+        for one in tuple(_open):
+            one.after_step(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
 
 
 @contextmanager

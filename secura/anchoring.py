@@ -250,7 +250,7 @@ def _per_mean(name: str, sums: Statistics) -> tuple[Tensor, Tensor]:
             )
         wide = tensor.double()
         mean = wide.diagonal().mean()
-        scaled.append(wide / mean if mean > 0 else torch.eye(len(wide)).to(wide))
+        scaled.append(wide / mean if mean > 0 else _identity(wide))
     return scaled[0], scaled[1]
 
 
@@ -308,7 +308,12 @@ def _undamped(root: Tensor, damping: float, mean: Tensor | None = None) -> Tenso
     if mean is not None:
         inverse *= mean * (1 + damping) / inverse.diagonal().mean()
     share = inverse.diagonal().mean() * damping / (1 + damping)
-    return inverse - share * torch.eye(len(wide)).to(wide)
+    return inverse - share * _identity(wide)
+
+
+def _identity(like: Tensor) -> Tensor:
+    """The identity of a square matrix's size, dtype and device."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 __all__ = ["AnchorReport", "anchor", "check_anchorable", "check_reading", "u_adapters", "unanchor"]

@@ -81,14 +81,13 @@ def curvature(
         every = _batches(pieces_of(model, texts, tokenizer, tokens, length), batch_size)
         own = every[rank::world]
     sums, handles, watches = {}, [], []
-    for name, (adapter, layer) in adapters.items():
-        sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
-        watches.append(_Watch(adapter, sums[name]))
-        handles.append(layer.register_forward_hook(watches[-1]))
-    # all processes read as often, for sharded ones wait for one another, and fail together
-    most = largest(len(own), device)
     try:
-        for index in range(most):
+        for name, (adapter, layer) in adapters.items():
+            sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
+            watches.append(_Watch(adapter, sums[name]))
+            handles.append(layer.register_forward_hook(watches[-1]))
+        # all processes read as often, for sharded ones wait for one another, and fail together
+        for index in range(largest(len(own), device)):
             for watch in watches:
                 watch.counts = index < len(own)
             batch = own[index] if index < len(own) else every[0]
@@ -222,9 +221,9 @@ def pieces_of(
         quoted = ""
         if isinstance(text, str):
             quoted = f" ({text.strip()[:40]!r})"
-            text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+            text = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64, device="cpu")
         elif isinstance(text, list | tuple) and all(type(token) is int for token in text):
-            text = torch.tensor(text, dtype=torch.int64)
+            text = torch.tensor(text, dtype=torch.int64, device="cpu")
         if isinstance(text, Mapping):
             raise ValueError(
                 f"text {number} is a row with {', '.join(text)}: give one column, such as "

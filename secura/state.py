@@ -116,7 +116,9 @@ class AdapterState(nn.Module):
 
     def expect_anchor(self) -> None:
         """Make room for the κ L, S and λ that a file is about to bring."""
-        self.left, self.right = (torch.eye(len(self.core)).to(self.core) for _ in range(2))
+        core = self.core
+        identity = torch.eye(len(core), dtype=core.dtype, device=core.device)
+        self.left, self.right = identity, identity.clone()
         self.damping = self.core.new_tensor(self.config.anchor_damping)
 
     def await_file(self) -> None:

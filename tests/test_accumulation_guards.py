@@ -1,5 +1,6 @@
 """No step on a part of a gradient, and no part of another layer's: every way to one is an error."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -219,3 +220,22 @@ def test_what_is_left_late_or_was_there_before_stays():
         assert held is not None and model.held is held
         assert optimizer.zero_grad is not own
     assert optimizer.zero_grad is own and model.held is None
+
+
+def test_a_block_adds_no_hook_to_those_of_all_optimizers():
+    """torch walks them while another thread's optimizer steps, which may begin within a block."""
+    hooks = import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    with secura.accumulate(first := layer(), sgd(first)):
+        pass
+    before = list(hooks)
+    with secura.accumulate(first, sgd(first)) as outer:
+        assert list(hooks) == before
+        second = layer()
+        with secura.accumulate(second, sgd(second)):
+            assert list(hooks) == before
+            first(batches()[0]).sum().backward()
+            sgd(nn.Linear(2, 2)).step()
+            with pytest.raises(RuntimeError, match="another optimizer than that"):
+                sgd(first).step()
+        outer.drop()
+    assert list(hooks) == before

@@ -93,3 +93,19 @@ def test_where_no_gradient_comes():
         anchor(model, TEXTS)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"leave torch.inference_mode"):
         anchor(model, TEXTS)
+
+
+def test_an_anchor_that_fails_while_it_prepares_leaves_no_hook(monkeypatch):
+    model = tiny.cored()
+    plain, made = torch.zeros_like, []
+
+    def fail_later(like):
+        made.append(like)
+        if len(made) == 7:
+            raise torch.OutOfMemoryError
+        return plain(like)
+
+    monkeypatch.setattr(torch, "zeros_like", fail_later)
+    with pytest.raises(torch.OutOfMemoryError):
+        anchor(model, TEXTS)
+    assert not any(layer._forward_hooks for layer in tiny.layers(model).values())

@@ -176,8 +176,8 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         """The settings as they are saved; an override of ``check_base`` is for one loading."""
         own = super().to_dict() | {"check_base": True, "checksum": "", "base_tensors": None}
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(own[name], set):
-                own[name] = {without_wrappers(module) for module in own[name]}
+            if isinstance(own[name], set):  # in one order: a file's bytes are the same each time
+                own[name] = sorted({without_wrappers(module) for module in own[name]})
         return own
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

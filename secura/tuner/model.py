@@ -17,7 +17,7 @@ from torch import nn
 from secura import bases, products
 from secura.cabr import CABR
 from secura.layers import layers_with
-from secura.names import INNER, without_wrappers
+from secura.names import INNER, is_own, without_wrappers
 from secura_kernels.cur import RankError
 
 from . import saved
@@ -77,7 +77,7 @@ class SecuraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_nesting(model)
-        except Exception:
+        except BaseException:  # an interrupt too
             if not any(adapter_name in adapters for adapters in before.values()):
                 self.peft_config.pop(adapter_name)
             for name, layer in reversed(_secura_layers(model)):  # wrappers from within
@@ -114,6 +114,8 @@ class SecuraModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
+        # copies, of which the checksums are made too: another thread may be training
+        found = {n: t.clone() if is_own(n) else t for n, t in found.items()}
         config.id2label = saved.named_labels(model)
         layers = layers_with(model, adapter_name)
         for name, layer in layers.items():

@@ -18,7 +18,7 @@ from peft import (
 from torch import nn
 
 from secura import SecuraConfig, SECURALinear
-from secura.tuner import UnmatchedWarning
+from secura.tuner import SecuraLayer, UnmatchedWarning
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -401,3 +401,22 @@ def test_deep_copy_is_independent():
     tiny.perturb(copied, 1)
     assert torch.equal(tiny.logits(model), before)
     assert not torch.equal(tiny.logits(copied), before)
+
+
+def test_an_interrupt_leaves_no_half_of_a_second_adapter(monkeypatch):
+    model, made = tiny.adapted(), []
+    before = tiny.snapshot(model)
+    plain = SecuraLayer.update_layer
+
+    def interrupted(self, *args, **kwargs):
+        made.append(self)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(SecuraLayer, "update_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_adapter("second", tiny.config())
+    tiny.assert_same(tiny.snapshot(model), before)
+    monkeypatch.undo()
+    model.add_adapter("second", tiny.config())
