@@ -120,11 +120,14 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
     for run in sorted(runs, key=_how_hard):
         weaker = _STRENGTH.sub("", run.method).rstrip("@,")
         methods.setdefault((weaker, run.targets, run.rate, run.steps), []).append(run)
-    for (method, *_), strengths in methods.items():
+    for (method, targets, rate, steps), strengths in methods.items():
         shown = strengths[0].method if len(strengths) == 1 else method
-        colour, marker = _IN_TURN.get(method) or _LOOKS.get(shown, _OTHER)
+        own = _IN_TURN.get(method) or _LOOKS.get(shown)
+        colour, marker = own or _LOOKS.get(method, _OTHER)
         look = {"color": colour, "marker": marker, "markersize": 6}
-        _draw_strengths(whole, strengths, label=get_method(shown).title, **look)
+        same = [key for key in methods if key[:2] == (method, targets) and key[3] == steps]
+        at = f", rate {rate:g}" if len(same) > 1 else ""
+        _draw_strengths(whole, strengths, label=f"{get_method(shown).title}{at}", **look)
         close = [run for run in strengths if fmean(run.kl.values()) < edge]
         _draw_strengths(near, close, **look)
         for run in close if len(strengths) > 1 else ():

@@ -406,4 +406,6 @@ def test_a_picture_of_tasks_in_turn_joins_the_strengths_of_one_method():
     assert [text.get_text() for text in near.texts] == ["strength 1e5"]
     labels = {line.get_label() for line in whole.lines}
     assert "anchored core, rank=128,decay=30" in labels, "its one strength is in its title"
+    rates = {f"LoRA + EWC of own samples, rate {rate}" for rate in ("0.001", "0.003")}
+    assert rates < labels and "LoRA" in labels, "of two, and not of one"
     assert near.get_title() and not plots.draw_sequence(runs[1:], "a title").axes[1].get_title()
