@@ -15,7 +15,6 @@ from torch import nn
 import secura
 from secura import SecuraConfig, choosing, state
 from secura.integrity import checksum, file_checksum
-from secura.tuner import saved
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -84,20 +83,6 @@ def test_contents(folder):
     }  # fmt: skip
     config = json.loads((folder / CONFIG).read_text())
     assert (config["peft_type"], config["format_version"]) == ("SECURA", 4)
-
-
-@pytest.mark.parametrize("norm", ["channel", "activation"])
-def test_a_layer_takes_at_most_350_kb(norm, tmp_path):
-    class Model(nn.Sequential):
-        config = None
-
-    model = get_peft_model(
-        Model(nn.Linear(512, 1024, bias=False)),
-        SecuraConfig(r=128, inner_r=256, norm=norm, restrain=True, target_modules=["0"]),
-    )
-    model.base_model.model[0].fold()
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / WEIGHTS).stat().st_size <= 0.35e6
 
 
 def test_another_base_is_an_error_that_names_the_layer_and_the_override(folder):
@@ -400,28 +385,3 @@ def test_a_config_of_no_adapter_is_told(config, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"adapter_config\.json names no peft_type"):
         secura.from_pretrained(tiny.llama(), tmp_path)
-
-
-def test_what_is_written_is_what_was_summed_while_another_thread_trains(tmp_path, monkeypatch):
-    """The sums of the layers, the file's sum and its bytes are made one after another."""
-    model = tiny.adapted(norm="channel")
-    expected = tiny.logits(model)
-    plain = saved.warn_of_unsaved
-
-    def step(*args):
-        tiny.perturb(model, 5)
-        plain(*args)
-
-    monkeypatch.setattr(saved, "warn_of_unsaved", step)
-    model.save_pretrained(tmp_path)
-    assert not torch.equal(tiny.logits(model), expected)
-    assert torch.equal(tiny.logits(secura.from_pretrained(tiny.llama(), tmp_path)), expected)
-
-
-def test_names_are_written_in_one_order(tmp_path):
-    names = [f"layers.{place}.self_attn.{name}_proj" for place in (1, 0) for name in "vqk"]
-    model = tiny.adapted(target_modules=names, exclude_modules=["up_proj", "down_proj"])
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / CONFIG).read_text())
-    assert written["target_modules"] == sorted(written["target_modules"])
-    assert written["exclude_modules"] == ["down_proj", "up_proj"]
