@@ -126,6 +126,7 @@ def warn_of_experts(model: nn.Module, config: SecuraConfig) -> None:
         for name, owner in _outside_adapters(model)
         for own, value in owner._parameters.items()
         if value is not None and value.dim() == 3 and value.is_floating_point()
+        if min(value.shape) > 1  # and no embeddings of positions [1, N, K]
         if not isinstance(owner, _ConvNd) and _is_meant(model, config, name, owner)
     }
     if found:

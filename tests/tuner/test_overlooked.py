@@ -29,6 +29,8 @@ from transformers import (
     ReformerModelWithLMHead,
     RwkvConfig,
     RwkvForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
@@ -249,6 +251,12 @@ def experts(**settings):
     return get_peft_model(model, SecuraConfig(r=4, target_modules="all-linear", **settings))
 
 
+def vit():
+    """Its position embeddings have three dimensions."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ViTModel(ViTConfig(**sizes, intermediate_size=16, image_size=16, patch_size=8))
+
+
 def test_all_linear_tells_of_fused_experts():
     names = ["experts.down_proj", "experts.gate_up_proj"]
     told = rf"2 stacked weights of experts.*\d% of .*target_parameters={re.escape(str(names))}"
@@ -261,7 +269,7 @@ def test_all_linear_tells_of_fused_experts():
         model = experts(target_parameters=names)
         assert len(tiny.layers(model)) > 4
         model.add_adapter("more", SecuraConfig(r=4, target_modules="all-linear"))
-        for plain in (tiny.llama(), convolution):
+        for plain in (tiny.llama(), convolution, vit()):
             get_peft_model(plain, SecuraConfig(r=4, target_modules="all-linear"))
 
 
