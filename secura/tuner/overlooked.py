@@ -10,7 +10,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from secura import bases, quantised
 
@@ -118,7 +117,7 @@ def leave_out_read(model: nn.Module, config: SecuraConfig) -> None:
 
 
 def warn_of_experts(model: nn.Module, config: SecuraConfig) -> None:
-    """Warn where ``"all-linear"`` leaves out fused experts: 3-D parameters, and no layers."""
+    """Warn where ``"all-linear"`` leaves out fused experts: parameters ``[E, N, K]``, no layers."""
     if not _is_all_linear(config) or config.target_parameters:
         return
     found = {
@@ -126,8 +125,8 @@ def warn_of_experts(model: nn.Module, config: SecuraConfig) -> None:
         for name, owner in _outside_adapters(model)
         for own, value in owner._parameters.items()
         if value is not None and value.dim() == 3 and value.is_floating_point()
-        if min(value.shape) > 1  # and no embeddings of positions [1, N, K]
-        if not isinstance(owner, _ConvNd) and _is_meant(model, config, name, owner)
+        if "expert" in f"{name} {type(owner).__name__}".lower()
+        if _is_meant(model, config, name, owner)
     }
     if found:
         share = sum(value.numel() for value in found.values())
