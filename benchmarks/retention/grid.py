@@ -124,6 +124,18 @@ _CONFIRMED: Tried = {
     "anchored-self": (1e-3, 5e-4),
     BEST.replace("-self", "-text"): BEST_RATES[:2],
 }
+# Decided after those: LoRA, plain and whitened, taken back over the run by as much as the core is,
+# and cores of one part in e too, at lower rates and of more rank.
+_TAKEN_BACK: Tried = {
+    "lora": (3e-3, 1e-3),
+    "lora-whitened": (3e-3,),
+    "lora@decay=5": (3e-3,),
+    "lora-whitened@decay=5": (3e-3,),
+    BEST: BEST_RATES[:1],
+    BEST.replace("decay=30", "decay=60"): (2.5e-4,),
+    "anchored-self@rank=192,decay=60": (2.5e-4,),
+    "anchored-self@rank=192,decay=120": (1.25e-4,),
+}
 # In sequence: replay stores data, the anchor 2 m² numbers a layer, and nothing keeps plain LoRA.
 _DECIDING = {"lora": 3e-3, BEST: BEST_RATES[0], "er": 3e-3}
 _BESIDE = {
@@ -187,6 +199,11 @@ STAGES: dict[str, Stage] = {
     ),
     # Between LoRA's rates, where it is read off a line: on a CPU, afterwards.
     "confirm-line": Stage(_MEASURED, tuple(front({"lora": (2e-3,)}, "mlp", _SEEDS))),
+    # A decay of one part in e over the run for each method; three seeds on a CPU, no probes.
+    "confirm-decay": Stage(
+        replace(_MEASURED, part=0.25, probe_questions=0),
+        tuple(cell for seed in (0, 1, 2) for cell in front(_TAKEN_BACK, "mlp", (seed,))),
+    ),
     # 512 steps, three seeds.
     "long": Stage(
         _MEASURED,
