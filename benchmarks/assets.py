@@ -129,12 +129,6 @@ def load_model(name: str = "smollm2-135m", dtype: torch.dtype | None = None) -> 
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def load_news() -> list[str]:
-    """BBC news articles (XSum's), empty ones dropped: text of another kind than GSM8K."""
-    articles = (row["document"].strip() for row in _read_jsonl(fetch("xsum-test")))
-    return [article for article in articles if article]
-
-
 def main(names: list[str]) -> None:
     """Fetches assets and prints where each is: a model's folder, a data set's file."""
     for name in names or sorted(ASSETS):
@@ -142,11 +136,6 @@ def main(names: list[str]) -> None:
             print(f"{name}: {ASSETS[name].describe()}")
         else:
             print(model_dir(name) if get_asset(name).kind == "model" else fetch(name))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
 
 
 def _sha256(path: Path) -> str:

@@ -79,12 +79,18 @@ def providers() -> list[Provider]:
     return found + peft
 
 
-def shares(provider: Provider, size: dict[str, int], change: float, seed: int) -> dict[str, float]:
-    """The share of a change's effect that a layer's output shows, and the output's own error."""
+def drawn(size: dict[str, int], seed: int) -> tuple[Tensor, Tensor]:
+    """A weight ``[N, K]`` and an input ``[T, K]`` in bf16."""
     torch.manual_seed(seed)
     weight = (torch.randn(size["N"], size["K"]) * size["K"] ** -0.5).bfloat16()
-    x = torch.randn(size["T"], size["K"]).bfloat16()
-    layer = provider.build(frozen_linear(weight), Ranks(size["m"], size["r"]))
+    return weight, torch.randn(size["T"], size["K"]).bfloat16()
+
+
+def shares(
+    provider: Provider, weight: Tensor, x: Tensor, ranks: Ranks, change: float
+) -> dict[str, float]:
+    """The share of a change's effect that a layer's output shows, and the output's own error."""
+    layer = provider.build(frozen_linear(weight), ranks)
     oracle.randomise(layer, weight, change)
     with provider.running(), torch.no_grad():
         exact = oracle.output(layer, weight, None, x)
@@ -98,7 +104,10 @@ def shares(provider: Provider, size: dict[str, int], change: float, seed: int) -
 def rows(provider: Provider, size: dict[str, int], seed: int) -> Iterator[Row]:
     """A provider's rows, one a change."""
     for change in CHANGES:
-        found = [shares(provider, size, change, seed + index) for index in range(DRAWS)]
+        found = [
+            shares(provider, *drawn(size, seed + index), Ranks(size["m"], size["r"]), change)
+            for index in range(DRAWS)
+        ]
         figures = {name: fmean(one[name] for one in found) for name in found[0]}
         figures["spread"] = stdev(one["share"] for one in found)
         yield Row(size | {"change": change}, provider.name, figures=figures)

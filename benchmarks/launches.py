@@ -62,7 +62,7 @@ MOVED: dict[str, Moved] = {
         "h_ptr": lambda given: (1.0 if given["first"] == 0 else 2.0) * _size(given["h_ptr"])
     },
 }
-"""By kernel and argument, the bytes of what is not each element once; by what a kernel takes."""
+"""For each kernel, the arguments not read or written just once, and their bytes by its launch."""
 
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "_add_product_kernel": ("T", "N", "m"),

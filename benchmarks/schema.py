@@ -8,7 +8,6 @@ written anew, atomically, after each finished case, so an interrupted run keeps 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .files import replacing
 from .machine import commit, describe, dtype_name, package_versions
 
 SCHEMA = 1
@@ -82,11 +82,9 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Write the file at once or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as scratch:
+            scratch.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Result:

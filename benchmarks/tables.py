@@ -9,7 +9,6 @@ from typing import Any
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
-"""Ends a provider's name where a result holds the figures of an earlier commit."""
 
 
 def baseline(providers: list[str], dtype: str) -> str | None:

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
-from . import graphs, measure, oracle
+from . import graphs, measure
 from .children import Child, exit_when_asked
+from .landing import shares
 from .layer import PHASES, Problem, Runner
 from .ops import OPS, Op, Size, Tensors, allowed_ratio
-from .registry import Provider, Ranks, catalogue, choose, excuse, frozen_linear, secura
+from .registry import Provider, Ranks, catalogue, choose, excuse, secura
 from .schema import SPENT, Recorder, Row, new_result
 from .shapes import LayerCase
 
@@ -173,16 +172,10 @@ def _op(op: Op, size: Size, ceilings: dict[str, float], asker: Asker) -> dict[st
 def _lands(name: str, asker: Asker) -> dict[str, Any]:
     """The share of a small update's exact effect that a layer's output shows."""
     problem, figures = asker.problem(Size(1024, 4096, 4096, 128)), {}
-    weight, x, case = problem.weight, problem.x.detach(), problem.case
-    provider = asker.provider(name)
+    ranks, provider = Ranks(problem.case.m, problem.case.r), asker.provider(name)
     for change in LANDING:
-        layer = provider.build(frozen_linear(weight), Ranks(case.m, case.r))
-        oracle.randomise(layer, weight, change)
-        with provider.running(), torch.no_grad():
-            effect = oracle.output(layer, weight, None, x) - linear(x.double(), weight.double())
-            shown: Tensor = layer(x) - linear(x, weight)
-        share = (shown.double() * effect).sum() / effect.square().sum()
-        figures[f"share at {change:g}"] = float(share)
+        found = shares(provider, problem.weight, problem.x.detach(), ranks, change)
+        figures[f"share at {change:g}"] = found["share"]
     return figures
 
 

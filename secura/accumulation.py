@@ -28,12 +28,8 @@ class Accumulation:
     ) -> None:
         self._last, self._asks = False, is_last
         self._optimizer = optimizer
-        names = {module: name for name, module in model.named_modules()}
         self._adapters = {
-            names[adapter]: adapter
-            for layer in secura_layers(model).values()
-            for adapter in layer.modules()
-            if isinstance(adapter, CABR)
+            name: module for name, module in model.named_modules() if isinstance(module, CABR)
         }
         self._held = {name: Held(lambda: self.last) for name in self._adapters}
         for name, adapter in self._adapters.items():
@@ -113,10 +109,10 @@ def accumulate(
     layer and micro-batch where batches are small, for N m (4 + s) bytes a layer; with
     ``SECURA_KEEP_WEIGHT=always`` and ``norm="weight"`` also all but one forming of W'.
 
-    Layers do as without it in passes of ``torch.autograd.grad`` or of ``backward(inputs=...)``
-    without all that A and B are made of, while a CUDA graph is captured, under ``torch.compile``
-    and dispatch modes (selective checkpointing), as ``DataParallel``'s replicas, fused experts,
-    tensor parallel ones.
+    Nothing is held in ``torch.autograd.grad``, in ``backward(inputs=...)`` unless the inputs are
+    all that A and B are made of, while a CUDA graph is captured, under ``torch.compile`` and
+    dispatch modes (selective checkpointing), nor by ``DataParallel``'s replicas, fused experts and
+    tensor parallel layers.
 
     Example:
         >>> with secura.accumulate(model, optimizer) as accumulation:

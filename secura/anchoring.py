@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .cabr import CABR
 from .config import check_damping
 from .curvature import BATCH_SIZE, LENGTH, TOKENS, Statistics, Texts, curvature, listed
-from .layers import active_adapters
+from .layers import active_adapters, evaluating
 from .sharding import gathered, reshard, unit_by_unit
 from .state import in_digits
 
@@ -140,7 +140,7 @@ def anchor(
     for group in unit_by_unit(model, made):
         for adapter in group:
             adapter.set_anchor(*made[adapter])
-    return AnchorReport(len(adapters), read, time.perf_counter() - start, texts is None, unseen)
+    return AnchorReport(len(made), read, time.perf_counter() - start, texts is None, unseen)
 
 
 @torch.no_grad()
@@ -213,12 +213,10 @@ def check_reading(
 @contextmanager
 def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[None]:
     """Eval mode, with gradients through the cores, none of them held; all as before after."""
-    training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     cores: list[Any] = [one.U for one, _ in adapters.values()]
     frozen = [core for core in cores if not core.requires_grad]
     held = [(part, part.held) for part in model.modules() if isinstance(part, CABR)]
-    model.eval()
     try:
         for parameter, _ in gradients:
             parameter.grad = None
@@ -226,7 +224,7 @@ def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[
             core.requires_grad_(True)
         for part, _ in held:
             part.held = None
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
         for core in frozen:
@@ -235,8 +233,6 @@ def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[
             part.held = before
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for module in training:
-            module.training = True
         reshard(model)
 
 

@@ -192,9 +192,9 @@ def weight_here(base: Any) -> Tensor | None:
 
 
 def weight_between(base: Any) -> Tensor | None:
-    """The weight ``[N, K]``, detached, where what is stored stays from one forward to the next.
+    """The weight ``[N, K]``, detached, if the stored tensor is the same in every forward.
 
-    None where it is quantised, not here, or gathered for a forward by FSDP2.
+    None if it is quantised, not here, or gathered for a forward by FSDP2.
     """
     return None if _is_gathered(base) else weight_here(base)
 

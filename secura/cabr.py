@@ -177,9 +177,10 @@ class CABR(Core):
         return self.update() + self.core if self.folded else self.update()
 
     def refresh_beside(self, base: nn.Module) -> None:
-        """Bring up to date what follows from a base that may be trained: then in every pass.
+        """Compute again what follows from the base weight, if that changed.
 
-        As where its weight is made of other tensors, which tell no version of it.
+        In every pass if the base is trained, or its weight is computed from other tensors, whose
+        version it does not show.
         """
         if torch.is_grad_enabled():  # without, FSDP1 shows frozen weights as if they were trained
             self._base_trained = products.is_trained(base)

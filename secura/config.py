@@ -39,8 +39,8 @@ class AdapterConfig:
             (2·base + Δ)/M, which scales the base too: by 1.0243 in form ``paper`` wherever the
             change is small, from the first optimizer step on.
         norm_reference: ``"pretrained"`` (M2: the norm measures against the original weight) or
-            ``"folded"`` (M1: against the folded one, so that it no longer holds back what was
-            folded, and the layer jumps from about W + ΔW/2 to W + ΔW there).
+            ``"folded"`` (M1: against the folded one; what was folded is no longer divided by M, so
+            a fold changes the layer from about W + ΔW/2 to W + ΔW).
         norm_scale: k of the sigmoid.
         norm_eps: ε of ρ = |Δ| / (|base| + ε). With the released 1e-10 one near-zero base entry sets
             ρ_max of form ``paper`` and leaves every other gain near 2.

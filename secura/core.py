@@ -20,8 +20,8 @@ from .state import AdapterState, factors
 class WeightVersion(tuple[int, int, int]):
     """What :func:`secura.bases.mark` says of a weight; a copy matches none.
 
-    It keeps the storage's number from being given to another one, though not its memory; where the
-    mark has none it knows whether the weight is still there.
+    It holds a weak reference to the storage, whose number is not given to another one then, though
+    its memory is freed; where the mark has no storage, a weak reference to the weight.
     """
 
     _storage: StorageWeakRef | None = None

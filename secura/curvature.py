@@ -324,7 +324,7 @@ def _start_token(model: Any, tokenizer: Any) -> int:
 
 
 def _draw(logits: Tensor, generator: Any) -> tuple[Tensor, bool]:
-    """A token ``[B, T]`` from each of ``logits [B, T, V]``; the first of all where not finite.
+    """Draw a token ``[B, T]`` from each of ``logits [B, T, V]``; token 0 if one is not finite.
 
     Returns:
         The tokens, and whether the logits are finite.

@@ -76,9 +76,9 @@ def clear(path: Path) -> None:
 def move_out(source: Path, target: Path, *, replaces: Sequence[str] = ()) -> None:
     """Move every file of ``source`` into ``target``, and remove ``source``.
 
-    Over an older configuration all change at once (see :func:`_exchange`). Where that is not to be
-    had the configuration goes last, and the older one first, so that no mixture is ever loaded.
-    Files beside an older configuration that are called as in ``replaces`` go with it.
+    Over an older configuration all change at once (see :func:`_exchange`). Where the system cannot,
+    the older configuration is removed first and the new one moved last, so that no mixture is ever
+    loaded. If there was an older one, the files named in ``replaces`` are removed with it.
     """
     use_umask(source)
     older = [target / name for name in _LAST if (target / name).exists()]

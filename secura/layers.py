@@ -1,8 +1,9 @@
-"""Find layers of a model: the adapted ones, the adapters that act in them, the embeddings."""
+"""Find layers of a model (adapted ones, adapters, embeddings), and put it in evaluation."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,4 +51,17 @@ def active_adapters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-__all__ = ["active_adapters", "embeddings", "layers_with", "secura_layers"]
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and each back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+__all__ = ["active_adapters", "embeddings", "evaluating", "layers_with", "secura_layers"]

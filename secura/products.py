@@ -160,7 +160,7 @@ def _why_not_frozen(base: nn.Module) -> str | None:
 
 
 def _adds(base: nn.Module) -> str | None:
-    """What is hung on ``base`` beside its own forward, or None."""
+    """Name the hooks or the modules in ``base``, which its weight does not show, or None."""
     if any(_hooks(base)):
         return "its hooks"
     return "the modules in it" if base._modules else None

@@ -161,9 +161,9 @@ def from_rank_0(make: Callable[[], dict[str, Tensor]], like: Mapping[str, Tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the copies FSDP2 gathered for the last forward: what is written there is lost.
+    """Free the weights that FSDP2 gathered for the last forward: writes to them would be lost.
 
-    The units that ``model`` is a part of let go of theirs too.
+    Those of the units that ``model`` is a part of too.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:

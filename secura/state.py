@@ -42,7 +42,7 @@ class _Checked(NamedTuple):
     with_base: bool
 
     def covers(self, other: _Checked) -> bool:
-        """Whether this answers for the same tensors, as they are now, as much as is asked."""
+        """Return whether this checked the same, unchanged tensors at least as strictly."""
         same = self.tensors.keys() == other.tensors.keys() and all(
             tensor is self.tensors[name] for name, tensor in other.tensors.items()
         )
@@ -200,7 +200,7 @@ class AdapterState(nn.Module):
                 self._buffers[name] = tensor.to(self.trained.device)
 
     def renew(self, state_dict: Any, prefix: str, weight: Tensor | None) -> None:
-        """Make a saved state that of an adapter on ``weight [N, K]`` as it is now."""
+        """Replace fingerprint and checksum of a saved state by those for ``weight [N, K]``."""
         if prefix + "fingerprint" not in state_dict:
             return
         if weight is not None:

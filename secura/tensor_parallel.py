@@ -181,8 +181,8 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
 def keep_rows(adapter: CABR, base: nn.Module, weight: Tensor) -> None:
     """Cut ``columns [N, m]`` and ``base_norms [N]`` to the rows of ``weight [N, K]`` that lie here.
 
-    For z's own columns m rows are added, ``[N / p + m]`` in all, with C = 0. ``adapter.here [2,
-    m']`` then says which of R's rows lie here, and where; it is None where y0 has every channel.
+    For z's columns m rows with C = 0 are appended, ``[N / p + m]`` in all. ``adapter.here [2, m']``
+    holds, for R's rows on this process, their index in z and in y0; None if y0 has every channel.
     The space ``weight`` has no z: it keeps ``r_here``, R, unless every process has its part of it.
     """
     own = None if adapter.wants_whole else _rows_here(bases.dense_weight(base))

@@ -45,7 +45,7 @@ _version = operator.attrgetter("_version")
 """How often a tensor was written to."""
 
 _unflatten = torch.ops.aten._unsafe_view.default
-"""A view that autograd does not take for one: into a function's view nobody may write."""
+"""Reshapes without marking the result as a view, since nobody may write into a Function's view."""
 
 
 class SecuraFunction(torch.autograd.Function):
@@ -177,9 +177,9 @@ def _gradients_once(ctx: Any, g: Tensor, kept: Sequence[Any]) -> tuple[Tensor | 
 
 
 def _is_for_grad(ctx: Any) -> bool:
-    """Whether the pass at work adds to ``.grad`` of all that A and B are made of.
+    """Return whether this backward pass adds to ``.grad`` of all that A and B are made of.
 
-    In one that was asked for a part of it, or is to return it, nothing may be held.
+    If it computes only some of those gradients, or returns them, nothing may be held.
     """
     parameters = ctx.next_functions[1 : 2 + ctx.has_b]  # tensors alone have a place there
     nodes = [node for node, _ in parameters if node is not None]

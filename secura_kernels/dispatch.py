@@ -136,8 +136,8 @@ def op(name: str) -> Callable[[Callable[..., Any]], Any]:
     Outside compilers, dispatch modes and tensor subclasses (:func:`is_watched`) the body runs at
     once: an operator's way through the dispatcher takes the host about as long as all the body's
     own launches (benchmarks/LOG.md). Callers that have set device, autocast and autograd call
-    ``.body``. Keyword-only parameters are not in the operator's schema, which may not write to its
-    inputs: where one is given, the body runs.
+    ``.body``. Keyword-only parameters (tensors that are written in place) are not part of the
+    operator: where one is given, the body is called directly.
     """
 
     def register(body: Callable[..., Any]) -> Any:

@@ -7,9 +7,9 @@ is computed by the first and used again by the others; ∂P ``[N, m]`` is added 
 with C by the last alone, whose ∂A and ∂B are those of all. It saves a layer and micro-batch five
 or six launches and the reading of C, N m scattered elements, both ways; it holds P and an fp32 ∂P.
 
-Parameters are not known to be the same by their versions: a fused optimizer and FSDP2 leave those
-as they are. So nothing is held from the last backward pass until :meth:`Held.renew`, which whoever
-sees the optimizer's step calls.
+A parameter's version does not show every change: fused optimizers and FSDP2 do not raise it. So
+nothing is held from the last backward pass until :meth:`Held.renew`, which whoever sees the
+optimizer's step calls.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Held:
         return self._sum is not None
 
     def of(self, tensors: Sequence[Tensor | None], values: Any) -> Held:
-        """Itself, for a layer of these tensors and of values that tell of changes to it.
+        """Return this object; drop what is held if the tensors or values differ from last time.
 
-        Among the values should be the stream: what one computes, another has to wait for.
+        Give the CUDA stream among the values: what one stream made, another must not read at once.
 
         Raises:
-            RuntimeError: they are others, and a part of a gradient is held.
+            RuntimeError: they differ, and a part of a gradient is held.
         """
         same = len(tensors) == len(self._tensors) and values == self._values
         if not same or any(new is not old for new, old in zip(tensors, self._tensors, strict=True)):

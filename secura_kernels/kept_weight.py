@@ -50,10 +50,10 @@ def checkpointing() -> str:
 
 
 def foresees_kept() -> bool:
-    """Whether a W' that is to be kept may decide by which way a forward pass goes.
+    """Return whether the choice of a forward pass's way may count on a W' that will be kept.
 
-    Not in the second pass of re-entrant checkpointing: the first did not know of it, and both must
-    give the same bits.
+    Not in the second pass of re-entrant checkpointing: the first could not, and both must give the
+    same bits.
     """
     return holds_weight() or checkpointing() != "again"
 

@@ -224,11 +224,6 @@ def effective_weight(
     return secura_linear(identity, layer._replace(bias=None), a, b).T
 
 
-def fold(core: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The released "fusion": ``(core + scaling · A B, 0)``, the new U_acc and the new B."""
-    return core + scaling * (a @ b).to(core.dtype), torch.zeros_like(b)
-
-
 def _column(factor: Tensor | float) -> Tensor | float:
     return factor[:, None] if isinstance(factor, Tensor) else factor
 
@@ -236,7 +231,6 @@ def _column(factor: Tensor | float) -> Tensor | float:
 __all__ = [
     "combine",
     "effective_weight",
-    "fold",
     "linear",
     "magnitude_gain",
     "relative_change",

@@ -7,9 +7,9 @@ Autograd has each layer write a ∂x of its own and adds them up, at three passe
 addend (BLAS's beta), one pass. Under autocast x is also cast once, and its gradient back once, and
 what the layers save of x is one tensor.
 
-The layers see it by x itself: the first that is given x puts a node of autograd between x and
-itself, which the others find. A layer that never runs backward adds nothing. With
-``create_graph`` autograd adds the parts itself.
+The first layer that is given x puts an autograd node after it, stored by x; the other layers look
+it up. A layer that never runs backward adds nothing. With ``create_graph`` autograd adds the parts
+itself.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def shared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Total | None]:
     selective checkpointing, whose passes have to run the same operators. An x that was written to,
     or that another stream works on, is another x.
     """
-    leaf = x.is_leaf  # which its own graph would keep alive, were it to keep the entrance
+    leaf = x.is_leaf  # it and its node would keep each other alive
     if leaf or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _selects():
         return as_dtype(x, dtype), None
     key = (dtype, x._version, x.untyped_storage()._cdata, stream_of(x))

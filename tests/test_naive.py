@@ -270,15 +270,6 @@ def test_inverse_sampling_is_distinct_and_seeded():
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
 
 
-def test_fold_keeps_the_additive_weight():
-    m = 4
-    a, b, core = torch.randn(m, 6), torch.randn(6, m), torch.randn(m, m)
-    before = core + 0.5 * a @ b
-    core, b = naive.fold(core, a, b, 0.5)
-    torch.testing.assert_close(core + 0.5 * a @ b, before)
-    assert (b == 0).all()
-
-
 @pytest.mark.parametrize("norm", ["none", "weight", "channel"])
 def test_effective_weight_computes_the_layer(norm):
     flags = {"folded": "base", "restrained": True, "trains_bias": False}

@@ -16,8 +16,8 @@ from benchmarks.retention.cells import TARGETS, Cell
 from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method
 from benchmarks.retention.rows import causal
-from benchmarks.retention.score import autocast, evaluating
-from secura.layers import secura_layers
+from benchmarks.retention.score import autocast
+from secura.layers import evaluating, secura_layers
 
 _WHITENING_DAMPING = 1e-2
 

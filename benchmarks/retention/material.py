@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.assets import ASSETS, cache_dir, model_dir
+from benchmarks.files import replacing
 from benchmarks.retention import data
 from benchmarks.retention.cells import Settings
 from benchmarks.retention.data import Example
-from benchmarks.retention.record import Measure, Probe, Score, replacing
+from benchmarks.retention.record import Measure, Probe, Score
 from benchmarks.retention.rows import Row, task_row, text_row
 from benchmarks.retention.score import Evaluator, autocast, summed
 

@@ -85,7 +85,7 @@ class Method:
 
     @property
     def trained_as(self) -> str:
-        """The method whose training this one's is: what is scaled afterwards was trained whole."""
+        """The name without ``scale``: what is scaled down after training was trained whole."""
         return self._named(self.name.partition("@")[0], without="scale")
 
     @property

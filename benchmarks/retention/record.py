@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import replacing
 from benchmarks.retention.cells import Cell, Settings
 
 FORMAT = 2
@@ -181,20 +179,8 @@ def write(path: Path, record: Record) -> None:
     """Writes a record, a line for each of its fields."""
     content = record.to_json()
     lines = (f"{json.dumps(key)}: {json.dumps(content[key], allow_nan=False)}" for key in content)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all went well."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +205,5 @@ __all__ = [
     "measure_from",
     "read",
     "read_all",
-    "replacing",
     "write",
 ]

@@ -107,9 +107,9 @@ class Runner:
         return found is not None and not (found.status == "failed" and self.retry)
 
     def _taken(self, cell: Cell, path: Path, folder: Path) -> bool:
-        """Whether the cell is another bit for bit, which is there, and has now been taken from it.
+        """Copy an identical cell's result if there is one; return whether it was copied.
 
-        So it is with the first task of a method that keeps what earlier tasks taught.
+        A first task is another method's if a method differs by what it keeps of earlier tasks.
         """
         same = replace(cell, method=get_method(cell.method).first_as)
         at = self.root / self.stage / same.path

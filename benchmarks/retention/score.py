@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.retention.data import Example
 from benchmarks.retention.record import Score
 from benchmarks.retention.rows import Row, by_length, causal, hidden, pack
+from secura.layers import evaluating
 
 _TOKENS = {"cpu": 1024, "cuda": 16384}  # read at once, padding included
 _LOGITS = {"cpu": 256, "cuda": 1024}  # rows of the vocabulary's width that are held at once
@@ -174,18 +175,6 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """bf16 autocast on a device, where enabled."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
@@ -197,4 +186,4 @@ def _margin(values: Tensor, answer: int) -> float:
     return (values[answer] - wrong.max()).item()
 
 
-__all__ = ["Evaluator", "autocast", "evaluating", "final_number", "summed", "write"]
+__all__ = ["Evaluator", "autocast", "final_number", "summed", "write"]

@@ -88,8 +88,8 @@ def unseen(record: Record) -> tuple[str, ...]:
 class Front:
     """What methods learn and pay in records of one stage and one place, first task alone.
 
-    What was scaled down after training is one method, whatever the scale: its curve joins the
-    scales of a rate, the whole at the end.
+    All scales of a method that is scaled down after training are one method: a curve for each rate,
+    by scale, 1 at the end.
 
     Args:
         records: of any stage; those that failed or learned several tasks are left out.

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import secura
+from benchmarks.files import replacing
 from benchmarks.retention.build import (
     adapter_state,
     build,
@@ -26,7 +27,7 @@ from benchmarks.retention.cells import Cell
 from benchmarks.retention.gradients import Gradients
 from benchmarks.retention.material import Material
 from benchmarks.retention.methods import Method, get_method
-from benchmarks.retention.record import Record, measure_from, replacing
+from benchmarks.retention.record import Record, measure_from
 from benchmarks.retention.strategies import STRATEGIES, Context, State, Strategy
 
 WARMUP = 0.1
@@ -231,7 +232,6 @@ def write_state(path: Path, state: State, notes: dict[str, Any] | None = None) -
         for part, values in state.items()
         for name, value in values.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         save_file(tensors, scratch, metadata={"notes": json.dumps(notes or {})})
 

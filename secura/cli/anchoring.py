@@ -29,7 +29,7 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
         UserError: there is no core to anchor or to pull back, it would be pulled too hard, or by
             rates that are not known, or there is no such file.
     """
-    from secura.continual.anchoring import check_decay
+    from secura.continual.decay import check_decay
 
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"

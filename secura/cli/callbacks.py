@@ -77,7 +77,7 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let a resumed state be this run's: what is recorded, and how often it logs and saves.
 
-        And where its best checkpoint is, which may be recorded by a path that it has no longer.
+        The best checkpoint's path is put right too, where the folder was moved.
         """
         state.stateful_callbacks[type(self).__name__] = self.state()
         state.compute_steps(args, state.max_steps)

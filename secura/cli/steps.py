@@ -95,7 +95,7 @@ def check_optimizer(trainer: Any) -> None:
 def unread_settings(trainer: Any) -> list[str]:
     """A note on each setting of `--optim_args` that changes nothing, and on modules not looked at.
 
-    Transformers reads of them what its way of building that optimizer asks for, and no more.
+    Transformers ignores those that the chosen optimizer does not use.
     """
     args = _unhooked(trainer.args)
     built, name = _numbers(trainer, args), plain(trainer.args.optim)

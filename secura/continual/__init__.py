@@ -44,7 +44,8 @@ which folds and anchors anew at its end: ``applied``, ``copy_to`` and a second r
 
 from __future__ import annotations
 
-from .anchoring import AnchorCallback, AnchorDecayCallback
+from .anchoring import AnchorCallback
+from .decay import AnchorDecayCallback
 from .ewc import EWCCallback, Fisher
 from .long_term import LongTermMemory
 from .replay import ReplayBuffer, ReplayCollator

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.layers import secura_layers
+from secura.layers import evaluating, secura_layers
 
 from .state import (
     Unfolded,
@@ -27,7 +27,6 @@ from .state import (
     placed,
     read,
     trainable,
-    without_dropout,
     write,
 )
 
@@ -85,7 +84,7 @@ class Fisher:
             previous = previous.on(model)
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
         count = 0
-        with without_dropout(model):
+        with evaluating(model):
             for batch in batches:
                 gradients = _gradients(model, batch, list(parameters.values()))
                 for squares, gradient in zip(total.values(), gradients, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secura._extras import require
 from secura.curvature import is_causal
+from secura.layers import evaluating
 
 from .state import (
     Unfolded,
@@ -23,7 +24,6 @@ from .state import (
     placed,
     read,
     trainable,
-    without_dropout,
     write,
 )
 
@@ -253,7 +253,7 @@ class LongTermMemory(TrainerCallback):  # type: ignore[misc, valid-type]
         known(self.values, model, _WHAT)
         parameters = dict(model.named_parameters())  # of which some may be frozen by now
         values = {name: value.to(parameters[name].dtype) for name, value in self.values.items()}
-        with without_dropout(model):
+        with evaluating(model):
             return torch.func.functional_call(model, values, args, inputs).logits
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +167,6 @@ def placed(
     return {name: tensors[name].to(value.device) for name, value in parameters.items()}
 
 
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation, and each back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], made_in: str) -> None:
     """Write a safetensors file that is whole as soon as it is there, and its coordinates."""
     path = Path(path)
@@ -223,6 +209,5 @@ __all__ = [
     "placed",
     "read",
     "trainable",
-    "without_dropout",
     "write",
 ]

@@ -64,7 +64,7 @@ class SecuraConfig(AdapterConfig, PeftConfig):
         rank_pattern: ``r`` by layer name or regular expression.
         layer_replication: refused: SECURA does not repeat layers.
         format_version: of the adapter file.
-        checksum: over the tensors of the file these settings were read with, until it is loaded.
+        checksum: of the adapter file's tensors; None once the file was loaded.
         base_tensors: names of the base's own tensors (resized embeddings) that the file holds.
         id2label: what a classifier calls its labels, of the model that the file was saved with;
             None where they have no names. ``secura merge`` gives them to the merged model.

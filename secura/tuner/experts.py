@@ -112,8 +112,8 @@ def _in_place_of(stack: bases.Stack, weights: Tensor) -> Iterator[None]:
 def check_nesting(model: nn.Module) -> None:
     """Refuse adapters of parameters that could not be loaded alone once they were saved.
 
-    A file tells the wrappers of a module by how many others lie around each, so those of an adapter
-    have to be the outermost, in the order in which PEFT makes them: the last parameter's first.
+    A file names a wrapper by its nesting depth alone, so an adapter's wrappers have to be the
+    outermost, in the order in which PEFT makes them: the last parameter's first.
 
     Raises:
         ValueError: names the module, the adapter and its parameters.

@@ -304,29 +304,25 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             return
         names = [*self.merged_adapters, *names]
         with self._before_merging():
-            weight, bias = self._sum_weight(names)
-            merging.check_finite(self.adapted, weight, bias)
-            merged = merging.MergedState(self.adapted, weight, bias)
+            merged = merging.MergedState(self.adapted, *self._sum_weight(names))
         if self._merged is not None:
             self._put_base(self._merged.exchange(self.adapted))
         self._merged = merged
         self._put_base(self._merged.exchange(self.adapted))
         self.merged_adapters = names
 
-    def weight_to_merge(self, adapter_names: list[str] | None = None) -> Tensor | None:
-        """What :meth:`merge` would write, ``[N, K]``, or None where it has nothing to do.
+    def check_merge(self, adapter_names: list[str] | None = None) -> bool:
+        """Return whether :meth:`merge` has anything to write, which is formed once to see.
 
         Raises:
             ValueError: as :meth:`merge`.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in names if n in self.secura_adapter and n not in self.merged_adapters]
-        if not names:
-            return None
-        with self._before_merging():
-            weight, bias = self._sum_weight([*self.merged_adapters, *names])
-            merging.check_finite(self.adapted, weight, bias)
-        return weight
+        if names:
+            with self._before_merging():
+                self._sum_weight([*self.merged_adapters, *names])
+        return bool(names)
 
     @contextmanager
     def _before_merging(self) -> Iterator[None]:
@@ -341,7 +337,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             self._put_base(self._merged.exchange(self.adapted))
 
     def _sum_weight(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """The weight ``[N, K]`` and the bias ``[N]`` or None that add adapters to the base."""
+        """The weight ``[N, K]`` and the bias ``[N]`` or None, both finite, that a merge writes."""
         adapters, base = self.adapters_named(names), self.adapted
         merging.check_mergeable(base, adapters)
         if len(adapters) == 1:
@@ -359,7 +355,9 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if bases.dense_weight(base) is None:
             weight = weight.to(self.model_dtype or weight.dtype)
         bias = several.sum_biases(adapters)
-        return weight, None if bias is None else bias.detach()
+        bias = None if bias is None else bias.detach()
+        merging.check_finite(base, weight, bias)
+        return weight, bias
 
     def unmerge(self) -> None:
         """Restore the base weight; warn where nothing is merged, as PEFT's LoRA does."""

@@ -251,7 +251,7 @@ class SecuraModel(BaseTuner):
                 owners.setdefault(parameter, []).append(name)
         for name, layer in _secura_layers(self.model):
             try:
-                merging = layer.weight_to_merge(adapter_names) is not None
+                merging = layer.check_merge(adapter_names)
             except (RuntimeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
             weight = getattr(layer.adapted, "weight", None)
@@ -345,9 +345,9 @@ def _check_name(adapter: str) -> None:
 def _keep_dense(model: Any) -> None:
     """Have transformers save a merged model so that it finds the same one when it loads it again.
 
-    It is told which layers of a quantised model are dense. One that it dequantised while loading is
-    saved as it is: the way back of that conversion would write names and numbers of the quantised
-    checkpoint, under a config that says nothing of it.
+    It is told which layers of a quantised model are dense. A model that it dequantised while
+    loading is saved dense: otherwise ``save_pretrained`` would convert it back to the quantised
+    layout, which its config no longer describes.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):

@@ -89,8 +89,8 @@ def refuse_unheeded(parent: Any, child: str, name: str) -> None:
 def leave_out_read(model: nn.Module, config: SecuraConfig) -> None:
     """Have ``"all-linear"`` leave out, with a warning, layers that the model reads and never calls.
 
-    They are added to ``config.exclude_modules``, but where that is a pattern, or where such a name
-    would leave out another layer too, whose own name ends with it.
+    They are added to ``config.exclude_modules``, but not if that is a pattern, nor a name that is
+    also the end of another layer's name.
     """
     given = config.exclude_modules or ()
     if not _is_all_linear(config) or isinstance(given, str):

@@ -133,9 +133,10 @@ def for_loading(
 
 
 def _full_name(name: str, layers: dict[str, str], adapter: str) -> str:
-    """A tensor's name in the model, of one that the model has not yet (an anchor's) too.
+    """Return a tensor's name in the model.
 
-    PEFT finds no name for those, nor for a checksum where the model's tensors are elsewhere.
+    Of an anchor's tensors too, which the model has only once they are loaded, and of a checksum
+    where the model's tensors are elsewhere: PEFT finds no name for those.
     """
     layer, _, tensor = name.removeprefix(PREFIX).rpartition(INNER)
     if layer not in layers or tensor not in ("checksum", *CABR.ANCHOR):
@@ -187,7 +188,7 @@ def _check_names(
 def saved_in_full(model: Any, adapter: str) -> set[str]:
     """Names of the tensors of ``modules_to_save`` and the like, without PEFT's prefix.
 
-    Those of trained tokens in a tied head PEFT writes where it saves resized embeddings too.
+    With those of trained tokens in a tied head, which PEFT writes beside resized embeddings.
     """
     tied = ("trainable_tokens_delta", f"trainable_tokens_delta.{adapter}")
     return {

@@ -52,17 +52,17 @@ def forward_sum(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     Raises:
         ValueError: for a tensor parallel base.
     """
+    if bases.is_split(base):
+        raise ValueError(
+            f"{adapters[0].name}: several adapters are active together, which a tensor parallel "
+            "base does not take: activate one with set_adapter()"
+        )
     core = torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters))
     masks = [adapter.dropout_mask(x) for adapter in adapters]
     if any(mask is not None for mask in masks):
         shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
         pairs = zip(masks, shapes, strict=True)
         masks = [x.new_ones(shape) if mask is None else mask for mask, shape in pairs]
-    if bases.is_split(base):
-        raise ValueError(
-            f"{adapters[0].name}: several adapters are active together, which a tensor parallel "
-            "base does not take: activate one with set_adapter()"
-        )
     parts: Any = [adapter.columns for adapter in adapters]
     kept = all(part is not None for part in parts)
     layer = Layer(

@@ -32,7 +32,7 @@ def warn_unmatched(found: list[str]) -> None:
 
 
 def unmatched_names(model: nn.Module, config: SecuraConfig) -> list[str]:
-    """Say of each name of a layer or parameter in a config that the model has none of that name.
+    """Return a message for each name of a layer or parameter in a config that the model lacks.
 
     Args:
         model: the model before the config's adapter is put on it.

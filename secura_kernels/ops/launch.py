@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime import driver
 
 MOST_KEPT = 4096
-"""Launches a kernel remembers; past them it forgets all and begins again."""
+"""Compiled launches kept for one kernel; all are dropped when there are more."""
 _NUMBERS = (int, float, bool, type(None))
 _SHORT_OFFSETS = torch.version.hip is not None
 """Whether Triton makes other code, with offsets of 32 bits, for tensors of up to 2 GiB."""

@@ -15,9 +15,19 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What is allocated and never written is NaN, and operators without a fixed order raise."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2, 2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def interpreter_broken() -> str | None:

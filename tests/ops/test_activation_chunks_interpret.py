@@ -21,12 +21,7 @@ ALL = {"folded": "base", "dropout": True, "restrained": True}
 GRID = pairwise(COMBINES, ("", "base"), (False, True), SAVES)
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN, and operators without a fixed order raise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture

@@ -30,12 +30,7 @@ WIDE = (70, 150, 31, 9)  # N > 2 K: gated, h R is added to g W
 ALL = {"folded": "base", "dropout": True, "restrained": True}
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN, and operators without a fixed order raise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 LARGER = [(9, 150, 13, 140), (130, 97, 12, 24)]

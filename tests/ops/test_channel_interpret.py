@@ -13,13 +13,7 @@ from secura_kernels.ops.channel.op import channel
 
 from .rule import SHAPES, check
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN, and operators without a fixed order raise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("form", FORMS)

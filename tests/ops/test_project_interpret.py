@@ -18,12 +18,7 @@ SHAPES = [(1, 1, 1), (7, 13, 4), (131, 67, 33), (70, 150, 140), (2100, 64, 16)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Every tensor that torch leaves uninitialised holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def _row_norms(weight: Tensor, rows: Tensor, p_base: Tensor | None) -> tuple[Ten
 def delta_norms(p: Tensor, gram: Tensor) -> Tensor:
     """``‖ΔW_i‖ [..., N]`` of ``P [..., N, m]`` and ``gram [..., m, m]``.
 
-    Squares are of P over the sum of its row's absolute values. Of P as it is they overflow where
-    ‖ΔW_i‖ itself is far from it; so none is over gram's largest.
+    Each row of P is divided by the sum of its absolute values before it is squared: so no square is
+    over gram's largest entry, and none overflows.
     """
     if p.numel() == 0:
         return p.new_zeros(p.shape[:-1])

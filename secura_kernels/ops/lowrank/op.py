@@ -26,8 +26,8 @@ made may be kept for the backward pass (:func:`secura_kernels.kept_weight.keeps_
 W' rounded to bf16 drops a change smaller than half a unit in W's last place, y0 rounded to bf16 one
 smaller than half a unit in y0's: of a change of 1e-3 of the weight 0.52 and 0.53 reach the output
 (benchmarks/results/triage-h100.json), so the forward takes whichever moves less. With a seed it
-goes through W' rounded stochastically, of which 1.00 reaches the output, whatever that moves; the
-backward pass takes W' before it is rounded, by either way: the mean of what the draws give.
+always goes through W', rounded stochastically, and 1.00 of the change reaches the output in the
+mean; the backward pass takes W' before it is rounded, which is the mean over the draws.
 """
 
 from __future__ import annotations

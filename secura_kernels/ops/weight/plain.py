@@ -34,8 +34,8 @@ Found = tuple[Tensor, Tensor | None]
 class Chunks:
     """Yields ``(rows of W as a slice, base, Δ)``, in fp32 or wider, to be read alone.
 
-    Once a pass over W, unless all of W is one chunk, which is kept for the next, its ρ too; its
-    slice is None.
+    Chunks are made anew for each pass over W. If W is a single chunk, it and its ρ are kept for the
+    next pass, and its slice is None.
     """
 
     Chunk = tuple[slice | None, Tensor, Tensor]

@@ -87,7 +87,7 @@ def test_old_texts_are_long_and_apart_from_the_anchors(tmp_path, real, monkeypat
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(real, "fetch", lambda name: tmp_path / name)
-    monkeypatch.setattr(real, "load_news", lambda: [f"article {n}" for n in range(50)])
+    monkeypatch.setattr(real, "_articles", lambda: [f"article {n}" for n in range(50)])
     for kind in ("help", "code"):
         texts = real.load_texts(kind)
         assert texts and all(len(text) >= 150 for text in texts)
