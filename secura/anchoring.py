@@ -7,9 +7,10 @@ are ``[m, m]`` in their span, of tensors the layer has at hand:
     h = Cᵀ ∂ℓ/∂y        Γ = E[h hᵀ]       labels sampled from the model: the true Fisher
     S = (Σ + λ tr Σ/m)^−½     L = (Γ + λ tr Γ/m)^−½     U = κ L Ũ S,   Ũ trained, 0 at first
 
-To second order a change U costs ``½ tr(Γ U Σ Uᵀ) = ½ κ² ‖Ũ‖²`` on old text (λ aside): every
-direction of Ũ the same. κ makes ``‖C κL‖ ‖S R‖ = ‖C‖ ‖R‖``, so that one learning rate serves all
-layers. Weight decay on Ũ is then a K-FAC penalty against leaving old knowledge, see
+To second order, and as far as K-FAC's product of Γ and Σ is the Fisher matrix, a change U of one
+layer costs ``½ tr(Γ U Σ Uᵀ) = ½ κ² ‖Ũ‖²`` on old text (λ aside): every direction of Ũ the same. κ
+makes ``‖C κL‖ ‖S R‖ = ‖C‖ ‖R‖``, so that one learning rate serves all layers. Weight decay on Ũ is
+then a penalty against leaving old knowledge, of strength 1 / κ² in each layer, see
 :class:`secura.continual.AnchorDecayCallback`.
 
 Each set of texts counts the same: Σ and Γ are divided by their mean eigenvalue before they are
@@ -44,8 +45,8 @@ class AnchorReport:
         tokens: of old text that were read, over all processes.
         seconds: how long the pass took, sampling included.
         sampled: whether the model wrote the text itself.
-        unseen: names of layers that no token or no gradient reached (an expert, say): their core is
-            anchored by nothing, or by one of both statistics, and moves as an unanchored one does.
+        unseen: names of layers that no token or no gradient reached (an expert, say): their core
+            moves as an unanchored one does, and what is added later is all that it is anchored by.
     """
 
     layers: int
@@ -70,8 +71,8 @@ def anchor(
     """Anchor the active adapters' cores ``U [m, m]`` by old text, before they are trained.
 
     One pass forward and backward over at most ``tokens`` tokens. What the model computes stays as
-    it is, up to U's rounding: where U is not 0, Ũ is solved for. Call it before the optimizer, or
-    an average of weights, is made. Every active adapter with such a core is anchored anew.
+    it is, up to fp32's rounding: where U is not 0, Ũ is solved for. Call it before the optimizer,
+    or an average of weights, is made. Every active adapter with such a core is anchored anew.
 
     Example:
         >>> model = get_peft_model(base, SecuraConfig(core="u", norm="none"))
@@ -82,12 +83,12 @@ def anchor(
             that takes ``input_ids [B, T]`` and gives an object with ``logits [B, T, V]``. Under DDP
             or FSDP2 every process calls this, with the same arguments: each reads its share.
         texts: what the model is to keep: strings (one alone is one text), or token ids, a list or
-            1-D tensor a text. None
-            samples from the model itself, from its start token.
+            1-D tensor a text. None samples from the model itself, from its start token.
         tokenizer: for texts that are strings; also asked for the start token.
         damping: λ; None takes the config's ``anchor_damping`` (1e-2).
-        tokens: how many to read at most. The first ``length`` tokens of every text come first,
-            then the next of every text.
+        tokens: how many to read at most; where the model writes them, every process writes one text
+            or more. The first ``length`` tokens of every text come first, then the next of every
+            text.
         length: tokens of a piece, within what the model reads at once; texts are cut into such.
         batch_size: pieces read at once.
         seed: of the sampled texts and labels; torch's own random state is left alone.
@@ -100,8 +101,9 @@ def anchor(
     Raises:
         ValueError: no adapter to anchor, no text, a text of fewer than two tokens or with ids that
             the model does not know, a mapping or a file's name as texts, strings without a
-            tokenizer, a model that takes no ``input_ids``, gives one number or cannot sample, or
-            statistics that are not finite; adapters are left as they were then, every one.
+            tokenizer, a model that takes no ``input_ids``, gives one number or cannot sample, a U
+            of 16 bits that is not 0, or statistics that are not finite; adapters are left as they
+            were then, every one.
         RuntimeError: while an adapter is merged or disabled, or under ``torch.inference_mode()``.
     """
     start = time.perf_counter()
@@ -126,7 +128,7 @@ def anchor(
             batch_size=batch_size,
             seed=seed,
         )
-    unseen = tuple(name for name, one in sums.items() if not (one.sigma.any() and one.gamma.any()))
+    unseen = tuple(name for name, one in sums.items() if not one.seen)
     names = {
         adapter: name
         for name, (adapter, _) in adapters.items()
@@ -236,20 +238,6 @@ def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[
         reshard(model)
 
 
-def _per_mean(name: str, sums: Statistics) -> tuple[Tensor, Tensor]:
-    """Σ and Γ divided by their mean eigenvalue, fp64 ``[m, m]``; the identity where one is 0."""
-    scaled = []
-    for tensor in (sums.sigma, sums.gamma):
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{name}: the statistics of old text hold NaN or inf: nothing was anchored"
-            )
-        wide = tensor.double()
-        mean = wide.diagonal().mean()
-        scaled.append(wide / mean if mean > 0 else _identity(wide))
-    return scaled[0], scaled[1]
-
-
 def _solve(
     name: str,
     adapter: CABR,
@@ -258,22 +246,18 @@ def _solve(
     add: bool,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """``(κ L, S, Ũ, λ)`` of one layer, all ``[m, m]`` but λ; Ũ computes what U did."""
+    if not all(bool(torch.isfinite(one).all()) for one in (sums.sigma, sums.gamma)):
+        raise ValueError(
+            f"{name}: the statistics of old text hold NaN or inf: nothing was anchored"
+        )
     lam = adapter.config.anchor_damping if damping is None else float(damping)
-    sigma, gamma = _per_mean(name, sums)
-    if add and adapter.left is not None and adapter.right is not None:
-        assert adapter.damping is not None
-        before = in_digits(adapter.damping)
-        old = _undamped(adapter.right, before)
-        count = old.diagonal().mean()
-        sigma = sigma + old
-        gamma = gamma + _undamped(adapter.left, before, mean=count)
-    right, left = _root(sigma, lam), _root(gamma, lam)
-    ratio = _stretch(sums.columns, left) * _stretch(sums.rows, right)
-    left = left / ratio if ratio > 0 else left
+    before = _summed(adapter) if add else None
+    left, right = _sides(sums, lam, before)
     u = gathered(adapter.U).detach().double()
     if adapter.left is not None and adapter.right is not None:
         u = adapter.left.double() @ u @ adapter.right.double()
     if bool(u.any()):
+        check_precision(name, adapter)
         u = torch.linalg.solve(left, torch.linalg.solve(right, u.t()).t())
     for tensor in (left, right, u):
         if not bool(torch.isfinite(tensor).all()):
@@ -282,6 +266,44 @@ def _solve(
                 "anchored; try a larger damping"
             )
     return left.float(), right.float(), u, lam
+
+
+def _sides(
+    sums: Statistics, lam: float, before: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """κ L and S, fp64 ``[m, m]``, of new sums and those of ``before``; of nothing the identity."""
+    if not sums.seen:
+        return _identity(sums.gamma.double()), _identity(sums.sigma.double())
+    sigma, gamma = (
+        one / one.diagonal().mean() for one in (sums.sigma.double(), sums.gamma.double())
+    )
+    if before is not None:
+        sigma, gamma = sigma + before[0], gamma + before[1]
+    right, left = _root(sigma, lam), _root(gamma, lam)
+    ratio = _stretch(sums.columns, left) * _stretch(sums.rows, right)
+    return left / ratio if ratio > 0 else left, right
+
+
+def _summed(adapter: CABR) -> tuple[Tensor, Tensor] | None:
+    """The sums Σ and Γ, fp64 ``[m, m]``, of an adapter's anchor; None where it is of no text."""
+    if adapter.left is None or adapter.right is None or adapter.damping is None:
+        return None
+    if all(torch.equal(side, _identity(side)) for side in (adapter.left, adapter.right)):
+        return None
+    lam = in_digits(adapter.damping)
+    sigma = _undamped(adapter.right, lam)
+    return sigma, _undamped(adapter.left, lam, mean=sigma.diagonal().mean())
+
+
+def check_precision(name: str, adapter: CABR) -> None:
+    """Raise ``ValueError`` where U is in 16 bits, whose rounding new coordinates would enlarge."""
+    assert adapter.U is not None
+    if adapter.U.dtype.itemsize < 4:
+        raise ValueError(
+            f"{name}: U is in {str(adapter.U.dtype).removeprefix('torch.')}, whose rounding would "
+            "change what the model computes by percents in an anchor's coordinates: fold what was "
+            "learned first, secura.fold(model), or train U in fp32"
+        )
 
 
 def _stretch(gram: Tensor, root: Tensor) -> Tensor:
@@ -312,4 +334,12 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
-__all__ = ["AnchorReport", "anchor", "check_anchorable", "check_reading", "u_adapters", "unanchor"]
+__all__ = [
+    "AnchorReport",
+    "anchor",
+    "check_anchorable",
+    "check_precision",
+    "check_reading",
+    "u_adapters",
+    "unanchor",
+]

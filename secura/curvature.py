@@ -41,6 +41,11 @@ class Statistics(NamedTuple):
     columns: Tensor
     rows: Tensor
 
+    @property
+    def seen(self) -> bool:
+        """Whether a token and a gradient reached the layer."""
+        return bool(self.sigma.any() and self.gamma.any())
+
 
 def curvature(
     model: nn.Module,

@@ -217,11 +217,43 @@ def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
     part = tiny.parts(model)[3]
     left, right = part.left.clone(), part.right.clone()
     unreached(model)
-    assert anchor(model, TEXTS, add=True).unseen
+    report = anchor(model, TEXTS, add=True)
+    assert report.layers + len(report.unseen) == len(tiny.parts(model)) > report.layers
     assert torch.equal(part.left, left) and torch.equal(part.right, right)
     assert not torch.equal(tiny.parts(model)[1].left, left)
     anchor(model, TEXTS)
     assert is_plain(part)
+
+
+def test_text_that_said_nothing_of_a_layer_counts_as_none_once_other_text_is_added():
+    model, fresh = cored(), cored()
+    part = unreached(model)
+    anchor(model, TEXTS)
+    eye = torch.eye(len(part.left))
+    assert torch.equal(part.left, eye) and torch.equal(part.right, eye)  # not 1 / (1 + λ) as far
+    del model.base_model.model.model.layers[1].self_attn.v_proj.forward
+    anchor(model, TEXTS, add=True)
+    anchor(fresh, TEXTS)
+    wanted = tiny.parts(fresh)[3]
+    torch.testing.assert_close(part.left, wanted.left)
+    torch.testing.assert_close(part.right, wanted.right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_core_of_16_bits_is_folded_before_it_is_anchored(dtype):
+    model = cored()
+    for part in tiny.parts(model):
+        part.to(dtype)
+    secura.fold(model)
+    anchor(model, TEXTS)  # U is 0
+    with torch.no_grad():
+        tiny.parts(model)[0].U.fill_(0.1)
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"U is in b?float16, whose rounding .* fold"):
+        anchor(model, TEXTS)
+    tiny.assert_same(tiny.snapshot(model), before)
+    secura.fold(model)
+    anchor(model, TEXTS)
 
 
 def test_layers_that_no_gradient_reaches_are_named():

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from secura._extras import require
-from secura.anchoring import AnchorReport, anchor, check_anchorable, check_reading, u_adapters
+from secura.anchoring import (
+    AnchorReport,
+    anchor,
+    check_anchorable,
+    check_precision,
+    check_reading,
+    u_adapters,
+)
 from secura.curvature import (
     BATCH_SIZE,
     LENGTH,
@@ -39,7 +46,7 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """At the end of a task, fold what was learned and add the task's texts to the anchor.
 
     The next task then starts at U = 0, in coordinates in which what the earlier tasks taught costs
-    as old text does. It comes after the last checkpoint, which has neither the fold nor the
+    about as old text does. It comes after the last checkpoint, which has neither the fold nor the
     statistics: save the model after ``train()``.
 
     Example:
@@ -64,10 +71,10 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
     Raises:
         ValueError: strings without a tokenizer, or a number out of range. When training begins, for
-            a model with no ``core="u"``, with one on experts, or that reads something else than
-            ``input_ids``, for texts and batches that cannot be read, and with None for a stream
-            that is seen to be read once. At its end as :func:`secura.anchor`, and for a stream
-            that is used up; nothing is folded then.
+            a model with no ``core="u"``, with one on experts, with one in 16 bits where it is not
+            folded, or that reads something else than ``input_ids``, for texts and batches that
+            cannot be read, and with None for a stream that is seen to be read once. At its end as
+            :func:`secura.anchor`, and for a stream that is used up; nothing is folded then.
 
     A core that was not anchored before is warned of.
     """
@@ -102,6 +109,8 @@ class AnchorCallback(TrainerCallback):  # type: ignore[misc, valid-type]
         assert model is not None
         adapters = u_adapters(model)
         check_anchorable(adapters)
+        for name, (adapter, _) in adapters.items() if not self.fold else ():
+            check_precision(name, adapter)
         with evaluating(model):
             check_reads(model)
         if self.texts is not None:  # token ids are texts too

@@ -27,17 +27,17 @@ TrainerCallback = require("transformers", "train").TrainerCallback
 class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
-    On an anchored core that is a K-FAC penalty against leaving old knowledge, decoupled as AdamW's
-    decay is, whatever the optimizer; other parameters and cores that are frozen are left alone, and
-    a ``weight_decay`` comes on top. Without an anchor it is plain weight decay on U. A U in bf16,
-    which TRL makes of every adapter on a quantised base, is rounded stochastically, so that it
-    decays in the mean.
+    On an anchored core that is, layer by layer, a K-FAC penalty against leaving old knowledge,
+    decoupled as AdamW's decay is, whatever the optimizer; other parameters and cores that are
+    frozen are left alone, and a ``weight_decay`` comes on top. Without an anchor it is plain weight
+    decay on U. A U in bf16, which TRL makes of every adapter on a quantised base, is rounded
+    stochastically, so that it decays in the mean.
 
     Args:
-        anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off what U
-            would be. None takes what divides U by e over the whole run, whatever its length: 1 over
-            the sum of its rates (the highest counted twice), 30 for the 128 steps at 5e-4 that were
-            measured.
+        anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off a U that
+            nothing else moves. None takes what divides such a U by e over the whole run (by 2 over
+            one step), whatever its length: 1 over the sum of its rates (the highest counted twice),
+            30 for the 128 steps at 5e-4 that were measured.
 
     Attributes:
         decay: what acts: ``anchor_decay``, or once training began what was taken for None.

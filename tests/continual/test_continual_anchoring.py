@@ -134,6 +134,17 @@ def test_texts_that_cannot_be_read_are_refused_before_the_first_step(texts, mess
     assert run.state.global_step == 0
 
 
+def test_a_core_of_16_bits_that_is_not_folded_is_refused_before_the_first_step(tmp_path):
+    model = cored()
+    for part in tiny.parts(model):
+        part.to(torch.bfloat16)
+    run = trainer(tmp_path, model, [AnchorCallback(tiny.TEXTS, fold=False)])
+    with pytest.raises(ValueError, match="U is in bfloat16"):
+        run.train()
+    assert run.state.global_step == 0
+    trainer(tmp_path, model, [AnchorCallback(tiny.TEXTS)], max_steps=1).train()
+
+
 @pytest.mark.parametrize("callback", [AnchorCallback(), AnchorDecayCallback(1.0)])
 def test_a_model_without_a_core_is_refused_before_the_first_step(callback, tmp_path):
     with pytest.raises(ValueError, match="no active adapter with core='u'"):
