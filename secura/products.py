@@ -25,7 +25,7 @@ def product_weight(base: nn.Module) -> Tensor | None:
     None for every other base, a quantised or hooked one say.
 
     Raises:
-        ValueError: where the weight is not here, as in :func:`weight`.
+        ValueError: where the weight is not here, as in :func:`secura.bases.weight`.
     """
     if type(base) is nn.Linear:  # most layers by far, and the quickest to tell
         stored: Any = base._parameters.get("weight")
@@ -215,6 +215,7 @@ def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
 
 
 __all__ = [
+    "check_forward",
     "is_another_function",
     "is_trained",
     "only_places",

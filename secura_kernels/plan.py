@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gpu import H100
 from .norm import Norm
 
 SECTOR_BYTES = 32
@@ -55,7 +56,7 @@ class Ceilings(NamedTuple):
 
     bytes_s: float
     flop_s: float
-    processors: int = 132
+    processors: int = H100.processors
     launch_s: float = 2.5e-6  # LoRA's launches in a graph, at T = 512 (benchmarks/LOG.md)
 
 
@@ -66,12 +67,14 @@ DEFAULT = CEILINGS["h100"]  # for others too: the ratio, on which most choices h
 
 @functools.cache
 def _ceilings(index: int) -> Ceilings:
-    name = torch.cuda.get_device_name(index).lower()
-    return next((found for key, found in CEILINGS.items() if key in name), DEFAULT)
+    chip = torch.cuda.get_device_properties(index)
+    name = chip.name.lower()
+    found = next((ceilings for key, ceilings in CEILINGS.items() if key in name), DEFAULT)
+    return found._replace(processors=chip.multi_processor_count)
 
 
 def ceilings_of(tensor: Tensor) -> Ceilings:
-    """The ceilings of the GPU that ``tensor`` is on, :data:`DEFAULT` where they are not known."""
+    """The ceilings of the GPU that ``tensor`` is on; rates as of an H100 if it is not known."""
     return _ceilings(tensor.get_device()) if tensor.is_cuda else DEFAULT
 
 

@@ -1,8 +1,10 @@
 """Every choice follows its count of bytes and operations."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.norm import pack, unpack
@@ -68,6 +70,18 @@ def test_a_chip_with_few_operations_a_byte_makes_no_second_weight():
     shape = Shape(8192, 4096, 4096, 512)
     assert plan.takes_weight(shape, ceilings=Ceilings(1e12, 1e15))
     assert not plan.takes_weight(shape, ceilings=Ceilings(1e15, 1e12)._replace(processors=1))
+
+
+def test_an_unknown_chip_has_its_own_processors_and_the_rates_of_an_h100(monkeypatch):
+    chips = [SimpleNamespace(name="NVIDIA A100-SXM4-80GB", multi_processor_count=108)]
+    chips.append(SimpleNamespace(name="NVIDIA H200", multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", chips.__getitem__)
+    plan._ceilings.cache_clear()
+    try:
+        assert plan._ceilings(0) == plan.DEFAULT._replace(processors=108)
+        assert plan._ceilings(1) == plan.CEILINGS["h200"]
+    finally:
+        plan._ceilings.cache_clear()
 
 
 def test_h_is_added_where_the_output_is_not_the_narrower_side():

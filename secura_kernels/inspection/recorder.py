@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ..dispatch import interpreting
-from ..gpu import Limits, assume
+from ..gpu import H100, Limits, assume
 
 
 class Target(NamedTuple):
@@ -41,7 +41,7 @@ TARGETS = {
     for target in (
         Target("sm_80", GPUTarget("cuda", 80, 32), Limits(163 * 1024, 108)),
         Target("sm_89", GPUTarget("cuda", 89, 32), Limits(99 * 1024, 128)),
-        Target("sm_90", GPUTarget("cuda", 90, 32), Limits(227 * 1024, 132)),
+        Target("sm_90", GPUTarget("cuda", 90, 32), H100),
         Target("sm_100", GPUTarget("cuda", 100, 32), Limits(227 * 1024, 148)),
         Target("sm_120", GPUTarget("cuda", 120, 32), Limits(99 * 1024, 170)),
         Target("gfx942", GPUTarget("hip", "gfx942", 64), Limits(64 * 1024, 304, rocm=True)),
