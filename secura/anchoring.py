@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from .cabr import CABR
 from .config import check_damping
-from .curvature import BATCH_SIZE, LENGTH, TOKENS, Statistics, Texts, curvature, listed
+from .curvature import Statistics, curvature
 from .layers import active_adapters, evaluating
 from .sharding import gathered, reshard, unit_by_unit
 from .state import in_digits
+from .texts import BATCH_SIZE, LENGTH, TOKENS, Texts, listed
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,21 @@ def reshard(model: nn.Module) -> None:
             unit.reshard()
 
 
+def largest(count: int, device: torch.device) -> int:
+    """The largest ``count`` of all processes."""
+    most = torch.tensor(count, device=device)
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def processes() -> tuple[int, int]:
+    """``(rank, processes)``."""
+    if not is_distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 __all__ = [
     "exchange",
     "from_rank_0",
@@ -186,8 +201,10 @@ __all__ = [
     "is_fsdp_managed",
     "is_partitioned",
     "is_zero3",
+    "largest",
     "on_rank_0_alone",
     "part_of",
+    "processes",
     "put",
     "reshard",
     "unit_by_unit",

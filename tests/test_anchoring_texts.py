@@ -9,8 +9,7 @@ import tiny
 import torch
 from tiny import TEXTS, cored
 
-import secura
-from secura import anchor
+from secura import anchor, language_models, texts
 
 
 def test_it_samples_its_own_text_where_none_is_given():
@@ -31,7 +30,7 @@ def test_what_it_samples_is_what_the_model_writes():
     model = cored()
     model.get_output_embeddings().weight.data.mul_(5)
     generator = torch.Generator().manual_seed(0)
-    pieces, finite = secura.curvature._sample(model, None, 8, 20, 2, generator)
+    pieces, finite = texts.sample(model, None, 8, 20, 2, generator)
     generator.manual_seed(0)
     ids = torch.full((8, 1), model.config.bos_token_id)
     for _ in range(19):
@@ -47,18 +46,18 @@ def test_what_it_samples_is_what_the_model_writes():
 def test_the_token_that_a_sample_starts_with(tokenizer, config, token):
     owner = lambda ids: ids and SimpleNamespace(bos_token_id=ids[0], eos_token_id=ids[1])  # noqa: E731
     model = SimpleNamespace(config=owner(config))
-    assert secura.curvature._start_token(model, owner(tokenizer)) == token
+    assert texts.start_token(model, owner(tokenizer)) == token
 
 
 def test_positions_are_those_of_the_language_model_within():
     text = SimpleNamespace(max_position_embeddings=16, bos_token_id=7)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-    assert secura.curvature._limit(model) == 16
-    assert secura.curvature._start_token(model, None) == 7
+    assert language_models.positions(model) == 16
+    assert texts.start_token(model, None) == 7
 
 
 def test_tokens_are_taken_from_every_text_in_turn():
-    pieces = secura.curvature.pieces_of(cored(), TEXTS, None, 20, 6)
+    pieces = texts.pieces_of(cored(), TEXTS, None, 20, 6)
     assert [len(piece) for piece in pieces] == [6, 6, 6, 2]
     assert [int(piece[0]) for piece in pieces] == [3, 5, 3, 9]
 
@@ -109,12 +108,12 @@ def test_padding_is_no_old_text(ends):
         model.config.pad_token_id = 2 if ends else 0
         model.config.eos_token_id = ends or 2
     pad = one.config.pad_token_id
-    texts = [[3, 4, 5, 9], [6, pad, 7, 8, 3]]  # of one within a text nothing is known
-    padded = [[pad, pad, *texts[0], pad, pad, pad], [*texts[1], pad]]
+    given = [[3, 4, 5, 9], [6, pad, 7, 8, 3]]  # of one within a text nothing is known
+    padded = [[pad, pad, *given[0], pad, pad, pad], [*given[1], pad]]
     if ends:
-        texts = [[pad, *texts[0], pad], [*texts[1], pad]]
-    reports = [anchor(one, texts), anchor(other, padded)]
-    assert reports[0].tokens == reports[1].tokens == sum(map(len, texts))
+        given = [[pad, *given[0], pad], [*given[1], pad]]
+    reports = [anchor(one, given), anchor(other, padded)]
+    assert reports[0].tokens == reports[1].tokens == sum(map(len, given))
     tiny.assert_same(tiny.snapshot(one), tiny.snapshot(other))
 
 

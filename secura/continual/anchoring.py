@@ -25,19 +25,11 @@ from secura.anchoring import (
     check_reading,
     u_adapters,
 )
-from secura.curvature import (
-    BATCH_SIZE,
-    LENGTH,
-    TOKENS,
-    Texts,
-    check_reads,
-    largest,
-    listed,
-    pieces_of,
-)
 from secura.folding import fold
+from secura.language_models import check_reads
 from secura.layers import evaluating
-from secura.sharding import is_distributed
+from secura.sharding import is_distributed, largest
+from secura.texts import BATCH_SIZE, LENGTH, TOKENS, Texts, listed, pieces_of
 
 TrainerCallback = require("transformers", "train").TrainerCallback
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.curvature import is_causal
+from secura.language_models import is_causal
 from secura.layers import evaluating
 
 from .state import (
