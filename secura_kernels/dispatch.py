@@ -101,14 +101,14 @@ def resolve(impl: str | None, tensor: Tensor) -> str:
 
 
 def supported(impl: str | None, first: Tensor, *others: Tensor | None) -> str:
-    """:func:`resolve` of several tensors: Triton where it can take all of them."""
+    """:func:`resolve` of several tensors: Triton where it can take all, on one device."""
     found = resolve(impl, first)
     if found == "triton":
         for other in others:
             if other is None or (other.dtype in TRITON_DTYPES and other.device == first.device):
                 continue
-            if resolve(impl, other) != found:
-                return "reference"
+            if other.device != first.device or resolve(impl, other) != found:
+                return "reference"  # of several devices torch's own error
     return found
 
 

@@ -194,6 +194,11 @@ def gather(y0: Tensor, bias: Tensor | None, rows: Tensor, z_scale: Tensor | None
     return z if z_scale is None else z.mul_(z_scale)
 
 
+def times_rows(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """``z = x Rᵀ [T, m]``, R being rows of ``weight [N, K]``, by a product of its own."""
+    return x @ as_dtype(weight.index_select(0, rows), x.dtype).t()
+
+
 def gradients_fake(
     g: Tensor, weight: Tensor | None, p: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,4 +228,5 @@ __all__ = [
     "round_stochastically",
     "rounding_seed",
     "summed_bias",
+    "times_rows",
 ]

@@ -19,7 +19,7 @@ from .. import plan
 from .._ops import ops
 from ..dispatch import resolve, supported
 from ..norm import unpack
-from .activation.op import activation, activation_backward
+from .activation.op import activation, activation_backward, makes_z
 from .channel.op import channel
 from .common import Terms
 from .lowrank.op import lowrank, lowrank_backward, takes_weight
@@ -93,9 +93,12 @@ def _channel(p: Tensor) -> int:
     return _product(*p.shape, p.shape[1])
 
 
-def _activation(x: Tensor, weight: Tensor | None, rows: Tensor, terms: list[Any]) -> int:
+def _activation(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, terms: list[Any]
+) -> int:
     t, n = x.shape[0], Terms._make(terms).p.shape[0]
     made = 0 if weight is None else _product(t, *weight.shape)
+    made += _product(t, x.shape[1], rows.shape[0]) if makes_z(x, weight, bias) else 0
     return made + _sides(terms) * _product(t, n, rows.shape[0])
 
 

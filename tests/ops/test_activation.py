@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from secura_kernels import NormOptions
+from secura_kernels import NormOptions, naive
 from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import COMBINES, FORMS, SAVES
 
@@ -55,6 +55,18 @@ def test_saved_bytes_an_output_element(dtype, save, wanted, y0_given):
     with saved_tensors_hooks(note, lambda tensor: tensor):
         example.output()
     assert sum(sizes) == wanted
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_bias_takes_no_bits_of_z(dtype, norm):
+    """In y0 of 16 bits z is rounded as b is, in the gradients a fifth of it where b is 150 z."""
+    example = Case(NormOptions(norm), dtype, n=64, k=48, m=8, inner=8).draw()
+    bias = 50 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    example = example._replace(layer=example.layer._replace(bias=bias.to(dtype)))
+    found, wanted = example.run(), example.to(torch.float64).run(functions=naive)
+    for got, gradient in zip(found[1:], wanted[1:], strict=True):
+        assert (got - gradient).norm() <= 2e-2 * gradient.norm()
 
 
 def test_unknown_save_is_refused():

@@ -14,9 +14,10 @@ from secura_kernels.gpu import too_old
 from .draws import OPTIONS, draw
 
 
-def on_gpu(dtype):
+def on_gpu(dtype, index=0):
+    device = f"cuda:{index}"
     return SimpleNamespace(
-        is_cuda=True, is_meta=False, device="cuda:0", dtype=dtype, get_device=lambda: 0
+        is_cuda=True, is_meta=False, device=device, dtype=dtype, get_device=lambda: index
     )
 
 
@@ -45,6 +46,7 @@ def test_auto_takes_kernels_where_they_take_every_operand(monkeypatch):
         assert dispatch.supported("auto", low, None, other) == "reference"
         with pytest.raises(RuntimeError, match="no kernel takes float"):
             dispatch.supported("triton", low, other)
+    assert dispatch.supported("auto", low, on_gpu(torch.bfloat16, 1)) == "reference"  # torch raises
     asked = []
     monkeypatch.setattr(api, "supported", lambda impl, *of: asked.append(of) or "reference")
     for options in OPTIONS:

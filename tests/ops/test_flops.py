@@ -38,6 +38,15 @@ def test_operations_are_those_of_the_products_within(options, folded, given, mon
     assert by_formula == counted() > 0
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_operations_of_an_activation_whose_z_has_a_product_of_its_own(biased):
+    case = Case(NormOptions("activation"), torch.bfloat16, 8, 48, 16, 32, biased=biased)
+    with FlopCounterMode(display=False) as counter:
+        case.draw().output("reference")
+    own = 2 * 48 * 32 * 8 * biased
+    assert counter.get_total_flops() == own + 2 * (16 * 8 * 8 + 48 * 16 * 32 + 48 * 16 * 8)
+
+
 @pytest.mark.parametrize("norm", ["none", "channel"])
 def test_operations_of_a_forward_through_the_new_weight(norm, monkeypatch):
     """Rounded stochastically; and with kernels where W' moves less."""

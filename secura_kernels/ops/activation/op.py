@@ -66,6 +66,7 @@ from ..common import (
     gather,
     gradients_fake,
     product_wide,
+    times_rows,
 )
 from ..project.op import projections
 
@@ -102,13 +103,17 @@ def activation(
     """
     norm, named = unpack(packed), Terms._make(terms)
     y0 = x if weight is None else F.linear(x, weight, bias)
+    # y0 in 16 bits has lost as many of z's bits as b is larger
+    z = None
+    if weight is not None and makes_z(x, weight, bias):
+        z = times_rows(x, weight, rows)
     some = y0.numel() and rows.numel()
     if some and (triton := kernels(__package__, impl, y0)):
-        z = triton.gather(y0, bias, rows, None)
+        z = triton.gather(y0, bias, rows, None) if z is None else z
         in_place = keep and weight is not None
         found = triton.forward(y0, z, named, norm, important, keep, in_place)
     else:
-        z = gather(y0, bias, rows)
+        z = gather(y0, bias, rows) if z is None else z
         found = _forward(y0.contiguous(), z, named, norm, important, keep)
     out, kept, scalars, factor = found
     kept = absent(y0, torch.uint8) if kept is None else kept
@@ -116,6 +121,11 @@ def activation(
     scalars = absent(y0, wide(y0.dtype)) if scalars is None else scalars
     factor = absent(y0, torch.float32) if factor is None else factor
     return out, z, y0_kept, kept, scalars, factor
+
+
+def makes_z(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether z takes a product of its own, beside y0 with b in it."""
+    return weight is not None and bias is not None and x.dtype.itemsize < 4
 
 
 @activation.register_fake
@@ -307,4 +317,4 @@ def backward(
     )
 
 
-__all__ = ["activation", "activation_backward", "backward", "forward"]
+__all__ = ["activation", "activation_backward", "backward", "forward", "makes_z"]

@@ -6,6 +6,8 @@ What each was chosen against: benchmarks/LOG.md. None spills on the chips that `
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...gpu import LARGE_SHARED, LARGEST_SHARED, SMALL_SHARED, Limits
@@ -20,6 +22,7 @@ def in_registers(m: int) -> bool:
     return m <= LARGEST_M_IN_REGISTERS
 
 
+@functools.cache
 def forward_tile(
     limits: Limits, dtype: torch.dtype, m: int, has_base: bool, is_aligned: bool
 ) -> Tile:
@@ -39,6 +42,7 @@ def forward_tile(
     return _tile(m, 128, 64, 8, 2)  # without a base two programs a multiprocessor
 
 
+@functools.cache
 def backward_tile(
     limits: Limits, dtype: torch.dtype, m: int, has_base: bool, keeps: bool, is_aligned: bool
 ) -> Tile:

@@ -53,6 +53,7 @@ from ..common import (
     product_wide,
     rounding_seed,
     summed_bias,
+    times_rows,
 )
 from ..project.op import projections
 from ..weight.op import merged_weight
@@ -95,14 +96,14 @@ def lowrank(
     if seed is not None and weight is not None:
         fused = merged_weight.body(weight, rows, q, base_scale, x.dtype, seed, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-        return out, _z(x, weight, rows) if needs_z else absent(x), absent(x)
+        return out, times_rows(x, weight, rows) if needs_z else absent(x), absent(x)
     triton = kernels(__package__, impl, x)
     if weight is None:
         y0, inside = x, bias
     elif triton is not None and takes_weight(x, q, z_scale, keep):
         fused = merged_weight.body(weight, rows, q, base_scale, x.dtype, None, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
-        z = _z(x, weight, rows) if needs_z else absent(x)
+        z = times_rows(x, weight, rows) if needs_z else absent(x)
         return out, z, fused if keep else absent(x)
     else:
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
@@ -124,11 +125,6 @@ def lowrank(
         if term is not None:
             out.add_(term)
     return out, z if needs_z else absent(x), absent(x)
-
-
-def _z(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """``z = x Rᵀ [T, m]``."""
-    return x @ as_dtype(weight.index_select(0, rows), x.dtype).t()
 
 
 @lowrank.register_fake

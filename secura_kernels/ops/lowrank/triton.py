@@ -20,6 +20,8 @@ saved and what rebuilt: :mod:`.op`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ from ..operands import Tile, aligned, block_of, cdiv, dot_precision, padded, uni
 
 # Rows that do not start aligned are read an element at a time, each at an address of its own:
 # smaller tiles then, whose addresses fit in registers.
+@functools.cache
 def _product_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
     """Tokens, outputs, and how much of m at a time."""
     if not is_aligned:
@@ -46,6 +49,7 @@ def _product_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
     return cut | {"num_warps": 8, "num_stages": 2}
 
 
+@functools.cache
 def _gradient_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
     """Tokens and outputs at a time, and all of m."""
     block_m = block_of(m, 16, 512)
@@ -60,6 +64,7 @@ def _gradient_tile(dtype: torch.dtype, m: int, is_aligned: bool) -> Tile:
     return cut | {"num_warps": warps, "num_stages": stages}
 
 
+@functools.cache
 def _columns_tile(m: int) -> Tile:
     """Tokens and rows of R that are gathered, or added to, by one program."""
     return {"BLOCK_T": 16, "BLOCK_M": block_of(m, 16, 64), "num_warps": 8, "num_stages": 1}

@@ -37,6 +37,8 @@ maxima into slope and offset, torch adds the rest.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -219,6 +221,7 @@ def weight_bwd_kernel(
     tl.store(dp_ptr + place, acc, mask_n[:, None] & mask_j[None, :])
 
 
+@functools.cache
 def _tile(dtype: torch.dtype, m: int, is_aligned: bool, small: bool) -> Tile:
     """A tile of W, and how much of m at a time.
 
@@ -236,6 +239,7 @@ def _tile(dtype: torch.dtype, m: int, is_aligned: bool, small: bool) -> Tile:
     return cut | {"num_warps": 8, "num_stages": 2}
 
 
+@functools.cache
 def _product_tile(dtype: torch.dtype, is_aligned: bool, ranks: int, folded: bool) -> Tile:
     """A program's rows, the columns it takes at a time, and its columns of ∂P.
 
