@@ -203,9 +203,9 @@ def _passed(layer: Linear, method: str, tensor: int) -> float:
     """Bytes through memory beyond the frozen layer's, as it runs; thin tensors but z left out.
 
     PEFT's LoRA in elements: x for A, B's product, times s, plus y0; then g times s, g twice for ∂B
-    and ∂(A x), x, and A's ∂x, which is added to W's. SECURA as
-    ``secura_kernels.plan`` counts a layer's ways, by bytes alone, the cheaper one each time; y0 it is under tensor
-    parallelism. Where N is split, [y0, z] is made, its gradient is padded, and ∂y0 is taken out.
+    and ∂(A x), x, and A's ∂x, which is added to W's. SECURA as ``secura_kernels.plan`` counts a
+    layer's ways, by bytes alone, the cheaper one each time; y0 it is under tensor parallelism.
+    Where N is split, [y0, z] is made, its gradient is padded, and ∂y0 is taken out.
     """
     (n, k, _), t = _part(layer, tensor), TOKENS
     if method == "lora":
