@@ -113,10 +113,17 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+_CASTS = (torch.float16, torch.bfloat16, torch.float64)
+
+
 def was_cast(state: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's tensors were cast to another dtype after they were saved."""
-    fixed = [state[name] for name in ("core", "fingerprint") if name in state]
-    return any(tensor.dtype != torch.float32 for tensor in fixed)
+    """Whether an adapter's tensors were cast to another dtype after they were saved.
+
+    Told by those that are fp32 in every file, all of them; integers are no cast, but damage.
+    """
+    ends = ("core", "fingerprint")
+    fixed = [tensor for name, tensor in state.items() if name.rpartition(".")[2] in ends]
+    return bool(fixed) and all(tensor.dtype in _CASTS for tensor in fixed)
 
 
 def file_checksum(tensors: Iterable[Tensor]) -> str:

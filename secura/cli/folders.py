@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER = ("optimizer*", "global_step*")  # the latter is DeepSpeed's
 _STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 """Files that a trainer writes by `torch.save`."""
+SUMS = "checksums.json"
+"""Of the files of a checkpoint, written after them."""
+_SUMMED = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINER_STATE, "optimizer.pt", "scheduler.pt")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -112,12 +117,43 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def record_sums(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files beside them; :func:`why_incomplete` reads them.
+
+    Of the files that one process writes: the adapter, the optimizer, the schedule and the run.
+    """
+    sums = {name: _digest(checkpoint / name) for name in _SUMMED if (checkpoint / name).is_file()}
+    scratch = checkpoint / f".{SUMS}"
+    scratch.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, checkpoint / SUMS)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _why_not_as_saved(checkpoint: Path) -> str | None:
+    """What says that a file is not the one that was saved with the others, or None."""
+    if not (checkpoint / SUMS).is_file():  # of an older version, or stopped before it was written
+        return None
+    sums = json.loads((checkpoint / SUMS).read_text(encoding="utf-8"))
+    for name, digest in sums.items():
+        if not (checkpoint / name).is_file() or _digest(checkpoint / name) != digest:
+            return (
+                f"{name} is not the one that was saved there: it was damaged, changed or comes "
+                f"from another checkpoint; restore it, or remove {SUMS} to go on with it"
+            )
+    return None
+
+
 def why_incomplete(checkpoint: Path) -> str | None:
     """What keeps a training run from resuming at `checkpoint`, or None.
 
     A trainer writes `trainer_state.json` last, so a run that was stopped while it saved is
     recognised by its absence. Without the optimizer's state it would go on with a fresh one, and
-    without the schedule's with both fresh.
+    without the schedule's with both fresh. A file that is whole, but not the one that was saved, is
+    told by its checksum (:func:`record_sums`).
     """
     from secura.integrity import check_file
 
@@ -137,21 +173,27 @@ def why_incomplete(checkpoint: Path) -> str | None:
         check_file(checkpoint / ADAPTER_WEIGHTS)
     except ValueError as error:
         return f"{ADAPTER_WEIGHTS} is damaged ({error.__cause__})"
-    for name in (ADAPTER_CONFIG, TRAINER_STATE):
+    for name in (ADAPTER_CONFIG, TRAINER_STATE, SUMS):
         try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            found = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:  # SUMS alone may be
+            continue
         except ValueError as error:
             return f"{name} is damaged ({error})"
-    return None
+        if not isinstance(found, dict):
+            return f"{name} is damaged (it holds a {type(found).__name__})"
+    return _why_not_as_saved(checkpoint)
 
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "SUMS",
     "TRAINER_STATE",
     "check_output_folder",
     "checkpoints",
     "fresh_folder",
+    "record_sums",
     "refuse_no_folder",
     "refuse_written_over",
     "sole_use",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,22 @@ def causal_class(name: str, **kwargs: Any) -> str:
     return (plain if known or own_code else images).__name__
 
 
-def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:
+def load_model(
+    name: str,
+    kind: str = "AutoModelForCausalLM",
+    brought: Iterable[str] = (),
+    **kwargs: Any,
+) -> Any:
     """A model, a causal language model unless `kind` names another class of transformers.
 
     Args:
         name: a folder, or a model of the hub.
         kind: the class.
+        brought: names of modules whose weights come from elsewhere, such as a classifier's head.
         kwargs: given to its `from_pretrained`.
 
     Raises:
-        UserError: there is no such model, or a language model's output layer is not in it.
+        UserError: there is no such model, or a weight is not in it, its output layer's say.
     """
     transformers = require("transformers", "train")
     refuse_adapter(name, kwargs.get("revision"))
@@ -133,11 +140,15 @@ def load_model(name: str, kind: str = "AutoModelForCausalLM", **kwargs: Any) -> 
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
-    if kind == "AutoModelForCausalLM" and (lacking := sorted(found["missing_keys"])):
+    elsewhere = set(brought)
+    lacking = sorted(key for key in found["missing_keys"] if not elsewhere & set(key.split(".")))
+    if lacking:
         kinds = getattr(model.config, "architectures", None) or ["another model"]
+        causal = kind == "AutoModelForCausalLM"
+        what = "language model" if causal else kind.removeprefix("AutoModelFor")
         raise UserError(
-            f"model {name!r} is no language model ({kinds[0]}): it lacks {lacking[0]}, which would "
-            "be random; give one that was saved whole as a causal language model"
+            f"model {name!r} is no {what} ({kinds[0]}): it lacks {lacking[0]}, which would be "
+            f"random; give one that was saved whole as a {'causal ' * causal}{what}"
         )
     return model
 

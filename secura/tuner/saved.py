@@ -239,7 +239,7 @@ def _equal(mapped: Mapping[str, Tensor], name: str, own: Tensor) -> bool:
 
 def _check_file_checksum(config: Any, state_dict: Mapping[str, Tensor], found: Any) -> None:
     expected, config.checksum = config.checksum, None
-    if not expected or was_cast({name.rpartition(".")[2]: t for name, t in found.items()}):
+    if not expected or was_cast(found):
         return
     if file_checksum(state_dict.values()) != expected:
         raise ValueError(

@@ -99,6 +99,14 @@ def test_a_classifier_is_merged_with_its_head(named, base, tmp_path, capfd):
         fails(argv("generate", tmp_path / "adapter", *PROMPT), capfd, "SEQ_CLS", "no text")
 
 
+def test_a_head_that_neither_base_nor_adapter_has_is_not_merged(base, tmp_path, capfd):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    adapter_on(model, base, tmp_path / "adapter")
+    flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    fails(flags, capfd, "lacks score.weight, which would be random")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_classifiers_labels_keep_their_names(own, base, tmp_path, capfd):
     names = {0: "good", 1: "bad", 2: "ugly"}

@@ -19,7 +19,7 @@ from trl import SFTConfig
 from secura.cli import arguments, main, resume
 from secura.cli.checks import check_lengths
 from secura.cli.errors import UserError
-from secura.cli.folders import checkpoints, sole_use, why_incomplete
+from secura.cli.folders import checkpoints, record_sums, sole_use, why_incomplete
 from secura.cli.resume import digest, saved_step
 
 NO_CHECKPOINTS = ("--save_strategy", "no", "--max_steps", 1)
@@ -39,6 +39,7 @@ def test_a_run_that_diverges_publishes_nothing_and_keeps_the_checkpoint(
     for group in optimizer["param_groups"]:
         group["lr"] = group["initial_lr"] = 1e36
     torch.save(optimizer, state)
+    record_sums(state.parent)
     argv = train_flags(base, data, output, *flags, "--save_steps", 1, "--resume_from_checkpoint")
     parts = (
         "training diverged: after step",
@@ -107,6 +108,7 @@ def test_resuming_a_checkpoint_without_a_record(trained, base, data, tmp_path, c
     content = json.loads(state.read_text())
     assert content["stateful_callbacks"].pop("SettingsCallback")
     state.write_text(json.dumps(content))
+    record_sums(state.parent)
     argv = train_flags(base, data, output, "--resume_from_checkpoint", "--save_steps", 3)
     fails([*argv, "--norm", "none"], capfd, "norm was 'weight' and is now 'none'")
     copy = tmp_path / "copy.jsonl"
@@ -122,6 +124,7 @@ def test_a_setting_that_a_checkpoint_does_not_record_is_not_compared(trained, ba
     content = json.loads(state.read_text())
     assert content["stateful_callbacks"]["SettingsCallback"]["args"].pop("adam_beta2") == 0.999
     state.write_text(json.dumps(content))
+    record_sums(state.parent)
     more = ("--adam_beta2", 0.9, "--resume_from_checkpoint")
     assert main(train_flags(base, data, output, *more)) == 0
 
@@ -188,6 +191,7 @@ def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd
     argv = train_flags(base, data, output, "--resume_from_checkpoint")
     fails(argv, capfd, "checkpoint-2: optimizer.pt is missing")
     (output / "checkpoint-2" / "global_step2").mkdir()  # DeepSpeed's
+    record_sums(output / "checkpoint-2")
     assert why_incomplete(output / "checkpoint-2") is None
 
 

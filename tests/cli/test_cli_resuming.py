@@ -16,7 +16,7 @@ from transformers import TrainerState
 from secura.cli import train
 from secura.cli.callbacks import SettingsCallback
 from secura.cli.errors import UserError
-from secura.cli.folders import why_incomplete
+from secura.cli.folders import SUMS, record_sums, why_incomplete
 from secura.cli.resume import resume_point
 
 
@@ -121,6 +121,44 @@ def test_a_checkpoint_whose_state_is_not_whole_is_passed_over(name, part, traine
     assert resume_point(training, overwrite=False) == str(tmp_path / "checkpoint-2")
 
 
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _is_a_list(file):
+    file.write_text("[]")
+
+
+def _of_another_step(file):
+    shutil.copy(file.parents[1] / "checkpoint-2" / file.name, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        *((name, _flip, "not the one") for name in ("optimizer.pt", "scheduler.pt")),
+        *((name, _of_another_step, "not the one") for name in ("optimizer.pt", "scheduler.pt")),
+        ("adapter_model.safetensors", _of_another_step, "not the one that was saved there"),
+        ("trainer_state.json", _of_another_step, "not the one that was saved there"),
+        ("trainer_state.json", _is_a_list, "damaged (it holds a list)"),
+        (SUMS, _is_a_list, "damaged (it holds a list)"),
+    ],
+)
+def test_a_file_that_was_not_saved_there_is_told(name, damage, reason, trained, tmp_path):  # noqa: F811
+    """Whole files, of which torch and transformers would take each."""
+    for step in (2, 4):
+        shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    folder = tmp_path / "checkpoint-4"
+    assert why_incomplete(folder) is None
+    damage(folder / name)
+    found = why_incomplete(folder)
+    assert found.startswith(f"{name} is ") and reason in found
+    (folder / SUMS).unlink()  # as before there was one
+    assert "not the one" not in (why_incomplete(folder) or "")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_best_checkpoint_of_a_run_that_was_moved(there, base, data, tmp_path, capfd):  # noqa: F811
     """It is recorded by a path, which another folder or working directory does not have."""
@@ -134,6 +172,7 @@ def test_the_best_checkpoint_of_a_run_that_was_moved(there, base, data, tmp_path
     content = json.loads(state.read_text())
     content |= {"best_model_checkpoint": "elsewhere/checkpoint-2", "best_global_step": 2}
     state.write_text(json.dumps(content))
+    record_sums(state.parent)
     (output / "adapter_config.json").unlink()
     if not there:
         shutil.rmtree(output / "checkpoint-2")

@@ -204,6 +204,24 @@ def test_the_checksum_counts_every_byte():
     assert int(checksum({"A": zeros.view(2, -1)})) != plain
 
 
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("name", ["core", "fingerprint"])
+def test_a_dtype_that_was_changed_is_no_cast(name, place, folder):
+    """Of as many bits, so that it is a whole file, and a number of another size."""
+    model = tiny.adapted(norm="channel", train_bias=True)
+    secura.fold(model)
+    model.save_pretrained(folder)
+    content = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    key = sorted(key for key in header if key.endswith(f".{name}"))[place]
+    header[key]["dtype"] = "I32"
+    made = json.dumps(header).encode()
+    made += b" " * (-len(made) % 8)
+    (folder / WEIGHTS).write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
+    refused(folder, "checksum")
+
+
 def test_a_flipped_bit_is_named_with_its_layer(folder):
     def flip(state):
         state[FIRST + "A"].view(torch.int32)[1, 2] ^= 1
