@@ -36,6 +36,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("secura_adapter",)
     other_param_names: tuple[str, ...] = ()
     is_secura_layer = True
+    cast_input_dtype_enabled = True  # of peft.helpers.disable_input_dtype_casting: nothing is cast
     secura_merged = None  # torch's get_model_state_dict looks up every name of a state_dict
     adapter_class: type[Core] = CABR
     parameter_name: str | None = None

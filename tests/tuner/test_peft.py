@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import peft
+import peft.helpers
 import pytest
 import tiny
 import torch
@@ -313,3 +314,21 @@ def test_deep_copy_is_independent():
     tiny.perturb(copied, 1)
     assert torch.equal(tiny.logits(model), before)
     assert not torch.equal(tiny.logits(copied), before)
+
+
+def test_a_merge_that_gives_layers_a_bias_says_that_transformers_would_lose_it(recwarn):
+    merged = tiny.adapted(norm="channel", train_bias=True).merge_and_unload()
+    assert merged.model.layers[0].self_attn.q_proj.bias is not None
+    said = [str(one.message) for one in recwarn if "have a trained bias" in str(one.message)]
+    assert len(said) == 1 and "transformers leaves it out" in said[0]
+    recwarn.clear()
+    tiny.adapted(norm="channel").merge_and_unload()
+    tiny.adapted(norm="channel", train_bias=True).unload()
+    assert not [one for one in recwarn if "have a trained bias" in str(one.message)]
+
+
+def test_pefts_helper_that_leaves_inputs_uncast_finds_its_switch():
+    model = tiny.adapted()
+    before = tiny.logits(model)
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert torch.equal(tiny.logits(model), before)
