@@ -137,8 +137,7 @@ def load_adapted(adapter: str, config: Any, base: str, **kwargs: Any) -> Any:
         kwargs["num_labels"] = labels[-1]
     if names := config.id2label:
         kwargs |= {"id2label": names, "label2id": {name: label for label, name in names.items()}}
-    heads = config.modules_to_save if isinstance(config.modules_to_save, list | set) else ()
-    model = models.load_model(base, kind, heads, **kwargs)
+    model = models.load_model(base, kind, shapes, **kwargs)
     fit_vocabulary(model, shapes, adapter)
     try:
         model = peft.PeftModel.from_pretrained(model, _place(adapter), config=config).eval()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from secura._extras import require
-from secura.cli.folders import record_sums
 from secura.layers import active_adapters
 from secura.names import PREFIX
 
@@ -62,7 +61,7 @@ class FiniteCallback(TrainerCallback):  # type: ignore[misc, valid-type]
 
 
 class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, valid-type]
-    """Record a run's settings in its checkpoints' ``trainer_state.json``, and their checksums.
+    """Record a run's settings in the ``trainer_state.json`` of its checkpoints.
 
     Args:
         settings: what JSON can hold, by name; :func:`recorded_settings` reads it back.
@@ -74,12 +73,6 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
     def state(self) -> dict[str, Any]:
         """The settings, as a trainer saves a callback's state."""
         return {"args": self.settings, "attributes": {}}
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the checksums of the checkpoint's files."""
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            record_sums(folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let a resumed state be this run's: what is recorded, and how often it logs and saves.

@@ -126,7 +126,8 @@ def load_model(
     Args:
         name: a folder, or a model of the hub.
         kind: the class.
-        brought: names of modules whose weights come from elsewhere, such as a classifier's head.
+        brought: names of tensors that come from elsewhere, such as a classifier's head; a model
+            without a head (`AutoModel`) may lack its pooler.
         kwargs: given to its `from_pretrained`.
 
     Raises:
@@ -140,15 +141,17 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {name!r}: {one_line(error)}") from error
-    elsewhere = set(brought)
-    lacking = sorted(key for key in found["missing_keys"] if not elsewhere & set(key.split(".")))
-    if lacking:
+    ends = tuple(brought)
+    lacking = sorted(
+        key for key in found["missing_keys"] if not any(end.endswith(key) for end in ends)
+    )
+    if lacking and kind != "AutoModel":
         kinds = getattr(model.config, "architectures", None) or ["another model"]
         causal = kind == "AutoModelForCausalLM"
-        what = "language model" if causal else kind.removeprefix("AutoModelFor")
         raise UserError(
-            f"model {name!r} is no {what} ({kinds[0]}): it lacks {lacking[0]}, which would be "
-            f"random; give one that was saved whole as a {'causal ' * causal}{what}"
+            f"model {name!r} is no {'language model' if causal else kind} ({kinds[0]}): it lacks "
+            f"{lacking[0]}, which would be random; give one that was saved whole"
+            + (" as a causal language model" if causal else "")
         )
     return model
 

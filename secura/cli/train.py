@@ -18,8 +18,10 @@ from secura.cli import resume as resuming
 from secura.cli.data import load_split, to_training_columns
 from secura.cli.errors import UserError, one_line
 from secura.cli.folders import (
+    SUMS,
     TRAINER_STATE,
     checkpoints,
+    record_sums,
     refuse_written_over,
     sole_use,
     why_incomplete,
@@ -96,6 +98,7 @@ def run(
     )
     send_buffers(trainer)
     gather_to_save(trainer)
+    sum_checkpoints(trainer)
     checks.check_lengths(trainer)
     holding = model_args.hold_gradients
     notes = checks.notes(trainer, train_set, eval_set, config=config, holding=holding)
@@ -290,6 +293,25 @@ def gather_to_save(trainer: Any) -> None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
+def sum_checkpoints(trainer: Any) -> None:
+    """Have a trainer record each checkpoint's checksums, and forget those of one saved again.
+
+    Whoever saves it: transformers' `--enable_jit_checkpoint` does so between the steps.
+    """
+    save = trainer._save_checkpoint
+
+    def summed(*args: Any, **kwargs: Any) -> None:
+        folder = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        first = trainer.is_world_process_zero()
+        if first:
+            (folder / SUMS).unlink(missing_ok=True)
+        save(*args, **kwargs)
+        if first and folder.is_dir():
+            record_sums(folder)
+
+    trainer._save_checkpoint = summed
+
+
 def callbacks(
     config: Any, anchor_args: Any, settings: dict[str, Any], *, holding: bool = False
 ) -> list[Any]:
@@ -349,5 +371,6 @@ __all__ = [
     "run",
     "save",
     "send_buffers",
+    "sum_checkpoints",
     "train",
 ]

@@ -57,6 +57,7 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
             raise ValueError(f"anchor_decay={anchor_decay} must be a finite number, 0 or more")
         self.anchor_decay = self.decay = anchor_decay
         self._unfolded: Unfolded | None = None
+        self._step = 0  # where no Trainer counts
 
     def on_train_begin(
         self,
@@ -103,8 +104,9 @@ class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
                 "it holds copies, as ZeRO's does), so anchor_decay would do nothing: leave it out"
             )
         check_decay(self.decay, max(float(rate) for rate, _ in found))
+        self._step = self._step + 1 if state is None else state.global_step
         for place, (rate, core) in enumerate(found):
-            _shrink(core, 1 - rate * self.decay, state.global_step * len(found) + place)
+            _shrink(core, 1 - rate * self.decay, self._step * len(found) + place)
 
 
 def _trained_cores(model: nn.Module) -> dict[int, Tensor]:

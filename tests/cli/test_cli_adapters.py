@@ -16,6 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
     PreTrainedTokenizerFast,
 )
 
@@ -105,6 +109,23 @@ def test_a_head_that_neither_base_nor_adapter_has_is_not_merged(base, tmp_path, 
     flags = argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
     fails(flags, capfd, "lacks score.weight, which would be random")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_what_the_adapter_brings_or_is_not_asked_for_may_be_missing(task, base, tmp_path):
+    """A pooler, in the adapter's file by a name with dots; of a model without a head, unused."""
+    config = BertConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    under = tmp_path / "base"
+    BertForMaskedLM(config).save_pretrained(under)
+    AutoTokenizer.from_pretrained(base).save_pretrained(under)
+    classes = {"SEQ_CLS": BertForSequenceClassification, "FEATURE_EXTRACTION": BertModel}
+    own = ["bert.pooler"] if task == "SEQ_CLS" else None
+    settings = {"target_modules": ["query"], "task_type": task, "modules_to_save": own}
+    adapter_on(classes[task].from_pretrained(under), under, tmp_path / "adapter", **settings)
+    assert main(argv("merge", tmp_path / "adapter", "--output_dir", tmp_path / "merged")) == 0
 
 
 @pytest.mark.parametrize("own", [True, False])

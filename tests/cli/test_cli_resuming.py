@@ -121,6 +121,27 @@ def test_a_checkpoint_whose_state_is_not_whole_is_passed_over(name, part, traine
     assert resume_point(training, overwrite=False) == str(tmp_path / "checkpoint-2")
 
 
+def test_a_checkpoint_that_is_saved_again_has_sums_of_what_it_holds(tmp_path):
+    """As transformers' own saving before it is preempted does, between two steps."""
+    folder, written = tmp_path / "checkpoint-4", iter("ab")
+
+    def save(model, trial):
+        assert not (folder / SUMS).exists()
+        folder.mkdir(exist_ok=True)
+        (folder / "trainer_state.json").write_text(next(written))
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=tmp_path), state=SimpleNamespace(global_step=4),
+        is_world_process_zero=lambda: True, _save_checkpoint=save,
+    )  # fmt: skip
+    train.sum_checkpoints(trainer)
+    sums = []
+    for _ in range(2):
+        trainer._save_checkpoint(None, trial=None)
+        sums.append((folder / SUMS).read_text())
+    assert sums[0] != sums[1] and "trainer_state.json" in sums[1]
+
+
 def _flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -134,6 +134,16 @@ def test_texts_that_cannot_be_read_are_refused_before_the_first_step(texts, mess
     assert run.state.global_step == 0
 
 
+def test_a_loop_without_a_trainer_decays_by_a_given_number():
+    model = cored()
+    core = tiny.parts(model)[0].U
+    optimizer, before = torch.optim.SGD([core], lr=0.1), core.detach().clone()
+    callback = AnchorDecayCallback(1.0)
+    for _ in range(2):
+        callback.on_pre_optimizer_step(None, None, None, model=model, optimizer=optimizer)
+    torch.testing.assert_close(core.detach(), 0.81 * before)
+
+
 def test_a_core_of_16_bits_that_is_not_folded_is_refused_before_the_first_step(tmp_path):
     model = cored()
     for part in tiny.parts(model):
