@@ -38,7 +38,7 @@ class AdapterConfig:
         norm_combine: ``"gated"`` (also None): base + Δ/M, or ``"averaged"``, the paper's
             (2·base + Δ)/M, which scales the base too, from the first optimizer step on: in form
             ``paper`` by 1.0243 nearly everywhere in ``weight`` and ``activation``, and by about 1.6
-            in ``channel``, whose channels change alike.
+            at r = 64 in ``channel``, whose channels change alike.
         norm_reference: ``"pretrained"`` (M2: the norm measures against the original weight) or
             ``"folded"`` (M1: against the folded one; what was folded is no longer divided by M, so
             a fold changes the layer from about W + ΔW/2 to W + ΔW).

@@ -7,7 +7,7 @@
 
 Averaged, `paper` has M = 2 − σ(−k/2) = 1.953 where ρ ≪ ρmax: any change at all, however small,
 multiplies every such entry of the base by 2/M = 1.0243 (k = 6), and `released` by 1.333. Channels'
-ρ lie close together, so in `channel` most M are 1.1 to 1.3, and 2/M about 1.6.
+ρ lie close together, so in `channel` most M are 1.1 to 1.3 at m = 64, and 2/M about 1.6.
 
 One formula serves the three forms, because 2 − tanh(kρ/2) = 3 − 2σ(kρ):
 
