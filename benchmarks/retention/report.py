@@ -20,11 +20,12 @@ from benchmarks.retention.summary import (
     LEVELS,
     MAIN,
     REFERENCE,
-    RIVAL,
+    RIVALS,
     SCALED,
     Front,
     estimate,
     learned,
+    ratio,
     sequences,
     unseen,
 )
@@ -111,6 +112,7 @@ def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
             write_front(front, folder / picture, f"{stage}: adapters on {targets}")
             parts += [f"![Learned and drifted, {targets}]({picture})", ""]
             parts += [main_table(front), "", *_levels(front), "", *_ends(front), ""]
+            parts += [*_multiples(front), ""]
     return parts
 
 
@@ -330,11 +332,12 @@ def _levels(front: Front) -> list[str]:
 
 
 def _ends(front: Front) -> list[str]:
-    """Ends of runs beside those of LoRA's, and the anchored ones beside EWC's, paired by seed."""
+    """Ends of runs beside LoRA's, and anchored ones beside others that hold, paired by seed."""
     names = [name for name in front.methods if not name.endswith(SCALED)]
     anchored = [name for name in names if get_method(name).anchor]
     pairs = [(name, REFERENCE) for name in names if name != REFERENCE]
-    pairs += [(name, RIVAL) for name in anchored if RIVAL in front.runs]
+    holding = [name for name in names if name in RIVALS or get_method(name).decay]
+    pairs += [(name, other) for name in anchored for other in holding if other != name]
     rows = [
         [
             *(front.title(name), f"{rate:g}", front.title(beside), f"{other:g}"),
@@ -347,6 +350,32 @@ def _ends(front: Front) -> list[str]:
     note = (
         "Ends of runs beside those of another method that lie next below and above in what they "
         "learned, nothing read between. KL over all kinds, a ratio."
+    )
+    return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
+
+
+def _multiples(front: Front) -> list[str]:
+    """KL at ends over LoRA's where it learned as much, and those multiples over one another."""
+    names = [name for name in front.methods if name != REFERENCE and not name.endswith(SCALED)]
+    found = {(n, rate): one for n in names for rate, one in front.multiples(n).items()}
+    cores = {key: own for key, own in found.items() if get_method(key[0]).anchor == "self"}
+    pairs = [(key, own, ("LoRA", ""), dict.fromkeys(own, 1.0)) for key, own in found.items()]
+    pairs += [
+        (key, own, (front.title(other), f"{rate:g}"), theirs)
+        for key, own in cores.items()
+        for (other, rate), theirs in found.items()
+        if other != key[0] and (other in RIVALS or get_method(other).decay)
+    ]
+    rows = [
+        [front.title(name), f"{rate:g}", *beside, str(over.count), interval(over)]
+        for (name, rate), own, beside, theirs in pairs
+        if (over := ratio(own, theirs)) and over.count > 1
+    ]
+    head = ["method", "rate", "over", "its rate", "seeds", "multiple"]
+    note = (
+        "KL over all kinds at the ends of runs as a multiple of LoRA's where that learned as much, "
+        "read between its ends; of those that end between them on every seed. Then the multiples "
+        "of anchored cores over those of what else holds or is whitened."
     )
     return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
 

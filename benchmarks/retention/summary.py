@@ -21,7 +21,8 @@ from benchmarks.retention.record import Measure, Record
 
 REFERENCE = "lora"
 RIVAL = "ewc-self"
-"""What an anchored core is set against beside the reference: it is given the same samples."""
+RIVALS = (RIVAL, "lora-whitened")
+"""What anchored cores are set against beside the reference: they are given the same samples."""
 SCALED = ", scaled down after training"  # follows the name of what was trained whole
 LEVELS = (0.96, 0.98, 1.0)
 """Of what the reference learns at its best; its lowest rate ends near the first."""
@@ -197,6 +198,24 @@ class Front:
                 found += [min(some, key=lambda one: abs(one[2].mean))] if some else []
         return found
 
+    def multiples(self, method: str) -> dict[float, dict[int, float]]:
+        """KL at a method's ends over the reference's where that learned as much, by rate and seed.
+
+        Of the rates at which each of its ends lies between two of the reference's, on their line.
+        """
+        value, found = kl_of(*unseen(self.some(method))), {}
+        for rate, own in self._by_rate(method).items():
+            over: dict[int, float] = {}
+            for seed, record in own.items():
+                level = learned(record.end, record.task)
+                lines = self.lines(REFERENCE, seed, value) if seed in self.runs[REFERENCE] else []
+                theirs = least(lines, level)
+                if theirs and any(min(line)[0] <= level for line in lines):
+                    over[seed] = value(record.end) / theirs
+            if len(over) == len(own):
+                found[rate] = over
+        return found
+
     def _by_rate(self, method: str) -> dict[float, dict[int, Record]]:
         found: dict[float, dict[int, Record]] = defaultdict(dict)
         for record in self.records(method):
@@ -319,6 +338,7 @@ __all__ = [
     "MAIN",
     "REFERENCE",
     "RIVAL",
+    "RIVALS",
     "SCALED",
     "Estimate",
     "Front",
