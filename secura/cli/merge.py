@@ -111,15 +111,9 @@ def refuse_generation_config(model: Any) -> None:
 
 def refuse_lost_biases(model: Any, adapter: str) -> None:
     """Refuse trained biases of layers that have none: transformers would load them nowhere."""
-    from secura import bases
-    from secura.layers import secura_layers
+    from secura.tuner.saved import gaining_bias
 
-    layers = [
-        bare(name)
-        for name, layer in secura_layers(model).items()
-        if bases.bias(layer.base_layer) is None
-        and any(part.bias is not None for part in layer.acting_adapters())
-    ]
+    layers = [bare(name) for name in gaining_bias(model)]
     if layers:
         raise UserError(
             f"{adapter} was trained with train_bias=True, and {len(layers)} of its layers, such as "

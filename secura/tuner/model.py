@@ -276,11 +276,11 @@ class SecuraModel(BaseTuner):
                 )
         if merge:
             self._check_mergeable(adapter_names)
-        gaining = [name for name, layer in _secura_layers(self.model) if _adds_bias(layer)]
+        gaining = saved.gaining_bias(self.model)
         model = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
         if merge:
             _keep_dense(model)
-            _warn_of_added_biases(model, gaining)
+            saved.warn_of_added_biases(model, gaining)
         return model
 
     def merge_adapter(
@@ -341,25 +341,6 @@ def _check_name(adapter: str) -> None:
         raise ValueError(
             f"adapter name {adapter!r} is {BASE!r} (which stands for none), empty, one of "
             "torch.nn.ModuleDict's attributes, or has a dot in it: take another"
-        )
-
-
-def _adds_bias(layer: SecuraLayer) -> bool:
-    """Whether an adapter of a layer trains a bias where the base has none."""
-    biases = [adapter.bias for adapter in layer.secura_adapter.values()]
-    return bases.bias(layer.adapted) is None and any(bias is not None for bias in biases)
-
-
-def _warn_of_added_biases(model: nn.Module, names: list[str]) -> None:
-    """Warn where a merge gave layers a bias that the model's class makes no place for."""
-    added = [name for name in names if bases.bias(model.get_submodule(name)) is not None]
-    if added:
-        warnings.warn(
-            f"{len(added)} merged layers, such as {added[0]}, have a trained bias where the base "
-            "has none: the model computes with it, but transformers leaves it out when it loads "
-            "what save_pretrained writes. Save the adapter instead, or train with "
-            "train_bias=False",
-            stacklevel=4,
         )
 
 

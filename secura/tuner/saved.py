@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
+from secura import bases
 from secura.cabr import CABR
 from secura.integrity import file_checksum, version, was_cast
-from secura.layers import embeddings, layers_with
+from secura.layers import embeddings, layers_with, secura_layers
 from secura.names import INNER, PREFIX, bare, is_own, without_wrappers
 from secura.sharding import is_dtensor
 
@@ -23,6 +24,29 @@ def named_labels(model: Any) -> dict[int, str] | None:
     found = getattr(getattr(model, "config", None), "id2label", None) or {}
     plain = all(name == f"LABEL_{label}" for label, name in found.items())
     return None if plain else dict(found)
+
+
+def gaining_bias(model: nn.Module) -> list[str]:
+    """Names of the adapted layers whose adapter trains a bias where the base has none."""
+    return [
+        name
+        for name, layer in secura_layers(model).items()
+        if bases.bias(layer.adapted) is None
+        and any(adapter.bias is not None for adapter in layer.secura_adapter.values())
+    ]
+
+
+def warn_of_added_biases(model: nn.Module, names: list[str]) -> None:
+    """Warn where a merge gave layers a bias, of those of ``names``, that a file would lose."""
+    added = [name for name in names if bases.bias(model.get_submodule(name)) is not None]
+    if added:
+        warnings.warn(
+            f"{len(added)} merged layers, such as {added[0]}, have a trained bias where the base "
+            "has none: the model computes with it, but transformers leaves it out when it loads "
+            "what save_pretrained writes. Save the adapter instead, or train with "
+            "train_bias=False",
+            stacklevel=4,
+        )
 
 
 def warn_of_unsaved(
@@ -248,4 +272,11 @@ def _check_file_checksum(config: Any, state_dict: Mapping[str, Tensor], found: A
         )
 
 
-__all__ = ["for_loading", "named_labels", "saved_in_full", "warn_of_unsaved"]
+__all__ = [
+    "for_loading",
+    "gaining_bias",
+    "named_labels",
+    "saved_in_full",
+    "warn_of_added_biases",
+    "warn_of_unsaved",
+]

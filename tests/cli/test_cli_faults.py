@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +13,11 @@ import torch
 from cli_fixtures import fails, train_flags
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from trl import SFTConfig
 
-from secura.cli import arguments, main, resume
+from secura.cli import arguments, main
 from secura.cli.checks import check_lengths
 from secura.cli.errors import UserError
-from secura.cli.folders import checkpoints, record_sums, sole_use, why_incomplete
+from secura.cli.folders import record_sums, sole_use
 from secura.cli.resume import digest, saved_step
 
 NO_CHECKPOINTS = ("--save_strategy", "no", "--max_steps", 1)
@@ -101,50 +99,6 @@ def test_resuming_with_other_settings(flags, parts, trained, base, data, tmp_pat
     assert [path.name for path in output.iterdir()] == ["checkpoint-2"]
 
 
-def test_resuming_a_checkpoint_without_a_record(trained, base, data, tmp_path, capfd):
-    output = tmp_path / "out"
-    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
-    state = output / "checkpoint-2" / "trainer_state.json"
-    content = json.loads(state.read_text())
-    assert content["stateful_callbacks"].pop("SettingsCallback")
-    state.write_text(json.dumps(content))
-    record_sums(state.parent)
-    argv = train_flags(base, data, output, "--resume_from_checkpoint", "--save_steps", 3)
-    fails([*argv, "--norm", "none"], capfd, "norm was 'weight' and is now 'none'")
-    copy = tmp_path / "copy.jsonl"
-    shutil.copy(data, copy)  # the same rows by another name
-    assert main([*argv, "--dataset", str(copy)]) == 0
-    assert (output / "checkpoint-3").is_dir()
-
-
-def test_a_setting_that_a_checkpoint_does_not_record_is_not_compared(trained, base, data, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
-    state = output / "checkpoint-2" / "trainer_state.json"
-    content = json.loads(state.read_text())
-    assert content["stateful_callbacks"]["SettingsCallback"]["args"].pop("adam_beta2") == 0.999
-    state.write_text(json.dumps(content))
-    record_sums(state.parent)
-    more = ("--adam_beta2", 0.9, "--resume_from_checkpoint")
-    assert main(train_flags(base, data, output, *more)) == 0
-
-
-def test_what_a_resumed_run_may_change_is_a_setting():
-    names = [entry.name for entry in fields(SFTConfig)]
-    assert all(any(name.startswith(start) for name in names) for start in resume._FREE)
-
-
-def test_a_steps_batch_is_that_of_all_processes(tmp_path, monkeypatch):
-    from datasets import Dataset
-
-    monkeypatch.setattr(SFTConfig, "world_size", 2)
-    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
-    training = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **sizes)
-    named = SimpleNamespace(dataset_name="rows", dataset_train_split="train")
-    rows = Dataset.from_dict({"text": ["a"]})
-    assert resume.settings(training, tiny.config(), rows, named)["batch size"] == 24
-
-
 def test_the_digest_is_of_the_rows_alone():
     from datasets import Dataset
 
@@ -182,28 +136,6 @@ def test_settings_of_speed_alone_may_change_in_a_resumed_run(trained, base, data
     for name in (name for name in expected if name.endswith((".A", ".B"))):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
     fails(train_flags(base, data, output, "--norm", "none", *more), capfd, "norm was 'weight'")
-
-
-def test_a_checkpoint_without_its_optimizer(trained, base, data, tmp_path, capfd):
-    output = tmp_path / "out"
-    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
-    (output / "checkpoint-2" / "optimizer.pt").unlink()
-    argv = train_flags(base, data, output, "--resume_from_checkpoint")
-    fails(argv, capfd, "checkpoint-2: optimizer.pt is missing")
-    (output / "checkpoint-2" / "global_step2").mkdir()  # DeepSpeed's
-    record_sums(output / "checkpoint-2")
-    assert why_incomplete(output / "checkpoint-2") is None
-
-
-def test_the_last_checkpoint_is_that_of_the_most_steps(tmp_path):
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-9", "checkpoint-last"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-11").touch()
-    assert [path.name for path in checkpoints(tmp_path)] == [
-        "checkpoint-2",
-        "checkpoint-9",
-        "checkpoint-10",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 
 import secura
 from secura import SecuraConfig
+from secura.integrity import checksum
 from secura.tuner import saved
 
 
@@ -52,3 +53,14 @@ def test_a_layer_takes_at_most_350_kb(norm, tmp_path):
     model.base_model.model[0].fold()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 0.35e6
+
+
+def test_the_checksum_counts_every_byte():
+    zeros = torch.zeros(200_000, dtype=torch.uint8)
+    plain = int(checksum({"A": zeros}))
+    for position in (0, 65_520, 65_521, 131_041, 199_999):
+        changed = zeros.clone()
+        changed[position] = 1
+        assert int(checksum({"A": changed})) != plain
+    assert int(checksum({"B": zeros})) != plain
+    assert int(checksum({"A": zeros.view(2, -1)})) != plain

@@ -193,17 +193,6 @@ def test_every_bit_of_the_tensors_is_guarded(folder):
     tiny.assert_same(tiny.snapshot(base), before)
 
 
-def test_the_checksum_counts_every_byte():
-    zeros = torch.zeros(200_000, dtype=torch.uint8)
-    plain = int(checksum({"A": zeros}))
-    for position in (0, 65_520, 65_521, 131_041, 199_999):
-        changed = zeros.clone()
-        changed[position] = 1
-        assert int(checksum({"A": changed})) != plain
-    assert int(checksum({"B": zeros})) != plain
-    assert int(checksum({"A": zeros.view(2, -1)})) != plain
-
-
 @pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("name", ["core", "fingerprint"])
 def test_a_dtype_that_was_changed_is_no_cast(name, place, folder):

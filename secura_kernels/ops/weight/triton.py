@@ -37,8 +37,6 @@ maxima into slope and offset, torch adds the rest.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -59,8 +57,9 @@ from ..jit import (
     span,
 )
 from ..launch import Kernel
-from ..operands import Tile, aligned, block_of, cdiv, dot_precision, padded, padded_rows
+from ..operands import aligned, cdiv, dot_precision, padded, padded_rows
 from ..triton import gain_scalars
+from .tiles import product_tile, weight_tile
 
 STAT_STAGES = 3  # with 2, sm_100's largest-ρ pass spills
 
@@ -221,39 +220,6 @@ def weight_bwd_kernel(
     tl.store(dp_ptr + place, acc, mask_n[:, None] & mask_j[None, :])
 
 
-@functools.cache
-def _tile(dtype: torch.dtype, m: int, is_aligned: bool, small: bool) -> Tile:
-    """A tile of W, and how much of m at a time.
-
-    Args:
-        dtype: the compute dtype.
-        m: rows of R.
-        is_aligned: whether rows start aligned; else each element is read at an address of its own.
-        small: whether the two accumulators of a folded W are too much for the large tile.
-    """
-    block_n, block_k = (64, 128) if is_aligned else (32, 64)
-    if dtype == torch.float32 or small:
-        block_k = 64
-    block_m = block_of(m, 16, 32 if dtype == torch.float32 else 64)
-    cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_M": block_m}
-    return cut | {"num_warps": 8, "num_stages": 2}
-
-
-@functools.cache
-def _product_tile(dtype: torch.dtype, is_aligned: bool, ranks: int, folded: bool) -> Tile:
-    """A program's rows, the columns it takes at a time, and its columns of ∂P.
-
-    The second accumulator of a ``folded`` W takes registers that ∂P's would else have.
-    """
-    if dtype == torch.float32 or not is_aligned:
-        block_n, block_k, most = 16 if folded and dtype == torch.float32 else 32, 32, 64
-    else:
-        block_n, block_k, most = (64, 32, 64) if folded else (64, 64, 128)
-    block_j = block_of(ranks, 16, most)
-    cut = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_J": block_j}
-    return cut | {"num_warps": 8, "num_stages": 2}
-
-
 class Tiles:
     """W, R and P as the kernels take them, and the arguments that every launch shares.
 
@@ -284,7 +250,7 @@ class Tiles:
         stride_low = 0 if p_base is None else p_base.stride(0)
         self.sizes = (n, k, self.p.shape[1], *weight.stride(), *source.stride(), stride_low)
         small = p_base is not None and limits_of(weight).shared_bytes < LARGE_SHARED
-        tile = _tile(dtype, p.shape[1], aligned(k if weight.stride(1) == 1 else n), small)
+        tile = weight_tile(dtype, p.shape[1], aligned(k if weight.stride(1) == 1 else n), small)
         self.grid = (cdiv(k, tile["BLOCK_K"]), cdiv(n, tile["BLOCK_N"]))
         self.options = {"PRECISION": dot_precision(dtype), **tile}
 
@@ -386,7 +352,7 @@ def grad_p(
     r, g = weight.index_select(0, padded_rows(rows)).to(x.dtype), g.contiguous()
     step = plan.rows_of_chunk(n, k, x.element_size())
     wide = len(r)  # of rows that are written in whole vectors
-    tile = _product_tile(x.dtype, aligned(k), wide, p_base is not None)
+    tile = product_tile(x.dtype, aligned(k), wide, p_base is not None)
     programs = cdiv(step, tile["BLOCK_N"]) * cdiv(wide, tile["BLOCK_J"])
     blocks_k = cdiv(k, tile["BLOCK_K"])
     parts = plan.splits(programs, blocks_k, limits_of(g).processors)
