@@ -340,7 +340,7 @@ def test_stochastic_rounding_does_not_depend_on_the_tiles(monkeypatch):
     weight = weight.bfloat16()
     expected = merged(weight, p, "triton", 3, 5)
     small = {"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
-    monkeypatch.setattr(kernels, "_tile", lambda *how: small)
+    monkeypatch.setattr(kernels, "weight_tile", lambda *how: small)
     assert torch.equal(merged(weight, p, "triton", 3, 5), expected)
     assert not torch.equal(merged(weight, p, "triton", 4, 5), expected)
 
