@@ -158,7 +158,7 @@ def _activation(save: str) -> Op:
 
 
 def _added(d: Tensors, impl: str) -> Any:
-    return lowrank(d.y0, None, None, d.rows, d.q, [None] * 3, True, False, None, impl)
+    return lowrank(d.y0, None, None, d.rows, d.q, [None] * 4, True, False, None, impl)
 
 
 def _added_back(d: Tensors, impl: str, found: Any) -> Any:

@@ -71,6 +71,7 @@ class CABR(Core):
     important: Tensor | None
     here: Tensor | None
     r_here: Tensor | None
+    kept_rows: Tensor | None
     wants_whole = _base_trained = False
     held: Held | None = None
 
@@ -114,7 +115,7 @@ class CABR(Core):
         self.register_buffer("checksum", no_checksum(stored))
         self.folded, self._core_version = False, 0
         self._rounding_seed: int | None = None
-        for name in ("columns", "gram", "base_norms", "important", "here", "r_here"):
+        for name in ("columns", "gram", "base_norms", "important", "here", "r_here", "kept_rows"):
             self.register_buffer(name, None, persistent=False)
         self.waits = later and not sent
         if not self.waits:
@@ -160,7 +161,7 @@ class CABR(Core):
             layer = self.kernel_layer(base, weight, held)
             if self._base_trained and torch.is_grad_enabled():
                 layer = layer._replace(**products.trained_tensors(base, self.name))
-            return secura_add(y0, layer, *self.factors(), **trained)
+            return secura_add(y0, layer, *self.factors(), z=self.own_z(base, x, y0), **trained)
         if dense is not None and (skipped := products.why_not_product(base)):
             if not products.only_places(base):
                 raise ValueError(
@@ -170,6 +171,24 @@ class CABR(Core):
             x = x.to(dense.device)
         layer = self.kernel_layer(base, bases.weight(base, values=False), held)
         return secura_linear(x, layer, *self.factors(), **trained)
+
+    def own_z(self, base: nn.Module, x: Tensor, y0: Tensor) -> Tensor | None:
+        """``z = x Rᵀ [..., m]`` in y0's dtype, or None where it is to be read off ``y0 [..., N]``.
+
+        A y0 in 16 bits has lost as many bits of z as its bias is larger; where something may have
+        changed x on its way into the base, y0 alone knows.
+        """
+        if y0.dtype.itemsize > 2 or getattr(base, "bias", None) is None:
+            return None
+        if not products.multiplies_input(base):
+            return None
+        if self.kept_rows is None and bases.is_elsewhere(base):
+            self._keep_rows(bases.weight(base))
+        r = self.kept_rows
+        if r is None:
+            r = bases.weight(base, values=False).index_select(0, self.rows)
+        with torch.no_grad(), without_autocast(r.device.type):
+            return x.to(r.device, y0.dtype) @ r.to(y0.dtype).t()
 
     def core_and_update(self, base: Any) -> Tensor:
         """``U_acc + s · A B [m, m]``, fp32 or wider, for a forward."""
@@ -304,6 +323,12 @@ class CABR(Core):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def _keep_rows(self, weight: Tensor) -> None:
+        """Keep R of ``weight [N, K]``, which is not at hand in every forward."""
+        self.kept_rows = weight.index_select(0, self.rows)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def derive(self, base: nn.Module) -> None:
         """Form what follows from the base weight and the indices but is not worth saving."""
         config, split = self.config, bases.is_split(base)
@@ -315,7 +340,7 @@ class CABR(Core):
             self._rounding_seed = config.seed + int((own * places).sum())
         needs_columns = split or config.keep_columns or bases.dense_weight(base) is None
         if config.norm != "channel" and not config.restrain and not needs_columns:
-            self.columns, self.stale = None, False
+            self.columns, self.kept_rows, self.stale = None, None, False
             return
         self._derived_from = None if torch.compiler.is_compiling() else WeightVersion.of(base)
         weight = bases.weight(base, values=False)
@@ -325,7 +350,9 @@ class CABR(Core):
         if config.norm == "channel":
             layer = with_norms(self.kernel_layer(base, weight)._replace(columns=columns))
             self.gram, self.base_norms = layer.gram, layer.base_norms
-        self.columns = columns
+        self.columns, self.kept_rows = columns, None
+        if bases.dense_weight(base) is None and bases.bias(base) is not None:
+            self._keep_rows(weight)
         if split:
             tensor_parallel.keep_rows(self, base, weight)
         self.stale = False  # last: another thread may be at a forward

@@ -133,11 +133,30 @@ def only_places(base: nn.Module) -> bool:
     if hook is None:
         plain = _is_product(base, base.__dict__.get("forward")) and not base._modules
         frozen = not any(value.requires_grad for value in base.parameters(recurse=False))
-        own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
-        return plain and frozen and all(name.startswith(_GATHERS) for name in own)
-    if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return plain and frozen and _hooks_gather(base)
+    if not _moves(hook) or hook.offload:
         return False
     return _is_product(base, base.__dict__["_old_forward"]) and _why_not_frozen(base) is None
+
+
+def multiplies_input(base: nn.Module) -> bool:
+    """Whether ``base`` multiplies the very x it is called with: nothing was put over it."""
+    hook = base.__dict__.get("_hf_hook")
+    own = base.__dict__.get("forward" if hook is None else "_old_forward")
+    if (hook is not None and not _moves(hook)) or not _hooks_gather(base) or base._modules:
+        return False
+    quantised_here = bases.dense_weight(base) is None
+    return _is_of_class(base, own) if quantised_here else _is_product(base, own)
+
+
+def _moves(hook: Any) -> bool:
+    """Whether a hook of accelerate's brings x and weight to a device, and does no more."""
+    return type(hook).__name__ == "AlignDevicesHook"
+
+
+def _hooks_gather(base: nn.Module) -> bool:
+    own = (getattr(one, "__module__", "") for hooks in _hooks(base) for one in hooks.values())
+    return all(name.startswith(_GATHERS) for name in own)
 
 
 def _is_product(base: nn.Module, own_forward: Any) -> bool:
@@ -147,9 +166,14 @@ def _is_product(base: nn.Module, own_forward: Any) -> bool:
     written_out = theirs and kind.__name__ in _WRITTEN_OUT
     if plain is None or (forward is not plain.forward and not written_out):
         return False
+    return _is_of_class(base, own_forward)
+
+
+def _is_of_class(base: nn.Module, own_forward: Any) -> bool:
+    """Whether a forward among the attributes of ``base``, if there is one, is its class's."""
     if own_forward is None:
         return True
-    same = getattr(own_forward, "__func__", None) is forward
+    same = getattr(own_forward, "__func__", None) is type(base).forward
     return same and own_forward.__self__ is base
 
 
@@ -218,6 +242,7 @@ __all__ = [
     "check_forward",
     "is_another_function",
     "is_trained",
+    "multiplies_input",
     "only_places",
     "product",
     "product_weight",

@@ -21,6 +21,8 @@ tensor subclass it calls the ops through torch's dispatcher, else their bodies.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from .checks import check_call, check_trained
 from .dispatch import (
     FLOATS,
     SETTLED,
+    as_dtype,
     compute_dtype,
     is_watched,
     resolve,
@@ -105,6 +108,7 @@ def secura_add(
     *,
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
+    z: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Compute an adapted layer's output ``[..., N]`` from its base's ``y0 [..., N]``.
@@ -115,6 +119,9 @@ def secura_add(
         y0: ``[..., N]``, the base layer's output, ``layer.bias`` included; never written.
         layer: as for :func:`secura_linear`; ``weight`` may be None where ``columns`` are given.
         a, b, delta_bias, z_scale, impl: as for :func:`secura_linear`.
+        z: ``x Rᵀ [..., m]``, made of the layer's input, or None to read it off y0, less the bias. A
+            y0 in 16 bits has lost as many bits of z as the bias is larger. It is a number to the
+            gradient, which goes through y0 either way.
 
     Returns:
         ``[..., N]`` in y0's dtype. Gradients reach y0, a, b and delta_bias, once differentiable;
@@ -123,7 +130,7 @@ def secura_add(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`secura_linear`; ValueError also for
             ``weight`` or a ``rounding_seed``, which multiply by another weight and cannot use y0,
-            and for a layer with neither weight nor columns.
+            for a layer with neither weight nor columns, and a z that requires a gradient.
     """
     if layer.replaces_product:
         what = "stochastic rounding" if layer.options.norm != "weight" else "the space 'weight'"
@@ -133,7 +140,8 @@ def secura_add(
     if y0.dim() == 0:
         raise ValueError("y0 [] must be [..., N]")
     n = y0.shape[-1]
-    return _run(y0, n, y0.dtype, layer, a, b, delta_bias, z_scale, impl, given=True)
+    z = as_dtype(z, y0.dtype)
+    return _run(y0, n, y0.dtype, layer, a, b, delta_bias, z_scale, impl, z=z, given=True)
 
 
 def effective_weight(
@@ -240,11 +248,12 @@ def _run(
     z_scale: Tensor | None,
     impl: str | None,
     *,
+    z: Tensor | None = None,
     given: bool,
 ) -> Tensor:
     """Check, flatten, choose the implementation, and run the layer in ``dtype``."""
     lead = x.shape[:-1]
-    check_call(x, n, lead, layer, a, b, delta_bias, z_scale)
+    check_call(x, n, lead, layer, a, b, delta_bias, z_scale, z)
     w, bias, columns = layer.weight, layer.bias, layer.columns
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
@@ -261,12 +270,15 @@ def _run(
             why = "the layer's own weight is trained" if trained else "torch.jit.trace is at work"
             raise RuntimeError(f"impl='triton' cannot run: {why}, which plain torch computes")
         pack(layer.options, layer.restrain, traced=True)  # refuses what it would refuse elsewhere
-        function = naive.secura_add if given else naive.secura_linear
+        named: Any = {"delta_bias": delta_bias, "z_scale": z_scale}
         with without_autocast(x.device.type):
-            out = function(x, layer, a, b, delta_bias=delta_bias, z_scale=z_scale)
+            if given:
+                out = naive.secura_add(x, layer, a, b, z=z, **named)
+            else:
+                out = naive.secura_linear(x, layer, a, b, **named)
         return out.to(dtype)
     of_layer = w, bias, layer.rows, layer.cols, layer.core, columns, layer.gram, layer.base_norms
-    watched = is_watched(x, a, b, delta_bias, z_scale, *of_layer, layer.restrain)
+    watched = is_watched(x, a, b, delta_bias, z_scale, z, *of_layer, layer.restrain)
     total = None
     if layer.shares_input and not given:
         x, total = shared(x, dtype)
@@ -283,7 +295,7 @@ def _run(
         total=total,
         differentiates=torch.is_grad_enabled(),
     )
-    return SecuraFunction.apply(x, a, b, delta_bias, z_scale, call)
+    return SecuraFunction.apply(x, a, b, delta_bias, z_scale, z, call)
 
 
 __all__ = ["Layer", "additive_product", "effective_weight", "secura_add", "secura_linear"]

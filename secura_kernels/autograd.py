@@ -94,6 +94,7 @@ def _output(
     b: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
+    z: Tensor | None,
     call: Call,
 ) -> Tensor:
     """The output of :class:`SecuraFunction`, autocast off; keeps in ``ctx`` what backward needs."""
@@ -102,13 +103,14 @@ def _output(
     held = call.layer.held
     u, u_base = once(held, "U", cores, call.layer, a, b)
     scale = None if z_scale is None else _flat(z_scale)
+    own_z = None if z is None else _flat(z)
     needs_p = call.differentiates and (needs[1] or needs[2])
     layer = call.layer
     sources: Any = (layer.weight, layer.cols) if layer.columns is None else (layer.columns,)
     if not needs_p or call.watched or sources[0] is None or any(map(Tensor.is_inference, sources)):
         sources = ()
     ctx.sources, ctx.written = sources, tuple(map(_version, sources))
-    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, needs_p)
+    step = Step(x if flat else _flat(x), u, u_base, delta_bias, scale, own_z, needs_p)
     out, saved = SPACES[call.layer.options.norm].forward(call, step)
     ctx.call, ctx.shape, ctx.u_dtype = call, shape, u.dtype
     ctx.layers, ctx.has_b = None if held is None else held.layers, b is not None
@@ -152,7 +154,8 @@ def _gradients(
                 "forward pass and its backward pass, which reads them again"
             )
         dtype = ctx.u_dtype
-        du = project.backward(call, as_dtype(dp, dtype), scale)
+        dp = dp if dp.dtype == dtype else dp.to(dtype)
+        du = project.backward(call, dp, scale)
         if scaling != 1:
             du = du.mul_(scaling)
         if a.dtype != dtype or (b is not None and b.dtype != dtype):
@@ -166,7 +169,7 @@ def _gradients(
         dx = None
     else:
         dx = None if not needs[0] else dx if flat else dx.view(shape)
-    return dx, da, db, dbias if needs[3] else None, None, None
+    return dx, da, db, dbias if needs[3] else None, None, None, None
 
 
 def _gradients_once(ctx: Any, g: Tensor, kept: Sequence[Any]) -> tuple[Tensor | None, ...]:

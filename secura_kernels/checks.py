@@ -21,6 +21,7 @@ def check_call(
     b: Tensor | None,
     delta_bias: Tensor | None,
     z_scale: Tensor | None,
+    z: Tensor | None = None,
 ) -> None:
     """Raise ``ValueError`` for what does not fit a layer of N outputs and x of ``lead`` tokens.
 
@@ -44,6 +45,7 @@ def check_call(
         ("core", layer.core, (m, m)),
         ("columns", columns, (n, m)),
         ("z_scale", z_scale, (*lead, m)),
+        ("z", z, (*lead, m)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {list(tensor.shape)} must be {list(shape)}")
@@ -60,6 +62,7 @@ def check_call(
         ("core", layer.core),
         ("columns", columns),
         ("z_scale", z_scale),
+        ("z", z),
     ):
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(
@@ -68,7 +71,12 @@ def check_call(
             )
     if important is not None and important.dtype != torch.bool:
         raise ValueError(f"important is {important.dtype}, and must be bool")
-    for name, fixed in (("z_scale", z_scale), ("core", layer.core), ("scaling", layer.scaling)):
+    for name, fixed in (
+        ("z_scale", z_scale),
+        ("z", z),
+        ("core", layer.core),
+        ("scaling", layer.scaling),
+    ):
         if isinstance(fixed, Tensor) and fixed.requires_grad:
             raise ValueError(f"{name} requires a gradient, of which it would get none: detach it")
     norm, draws = layer.options.norm, layer.rounding_seed is not None

@@ -93,18 +93,21 @@ def secura_add(
     *,
     delta_bias: Tensor | None = None,
     z_scale: Tensor | None = None,
+    z: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Compute what :func:`secura_kernels.secura_add` does; ``impl`` is ignored.
 
-    z is read from y0, for there is no x; ``channel`` needs the layer's weight for its norms.
+    z, given or not, has the gradient of what is read from y0, for there is no x. ``channel`` needs
+    the layer's weight for its norms.
     """
     p, p_base = _projections(layer, a, b)
     dtype = torch.promote_types(torch.promote_types(y0.dtype, p.dtype), torch.float32)
     y0, p, options = y0.to(dtype), p.to(dtype), layer.options
     bias = p.new_zeros(p.shape[0]) if layer.bias is None else layer.bias.to(dtype)
     delta_bias = torch.zeros_like(bias) if delta_bias is None else delta_bias.to(dtype)
-    z = y0[..., layer.rows] - bias[layer.rows]
+    of_y0 = y0[..., layer.rows] - bias[layer.rows]
+    z = of_y0 if z is None else of_y0 + (z - of_y0).detach()
     base = y0 if p_base is None else y0 + z @ p_base.to(dtype).T
     delta = (z if z_scale is None else z * z_scale.to(dtype)) @ p.T
     form, how = resolve_norm(options.norm, options.form, options.combine)

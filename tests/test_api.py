@@ -45,10 +45,34 @@ def test_linear_matches_the_oracle(options, folded, restrained, inner):
 
 @pytest.mark.parametrize("folded", ["", "base"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_add_matches_the_oracle(options, folded, biased):
+@pytest.mark.parametrize("own_z", [False, True])
+def test_add_matches_the_oracle(options, folded, biased, own_z):
     if options.replaces_product:
         pytest.skip("the space takes no y0")
-    close(Case(options, **WIDE, folded=folded, restrained=True, biased=biased, given=True).draw())
+    flags = {"restrained": True, "biased": biased, "given": True, "own_z": own_z}
+    close(Case(options, **WIDE, folded=folded, **flags).draw())
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_z_of_its_own_is_what_the_output_and_the_gradient_of_u_are_made_of(
+    options, dropout, save
+):
+    """z of other numbers than y0's acts; ∂y0 is where the gradient of x comes from all the same."""
+    if options.replaces_product:
+        pytest.skip("the space takes no y0")
+    flags = {"folded": "base", "dropout": dropout, "given": True, "save": save}
+    example = Case(options, **WIDE, own_z=True, **flags).draw()
+    if save != "8bit":
+        close(example)
+    shaped = example._replace(x=example.x[None], z=example.z[None], grad=example.grad[None])
+    mask = None if example.z_scale is None else example.z_scale[None]
+    for one, of_batch in zip(example.run(), shaped._replace(z_scale=mask).run(), strict=True):
+        torch.testing.assert_close(of_batch.view_as(one), one)
+    read = example._replace(z=None).run()
+    assert not any(
+        torch.allclose(a, b) for a, b in zip(example.run()[:3:2], read[:3:2], strict=True)
+    )
 
 
 @pytest.mark.parametrize("save", SAVES)

@@ -134,6 +134,8 @@ def test_a_trained_layer_is_checked_as_a_frozen_one(norm):
         secura_add(example.x, layer, example.a, impl="nonsense")
     with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
         secura_add(example.x, layer, example.a, impl="triton")
+    with pytest.raises(ValueError, match="z requires a gradient"):
+        secura_add(example.x, layer, example.a, z=torch.ones(7, 4).requires_grad_())
 
 
 @pytest.mark.parametrize("norm", ["none", "activation"])
@@ -147,13 +149,15 @@ def test_an_output_of_another_width_than_the_weights_is_refused(norm):
 
 
 @pytest.mark.parametrize("y0_given", [False, True])
-@pytest.mark.parametrize("name", ["x", "a", "b", "delta_bias", "z_scale", "important"])
+@pytest.mark.parametrize("name", ["x", "a", "b", "delta_bias", "z_scale", "z", "important"])
 def test_an_argument_that_does_not_fit_is_refused(name, y0_given):
+    if name == "z" and not y0_given:
+        pytest.skip("z is made of x")
     flags = {"inner": 6, "dropout": True, "restrained": True, "given": y0_given}
     example = Case(NormOptions("channel"), **WIDE, **flags).draw()
     example.run()
     wrong = {"x": example.x[:, 1:], "a": example.a[1:], "b": example.b[:, 1:]}
-    wrong |= {"delta_bias": torch.ones(1), "z_scale": torch.ones(1, 4)}
+    wrong |= {"delta_bias": torch.ones(1), "z_scale": torch.ones(1, 4), "z": torch.ones(7, 3)}
     if name == "important":
         restrain = example.layer.restrain._replace(important=torch.ones(14, dtype=torch.bool))
         changed = example._replace(layer=example.layer._replace(restrain=restrain))

@@ -75,12 +75,16 @@ def forward_sum(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     )
     if adapters[0]._base_trained and torch.is_grad_enabled():
         layer = layer._replace(**products.trained_tensors(base, adapters[0].name))
+    y0 = products.product(base, x, adapters[0].name)
+    of_each = [adapter.own_z(base, x, y0) for adapter in adapters]
+    own_z = None if of_each[0] is None else torch.cat(cast(list[Tensor], of_each), dim=-1)
     return secura_add(
-        products.product(base, x, adapters[0].name),
+        y0,
         layer,
         core,
         delta_bias=sum_biases(adapters),
         z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
+        z=own_z,
     )
 
 

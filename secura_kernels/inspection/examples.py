@@ -29,6 +29,7 @@ class Example(NamedTuple):
         z_scale: ``[T, m]`` or None.
         grad: ``∂loss/∂out [T, N]``.
         given: whether the layer works on its base's output.
+        z: ``x Rᵀ [T, m]`` beside a given y0, or None.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Example(NamedTuple):
     z_scale: Tensor | None
     grad: Tensor
     given: bool
+    z: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Example:
         """The same values with every floating tensor in ``dtype``."""
@@ -52,9 +54,10 @@ class Example(NamedTuple):
 
     def output(self, impl: str | None = None, functions: ModuleType = api) -> Tensor:
         """``out [T, N]`` by those of :mod:`secura_kernels.api` or :mod:`secura_kernels.naive`."""
-        run = functions.secura_add if self.given else functions.secura_linear
         named = {"delta_bias": self.delta_bias, "z_scale": self.z_scale, "impl": impl}
-        return run(self.x, self.layer, self.a, self.b, **named)
+        if self.given:
+            return functions.secura_add(self.x, self.layer, self.a, self.b, z=self.z, **named)
+        return functions.secura_linear(self.x, self.layer, self.a, self.b, **named)
 
     def run(self, impl: str | None = None, functions: ModuleType = api) -> list[Tensor]:
         """``[out, ∂x, ∂A, ∂B, ∂δb]``, those of tensors that are there."""
@@ -84,6 +87,7 @@ class Case:
         dropout, restrained, biased, trains_bias: whether there is a z_scale (never in ``weight``),
             a restraint (never in ``none``), b, δb.
         given: whether y0 is given.
+        own_z: whether z is given beside y0.
         save: ``activation``'s.
         transposed: whether W's rows are strided.
         scaling: s.
@@ -103,6 +107,7 @@ class Case:
     biased: bool = True
     trains_bias: bool = True
     given: bool = False
+    own_z: bool = False
     save: str = "recompute"
     transposed: bool = False
     scaling: float = 1.0
@@ -165,6 +170,7 @@ class Case:
             z_scale=(keep / 0.7).to(self.dtype) if self.dropout and norm != "weight" else None,
             grad=normal(t, n).to(self.dtype),
             given=self.given,
+            z=normal(t, m).to(self.dtype) if self.own_z else None,
         )
 
 

@@ -52,6 +52,7 @@ class Step(NamedTuple):
         u_base: ``U [m, m]`` of what was folded into the norm's base, or None.
         delta_bias: trainable bias ``[N]`` or None.
         z_scale: ``[T, m]`` (dropout) or None.
+        z: ``x Rᵀ [T, m]`` where it is not to be read off y0, or None.
         needs_p: whether ∂P will be asked for.
     """
 
@@ -60,6 +61,7 @@ class Step(NamedTuple):
     u_base: Tensor | None
     delta_bias: Tensor | None
     z_scale: Tensor | None
+    z: Tensor | None
     needs_p: bool
 
 

@@ -46,7 +46,9 @@ def test_shapes_and_dtypes(shape, dtype, combine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("combine", COMBINES)
 def test_shapes_and_dtypes_of_a_given_output(shape, dtype, combine):
-    check(shape, NormOptions("activation", "calibrated", combine), dtype, given=True)
+    options = NormOptions("activation", "calibrated", combine)
+    check(shape, options, dtype, given=True)
+    check(shape, options, dtype, given=True, own_z=True)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def all_calls():
     for options in (OPTIONS[0], OPTIONS[2], OPTIONS[5]):
         for given in (True, False):
             cases.append((options, {"folded": "base", "dropout": True, "given": given}))
+        cases.append((options, {"given": True, "own_z": True}))
     cases.append((OPTIONS[5], {"save": "8bit"}))
     with Recorder() as recorder:
         for options, flags in cases:

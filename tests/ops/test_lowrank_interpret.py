@@ -73,6 +73,8 @@ def test_a_recomputed_output_has_the_bits_of_the_first(reentrant, monkeypatch):
 @pytest.mark.parametrize(("shape", "dtype"), GRID, ids=str)
 def test_add_with_dropout(shape, dtype):
     check(shape, AVERAGED, dtype, dropout=True, given=True)
+    check(shape, AVERAGED, dtype, dropout=True, folded="base", given=True, own_z=True)
+    check(shape, NormOptions("none"), dtype, given=True, own_z=True)
 
 
 @pytest.mark.parametrize("norm", ["none", "channel"])
@@ -163,7 +165,7 @@ def test_every_block_of_the_rank(m):
 def test_a_rank_above_the_largest_block():
     """Plain torch then makes ∂y0."""
     y, g, q, _, rows, *_ = draw(3, 520, MAX_RANK + 1)
-    out, z, _ = lowrank(y, None, None, rows, q, [None] * 3, True, False, None, "triton")
+    out, z, _ = lowrank(y, None, None, rows, q, [None] * 4, True, False, None, "triton")
     torch.testing.assert_close(out, y + y[:, rows] @ q.t(), rtol=1e-4, atol=1e-4)
     dy, dq, _ = lowrank_backward(g, z, None, rows, q, None, None, [True] * 3, "triton")
     torch.testing.assert_close(dy, g.index_add(1, rows, g @ q))

@@ -79,6 +79,7 @@ def activation(
     weight: Tensor | None,
     bias: Tensor | None,
     rows: Tensor,
+    z: Tensor | None,
     terms: list[Tensor | None],
     important: Tensor | None,
     packed: str,
@@ -87,14 +88,15 @@ def activation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(out [T, N], z [T, m], y0 [T, N], kept [T, N], [ε, slope, offset], factor [N])``.
 
-    Empty are y0 where it is given or ``keep``, ``kept`` (uint8) without ``keep``, the scalars where
-    the options alone decide them, and ``factor`` without ``important``.
+    Empty are z where it is given, y0 where that is or with ``keep``, ``kept`` (uint8) without
+    ``keep``, the scalars where the options alone decide them, and ``factor`` without ``important``.
 
     Args:
         x: ``[T, K]``, or y0 ``[T, N]`` where there is no ``weight``; never written.
         weight: ``[N, K]``, in x's dtype as the rest, or None.
         bias: ``b [N]``, which y0 includes, or None.
         rows: ``[m]`` int64.
+        z: ``x Rᵀ [T, m]`` where it is not to be read off y0, or None.
         terms: :class:`~secura_kernels.ops.common.Terms`, P and P_base in x's dtype.
         important: ``[N]`` bool of the restraint, or None.
         packed: the norm, of :func:`secura_kernels.norm.pack`.
@@ -103,8 +105,8 @@ def activation(
     """
     norm, named = unpack(packed), Terms._make(terms)
     y0 = x if weight is None else F.linear(x, weight, bias)
+    given_z = z is not None
     # y0 in 16 bits has lost as many of z's bits as b is larger
-    z = None
     if weight is not None and makes_z(x, weight, bias):
         z = times_rows(x, weight, rows)
     some = y0.numel() and rows.numel()
@@ -120,7 +122,7 @@ def activation(
     y0_kept = absent(y0) if keep or weight is None else y0
     scalars = absent(y0, wide(y0.dtype)) if scalars is None else scalars
     factor = absent(y0, torch.float32) if factor is None else factor
-    return out, z, y0_kept, kept, scalars, factor
+    return out, absent(z) if given_z else z, y0_kept, kept, scalars, factor
 
 
 def makes_z(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -134,6 +136,7 @@ def _activation_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     rows: Tensor,
+    z: Tensor | None,
     terms: list[Tensor | None],
     important: Tensor | None,
     packed: str,
@@ -145,7 +148,8 @@ def _activation_fake(
     y0 = absent(x) if keep or weight is None else x.new_empty(t, n)
     scalars = x.new_empty(0 if unpack(packed).known else 3, dtype=wide(x.dtype))
     factor = x.new_empty(0 if important is None else n, dtype=torch.float32)
-    return x.new_empty(t, n), x.new_empty(t, rows.shape[0]), y0, kept, scalars, factor
+    own_z = x.new_empty(t, rows.shape[0]) if z is None else absent(x)
+    return x.new_empty(t, n), own_z, y0, kept, scalars, factor
 
 
 @op("activation_backward")
@@ -298,7 +302,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
     keep = layer.save == "8bit" and call.differentiates
     settings = (terms, call.important, call.packed, keep, call.impl)
     run = activation if call.watched else activation.body
-    out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, *settings)
+    out, z, y0, kept, *found = run(step.x, weight, bias, layer.rows, step.z, *settings)
+    z = z if step.z is None else step.z
     if keep:
         terms = terms._replace(delta_bias=None)
     saved = kept if keep else step.x if call.given else y0

@@ -188,7 +188,8 @@ def forward(call: Call, step: Step) -> tuple[Tensor, Saved]:
         rows = call.layer.rows
         call = call._replace(layer=call.layer._replace(rows=torch.cat((rows, rows))))
         whole = torch.ones_like(step.z_scale)
-        step = step._replace(z_scale=torch.cat((step.z_scale, whole), 1))
+        z = None if step.z is None else torch.cat((step.z, step.z), 1)
+        step = step._replace(z_scale=torch.cat((step.z_scale, whole), 1), z=z)
         name, make = "Q of z twice", _products_apart
     q, base_scale, inverse = once(call.layer.held, (name, wanted), make, call, step, wanted)
     out, saved = lowrank.add(call, step, q, base_scale, seed)

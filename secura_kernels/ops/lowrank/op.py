@@ -86,13 +86,15 @@ def lowrank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [T, N], z [T, m], W')`` of flat inputs in one dtype.
 
-    ``beside`` is base_scale ``[N]`` and δb ``[N]``, which may be wider, and z_scale ``[T, m]``, or
-    None. Without ``weight``, x is y0, bias included; it is not written. z is empty unless
-    ``needs_z`` asks for it, which does not change out. W' ``[N, K]`` is empty unless ``keep`` asks
+    ``beside`` is base_scale ``[N]`` and δb ``[N]``, which may be wider, z_scale ``[T, m]``, and z
+    ``[T, m]``, scaled already, where it is not to be read off y0; each may be None. Without
+    ``weight``, x is y0, bias included; it is not written. z is empty unless ``needs_z`` asks for
+    one that is made here, which does not change out. W' ``[N, K]`` is empty unless ``keep`` asks
     for it and the forward went through it. With ``seed``, W' is the one that a merge writes, of Q
     in fp32 and W in any dtype, rounded stochastically; it is not kept.
     """
-    base_scale, delta_bias, z_scale = beside
+    base_scale, delta_bias, z_scale, z = beside
+    needs_z = needs_z and z is None
     if seed is not None and weight is not None:
         fused = merged_weight.body(weight, rows, q, base_scale, x.dtype, seed, impl)
         out = F.linear(x, fused, summed_bias(bias, delta_bias, x.dtype))
@@ -109,12 +111,12 @@ def lowrank(
         # No bias in the product: z is then y0's columns themselves, with nothing to cancel.
         y0, inside = F.linear(x, weight), None
     if triton is not None:
-        z = triton.gather(y0, inside, rows, z_scale)
+        z = triton.gather(y0, inside, rows, z_scale) if z is None else z
         given = weight is None
         out = torch.empty_like(y0, memory_format=torch.contiguous_format) if given else y0
         triton.add_product(y0, z, q, base_scale, bias, delta_bias, bias_inside=given, out=out)
         return out, z if needs_z else absent(x), absent(x)
-    z = gather(y0, inside, rows, z_scale)
+    z = gather(y0, inside, rows, z_scale) if z is None else z
     out = y0.clone(memory_format=torch.contiguous_format) if weight is None else y0
     if base_scale is not None:
         out.mul_(base_scale)
@@ -131,8 +133,8 @@ def lowrank(
 def _lowrank_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Tensor, q: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t, (_, needs_z, *_) = x.shape[0], rest
-    z = x.new_empty(t, rows.shape[0]) if needs_z else absent(x)
+    t, ((*_, z), needs_z, *_) = x.shape[0], rest
+    z = x.new_empty(t, rows.shape[0]) if needs_z and z is None else absent(x)
     return x.new_empty(t, q.shape[0]), z, absent(x)
 
 
@@ -234,17 +236,19 @@ def add(
 ) -> tuple[Tensor, Saved]:
     """``(out [T, N], what is saved)`` of an additive layer; ``seed`` of :func:`rounding_seed`."""
     x, rows, z_scale, dtype = step.x, call.layer.rows, step.z_scale, step.x.dtype
+    own_z = step.z if step.z is None or z_scale is None else step.z * z_scale
     weight, bias = frozen(call, dtype)
     wide_q = q
     if q.dtype != dtype:
         q = q.to(dtype)
     weight_in, q_in = (weight, q) if seed is None else (call.layer.weight, wide_q)
     keep = seed is None and kept_weight.keeps_weight(call.watched)
-    beside = [base_scale, step.delta_bias, z_scale]
+    beside = [base_scale, step.delta_bias, z_scale, own_z]
     run = lowrank if call.watched else lowrank.body
     settings = (step.needs_p, keep, seed, call.impl)
     out, z, fused = run(x, weight_in, bias, rows, q_in, beside, *settings)
     kept = fused if fused.numel() else None
+    z = z if own_z is None else own_z
     return out, (kept, z if step.needs_p else None, weight, rows, q, base_scale, z_scale)
 
 
