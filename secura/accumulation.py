@@ -51,7 +51,7 @@ class Accumulation:
         self._last = value
 
     def drop(self) -> None:
-        """Forget what is held, as the optimizer's ``zero_grad()`` does too."""
+        """Forget what is held, as ``zero_grad()`` of the optimizer and of the model do too."""
         for one in self._held.values():
             one.drop()
 
@@ -128,8 +128,9 @@ def accumulate(
 
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
-        optimizer: that of the adapters, accelerate's too. Its ``zero_grad()`` forgets what is held;
-            the model's does not: :meth:`Accumulation.drop` goes with that.
+        optimizer: that of the adapters, accelerate's too. Its ``zero_grad()`` and the model's
+            forget what is held; ``parameter.grad = None`` does not: call
+            :meth:`Accumulation.drop` with that.
         is_last: whether the backward pass that asks is the step's last; None asks
             :attr:`Accumulation.last`.
 
@@ -160,7 +161,8 @@ def accumulate(
         _watch_steps()
         _open.append(accumulation)
         stack.callback(_open.remove, accumulation)
-        stack.enter_context(_dropping(inner, accumulation))
+        for owner in (inner, model):
+            stack.enter_context(_dropping(owner, accumulation))
         yield accumulation
         accumulation.check_finished()
 
@@ -188,26 +190,32 @@ def _watch_steps() -> None:
     register_optimizer_step_post_hook(after)
 
 
+class _Dropping:
+    """The ``zero_grad`` of an optimizer or a model, which drops what is held too."""
+
+    def __init__(self, owner: Any, drops: Accumulation) -> None:
+        self.owner, self.plain, self.drops = owner, owner.zero_grad, drops
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.drops.drop()
+        self.plain(*args, **kwargs)
+
+    def __reduce__(self) -> Any:  # a copy of the owner holds nothing
+        return functools.partial, (type(self.owner).zero_grad, self.owner)
+
+
 @contextmanager
-def _dropping(optimizer: Any, accumulation: Accumulation) -> Iterator[None]:
-    """Within, ``optimizer.zero_grad()`` drops what is held too."""
-    plain = optimizer.zero_grad
-
-    @functools.wraps(plain)
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        accumulation.drop()
-        plain(*args, **kwargs)
-
-    before = vars(optimizer).get("zero_grad")
-    zero_grad.drops = accumulation  # type: ignore[attr-defined]
-    optimizer.zero_grad = zero_grad
+def _dropping(owner: Any, accumulation: Accumulation) -> Iterator[None]:
+    """Within, ``zero_grad()`` of an optimizer or a model drops what is held too."""
+    before = vars(owner).get("zero_grad")
+    owner.zero_grad = _Dropping(owner, accumulation)
     try:
         yield
     finally:
         if before is None:
-            del optimizer.zero_grad
+            del owner.zero_grad
         else:
-            optimizer.zero_grad = before
+            owner.zero_grad = before
 
 
 __all__ = ["Accumulation", "accumulate"]

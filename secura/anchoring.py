@@ -105,7 +105,8 @@ def anchor(
             tokenizer, a model that takes no ``input_ids``, gives one number or cannot sample, a U
             of 16 bits that is not 0, or statistics that are not finite; adapters are left as they
             were then, every one.
-        RuntimeError: while an adapter is merged or disabled, or under ``torch.inference_mode()``.
+        RuntimeError: while an adapter is merged or disabled, or U is made of other tensors, or
+            under ``torch.inference_mode()``.
     """
     start = time.perf_counter()
     adapters = u_adapters(model)
@@ -160,7 +161,7 @@ def unanchor(model: nn.Module) -> int:
 
     Raises:
         ValueError: the model has no active adapter with ``core="u"``.
-        RuntimeError: one is merged.
+        RuntimeError: one is merged, or its U is made of other tensors.
     """
     found = [one for one, _ in u_adapters(model).values() if one.left is not None]
     for group in unit_by_unit(model, found):
@@ -174,7 +175,7 @@ def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, Any]]:
 
     Raises:
         ValueError: there is none.
-        RuntimeError: one is merged.
+        RuntimeError: one is merged, or its U is made of other tensors.
     """
     active = active_adapters(model).items()
     found = {name: pair for name, pair in active if pair[0].config.core == "u"}
@@ -185,6 +186,8 @@ def u_adapters(model: nn.Module) -> dict[str, tuple[CABR, Any]]:
         )
     if any(layer.merged for _, layer in found.values()):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it first")
+    for adapter, _ in found.values():
+        adapter.check_written()
     return found
 
 

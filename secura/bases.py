@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -204,28 +205,34 @@ def _is_gathered(base: Any) -> bool:
     return is_fsdp_managed(getattr(base, "owner", base))
 
 
-def is_computed(base: nn.Module) -> bool:
-    """Whether the weight is made of other tensors.
+def is_computed(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a module's tensor is made of other tensors.
 
     By torch's parametrizations, pruning, or the weight or spectral norm that came before them.
     """
-    own = base._parameters
-    if "weight" in own:
+    own = module._parameters
+    if name in own:
         return False
-    return is_parametrized(base, "weight") or "weight_orig" in own or "weight_g" in own
+    return is_parametrized(module, name) or f"{name}_orig" in own or f"{name}_g" in own
+
+
+UNKNOWN = (-1, 0, 0)
+"""What :func:`mark` says of a weight that is not to be taken for any other."""
 
 
 def mark(base: Any) -> tuple[int, int, int] | None:
     """Version, place and storage of the weight, which tell when it was written to or replaced.
 
-    None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version.
+    None where every forward makes the weight anew (FSDP, ZeRO-3), or it has no version;
+    :data:`UNKNOWN` where another one stands in its place for a while.
     """
     stored = getattr(base, "_parameters", {}).get("weight")
-    gathered_anew = _is_gathered(base) or is_elsewhere(base)
-    if not isinstance(stored, nn.Parameter) or gathered_anew:  # FSDP1 puts in views
+    if stored is None or _is_gathered(base) or is_elsewhere(base):
         return None
     if stored.is_meta or stored.is_inference():
         return None
+    if not isinstance(stored, nn.Parameter):  # torch.func.functional_call's, or a view of FSDP1's
+        return None if stored._is_view() and torch.distributed.is_initialized() else UNKNOWN
     plain = innermost(stored)
     if plain is stored and dense_weight(base) is None:  # which bitsandbytes may pack in place
         return stored._version, id(stored), 0
@@ -303,6 +310,7 @@ def conv1d_class() -> Any:
 
 
 __all__ = [
+    "UNKNOWN",
     "Stack",
     "bias",
     "check_at_hand",

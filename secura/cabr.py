@@ -342,7 +342,9 @@ class CABR(Core):
         if config.norm != "channel" and not config.restrain and not needs_columns:
             self.columns, self.kept_rows, self.stale = None, None, False
             return
-        self._derived_from = None if torch.compiler.is_compiling() else WeightVersion.of(base)
+        # a graph asks for no version, so the next pass outside of one forms these anew
+        compiling = torch.compiler.is_compiling()
+        self._derived_from = bases.UNKNOWN if compiling else WeightVersion.of(base)
         weight = bases.weight(base, values=False)
         columns = weight.index_select(1, self.cols) if needs_columns else None
         if config.restrain:

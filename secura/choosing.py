@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secura_kernels import init_a, select
 
 from . import bases, tensor_parallel
-from .integrity import fingerprint, no_checksum
+from .integrity import fingerprint, no_checksum, version
 from .sharding import from_rank_0, is_fsdp_managed, on_rank_0_alone, put
 
 if TYPE_CHECKING:
@@ -52,7 +52,28 @@ def choose_late(adapter: Core, base: nn.Module) -> None:
             "under FSDP2 is lost: load the weights with load_state_dict() (or torch's "
             "set_model_state_dict) after the adapter was put on the model"
         )
+    if _were_written(adapter):
+        # a state_dict holds fingerprint and sum anew, so that no copy reached those that are here
+        adapter.fingerprint = fingerprint(bases.weight(base))
+        adapter.checksum = no_checksum(adapter.fingerprint)
+        adapter.waits, adapter.assigned = False, True
+        return
     choose(adapter, base)
+
+
+def _were_written(adapter: Core) -> bool:
+    """Whether indices were copied in place, as torch.distributed.checkpoint loads them."""
+    return all(
+        version(index) and 0 <= int(index.min()) <= int(index.max()) < limit and _distinct(index)
+        for index, limit in (
+            (adapter.rows, adapter.out_features),
+            (adapter.cols, adapter.in_features),
+        )
+    )
+
+
+def _distinct(index: Tensor) -> bool:
+    return index.unique().numel() == index.numel()
 
 
 def choose_loaded(layer: Any, incompatible: Any) -> None:

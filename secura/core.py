@@ -35,6 +35,8 @@ class WeightVersion(tuple[int, int, int]):
             return None
         found, weight = cls(mark), base.weight
         assert isinstance(weight, Tensor)
+        if mark == bases.UNKNOWN:
+            return found
         if mark[2]:
             found._storage = StorageWeakRef(bases.innermost(weight).untyped_storage())
         else:
@@ -46,7 +48,7 @@ class WeightVersion(tuple[int, int, int]):
         return self._weight is not None and self._weight() is None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WeightVersion, ((-1, 0, 0),)
+        return WeightVersion, (bases.UNKNOWN,)
 
 
 class Core(AdapterState):
@@ -60,7 +62,7 @@ class Core(AdapterState):
     """
 
     folds = False
-    _derived_from: WeightVersion | None = None
+    _derived_from: tuple[int, int, int] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -100,8 +102,9 @@ class Core(AdapterState):
         are sharded, every process has to call this: it gathers them.
 
         Raises:
-            RuntimeError: U_acc was cast to 16 bits.
+            RuntimeError: U_acc was cast to 16 bits, or B (U) is made of other tensors.
         """
+        self.check_written()
         if self.core.dtype.itemsize < 4:
             raise RuntimeError(
                 f"{self.name}: U_acc was cast to {self.core.dtype}, in which folds would be lost: "
@@ -112,6 +115,16 @@ class Core(AdapterState):
         self.core.add_(self.whole_update())
         self.trained.zero_()
         self.note_core(folded=True)  # most likely, and looking would wait for the device
+
+    def check_written(self) -> None:
+        """Raise ``RuntimeError`` where what would be written into B, or U, is lost."""
+        name = "B" if self.U is None else "U"
+        if bases.is_computed(self, name):
+            raise RuntimeError(
+                f"{self.name}: {name} is made of other tensors (a parametrization, pruning), so "
+                "nothing can be written to it: take that off first, "
+                f"torch.nn.utils.parametrize.remove_parametrizations(adapter, {name!r}) say"
+            )
 
     def take_fixed(self, other: Core) -> None:
         """Take over what is not trained of ``other``, on the same weight: core, anchor, scaling."""
@@ -127,6 +140,7 @@ class Core(AdapterState):
     def set_anchor(self, left: Tensor, right: Tensor, u: Tensor, damping: float) -> None:
         """Take over κ L, S and Ũ, each ``[m, m]``, and λ of :func:`secura.anchor`."""
         assert self.U is not None
+        self.check_written()
         self.left, self.right = left.to(self.core), right.to(self.core)
         self.damping = self.core.new_tensor(damping)
         put(self, "U", u)
@@ -135,6 +149,7 @@ class Core(AdapterState):
     @torch.no_grad()
     def drop_anchor(self) -> None:
         """``U ← κ L Ũ S``: the same core in plain coordinates."""
+        self.check_written()
         whole = update(*factors(None, None, gathered(self.U), self.left, self.right), 1.0)
         self.left = self.right = None
         self.damping = self.core.new_zeros(())
@@ -169,7 +184,8 @@ class Core(AdapterState):
                 elif not weight.is_inference():
                     # bases.mark(base), without the calls
                     now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
-                if now is not None and (now != known or known.is_gone()):
+                gone = isinstance(known, WeightVersion) and known.is_gone()
+                if now is not None and (gone or now != known or now == bases.UNKNOWN):
                     self.stale = True
         if self.stale:
             self.derive(base)

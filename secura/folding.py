@@ -25,8 +25,8 @@ def fold(model: nn.Module) -> int:
         How many layers had an active adapter to fold.
 
     Raises:
-        RuntimeError: where an adapter is merged; nothing is folded then. Where a U_acc was cast to
-            16 bits.
+        RuntimeError: where an adapter is merged, or B (U) is made of other tensors; nothing is
+            folded then. Where a U_acc was cast to 16 bits.
         ValueError: where the model has no SECURA layer, or a layer several active adapters of which
             one has a norm; nothing is folded then.
     """
@@ -34,6 +34,9 @@ def fold(model: nn.Module) -> int:
     if any(layer.merged for layer in layers):
         raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
     active = [layer for layer in layers if layer.acting_adapters()]
+    for layer in active:
+        for adapter in layer.acting_adapters():
+            adapter.check_written()
     reshard(model)
     for group in unit_by_unit(model, active):
         for layer in group:

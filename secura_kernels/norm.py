@@ -187,6 +187,13 @@ def _packed(
     for name, value in norm._asdict().items():
         if isinstance(value, float) and not abs(value) < math.inf:  # NaN too
             raise ValueError(f"{name}={value} of a norm or its restraint must be finite")
+    if not norm.scale > 0:
+        raise ValueError(f"scale={norm.scale} of a norm must be above 0: 6, say")
+    for name, least, most in (("percent", 0, 1), ("edge", 1, 2), ("decay", 0, 1)):
+        if restrained and not least <= (value := getattr(norm, name)) <= most:
+            raise ValueError(f"{name}={value} of a Restrain must lie in [{least}, {most}]")
+    if restrained and norm.space == "none":
+        raise ValueError("the space 'none' has no gain for a Restrain to count: leave it out")
     if norm.eps < _SMALLEST_EPS:
         raise ValueError(
             f"eps={norm.eps} must be at least {_SMALLEST_EPS:.2e}, fp32's smallest normal number: "

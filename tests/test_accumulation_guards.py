@@ -239,3 +239,22 @@ def test_a_block_adds_no_hook_to_those_of_all_optimizers():
                 sgd(first).step()
         outer.drop()
     assert list(hooks) == before
+
+
+@pytest.mark.parametrize("owner", ["optimizer", "model"])
+def test_a_micro_batch_that_is_dropped_by_zero_grad_is_not_in_the_next_step(owner):
+    """A loop may drop one whose loss is NaN."""
+    model, plain, (bad, x, *_) = layer(), layer(), batches()
+    optimizer, zeroing = sgd(model), {}
+    with secura.accumulate(model, optimizer) as accumulation:
+        zeroing = {"optimizer": optimizer, "model": model}[owner]
+        model(bad).sum().backward()
+        zeroing.zero_grad()
+        accumulation.last = True
+        model(x).sum().backward()
+        optimizer.step()
+    assert "zero_grad" not in vars(model)
+    plain(x).sum().backward()
+    sgd(plain).step()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

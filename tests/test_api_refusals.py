@@ -218,3 +218,26 @@ def test_an_index_out_of_range_is_an_error_in_plain_torch(index, options):
     rows[1] = index
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         example._replace(layer=example.layer._replace(rows=rows)).output()
+
+
+@pytest.mark.parametrize(
+    ("options", "restraint", "message"),
+    [
+        ({"scale": 0.0}, {}, "scale=0.0 .* above 0"),
+        ({"scale": -6.0}, {}, "scale=-6.0 .* above 0"),
+        ({}, {"percent": 90}, r"percent=90.0 .* in \[0, 1\]"),
+        ({}, {"edge": 0.5}, r"edge=0.5 .* in \[1, 2\]"),
+        ({}, {"decay": -3.0}, r"decay=-3.0 .* in \[0, 1\]"),
+        ({"norm": "none"}, {"percent": 0.9}, "'none' has no gain"),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_numbers_out_of_range_are_refused(options, restraint, message, given):
+    chosen = {"norm": "channel"} | options
+    example = Case(NormOptions("channel"), **WIDE, given=given).draw()
+    layer = example.layer._replace(options=NormOptions(**chosen))
+    if restraint:
+        important = torch.ones(13, dtype=torch.bool)
+        layer = layer._replace(restrain=Restrain(important, **restraint))
+    with pytest.raises(ValueError, match=message):
+        example._replace(layer=layer).output()

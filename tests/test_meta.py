@@ -141,3 +141,36 @@ def test_another_default_dtype_changes_no_adapter(norm, dtype):
     for name, tensor in own.items():
         expected = wide if name == "gram" else torch.float32
         assert tensor is None or tensor.dtype == expected, name
+
+
+@pytest.mark.parametrize("core", ["ab", "u"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tensors_that_are_copied_in_place_are_taken_over(core, damaged):
+    """As torch.distributed.checkpoint loads a layer that was emptied, without load_state_dict."""
+    config = AdapterConfig(r=4, norm="channel", core=core)
+    trained = SECURALinear(nn.Linear(8, 6), config)
+    nn.init.normal_(trained.trained)
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 6), config)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            tensor.copy_(trained.state_dict()[name])
+        layer.core[0, 0] += torch.nan if damaged else 0
+    x = torch.randn(3, 8)
+    if damaged:
+        with pytest.raises(ValueError, match="core holds NaN"):
+            layer(x)
+    else:
+        assert torch.equal(layer(x), trained(x)) and torch.equal(layer.rows, trained.rows)
+
+
+def test_an_emptied_layer_chooses_where_nothing_was_copied():
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 6), AdapterConfig(r=4, norm="channel"))
+    layer.to_empty(device="cpu")
+    layer.base.reset_parameters()
+    for index in (layer.rows, layer.cols):  # what DistributedDataParallel sends at random
+        index.copy_(torch.zeros(4, dtype=torch.int64))
+    layer(torch.randn(3, 8))
+    assert layer.rows.unique().numel() == layer.cols.unique().numel() == 4 and not layer.B.any()

@@ -213,3 +213,31 @@ def test_a_thread_waits_for_no_other_and_takes_nothing_that_is_old(settings, mon
     other.join()
     for out in (*outs, layer(x)):
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_weight_that_stands_in_for_a_call_is_the_calls_alone(name, hooked):
+    """``torch.func.functional_call`` with one weight and with another, and then the layer's own."""
+    if hooked and "weight" in name:
+        pytest.skip("the space takes no hooked base")
+    layer, fresh, x = written(DERIVED[name], hooked)
+    expected = fresh(x)
+    for scale in (1.7, 0.3):
+        other = layer.base.weight.detach() * scale
+        with torch.no_grad():
+            fresh.base.weight.copy_(other)
+        got = torch.func.functional_call(layer, {"base.weight": other}, (x,))
+        torch.testing.assert_close(got, fresh(x))
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_compiled_first_pass_hides_no_later_write(name):
+    layer, fresh, x = written(DERIVED[name])
+    layer.stale = True
+    torch.compile(layer, backend="eager")(x)
+    with torch.no_grad():
+        for one in (layer, fresh):
+            one.base.weight.mul_(0.6)
+    torch.testing.assert_close(layer(x), fresh(x))
