@@ -20,6 +20,7 @@ added up. ``κ L`` and S are kept (2 m² numbers a layer), from which both sums 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,13 @@ def anchor(
         for name, (adapter, _) in adapters.items()
         if not (add and name in unseen and adapter.left is not None)  # it says nothing new of these
     }
+    if without := [name for name in unseen if name in names.values()]:
+        warnings.warn(
+            f"{len(without)} of {len(sums)} layers saw none of the old text ({without[0]} first: "
+            "an expert, or a tower that reads images or sound), so nothing holds them to what they "
+            "know: give texts that reach them, or leave them out with exclude_modules",
+            stacklevel=2,
+        )
     made = {
         adapter: _solve(names[adapter], adapter, sums[names[adapter]], damping, add)
         for group in unit_by_unit(model, names)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MEDIA = ("image", "video", "audio")
 _READS = "an anchor is for models that take input_ids alone and give logits"
 
 
@@ -49,6 +50,14 @@ def token_ids(model: Any, tokenizer: Any, kind: str) -> list[int]:
     return [int(token) for one in flat for token in one if token is not None]
 
 
+def placeholders(model: Any) -> list[int]:
+    """The ids that stand in texts where images, videos and sound go, which are no text."""
+    config = getattr(model, "config", None)
+    names = (f"{kind}_token_{what}" for kind in _MEDIA for what in ("id", "index"))
+    found = [getattr(config, name, None) for name in names]
+    return [token for token in found if type(token) is int]
+
+
 @torch.no_grad()
 def check_reads(model: Any) -> None:
     """Raise ``ValueError`` where a model, in eval mode, cannot read two tokens of ``input_ids``."""
@@ -56,7 +65,9 @@ def check_reads(model: Any) -> None:
     try:
         out = model(input_ids=ids)
     except Exception as error:  # whatever a forward of another kind says
-        raise ValueError(f"{_READS}: {class_name(model)} says {error}") from error
+        reads = getattr(model, "main_input_name", "input_ids")
+        says = f"says {error}" if reads == "input_ids" else f"reads {reads}"
+        raise ValueError(f"{_READS}: {class_name(model)} {says}") from error
     if not isinstance(getattr(out, "logits", None), Tensor):
         raise ValueError(
             f"{_READS}: {class_name(model)} gives a {type(out).__name__} without "
@@ -69,4 +80,12 @@ def check_reads(model: Any) -> None:
         )
 
 
-__all__ = ["check_reads", "class_name", "is_causal", "positions", "token_ids", "vocabulary"]
+__all__ = [
+    "check_reads",
+    "class_name",
+    "is_causal",
+    "placeholders",
+    "positions",
+    "token_ids",
+    "vocabulary",
+]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language_models import class_name, is_causal, token_ids, vocabulary
+from .language_models import class_name, is_causal, placeholders, token_ids, vocabulary
 from .sharding import processes
 
 Texts = Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
@@ -40,13 +40,15 @@ def pieces_of(
     """Texts cut into pieces of 2 to ``length`` token ids, ``tokens`` in all at most.
 
     Padding at the ends of token ids is left out, where the tokenizer or the model's config names
-    its token; where that begins or ends texts too, one of it is kept.
+    its token; where that begins or ends texts too, one of it is kept. So are the places of images,
+    videos and sound, which the config names: what goes there is not read.
 
     Raises:
         ValueError: no text, one of fewer than two tokens or of ids that the model does not know, or
             something else than text.
     """
     known: Any = vocabulary(model)
+    media = torch.tensor(placeholders(model), dtype=torch.int64, device="cpu")
     pad = next(iter(token_ids(model, tokenizer, "pad")), None)
     kept = int(pad in token_ids(model, tokenizer, "bos") + token_ids(model, tokenizer, "eos"))
     if not texts:
@@ -68,6 +70,8 @@ def pieces_of(
             raise ValueError(
                 f"text {number} is neither a string nor token ids (a list or 1-D tensor)"
             )
+        if len(media):
+            text = text[~torch.isin(text, media.to(text))]
         if pad is not None:
             places = (text != pad).nonzero().flatten()
             first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1 - kept)
@@ -101,6 +105,7 @@ def sample(
     """``count`` texts of ``length`` tokens that the model writes from its start token.
 
     An end token does not end a text: what the model writes after one belongs to what it knows.
+    It writes none of the tokens that stand for images, videos or sound.
 
     Returns:
         The texts, and whether the model's logits were finite.
@@ -110,7 +115,7 @@ def sample(
             f"the model cannot sample: a {class_name(model)} writes no text from left to right; "
             "give texts to anchor by"
         )
-    token = start_token(model, tokenizer)
+    token, media = start_token(model, tokenizer), placeholders(model)
     pieces: list[Tensor] = []
     finite = True
     while len(pieces) < count:
@@ -132,7 +137,7 @@ def sample(
                     "the model cannot sample: its logits are of a whole text, as a classifier's "
                     "are; give texts to anchor by"
                 )
-            drawn, is_finite = draw(logits[:, -1:], generator)
+            drawn, is_finite = draw(logits[:, -1:], generator, without=media)
             ids, finite = torch.cat([ids, drawn], dim=1), finite and is_finite
         if not finite and processes()[1] == 1:
             return pieces, finite
@@ -155,8 +160,10 @@ def start_token(model: Any, tokenizer: Any) -> int:
     )
 
 
-def draw(logits: Tensor, generator: Any) -> tuple[Tensor, bool]:
+def draw(logits: Tensor, generator: Any, without: Sequence[int] = ()) -> tuple[Tensor, bool]:
     """Draw a token ``[B, T]`` from each of ``logits [B, T, V]``; token 0 if one is not finite.
+
+    Never one of those that it is to be drawn ``without``.
 
     Returns:
         The tokens, and whether the logits are finite.
@@ -164,6 +171,8 @@ def draw(logits: Tensor, generator: Any) -> tuple[Tensor, bool]:
     shares = logits.float().softmax(-1)
     if not bool(torch.isfinite(shares).all()):
         return shares.new_zeros(logits.shape[:-1], dtype=torch.int64), False
+    if without:
+        shares[..., list(without)] = 0
     flat = shares.flatten(0, -2)
     return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1]), True
 

@@ -64,7 +64,12 @@ def tuples():
     ("make", "targets", "texts", "message"),
     [
         (tiny.t5, ["q", "v"], TEXTS, "T5ForConditionalGeneration says You must specify"),
-        (vit, "all-linear", TEXTS, "take input_ids alone.*: ViTForImageClassification says"),
+        (
+            vit,
+            "all-linear",
+            TEXTS,
+            "take input_ids alone.*: ViTForImageClassification reads pixel_values",
+        ),
         (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
         (bert, ["query"], None, "cannot sample: a BertForMaskedLM writes no text .*; give texts"),
         (bart, ["q_proj"], None, "cannot sample: a BartForConditionalGeneration writes no text"),

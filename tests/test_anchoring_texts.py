@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import transformers
 from tiny import TEXTS, cored
 
 from secura import anchor, language_models, texts
@@ -140,3 +141,32 @@ def test_a_forward_without_a_cache_cannot_sample():
         anchor(model)
     tiny.assert_same(tiny.snapshot(model), before)
     anchor(model, TEXTS)
+
+
+def test_places_of_images_are_no_text():
+    """Neither in texts, nor in what a model writes by itself."""
+    model, fresh = cored(), cored()
+    model.config.image_token_id, model.config.audio_token_id = 5, 9
+    with_images = [torch.tensor([5, 5, 5, 9, *text.tolist(), 5]) for text in TEXTS]
+    plain = [text[(text != 5) & (text != 9)] for text in TEXTS]
+    report, other = anchor(model, with_images), anchor(fresh, plain)
+    assert report.tokens == other.tokens
+    for (left, right), expected in zip(tiny.anchors(model), tiny.anchors(fresh), strict=True):
+        assert torch.equal(left, expected[0]) and torch.equal(right, expected[1])
+    pieces, _ = texts.sample(model, None, 40, 30, 8, torch.Generator().manual_seed(0))
+    written = torch.stack(pieces)[:, 1:]
+    assert not ((written == 5) | (written == 9)).any() and (written == 6).any()
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2VL", "SmolVLM", "Gemma3", "Qwen2Audio"])
+def test_configs_name_the_places_of_images_and_sound(name):
+    config = getattr(transformers, f"{name}Config")()
+    assert language_models.placeholders(SimpleNamespace(config=config))
+
+
+def test_a_model_that_reads_no_text_is_named_by_what_it_reads():
+    model = SimpleNamespace(
+        main_input_name="pixel_values", parameters=lambda: iter([torch.ones(1)])
+    )
+    with pytest.raises(ValueError, match="SimpleNamespace reads pixel_values"):
+        language_models.check_reads(model)

@@ -224,3 +224,21 @@ def test_what_fsdp1_leaves_of_a_weight_is_one_clear_error():
 def test_shapes_can_be_told_on_the_meta_device(norm):
     layer = SECURALinear.from_linear(nn.Linear(K, N), r=3, norm=norm).to("meta")
     assert layer(torch.empty(2, K, device="meta")).shape == (2, N)
+
+
+@pytest.mark.parametrize("norm", ["none", "channel", "activation"])
+def test_a_base_that_casts_itself_takes_inputs_of_another_dtype(norm):
+    """As diffusers' layerwise casting puts it: stored in bf16, computed in fp32."""
+    torch.manual_seed(0)
+    base = nn.Linear(20, 24).bfloat16()
+    plain = nn.Linear(20, 24)
+    plain.load_state_dict(base.state_dict())
+    layer, exact = (SECURALinear.from_linear(one, r=4, norm=norm) for one in (base, plain))
+    for one in (layer, exact):
+        nn.init.constant_(one.B, 0.1)
+    base.forward = lambda x: nn.functional.linear(x, base.weight.float(), base.bias.float())
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(layer(x), exact(x), rtol=0, atol=1e-5)
+    del base.forward
+    with pytest.raises(TypeError, match="cast one of them"):
+        layer(x)

@@ -126,12 +126,11 @@ def anchor(trainer: Any, arguments: Any, seed: int) -> str:
     except ValueError as error:
         raise UserError(f"--anchor {arguments.anchor}: {one_line(error)}") from error
     source = "the model's own samples" if report.sampled else arguments.anchor
-    unseen = f"; {len(report.unseen)} of them saw none" if report.unseen else ""
     rank = max(len(adapter.core) for adapter, _ in u_adapters(model).values())
     few = f"; these are few for r={rank}" if report.tokens < rank else ""
     return (
         f"secura: anchored {report.layers} layers by {report.tokens:,} tokens of {source} in "
-        f"{report.seconds:.0f} s{unseen}{few}"
+        f"{report.seconds:.0f} s{few}"
     )
 
 

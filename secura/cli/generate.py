@@ -120,6 +120,12 @@ def load(args: Any) -> tuple[Any, Any]:
             "merge' makes a plain checkpoint of it"
         )
     model, tokenizer = adapters.load(args, config, dtype)
+    base = model.get_base_model()
+    if not base.can_generate() or base.main_input_name != "input_ids":
+        raise UserError(
+            f"adapter {adapter!r} is of a {type(base).__name__}, which writes no text from a text: "
+            "'secura merge' makes a plain checkpoint of it"
+        )
     return model.to(device), tokenizer
 
 

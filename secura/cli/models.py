@@ -140,7 +140,9 @@ def load_model(
             resolve_model(name), output_loading_info=True, **kwargs
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r}: {one_line(error)}") from error
+        said, listed, _ = one_line(error).partition(" Model type should be one of")
+        advice = " Train it in Python, with PEFT and a Trainer." if listed else ""
+        raise UserError(f"model {name!r}: {said}{advice}") from error
     ends = tuple(brought)
     lacking = sorted(
         key for key in found["missing_keys"] if not any(end.endswith(key) for end in ends)

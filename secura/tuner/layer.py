@@ -194,7 +194,8 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         if self.merged or bool(adapter.core.any()):
             raise RuntimeError(
                 f"{adapter.name}: an adapter that is merged or was folded keeps its scaling: "
-                "unmerge it, or set the scale before it is folded"
+                "unmerge it, or set the scale before it is folded. In a loop over layers, those "
+                "that came before have the new scaling: call their unscale_layer()"
             )
         adapter.scaling = scaling
 

@@ -21,6 +21,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from secura.cli import adapters, main
@@ -155,6 +157,21 @@ def test_a_classifier_is_no_language_model(base, data, tmp_path, capfd):
     fails(train_flags(tmp_path / "base", data, tmp_path / "out"), capfd, *say)
     fails(["generate", "--model", tmp_path / "base", *PROMPT], capfd, *say)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_images_is_told_what_it_is_not(base, data, tmp_path, capfd):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_labels=5,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    say = ("Unrecognized configuration class", "with PEFT and a Trainer")
+    shown = fails(train_flags(tmp_path / "base", data, tmp_path / "out"), capfd, *say)
+    assert "Model type should be one of" not in (shown or "") and not (tmp_path / "out").exists()
+    adapter_on(model, tmp_path / "base", tmp_path / "adapter", target_modules="all-linear")
+    fails([*argv("generate", tmp_path / "adapter"), *PROMPT], capfd, "writes no text from a text")
 
 
 def test_the_merged_configurations_agree_with_the_tokenizer(base, data, tmp_path):
