@@ -135,7 +135,7 @@ def _activation(save: str) -> Op:
     keep, norm = save == "8bit", pack(NormOptions("activation"))
 
     def forward(d: Tensors, impl: str) -> Any:
-        return activation(d.y0, None, None, d.rows, Terms(d.q), None, norm, keep, impl)
+        return activation(d.y0, None, None, d.rows, None, Terms(d.q), None, norm, keep, impl)
 
     def backward(d: Tensors, impl: str, found: Any) -> Any:
         _, z, _, kept, *measured = found
