@@ -1,7 +1,7 @@
 """The ops a layer is made of, each with the bytes it must move; what ceilings allow a layer.
 
-s bytes an element, S for the bytes of the 32-byte sectors that scattered columns lie in
-(:func:`secura_kernels.plan.sectors`). Inputs count once and outputs once, forward, then backward.
+Inputs count once and outputs once, forward, then backward; the bytes of what is a step of a whole
+layer are those of :mod:`secura_kernels.plan` and :mod:`secura_kernels.inspection.costs`.
 Operations are not written down here: torch counts them by the kernels' own formulas
 (``secura_kernels`` registers them).
 """
@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, kept_weight, plan
-from secura_kernels.inspection.costs import layer_costs
+from secura_kernels.inspection.costs import channel_norm, layer_costs, projection
 from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import pack, unpack
 from secura_kernels.ops.activation.op import activation, activation_backward
@@ -26,7 +26,7 @@ from secura_kernels.ops.common import Terms
 from secura_kernels.ops.lowrank.op import lowrank, lowrank_backward
 from secura_kernels.ops.project.op import project, project_backward
 from secura_kernels.ops.weight.op import merged_weight, normed_weight
-from secura_kernels.plan import sectors
+from secura_kernels.plan import Shape, Steps, sectors
 
 from .registry import SPACES, Ranks, frozen_linear, secura
 
@@ -76,14 +76,14 @@ class Op(NamedTuple):
         name: what it is.
         run: the op on a layer's tensors in an implementation.
         back: its backward on what ``run`` gave, or None for what has none.
-        moved: the bytes it must move forward and backward, from T, N, K, m and s.
+        moved: the bytes it must move forward and backward in a layer of a shape.
         rate: the ceiling its operations run under: ``gemm_tflop_s`` or ``fp32_tflop_s``.
     """
 
     name: str
     run: Callable[[Tensors, str], Any]
     back: Callable[[Tensors, str, Any], Any] | None
-    moved: Callable[[int, int, int, int, int], tuple[float, float]]
+    moved: Callable[[Shape], tuple[float, float]]
     rate: str = "fp32_tflop_s"
 
     def calls(self, data: Tensors, impl: str) -> dict[str, Callable[[], Any]]:
@@ -101,7 +101,7 @@ class Op(NamedTuple):
         self, calls: dict[str, Callable[[], Any]], data: Tensors, ceilings: dict[str, float]
     ) -> dict[str, float]:
         """The least microseconds of each of its calls, by bytes or by operations."""
-        forward, backward = self.moved(*data.size, data.weight.itemsize)
+        forward, backward = self.moved(Shape(*data.size, data.weight.itemsize))
         moved, floors = {"forward": forward, "both": forward + backward}, {}
         for name, call in calls.items():
             with FlopCounterMode(display=False) as counter:
@@ -110,6 +110,10 @@ class Op(NamedTuple):
             by_bytes = moved[name] / ceilings["copy_gb_s"] / 1e3
             floors[name] = max(by_bytes, flop / ceilings[self.rate] / 1e6)
         return floors
+
+
+def _bytes(steps: Steps) -> float:
+    return sum(step.bytes for step in steps.values())
 
 
 def _merged(seed: int | None) -> Callable[[Tensors, str], Tensor]:
@@ -127,7 +131,7 @@ def _channel(form: str) -> Op:
         f"channel: Q of P, {form}",
         lambda d, impl: channel(d.p, None, d.gram, d.norms, None, norm, d.weight.dtype, impl),
         lambda d, impl, found: d.p * found[2][:, None],
-        lambda t, n, k, m, s: (8 * n * m + 4 * m * m, 8 * n * m),
+        lambda shape: (_bytes(channel_norm(shape)), 8 * shape.n * shape.m),
     )
 
 
@@ -145,16 +149,15 @@ def _activation(save: str) -> Op:
             d.grad, saved, z, None, d.rows, Terms(d.q), measured, norm, needs, impl
         )
 
-    return Op(
-        f"activation: norm of y0, {save}",
-        forward,
-        backward,
-        lambda t, n, k, m, s: (
-            (2 * s + keep) * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
-            (2 * s + (1 if keep else s)) * t * n + sectors(t, n, m, s) + s * m * (t + n),
-        ),
-        "gemm_tflop_s",
-    )
+    def moved(shape: Shape) -> tuple[float, float]:
+        t, n, _, m, s = shape
+        saved = (1 if keep else s) * t * n
+        return (
+            _bytes(plan.out_by_output(shape)) + keep * t * n,
+            2 * s * t * n + saved + sectors(t, n, m, s) + s * m * (t + n),
+        )
+
+    return Op(f"activation: norm of y0, {save}", forward, backward, moved, "gemm_tflop_s")
 
 
 def _added(d: Tensors, impl: str) -> Any:
@@ -166,18 +169,28 @@ def _added_back(d: Tensors, impl: str, found: Any) -> Any:
     return lowrank_backward(d.grad, found[1], None, d.rows, d.q, None, None, needs, impl)
 
 
+def _added_moved(shape: Shape) -> tuple[float, float]:
+    t, n, _, m, s = shape
+    backward = 3 * s * t * n + sectors(t, n, m, s) + s * m * (t + n) + 4 * n * m
+    return _bytes(plan.out_by_output(shape)), backward
+
+
+def _weight_moved(times: int) -> Callable[[Shape], tuple[float, float]]:
+    return lambda shape: (times * shape.itemsize * shape.n * shape.k, 0)
+
+
 OPS = (
     Op(
         "A B",
         lambda d, impl: d.a @ d.b,
         lambda d, impl, u: (u @ d.b.t(), d.a.t() @ u),
-        lambda t, n, k, m, s: (20 * m * m, 36 * m * m),
+        lambda shape: (20 * shape.m**2, 36 * shape.m**2),
     ),
     Op(
         "P = C U",
         lambda d, impl: project(d.weight, d.cols, d.u, torch.float32, impl),
         lambda d, impl, p: project_backward(p, d.weight, d.cols, None, impl),
-        lambda t, n, k, m, s: (sectors(n, k, m, s) + 4 * n * m + 4 * m * m,) * 2,
+        lambda shape: (_bytes(projection(shape, 4)),) * 2,
     ),
     _channel("calibrated"),
     _channel("paper"),
@@ -185,22 +198,14 @@ OPS = (
         "none: thin product added to y0",
         _added,
         _added_back,
-        lambda t, n, k, m, s: (
-            2 * s * t * n + sectors(t, n, m, s) + s * m * (2 * t + n),
-            3 * s * t * n + sectors(t, n, m, s) + s * m * (t + n) + 4 * n * m,
-        ),
+        _added_moved,
         "gemm_tflop_s",
     ),
     _activation("recompute"),
     _activation("8bit"),
-    Op("none: W' to nearest", _merged(None), None, lambda t, n, k, m, s: (2 * s * n * k, 0)),
-    Op(
-        "none: W' rounded stochastically",
-        _merged(0),
-        None,
-        lambda t, n, k, m, s: (2 * s * n * k, 0),
-    ),
-    Op("weight: W'", _normed, None, lambda t, n, k, m, s: (3 * s * n * k, 0)),
+    Op("none: W' to nearest", _merged(None), None, _weight_moved(2)),
+    Op("none: W' rounded stochastically", _merged(0), None, _weight_moved(2)),
+    Op("weight: W'", _normed, None, _weight_moved(3)),
 )
 """The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
 

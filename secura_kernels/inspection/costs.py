@@ -16,6 +16,12 @@ def projection(shape: Shape, itemsize: int) -> Steps:
     return {"P": Cost(plan.sectors(n, k, m, s) + 4 * m * m + itemsize * n * m, 2 * n * m * m)}
 
 
+def channel_norm(shape: Shape) -> Steps:
+    """``Q`` of P: P in fp32, Q in the weight's dtype and R Rᵀ, (4 + s) N m + 4 m² bytes."""
+    _, n, _, m, s = shape
+    return {"Q": Cost((4 + s) * n * m + 4 * m * m, 2 * n * m * m)}
+
+
 def core_gradient(shape: Shape) -> Steps:
     """``∂U = Cᵀ ∂P``: the sectors of C, ∂P in fp32, and its sums of parts of W's rows."""
     _, n, k, m, s = shape
@@ -30,7 +36,7 @@ def _additive(shape: Shape, scaled: bool, kept: bool, ceilings: Ceilings) -> tup
     t, n, _, m, s = shape
     forward = projection(shape, 4 if scaled else s)
     if scaled:
-        forward["Q"] = Cost((4 + s) * n * m + 4 * m * m, 2 * n * m * m)
+        forward |= channel_norm(shape)
     by_weight = plan.takes_weight(shape, kept, ceilings)
     forward["product"] = plan.product(shape)
     forward |= plan.out_by_weight(shape) if by_weight else plan.out_by_output(shape)
@@ -120,4 +126,4 @@ def choices(
     return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
 
 
-__all__ = ["choices", "layer_costs"]
+__all__ = ["channel_norm", "choices", "layer_costs", "projection"]

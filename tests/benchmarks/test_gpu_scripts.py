@@ -29,6 +29,7 @@ from benchmarks.children import Child, last_line
 from benchmarks.registry import catalogue, choose
 from benchmarks.rivals import StrongDoRA
 from benchmarks.schema import Result
+from secura_kernels import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -191,7 +192,7 @@ def test_every_ops_floor_grows_with_its_bytes_and_its_operations(op):
     assert ("both" in calls) == (op.back is not None)
     slow, fast = {"copy_gb_s": 1e-3, op.rate: 1e6}, {"copy_gb_s": 1e9, op.rate: 1e-6}
     by_bytes = op.floors_us(calls, data, slow)
-    forward, backward = op.moved(*data.size, 2)
+    forward, backward = op.moved(plan.Shape(*data.size))
     assert by_bytes["forward"] == pytest.approx(forward)
     assert by_bytes.get("both") in (None, pytest.approx(forward + backward))
     by_flop = op.floors_us(calls, data, fast)
