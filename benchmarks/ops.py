@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from secura_kernels import NormOptions, kept_weight, plan
-from secura_kernels.inspection.costs import channel_norm, layer_costs, projection
+from secura_kernels.inspection.costs import channel_norm, over_frozen, projection
 from secura_kernels.inspection.examples import Case
 from secura_kernels.norm import pack, unpack
 from secura_kernels.ops.activation.op import activation, activation_backward
@@ -223,8 +223,7 @@ def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | 
         return None
     chip = plan.Ceilings(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
     shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
-    both = layer_costs(shape, norm, kept_weight.keeps_weight(), chip)
-    return sum(plan.seconds(of, chip) for of in both) / (2 * plan.product(shape).seconds(chip))
+    return over_frozen(shape, norm, kept_weight.keeps_weight(), chip)
 
 
 def every_op_once() -> None:

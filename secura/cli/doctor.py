@@ -152,7 +152,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
         UserError: for a shape, chip or norm that is none.
     """
     from secura_kernels import NormOptions, kept_weight, plan
-    from secura_kernels.inspection.costs import choices, layer_costs
+    from secura_kernels.inspection.costs import choices, layer_costs, over_frozen
     from secura_kernels.norm import NORMS, pack, unpack
 
     sizes = re.fullmatch(r"(\d+)x(\d+)", options.layer)
@@ -177,7 +177,6 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     shape = plan.Shape(options.tokens, n, k, options.r)
     norm, kept = unpack(pack(NormOptions(options.norm))), kept_weight.keeps_weight()
     passes = dict(zip(("forward", "backward"), layer_costs(shape, norm, kept, chip), strict=True))
-    frozen = 2 * plan.product(shape).seconds(chip)
     return {
         "norm": options.norm,
         "shape": shape._asdict(),
@@ -194,7 +193,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
             }
             for name, steps in passes.items()
         },
-        "over_frozen": round(sum(plan.seconds(of, chip) for of in passes.values()) / frozen, 3),
+        "over_frozen": round(over_frozen(shape, norm, kept, chip), 3),
     }
 
 

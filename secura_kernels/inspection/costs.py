@@ -109,6 +109,18 @@ def layer_costs(
     return _additive(shape, norm.space == "channel", kept, ceilings)
 
 
+def over_frozen(
+    shape: Shape, norm: Norm, kept: bool = False, ceilings: Ceilings = DEFAULT
+) -> float:
+    """The least time of a layer's two passes over the frozen layer's two products.
+
+    Arguments of :func:`layer_costs`.
+    """
+    both = layer_costs(shape, norm, kept, ceilings)
+    frozen = 2 * plan.product(shape).seconds(ceilings)
+    return sum(plan.seconds(steps, ceilings) for steps in both) / frozen
+
+
 def choices(
     shape: Shape, norm: Norm, kept: bool = False, ceilings: Ceilings = DEFAULT
 ) -> dict[str, str]:
@@ -126,4 +138,4 @@ def choices(
     return found | ({"W'": "kept" if kept else "rebuilt"} if way == "weight" else {})
 
 
-__all__ = ["channel_norm", "choices", "layer_costs", "projection"]
+__all__ = ["channel_norm", "choices", "layer_costs", "over_frozen", "projection"]
