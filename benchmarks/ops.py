@@ -31,19 +31,11 @@ from secura_kernels.plan import Shape, Steps, sectors
 from .registry import SPACES, Ranks, frozen_linear, secura
 
 
-class Size(NamedTuple):
-    """T tokens, N outputs, K inputs, rank m."""
-
-    t: int
-    n: int
-    k: int
-    m: int
-
-
 class Tensors:
     """Random tensors of one layer, outputs of order 1.
 
     Attributes:
+        shape: the layer's, its itemsize of the weight's dtype.
         x, y0, grad: ``[T, K]``, ``[T, N]``, ``[T, N]``.
         weight: ``W [N, K]``.
         rows, cols: ``[m]`` int64.
@@ -52,8 +44,8 @@ class Tensors:
         gram, norms: of :func:`secura_kernels.with_norms`.
     """
 
-    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
-        t, n, k, m = self.size = size
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        t, n, k, m, _ = self.shape = shape._replace(itemsize=dtype.itemsize)
         case = Case(NormOptions("channel"), dtype, m, t, n, k, inner=min(2 * m, k), biased=False)
         drawn = case.draw(device, 0)
         layer = drawn.layer
@@ -101,7 +93,7 @@ class Op(NamedTuple):
         self, calls: dict[str, Callable[[], Any]], data: Tensors, ceilings: dict[str, float]
     ) -> dict[str, float]:
         """The least microseconds of each of its calls, by bytes or by operations."""
-        forward, backward = self.moved(Shape(*data.size, data.weight.itemsize))
+        forward, backward = self.moved(data.shape)
         moved, floors = {"forward": forward, "both": forward + backward}, {}
         for name, call in calls.items():
             with FlopCounterMode(display=False) as counter:
@@ -210,19 +202,19 @@ OPS = (
 """The thin launches that stand between a layer and its floor, the norms on a given y0, and W'."""
 
 
-def allowed_ratio(name: str, size: Size, ceilings: dict[str, float]) -> float | None:
+def allowed_ratio(name: str, shape: Shape, ceilings: dict[str, float]) -> float | None:
     """What a machine's ceilings allow a SECURA layer in bf16, over the frozen layer's time.
 
     Args:
         name: a provider's; None is returned for one that is not SECURA's.
-        size: the layer's.
+        shape: the layer's.
         ceilings: ``copy_gb_s`` and ``gemm_tflop_s``.
     """
     space = next((space for space in SPACES if name.startswith(f"secura {space}")), None)
     if space is None:
         return None
     chip = plan.Ceilings(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
-    shape, norm = plan.Shape(*size), unpack(pack(NormOptions(space)))
+    norm = unpack(pack(NormOptions(space)))
     return over_frozen(shape, norm, kept_weight.keeps_weight(), chip)
 
 
@@ -230,7 +222,7 @@ def every_op_once() -> None:
     """Run every op's and layer's kernels, forward and backward, on shapes that fill no block."""
     for m in (5, 64):
         for dtype in (torch.bfloat16, torch.float32):
-            data = Tensors(Size(67, 131, 77, m), "cuda", dtype)
+            data = Tensors(Shape(67, 131, 77, m), "cuda", dtype)
             for op in OPS:
                 if dtype == torch.bfloat16 or "stochastically" not in op.name:
                     for call in op.calls(data, "triton").values():

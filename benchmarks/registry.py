@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from secura import SECURALinear
 from secura_kernels import NormOptions, naive
 from secura_kernels.dispatch import why_not_triton
+from secura_kernels.plan import Cost
 
 from .machine import dtype_name
 from .rivals import ReleasedWay, StrongDoRA, StrongLoRA
@@ -296,13 +297,6 @@ def _product(
 # The least each family must compute and move.
 
 
-class Work(NamedTuple):
-    """Floating-point operations and bytes."""
-
-    flop: float
-    bytes: float
-
-
 FAMILIES: dict[str, Callable[[int, int, int, int, int], tuple[int, int, int, int]]] = {
     "frozen": lambda t, n, k, m, r: (0, 0, 0, 0),
     "secura none": lambda t, n, k, m, r: (t * n * m + n * m * m, 0, 2 * t * n * m + t * k * m, 0),
@@ -339,13 +333,13 @@ as read once and its result as written once, weights included, thin ``[T, m]`` a
 tensors left out. They are floors: what moves more shows as a small share of the ceilings."""
 
 
-def work(family: str, case: LayerCase, itemsize: int) -> dict[str, Work]:
+def work(family: str, case: LayerCase, itemsize: int) -> dict[str, Cost]:
     """``{"forward", "backward", "both"}`` of a provider's family."""
     t, n, k = case.T, case.N, case.K
     extra = FAMILIES[family](t, n, k, case.m, case.r)
     ways = [
-        Work(2.0 * (t * n * k + products), float(itemsize * (t * n + t * k + n * k + moved)))
+        Cost(float(itemsize * (t * n + t * k + n * k + moved)), 2.0 * (t * n * k + products))
         for products, moved in (extra[:2], extra[2:])
     ]
-    both = Work(*map(sum, zip(*ways, strict=True)))
+    both = Cost(sum(way.bytes for way in ways), sum(way.flop for way in ways))
     return {"forward": ways[0], "backward": ways[1], "both": both}

@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from secura_kernels.plan import Shape
+
 from . import graphs, measure
 from .children import Child, exit_when_asked
 from .landing import shares
 from .layer import PHASES, Problem, Runner
-from .ops import OPS, Op, Size, Tensors, allowed_ratio
+from .ops import OPS, Op, Tensors, allowed_ratio
 from .registry import Provider, Ranks, catalogue, choose, excuse, secura
 from .schema import SPENT, Recorder, Row, new_result
 from .shapes import LayerCase
@@ -50,7 +52,7 @@ PROVIDERS = (
 )
 ROUNDED = secura("none", "triton", "secura none stochastic", stochastic_rounding=True)
 """W' rounded stochastically: the one of ``PROVIDERS`` that the catalogue has not."""
-SIZES = {"q+o": Size(8192, 4096, 4096, 128), "gate+up": Size(8192, 14336, 4096, 128)}
+SHAPES = {"q+o": Shape(8192, 4096, 4096, 128), "gate+up": Shape(8192, 14336, 4096, 128)}
 LANDING = (1e-3, 3e-4)
 """‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""
 
@@ -67,21 +69,21 @@ class Asker:
         self.device, self.dry = torch.device(device), device == "cpu"
         self.dtype, self.timing = torch.bfloat16, not (warming or self.dry)
 
-    def size(self, size: Size) -> Size:
-        """The size asked for, or on a CPU one with as many blocks of nearly nothing."""
-        t, n, k, _ = size
+    def shape(self, shape: Shape) -> Shape:
+        """The shape asked for, or on a CPU one with as many blocks of nearly nothing."""
+        t, n, k, _, _ = shape
         if not self.dry:
-            return size
-        return Size(max(16, t // 256), max(32, n // 128), max(32, k // 128), 16)
+            return shape
+        return Shape(max(16, t // 256), max(32, n // 128), max(32, k // 128), 16)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  one size at a time is all a GPU should hold
-    def tensors(self, size: Size) -> Tensors:
-        """Random tensors of a layer of a size."""
-        return Tensors(self.size(size), str(self.device), self.dtype)
+    @functools.lru_cache(maxsize=1)  # noqa: B019  one shape at a time is all a GPU should hold
+    def tensors(self, shape: Shape) -> Tensors:
+        """Random tensors of a layer of a shape."""
+        return Tensors(self.shape(shape), str(self.device), self.dtype)
 
-    def problem(self, size: Size) -> Problem:
+    def problem(self, shape: Shape) -> Problem:
         """A layer's random tensors, for the providers."""
-        t, n, k, m = self.size(size)
+        t, n, k, m, _ = self.shape(shape)
         case = LayerCase("triage", "linear", 1, t, n, k, m, min(16, m))
         return Problem(case, self.device, self.dtype)
 
@@ -125,9 +127,9 @@ def questions(ceilings: dict[str, float], only: str = "") -> list[Question]:
     """Those whose names begin with a part of ``only``, the most important first."""
     found = [Question(f"layer: {name}", functools.partial(_layer, name)) for name in PROVIDERS]
     found += [Question(f"host: {name}", functools.partial(_host, name)) for name in PROVIDERS[:-1]]
-    for label, size in SIZES.items():
+    for label, shape in SHAPES.items():
         for op in OPS:
-            ask = functools.partial(_op, op, size, ceilings)
+            ask = functools.partial(_op, op, shape, ceilings)
             found.append(Question(f"op: {op.name}, {label}", ask))
     found += [Question(f"lands: {name}", functools.partial(_lands, name)) for name in PROVIDERS[1:]]
     return [one for one in found if one.name.startswith(tuple(only.split(",")))]
@@ -135,7 +137,7 @@ def questions(ceilings: dict[str, float], only: str = "") -> list[Question]:
 
 def _layer(name: str, asker: Asker) -> dict[str, Any]:
     """A provider's layer: errors against fp64, memory, and forward, backward and graph."""
-    runner = Runner(asker.provider(name), asker.problem(SIZES["q+o"]))
+    runner = Runner(asker.provider(name), asker.problem(SHAPES["q+o"]))
     figures = dict(runner.figures)
     with runner.provider.running():
         for phase in PHASES:
@@ -148,7 +150,7 @@ def _layer(name: str, asker: Asker) -> dict[str, Any]:
 
 def _host(name: str, asker: Asker) -> dict[str, Any]:
     """One layer on few tokens, so that its time is the host's."""
-    runner = Runner(asker.provider(name), asker.problem(Size(16, 4096, 4096, 128)))
+    runner = Runner(asker.provider(name), asker.problem(Shape(16, 4096, 4096, 128)))
     with runner.provider.running():
         return {
             "eager forward_us": asker.host_us(runner.forward),
@@ -157,9 +159,9 @@ def _host(name: str, asker: Asker) -> dict[str, Any]:
         }
 
 
-def _op(op: Op, size: Size, ceilings: dict[str, float], asker: Asker) -> dict[str, Any]:
+def _op(op: Op, shape: Shape, ceilings: dict[str, float], asker: Asker) -> dict[str, Any]:
     """An op's times, their floors by bytes and operations, and the shares that are of them."""
-    data, figures = asker.tensors(size), dict[str, Any]()
+    data, figures = asker.tensors(shape), dict[str, Any]()
     calls = op.calls(data, "triton")
     floors = op.floors_us(calls, data, ceilings) if ceilings else {}
     for name, call in calls.items():
@@ -171,7 +173,7 @@ def _op(op: Op, size: Size, ceilings: dict[str, float], asker: Asker) -> dict[st
 
 def _lands(name: str, asker: Asker) -> dict[str, Any]:
     """The share of a small update's exact effect that a layer's output shows."""
-    problem, figures = asker.problem(Size(1024, 4096, 4096, 128)), {}
+    problem, figures = asker.problem(Shape(1024, 4096, 4096, 128)), {}
     ranks, provider = Ranks(problem.case.m, problem.case.r), asker.provider(name)
     for change in LANDING:
         found = shares(provider, problem.weight, problem.x.detach(), ranks, change)
@@ -237,7 +239,7 @@ def ceilings_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def table(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     """The layers over the frozen one, beside what the ceilings allow, and what failed."""
-    size = SIZES["q+o"]
+    shape = SHAPES["q+o"]
     layers = {
         row.case["question"].removeprefix("layer: "): row.figures
         for row in rows
@@ -246,10 +248,10 @@ def table(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     frozen = layers.get("frozen", {}).get("both_graph_us")
     lines = [
         "",
-        f"{'layer at ' + str(tuple(size)):32s} graph µs  ratio  allowed  eager µs  saved MiB",
+        f"{'layer at ' + str(shape[:4]):32s} graph µs  ratio  allowed  eager µs  saved MiB",
     ]
     for name, figures in layers.items() if frozen else ():
-        allowed, graph_us = allowed_ratio(name, size, ceilings), figures["both_graph_us"]
+        allowed, graph_us = allowed_ratio(name, shape, ceilings), figures["both_graph_us"]
         lines.append(
             f"{name:32s} {graph_us:8.0f}  {graph_us / frozen:5.3f}  "
             f"{'' if allowed is None else f'{allowed:.3f}':>7s}  "

@@ -33,6 +33,7 @@ from benchmarks.registry import (
 from benchmarks.rivals import StrongLoRA
 from benchmarks.schema import LOST, Recorder, Result, Row
 from benchmarks.session import Turn
+from secura_kernels.plan import Cost
 
 TINY = shapes.LayerCase("square", "linear", 1, T=24, N=40, K=56, m=6, r=3)
 OTHER = shapes.LayerCase("square", "linear", 1, T=12, N=40, K=56, m=6, r=3)
@@ -239,8 +240,8 @@ def test_a_wide_activation_layer_moves_h_r_and_not_the_gradient_of_its_output(n,
 def test_costs_count_by_the_table():
     case = shapes.LayerCase("square", "linear", 1, T=2, N=3, K=5, m=1, r=1)
     frozen = registry.work("frozen", case, 2)
-    assert frozen["forward"] == registry.Work(2 * 30, 2 * (6 + 10 + 15))
-    assert frozen["both"] == registry.Work(4 * 30, 4 * (6 + 10 + 15))
+    assert frozen["forward"] == Cost(2 * (6 + 10 + 15), 2 * 30)
+    assert frozen["both"] == Cost(4 * (6 + 10 + 15), 4 * 30)
     for provider in catalogue(torch.bfloat16):
         work = registry.work(provider.family, case, 2)["both"]
         assert work.flop >= frozen["both"].flop and work.bytes >= frozen["both"].bytes

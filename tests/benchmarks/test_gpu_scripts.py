@@ -173,26 +173,26 @@ def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatc
 
 def test_the_ceilings_allow_what_the_bytes_and_products_come_to():
     ceilings = {"copy_gb_s": 3000.0, "gemm_tflop_s": 700.0}
-    size = ops.Size(8192, 4096, 4096, 128)
+    shape = plan.Shape(8192, 4096, 4096, 128)
     allowed = {
-        space: ops.allowed_ratio(f"secura {space} triton", size, ceilings)
+        space: ops.allowed_ratio(f"secura {space} triton", shape, ceilings)
         for space in ("none", "channel", "activation", "weight")
     }
-    assert ops.allowed_ratio("peft lora bf16", size, ceilings) is None
+    assert ops.allowed_ratio("peft lora bf16", shape, ceilings) is None
     assert 1.1 < allowed["none"] < allowed["channel"] < allowed["activation"] < 1.25
     assert 1.5 < allowed["weight"] < 1.75
-    faster = ops.allowed_ratio("secura none", size, ceilings | {"copy_gb_s": 4300.0})
+    faster = ops.allowed_ratio("secura none", shape, ceilings | {"copy_gb_s": 4300.0})
     assert faster < allowed["none"]
 
 
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_every_ops_floor_grows_with_its_bytes_and_its_operations(op):
-    data = ops.Tensors(ops.Size(32, 48, 64, 16), "cpu", torch.bfloat16)
+    data = ops.Tensors(plan.Shape(32, 48, 64, 16), "cpu", torch.bfloat16)
     calls = op.calls(data, "reference")
     assert ("both" in calls) == (op.back is not None)
     slow, fast = {"copy_gb_s": 1e-3, op.rate: 1e6}, {"copy_gb_s": 1e9, op.rate: 1e-6}
     by_bytes = op.floors_us(calls, data, slow)
-    forward, backward = op.moved(plan.Shape(*data.size))
+    forward, backward = op.moved(data.shape)
     assert by_bytes["forward"] == pytest.approx(forward)
     assert by_bytes.get("both") in (None, pytest.approx(forward + backward))
     by_flop = op.floors_us(calls, data, fast)
