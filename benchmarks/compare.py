@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from .markdown import table
 from .registry import SPACES
 from .schema import Result, Row
 from .tables import groups, headline_t, setting, summed
@@ -55,17 +56,17 @@ class Verdict(NamedTuple):
         limit = self.target.limit
         return limit / self.ratio if self.target.at_least else self.ratio / limit
 
-    def line(self) -> str:
-        """A line of :data:`HEADER`'s table."""
+    def cells(self) -> list[str]:
+        """Its row of a table of :data:`HEADS`."""
         target = self.target
-        sign = "≥" if target.at_least else "≤"
-        start = f"| {self.figure} | {target.ours} | {target.rival} | {sign} {target.limit:g} × |"
-        if self.ratio is None:
-            return f"{start} | not measured |"
-        return f"{start} {self.ratio:.3f} × | {'reached' if self.excess <= 1 else 'missed'} |"
+        limit = f"{'≥' if target.at_least else '≤'} {target.limit:g} ×"
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f} ×"
+        word = "reached" if self.excess <= 1 else "missed"
+        word = "not measured" if self.ratio is None else word
+        return [self.figure, target.ours, target.rival, limit, ratio, word]
 
 
-HEADER = ["| figure | SECURA | against | target | ratio | |", "|---|---|---|---|---|---|"]
+HEADS = ("figure", "SECURA", "against", "target", "ratio", "")
 
 
 def targets(result: Result) -> list[Target]:
@@ -142,19 +143,18 @@ def judged(result: Result) -> dict[str, list[Verdict]]:
     return {name: [judge(one, of) for one in targets(result)] for name, of in found.items()}
 
 
-def changes(old: Result, new: Result) -> list[str]:
+def changes(old: Result, new: Result) -> str:
     """A table of every figure that both results have, and the ratio of new to old."""
-    lines = [f"| setting | provider | figure | {old.commit} | {new.commit} | new / old |"]
-    lines += ["|---" * 6 + "|"]
+    heads, lines = ["setting", "provider", "figure", old.commit, new.commit, "new / old"], []
     before = settings(old)
     for title, providers in settings(new).items():
         for provider, figures in providers.items():
             known = before.get(title, {}).get(provider, {})
             for name in figures.keys() & known.keys():
                 ratio = f"{figures[name] / known[name]:.3f} ×" if known[name] else ""
-                cells = [title, provider, name, f"{known[name]:.5g}", f"{figures[name]:.5g}", ratio]
-                lines.append(f"| {' | '.join(cells)} |")
-    return [*lines[:2], *sorted(lines[2:])]
+                both = (f"{one[name]:.5g}" for one in (known, figures))
+                lines.append([title, provider, name, *both, ratio])
+    return table(heads, sorted(lines), 3)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,12 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
     if len({result.benchmark for result in results}) > 1 or len(results) > 2:
         parser.error("give one result, or two of one benchmark")
     if len(results) == 2:
-        print("\n".join(changes(*results)))
+        print(changes(*results))
         return 0
     if results[0].benchmark not in ("layer", "model"):
         parser.error(f"no targets are set for {results[0].benchmark!r}")
     for title, verdicts in judged(results[0]).items():
-        print("\n".join([title, "", *HEADER, *(verdict.line() for verdict in verdicts), ""]))
+        print(f"{title}\n\n{table(HEADS, [verdict.cells() for verdict in verdicts], 3)}\n")
     return 0
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from .markdown import table
 from .retention.summary import estimate
 from .schema import Result, Row
-from .tables import baseline, cut_short, groups, markdown_row, provenance, shape_of, title
+from .tables import baseline, cut_short, groups, provenance, shape_of, title
 
 BEFORE = ", before"
 """Ends the name of a provider whose figures are an earlier commit's."""
@@ -14,32 +15,28 @@ BEFORE = ", before"
 
 def memory_table(result: Result) -> str:
     """Peak and kept memory of whole training steps, as ``benchmarks.memory`` counted them."""
-    lines = [
-        "| model, tokens | layer | kept by the decoder, MiB | peak, MiB | against LoRA |",
-        "|---|---|---|---|---|",
-    ]
+    heads = ["model, tokens", "layer", "kept by the decoder, MiB", "peak, MiB", "against LoRA"]
+    lines = []
     for row in result.rows:
         case, own = row.case, [other for other in result.rows if other.case == row.case]
         what = f"{case['model']}, {case['sequence']} × {case['batch']}"
         what += ", checkpointing" if case["checkpointing"] else ""
         label = title(row.provider, case)
         if row.status != "ok":
-            lines.append(f"| {what} | {label} | {row.status}: {row.note} | | |")
+            lines.append([what, label, f"{row.status}: {row.note}", "", ""])
             continue
         lora = baseline([other.provider for other in own], result.dtype)
         known = next((o.figures.get("peak_mib") for o in own if o.provider == lora), None)
         kept, peak = row.figures.get("kept_mib"), row.figures["peak_mib"]
         ratio = f"{peak / known:.2f} ×" if known and kept is not None else ""
-        lines.append(
-            f"| {what} | {label} | {'' if kept is None else f'{kept:.0f}'} | {peak:.0f} | {ratio} |"
-        )
+        lines.append([what, label, "" if kept is None else f"{kept:.0f}", f"{peak:.0f}", ratio])
     caption = (
         f"{result.dtype}; torch {result.versions['torch']}, peft {result.versions['peft']}; commit "
         f"{result.commit}; `{result.command}`. Counted from the shapes of all tensors of a "
         "step, on no device; weights, adapters and the optimizer's state are not in it, nor what "
         "an op allocates for itself alone."
     )
-    return "\n".join([*lines, "", caption]) + "\n"
+    return f"{table(heads, lines, 2)}\n\n{caption}\n"
 
 
 def counts_table(result: Result) -> str:
@@ -53,7 +50,7 @@ def counts_table(result: Result) -> str:
         heads = [shape, "launches", "MiB", *(f"{chip.upper()}, by count" for chip in chips)]
         measured = result.preset != "together"
         heads += ["H100, measured"] * measured
-        lines = [markdown_row(heads), "|---" * len(heads) + "|"]
+        lines = []
         for name in sorted(one for one in sums if not one.endswith(BEFORE)):
             now, was = sums[name], sums.get(name + BEFORE)
             first, _, rest = name.partition(",")
@@ -66,8 +63,8 @@ def counts_table(result: Result) -> str:
                     f"{of[figure] / floor[figure]:.2f}" for of in (was, now) if of and figure in of
                 ]
                 cells.append(" → ".join(dict.fromkeys(ratios)))
-            lines.append(markdown_row(cells).replace("|  |", "| |"))
-        parts.append("\n".join([*lines, ""]))
+            lines.append(cells)
+        parts.append(f"{table(heads, lines)}\n")
     rates = "; ".join(
         f"{name.upper()} {chip['bytes_s'] / 1e12:.3g} TB/s, {chip['flop_s'] / 1e12:.3g} TFLOP/s"
         for name, chip in chips.items()
@@ -102,12 +99,12 @@ def landing_table(result: Result) -> str:
     changes = dict.fromkeys(row.case["change"] for row in result.rows if row.figures)
     sizes = [f"{change:g}" for change in changes]
     heads = ["of ΔW's effect there arrives, at ‖ΔW‖ / ‖W‖ =", *sizes, "error of the output"]
-    lines = [markdown_row(heads), "|---" * len(heads) + "|"]
+    lines = []
     for name in dict.fromkeys(row.provider for row in result.rows):
         own = [row.figures for row in result.rows if row.provider == name and row.figures]
         shares = [f"{one['share']:.2f}{_spread(one['spread'])}" for one in own]
         error = f"{max(one['error'] for one in own):.1e}" if own else ""
-        lines.append(markdown_row([title(name, result.rows[0].case), *shares, error]))
+        lines.append([title(name, result.rows[0].case), *shares, error])
     case = result.rows[0].case
     shape = f"T={case['T']}, {case['K']}→{case['N']}, random weights"
     caption = (
@@ -115,7 +112,7 @@ def landing_table(result: Result) -> str:
         "0.005; a gated space's own effect is about ΔW/2. *Error of the output*: against fp64, "
         f"relative, the largest of the columns. A CPU's arithmetic. {provenance(result)}."
     )
-    return "\n".join([*lines, "", caption + cut_short(result)]) + "\n"
+    return f"{table(heads, lines)}\n\n{caption}{cut_short(result)}\n"
 
 
 def _spread(value: float) -> str:
@@ -130,7 +127,7 @@ def landing_model_table(result: Result) -> str:
             runs.setdefault(row.provider, {})[row.case["seed"]] = row
     heads = ["", "rate", "learned, nats a token", "less than in fp32"]
     heads += ["its adapter run in fp32", "less than in fp32", "‖ΔW‖ / ‖W‖"]
-    lines = [markdown_row(heads).replace("|  ", "| "), "|---" * len(heads) + "|"]
+    lines = []
     for name, own in runs.items():
         exact = runs.get(f"{name.partition(', ')[0]}, fp32", {})
         first = next(iter(own.values())).case
@@ -140,7 +137,7 @@ def landing_model_table(result: Result) -> str:
             pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
             cells.append(_interval(pairs) if any(pairs) else "")
         cells.append(f"{fmean(row.figures['change'] for row in own.values()):.4f}")
-        lines.append(markdown_row(cells).replace("|  ", "| "))
+        lines.append(cells)
     case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
     caption = (
         f"SmolLM2-135M, GSM8K, all linear layers, {case['steps']} steps of {case['batch']} × "
@@ -148,7 +145,7 @@ def landing_model_table(result: Result) -> str:
         f"with the 95% interval; loss of {case['held_out']} × {case['length']} held-out "
         f"tokens, before it less after it. {provenance(result)}."
     )
-    return "\n".join([*lines, "", caption + cut_short(result)]) + "\n"
+    return f"{table(heads, lines)}\n\n{caption}{cut_short(result)}\n"
 
 
 def _learned(row: Row, end: str) -> float:

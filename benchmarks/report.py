@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import scale
+from . import markdown, scale
 from .count_tables import counts_table, landing_model_table, landing_table, memory_table
 from .plots import draw_all, plots_of
 from .retention.record import read_all
@@ -52,29 +52,30 @@ _MARKED = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", 
 def demo_table(result: dict[str, Any]) -> str:
     """Losses and costs of the demo."""
     base, settings, plan = result["base"], result["settings"], result["plan"]
-    lines = [
-        "| | GSM8K, held out | news text | trainable | adapter file | seconds a step |",
-        "|---|---|---|---|---|---|",
-        f"| base model | {base['gsm8k']:.3f} | {base['news']:.3f} | | | |",
-    ]
+    head = ["", "GSM8K, held out", "news text", "trainable", "adapter file", "seconds a step"]
+    rows = [["base model", f"{base['gsm8k']:.3f}", f"{base['news']:.3f}", "", "", ""]]
     for name in ("lora", "secura"):
         method = result["methods"][name]
         last = method["evaluations"][-1]
-        lines.append(
-            f"| {method['title']}, lr {method['learning_rate']:g} | {last['gsm8k']:.3f} "
-            f"| {last['news']:.3f} | {method['trainable_parameters']:,} "
-            f"| {method['adapter_bytes'] / 1e6:.1f} MB | {method['seconds_per_step']:.2f} |"
+        rows.append(
+            [
+                f"{method['title']}, lr {method['learning_rate']:g}",
+                f"{last['gsm8k']:.3f}",
+                f"{last['news']:.3f}",
+                f"{method['trainable_parameters']:,}",
+                f"{method['adapter_bytes'] / 1e6:.1f} MB",
+                f"{method['seconds_per_step']:.2f}",
+            ]
         )
     hardware = result["hardware"]
-    lines += [
-        "",
+    caption = (
         f"Cross-entropy, lower is better. {result['assets'][0]['title']} "
         f"({result['assets'][0]['note']}), {plan['steps']} steps of batch "
         f"{settings['batch_size']} on {' and '.join(settings['target_modules'])}, {plan['dtype']}, "
         f"one seed; {hardware['name']}, {hardware['threads']} threads; {result['seconds']:.0f} "
-        "seconds in all; `make demo`.",
-    ]
-    return "\n".join(lines) + "\n"
+        "seconds in all; `make demo`."
+    )
+    return f"{markdown.table(head, rows)}\n\n{caption}\n"
 
 
 def retention_table(results: Path, name: str) -> str:

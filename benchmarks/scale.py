@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from . import markdown
 from .shapes import MODELS, ModelShape
 
 NODE = 8
@@ -224,7 +225,7 @@ def table() -> str:
         "model, GPUs, set-up", "NVLink, MB", "network, MB", "collectives", "launches", "state, MiB",
         "kept for backward, MiB", "through memory, GB",
     ]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     units = (1e6, 1e6, 1, 1, 2**20, 2**20, 1e9)
     for name in ("llama3-8b", "llama3-70b", "llama3-405b"):
         for gpus in (8, 64, 512):
@@ -234,12 +235,12 @@ def table() -> str:
                     label += f" × FSDP2 {gpus // NODE}"
                 first, second = (cost(MODELS[name], setup, gpus, method) for method in METHODS)
                 if first is None or second is None:
-                    lines.append(f"| {label} | the weights do not fit | | | | | | |")
+                    lines.append([label, "the weights do not fit", *[""] * (len(heads) - 2)])
                     continue
                 both = zip(first, second, units, strict=True)
                 cells = [f"{a / unit:,.0f} / {b / unit:,.0f}" for a, b, unit in both]
-                lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _CAPTION]) + "\n"
+                lines.append([label, *cells])
+    return f"{markdown.table(heads, lines)}\n\n{_CAPTION}\n"
 
 
 _CAPTION = (

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from .markdown import table
 from .schema import Result, Row
 
 NOT_YET = "*Not measured yet.*\n"
@@ -109,7 +110,7 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
         "matrix rate",
         "bandwidth",
     ]
-    lines = [markdown_row(heads), "|---" * len(heads) + "|"]
+    lines = []
     absent: dict[str, list[str]] = {}
     for provider, rows in providers.items():
         label = title(provider, rows[0].case)
@@ -135,14 +136,9 @@ def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[R
             f"{good[provider]['peak_mib']:.0f}",
             *(f"{share:.0%}" for share in shares(good[provider], result.ceilings)),
         ]
-        lines.append(markdown_row(cells))
+        lines.append(cells)
     notes = [f"No figures for {', '.join(names)}: {why}." for why, names in absent.items()]
-    return "\n".join([*lines, "", *notes, ""])
-
-
-def markdown_row(cells: list[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([table(heads, lines), "", *notes, ""])
 
 
 def shape_of(model: str, t: int, rows: list[Row]) -> str:
@@ -186,7 +182,7 @@ def model_table(result: Result) -> str:
             bases[json.dumps(row.case)] = row.figures
     heads = ["model, adapters on, sequence × batch", "layer", "tokens/s", "against LoRA"]
     heads += ["step, ms (20%, 80%)", "peak, MiB", "MFU"]
-    lines = [markdown_row(heads), "|---" * len(heads) + "|"]
+    lines = []
     for row in result.rows:
         cells = [setting(row.case), title(row.provider, row.case)]
         if row.status == "ok":
@@ -201,13 +197,13 @@ def model_table(result: Result) -> str:
             ]
         else:
             cells += [f"{row.status}: {row.note}", "", "", "", ""]
-        lines.append(markdown_row(cells).replace("|  ", "| "))
+        lines.append(cells)
     caption = (
         f"{provenance(result)}. Random weights and tokens; a step is forward, backward and AdamW. "
         "*Peak* is above weights, adapters and optimizer state. *MFU* is against the matrix rate "
         "measured there; recomputation is not counted as work."
     )
-    return "\n".join([*lines, "", caption + cut_short(result)]) + "\n"
+    return f"{table(heads, lines, 2)}\n\n{caption}{cut_short(result)}\n"
 
 
 def setting(case: dict[str, Any]) -> str:
@@ -220,46 +216,38 @@ def setting(case: dict[str, Any]) -> str:
 
 def startup_table(result: Result) -> str:
     """Seconds and memory ``benchmarks.startup`` took to wrap a model."""
-    lines = [
-        "| model | wrapping | seconds | MiB above the model at the peak |",
-        "|---|---|---|---|",
-    ]
+    heads, lines = ["model", "wrapping", "seconds", "MiB above the model at the peak"], []
     for row in result.rows:
         what = f"{row.case['model']}, {row.case['blocks']} blocks"
         label = title(row.provider, row.case)
         if row.status != "ok":
-            lines.append(f"| {what} | {label} | {row.status}: {row.note} | |")
+            lines.append([what, label, f"{row.status}: {row.note}", ""])
             continue
         note = f" ({row.note})" if row.note else ""
-        lines.append(
-            f"| {what} | {label} | {row.figures['seconds']:.2f}{note} "
-            f"| {row.figures['peak_mib']:.0f} |"
-        )
-    return "\n".join([*lines, "", f"{provenance(result)}."]) + "\n"
+        seconds, peak = row.figures["seconds"], row.figures["peak_mib"]
+        lines.append([what, label, f"{seconds:.2f}{note}", f"{peak:.0f}"])
+    return f"{table(heads, lines, 2)}\n\n{provenance(result)}.\n"
 
 
 def anchor_table(result: Result) -> str:
     """Costs of the anchor that ``benchmarks.anchor`` found."""
-    lines = ["| | seconds | |", "|---|---|---|"]
+    lines = []
     for row in result.rows:
         figures = row.figures
         if row.status != "ok":
-            lines.append(f"| {row.provider} | {row.status}: {row.note} | |")
+            lines.append([row.provider, f"{row.status}: {row.note}", ""])
         elif "tokens" in figures:
-            lines.append(
-                f"| anchoring {row.case['layers']} layers, {figures['tokens']:,} tokens | "
-                f"{figures['seconds']:.0f} | {figures['peak_mib']:.0f} MiB above the model at the "
-                "peak |"
-            )
+            what = f"anchoring {row.case['layers']} layers, {figures['tokens']:,} tokens"
+            peak = f"{figures['peak_mib']:.0f} MiB above the model at the peak"
+            lines.append([what, f"{figures['seconds']:.0f}", peak])
         else:
             time = figures["step_ms"]
             shape = f"{row.case['batch']} × {row.case['sequence']} tokens"
-            lines.append(
-                f"| {row.provider}, {shape} | {time['median'] / 1e3:.2f} | "
-                f"{time['q20'] / 1e3:.2f} to {time['q80'] / 1e3:.2f}, {time['samples']} steps |"
-            )
-    case = result.rows[0].case
-    return "\n".join([*lines, "", f"{case['model']}, m={case['m']}; {provenance(result)}."]) + "\n"
+            spread = f"{time['q20'] / 1e3:.2f} to {time['q80'] / 1e3:.2f}"
+            median, steps = f"{time['median'] / 1e3:.2f}", f"{time['samples']} steps"
+            lines.append([f"{row.provider}, {shape}", median, f"{spread}, {steps}"])
+    case, text = result.rows[0].case, table(["", "seconds", ""], lines)
+    return f"{text}\n\n{case['model']}, m={case['m']}; {provenance(result)}.\n"
 
 
 def provenance(result: Result) -> str:

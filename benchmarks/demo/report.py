@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.markdown import table
+
 COLUMNS = (
     "",
     "GSM8K loss, held out",
@@ -43,8 +45,6 @@ def markdown(results: dict[str, Any], picture: str) -> str:
     """The report; every figure in it is taken from `results`."""
     merge, plan, settings = results["merge"], results["plan"], results["settings"]
     machine, question = results["hardware"], results["question"]
-    rows = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    rows += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
     trained = [
         f"- **{method['title']}**: {method['about']}" for method in results["methods"].values()
     ]
@@ -59,7 +59,7 @@ def markdown(results: dict[str, Any], picture: str) -> str:
             f"{results['seconds']:.0f} s on {machine['name']} ({machine['threads']} threads, "
             f"{plan['dtype']}), seed {settings['seed']}.",
             "",
-            *rows,
+            table(COLUMNS, table_rows(results)),
             "",
             f"Losses are mean cross-entropy in nats a token, on {settings['held_out']} GSM8K test "
             f"problems (answers alone) and on the first {settings['text_tokens']} tokens of "

@@ -1,9 +1,8 @@
-"""How the report writes figures, and tables of them."""
+"""How the report writes figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 
 from benchmarks.retention.summary import Estimate
 
@@ -28,10 +27,4 @@ def percent(found: Estimate) -> str:
     return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.0%}"
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, all columns but the first to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-__all__ = ["NOTHING", "interval", "markdown", "percent", "plus_minus"]
+__all__ = ["NOTHING", "interval", "percent", "plus_minus"]

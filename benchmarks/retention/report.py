@@ -10,7 +10,8 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.retention.figures import NOTHING, interval, markdown, percent, plus_minus
+from benchmarks.markdown import table
+from benchmarks.retention.figures import NOTHING, interval, percent, plus_minus
 from benchmarks.retention.grid import BEST, STAGES
 from benchmarks.retention.methods import CUR_RANK, LORA_RANKS, get_method
 from benchmarks.retention.plots import write_front, write_sequence
@@ -121,7 +122,7 @@ def brief_table(front: Front) -> str:
     level, lower = front.levels()[MAIN], front.levels()[MAIN - 1]
     main, less = f"{LEVELS[MAIN]:.0%}", f"{LEVELS[MAIN - 1]:.0%}"
     head = ["method", "trained", "learned at best", f"drift at {main}", f"drift at {less}"]
-    table = [
+    rows = [
         [*_learner(front, name), _ratio(front, name, level), _ratio(front, name, lower)]
         for name in _by_interest(front)[:BRIEF]
     ]
@@ -130,9 +131,9 @@ def brief_table(front: Front) -> str:
         f"{less} ({level:.3f} and {lower:.3f} nats a token of the task's held-out loss) of what "
         "LoRA reaches at its best rate on every seed, as a multiple of LoRA's there; below 1 "
         f"drifts less. Read between the ends of runs at different rates. {_INTERVALS}"
-        f"{_marks(table)} {_made(front)}"
+        f"{_marks(rows)} {_made(front)}"
     )
-    return f"{markdown(head, table)}\n\n{caption}"
+    return f"{table(head, rows)}\n\n{caption}"
 
 
 def main_table(front: Front) -> str:
@@ -146,7 +147,7 @@ def main_table(front: Front) -> str:
     head = ["method", "trained", "learned at best", *(f"KL, {kind}" for kind in kinds)]
     more = ["KL, all kinds", "KL, the task", "rise of loss", "probes kept", "kept, plain"]
     shown, task = _by_interest(front), front.some(REFERENCE).task
-    table = [
+    rows = [
         [
             *_learner(front, name),
             *(_ratio(front, name, level, kind) for kind in kinds),
@@ -158,7 +159,7 @@ def main_table(front: Front) -> str:
         f"KL(base ‖ tuned) where a method has learned {level:.3f} nats a token of the task's "
         f"held-out loss, {LEVELS[MAIN]:.0%} of what LoRA reaches at its best rate on every seed, "
         "as a multiple of LoRA's there; below 1 drifts less. Read between the ends of "
-        f"runs at different rates. {_INTERVALS}{_marks(table)}"
+        f"runs at different rates. {_INTERVALS}{_marks(rows)}"
     )
     if front.above(REFERENCE, level):
         caption += f" {_LORA_ABOVE}"
@@ -177,7 +178,7 @@ def main_table(front: Front) -> str:
             "of all kinds leaves out."
         )
     caption += f" {_made(front)}"
-    return f"{markdown([*head, *more], table)}\n\n{caption}"
+    return f"{table([*head, *more], rows)}\n\n{caption}"
 
 
 def _by_interest(front: Front) -> list[str]:
@@ -232,7 +233,7 @@ def every_cell(records: Iterable[Record]) -> str:
             ]
         )
     head = ["method", "on", "rate", "seed", "tasks", "steps", "learned", "token accuracy"]
-    return markdown([*head, "KL of the kinds", "rises", "probes"], rows)
+    return table([*head, "KL of the kinds", "rises", "probes"], rows)
 
 
 def _about(records: Sequence[Record]) -> list[str]:
@@ -287,9 +288,9 @@ def _title(front: Front, method: str) -> str:
     return f"{front.title(method)}, rank={rank}" if rank else front.title(method)
 
 
-def _marks(table: Sequence[Sequence[str]]) -> str:
+def _marks(rows: Sequence[Sequence[str]]) -> str:
     """What the marks that stand in a table mean, each a sentence after a space."""
-    cells = [cell for row in table for cell in row]
+    cells = [cell for row in rows for cell in row]
     whole, text = " ".join(cells), ""
     if "**" in whole:
         text += " Bold: the interval excludes 1, before rounding, below or above."
@@ -328,7 +329,7 @@ def _levels(front: Front) -> list[str]:
         "KL over all kinds as a multiple of LoRA's, at shares of what LoRA learns at its best, "
         f"between the ends of runs at different rates. {_INTERVALS}{_marks(rows)}"
     )
-    return ["", markdown(head, rows), "", f"{note} ‡: {_LORA_ABOVE}" if any(above) else note]
+    return ["", table(head, rows), "", f"{note} ‡: {_LORA_ABOVE}" if any(above) else note]
 
 
 def _ends(front: Front) -> list[str]:
@@ -351,7 +352,7 @@ def _ends(front: Front) -> list[str]:
         "Ends of runs beside those of another method that lie next below and above in what they "
         "learned, nothing read between. KL over all kinds, a ratio."
     )
-    return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
+    return [table(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
 
 
 def _multiples(front: Front) -> list[str]:
@@ -377,7 +378,7 @@ def _multiples(front: Front) -> list[str]:
         "read between its ends; of those that end between them on every seed. Then the multiples "
         "of anchored cores over those of what else holds or is whitened."
     )
-    return [markdown(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
+    return [table(head, rows), "", f"{note} {_INTERVALS}"] if rows else []
 
 
 def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from benchmarks.retention.figures import NOTHING, markdown, plus_minus
+from benchmarks.markdown import table
+from benchmarks.retention.figures import NOTHING, plus_minus
 from benchmarks.retention.grid import BEST, BY_LENGTH, HARD, HARD_EWC
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Record
@@ -57,13 +58,13 @@ def sequence_table(records: Iterable[Record]) -> str:
         f"over them. Beside each figure what it is against LoRA's, paired by seed; {NOTHING}: on "
         "fewer than two."
     )
-    parts = [markdown(head, rows), caption]
+    parts = [table(head, rows), caption]
     head = [*_WHAT, "loss less", "forgetting less", "KL over"]
     for reference, keeps in _BESIDE.items():
         beside = [(run, _beside(run, reference, found)) for run in found]
         stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
-            parts += [f"Against {keeps}, the same:", markdown(head, stored)]
+            parts += [f"Against {keeps}, the same:", table(head, stored)]
     for reference in (REFERENCE, RIVAL, BEST, BY_LENGTH, _M1):
         parts += _after_each(found, reference)
     return "\n\n".join(parts)
@@ -114,7 +115,7 @@ def _after_each(found: Sequence[InTurn], reference: str) -> list[str]:
         return []
     head = [*_WHAT, *(f"after {count}" for count in range(1, len(rows[0]) - 3))]
     title = f"KL over that of {get_method(reference).title} after each task:"
-    return [title, markdown(head, rows)]
+    return [title, table(head, rows)]
 
 
 __all__ = ["sequence_table"]

@@ -317,7 +317,7 @@ def test_targets_are_judged_by_their_ratio(tiny_preset, tmp_path, capsys):
             compare.Target("saved", "a", "c", 1.0),
         )
     )
-    ends = [verdict.line().split("|")[-2].strip() for verdict in (most, least, absent)]
+    ends = [verdict.cells()[-1] for verdict in (most, least, absent)]
     assert ends == ["reached", "missed", "not measured"]
     assert most.excess < 1 < least.excess and absent.excess == 0
     run_layer(tmp_path / "r.json")
@@ -336,7 +336,7 @@ def test_two_results_are_compared_where_both_have_figures(tiny_preset, tmp_path,
             row.fail("failed", "nothing to compare")
     old.save(tmp_path / "old.json")
     new = run_layer(tmp_path / "new.json", "--commit", "later", "--providers", "strong lora")
-    lines = compare.changes(old, new)
+    lines = compare.changes(old, new).splitlines()
     assert "| test | later | new / old |" in lines[0]
     assert len(lines) == 2 + 3 and all("T=24" in line for line in lines[2:])
     (saved,) = (line for line in lines if "| saved |" in line)
