@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from .markdown import table
+from .retention.figures import interval
 from .retention.summary import estimate
 from .schema import Result, Row
 from .tables import baseline, cut_short, groups, provenance, shape_of, title
@@ -135,7 +136,7 @@ def landing_model_table(result: Result) -> str:
         for end in ("after", "after_fp32"):
             cells.append(f"{fmean(_learned(row, end) for row in own.values()):.4f}")
             pairs = [_learned(exact[s], end) - _learned(own[s], end) for s in own if s in exact]
-            cells.append(_interval(pairs) if any(pairs) else "")
+            cells.append(interval(estimate(pairs), 4) if any(pairs) else "")
         cells.append(f"{fmean(row.figures['change'] for row in own.values()):.4f}")
         lines.append(cells)
     case, seeds = result.rows[0].case, len({row.case["seed"] for row in result.rows})
@@ -151,8 +152,3 @@ def landing_model_table(result: Result) -> str:
 def _learned(row: Row, end: str) -> float:
     before = row.figures["before" if end == "after" else "before_fp32"]
     return before - row.figures[end]
-
-
-def _interval(values: list[float]) -> str:
-    found = estimate(values)
-    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"

@@ -10,9 +10,10 @@ NOTHING = "–"
 """Where there is no figure."""
 
 
-def interval(found: Estimate) -> str:
-    """A mean with the ends of its interval."""
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+def interval(found: Estimate, digits: int = 3, mark: str = "") -> str:
+    """A mean, ``mark`` before and behind it, with the ends of its interval."""
+    mean, low, high = (f"{end:.{digits}f}" for end in (found.mean, found.low, found.high))
+    return f"{mark}{mean}{mark} [{low}, {high}]"
 
 
 def plus_minus(found: Estimate, *, sign: bool = False) -> str:

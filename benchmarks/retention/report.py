@@ -392,7 +392,7 @@ def _ratio(front: Front, method: str, level: float, *kinds: str) -> str:
         return f"{found.mean:.2f}{note}"
     whole = found.count == len(front.runs[REFERENCE])
     mark = "**" if whole and (found.high < 1 or found.low > 1) else ""
-    return f"{mark}{found.mean:.2f}{mark} [{found.low:.2f}, {found.high:.2f}]{note}"
+    return f"{interval(found, 2, mark)}{note}"
 
 
 def _partly(front: Front, count: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.markdown import table
-from benchmarks.retention.figures import NOTHING, plus_minus
+from benchmarks.retention.figures import NOTHING, interval, plus_minus
 from benchmarks.retention.grid import BEST, BY_LENGTH, HARD, HARD_EWC
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Record
@@ -99,7 +99,7 @@ def _paired(found: Estimate | None, count: int) -> str:
     if found is None or found.count < 2:
         return NOTHING
     note = f" ({found.count} of {count})" if found.count < count else ""
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]{note}"
+    return f"{interval(found, 2)}{note}"
 
 
 def _after_each(found: Sequence[InTurn], reference: str) -> list[str]:
