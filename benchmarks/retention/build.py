@@ -47,7 +47,7 @@ def build(
     else:
         model = peft.get_peft_model(model, config)
     if method.whiten:
-        whiten(model, material.samples(cell.seed), autocasts=material.bf16)
+        whiten(model, material.samples(cell.seed), bf16=material.bf16)
     report: dict[str, Any] = {}
     if resumed is not None:
         load_adapter(model, resumed)
@@ -176,24 +176,24 @@ class Whitening(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """A `[r, K]` of Ã `[r, K]`."""
-        with autocast(weight.device, enabled=False):
+        with autocast(weight.device, bf16=False):
             return weight @ self.factor
 
 
 @torch.no_grad()
-def whiten(model: nn.Module, texts: list[Tensor], *, autocasts: bool) -> None:
+def whiten(model: nn.Module, texts: list[Tensor], *, bf16: bool) -> None:
     """Reparametrises every LoRA A by the covariance of its layer's inputs on texts `[T]`."""
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
     sums: dict[nn.Module, Tensor] = {}
 
     def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        with autocast(x.device, enabled=False):
+        with autocast(x.device, bf16=False):
             sums[module] = sums.get(module, 0) + x.T @ x
 
     handles = [layer.register_forward_pre_hook(collect) for layer in layers]
     device = next(model.parameters()).device
-    with evaluating(model), autocast(device, autocasts):
+    with evaluating(model), autocast(device, bf16):
         for text in texts:
             causal(model).get_decoder()(input_ids=text[None].to(device), use_cache=False)
     for handle in handles:

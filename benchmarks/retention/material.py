@@ -94,7 +94,7 @@ class Material:
     @cached_property
     def evaluator(self) -> Evaluator:
         """What scores models beside the base."""
-        return Evaluator(self.base.get_output_embeddings().weight, autocast=self.bf16)
+        return Evaluator(self.base.get_output_embeddings().weight, bf16=self.bf16)
 
     def batches(self, task: str, seed: int, steps: int) -> list[list[Row]]:
         """The rows of each step: the same for every method, those of a batch alike in length.

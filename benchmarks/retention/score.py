@@ -33,12 +33,12 @@ class Evaluator:
 
     Args:
         head: weight `[V, d]` of the base model's head.
-        autocast: whether to compute in bf16 under autocast, but for the head's product.
+        bf16: whether to compute under autocast to bfloat16, but for the head's product.
     """
 
-    def __init__(self, head: Tensor, *, autocast: bool = False) -> None:
+    def __init__(self, head: Tensor, *, bf16: bool = False) -> None:
         self.head = head
-        self.autocast = autocast
+        self.bf16 = bf16
         self.device = head.device
         self.logits = _LOGITS[self.device.type]
 
@@ -108,7 +108,7 @@ class Evaluator:
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, tokens: int = 160
     ) -> float:
         """Share of answers, written greedily, whose final number is the right one."""
-        answers = write(model, [e.prompt for e in examples], tokenizer, tokens, self.autocast)
+        answers = write(model, [e.prompt for e in examples], tokenizer, tokens, self.bf16)
         pairs = zip(answers, examples, strict=True)
         return fmean(
             (number := final_number(answer)) is not None and number == final_number(e.completion)
@@ -129,7 +129,7 @@ class Evaluator:
 
     @contextmanager
     def _scoring(self, model: nn.Module) -> Iterator[None]:
-        with torch.no_grad(), evaluating(model), autocast(self.device, self.autocast):
+        with torch.no_grad(), evaluating(model), autocast(self.device, self.bf16):
             yield
 
 
@@ -175,9 +175,9 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """bf16 autocast on a device, where enabled."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Autocast to bfloat16 on a device, where ``bf16`` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def _margin(values: Tensor, answer: int) -> float:

@@ -69,7 +69,7 @@ def test_the_bases_accuracy_is_its_own(models):
 def test_logits_are_not_rounded_under_autocast(models):
     _, tuned, _ = models
     head = tuned.get_output_embeddings().weight
-    exact, rounding = Evaluator(head), Evaluator(head, autocast=True)
+    exact, rounding = Evaluator(head), Evaluator(head, bf16=True)
     states = torch.randn(9, head.shape[1]) * 8
     with rounding._scoring(tuned):
         found = rounding._log_probs(states, head)
