@@ -98,7 +98,7 @@ def judge(target: Target, figures: Figures) -> Verdict:
     return Verdict(target, target.figure, None)
 
 
-def settings(result: Result) -> dict[str, Figures]:
+def figures_of(result: Result) -> dict[str, Figures]:
     """The figures of what was reached in full, by setting; layers are summed over a block."""
     found: dict[str, Figures] = {}
     if result.benchmark == "layer":
@@ -135,7 +135,7 @@ def _of_row(row: Row) -> dict[str, float]:
 
 def judged(result: Result) -> dict[str, list[Verdict]]:
     """The targets by setting: of layers the first model's at the headline T."""
-    found = settings(result)
+    found = figures_of(result)
     if result.benchmark == "layer":
         reached = replace(result, rows=result.finished())
         at = f", T={headline_t(reached)}, " if reached.rows else " "
@@ -146,8 +146,8 @@ def judged(result: Result) -> dict[str, list[Verdict]]:
 def changes(old: Result, new: Result) -> str:
     """A table of every figure that both results have, and the ratio of new to old."""
     heads, lines = ["setting", "provider", "figure", old.commit, new.commit, "new / old"], []
-    before = settings(old)
-    for title, providers in settings(new).items():
+    before = figures_of(old)
+    for title, providers in figures_of(new).items():
         for provider, figures in providers.items():
             known = before.get(title, {}).get(provider, {})
             for name in figures.keys() & known.keys():

@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "pytest")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED = ("secura", "secura_kernels", "benchmarks/*.py")
 
 
@@ -59,7 +60,7 @@ def commit(*measured: str) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``"bf16"`` for ``torch.bfloat16``."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return {known: name for name, known in DTYPES.items()}[dtype]
 
 
 def _git(*arguments: str) -> str | None:

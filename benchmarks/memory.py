@@ -29,7 +29,7 @@ from .measure import MIB
 from .registry import Provider, Ranks, choose, excuse, for_models
 from .schema import Recorder, Result, Row, new_result
 from .session import command
-from .shapes import MODELS, ModelShape
+from .shapes import MODELS, M, ModelShape, R
 from .training import adapted, random_model, set_checkpointing, target_layers
 
 HEAD = "head and loss alone"
@@ -46,8 +46,8 @@ class MemoryCase:
     sequence: int
     batch: int
     checkpointing: bool = False
-    m: int = 128
-    r: int = 16
+    m: int = M
+    r: int = R
 
 
 CASES = tuple(

@@ -25,7 +25,7 @@ from . import measure, oracle
 from .registry import Provider, Ranks, WrongError, choose, for_models, frozen_linear
 from .schema import Result, Row
 from .session import Session, Turn, collect, command, in_turns, parser
-from .shapes import MODELS
+from .shapes import MODELS, M, R
 from .tables import model_table
 from .training import adapted, flop_per_token, random_model, set_checkpointing, target_layers
 
@@ -44,8 +44,8 @@ class StepCase:
     batch: int
     accumulate: int = 1
     checkpointing: bool = False
-    m: int = 128
-    r: int = 16
+    m: int = M
+    r: int = R
 
     def as_dict(self) -> dict[str, Any]:
         """For a result's row."""

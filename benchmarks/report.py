@@ -20,6 +20,7 @@ from typing import Any
 
 from . import markdown, scale
 from .count_tables import counts_table, landing_model_table, landing_table, memory_table
+from .machine import ROOT
 from .plots import draw_all, plots_of
 from .retention.record import read_all
 from .retention.report import brief_table, main_table
@@ -27,7 +28,6 @@ from .retention.summary import Front
 from .schema import Result
 from .tables import NOT_YET, anchor_table, layer_table, model_table, startup_table
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",

@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from . import markdown
-from .shapes import MODELS, ModelShape
+from .shapes import MODELS, M, ModelShape, R
 
 NODE = 8
 """GPUs that NVLink joins; others are reached over the network."""
-TOKENS, M, R, ITEMSIZE = 8192, 128, 16, 2
+TOKENS, ITEMSIZE = 8192, 2
 GPU_BYTES = 75 * 2**30
 """Of an 80 GB GPU, what weights may take."""
 METHODS = ("lora", "secura channel")

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .machine import DTYPES
 from .measure import Task, interleaved, is_lost, raise_ceilings, sample
 from .registry import Provider, excuse
 from .schema import LOST, SPENT, Recorder, Result, Row, new_result
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_BUDGET_S, CPU_BUDGET_S = 480.0, 120.0
 
 

@@ -26,7 +26,7 @@ from .oracle import relative_error
 from .registry import SPACES, Provider, Ranks, catalogue, choose, frozen_linear, put_peft, secura
 from .schema import Result, Row
 from .session import Session, Turn, command, in_turns, parser
-from .shapes import MODELS
+from .shapes import MODELS, M, R
 from .tables import startup_table
 
 REPEATS = 3
@@ -35,7 +35,7 @@ REPEATS = 3
 def preset(name: str) -> dict[str, Any]:
     """The case: ``quick`` is all of SmolLM2-135M's shape, else a whole model by name."""
     model = "smollm2-135m" if name == "quick" else name
-    return {"model": model, "blocks": MODELS[model].layers, "m": 128, "r": 16}
+    return {"model": model, "blocks": MODELS[model].layers, "m": M, "r": R}
 
 
 def linears(case: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[nn.Linear]:

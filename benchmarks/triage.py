@@ -35,10 +35,10 @@ from .layer import PHASES, Problem, Runner
 from .ops import OPS, Op, Tensors, allowed_ratio
 from .registry import Provider, Ranks, catalogue, choose, excuse, secura
 from .schema import SPENT, Recorder, Row, new_result
-from .shapes import LayerCase
+from .shapes import LayerCase, M, R
 
 WARMERS, WARM_S = 10, 50.0
-LOST = "the device does nothing more in this process"
+DEVICE_LOST = "the device does nothing more in this process"
 PROVIDERS = (
     "frozen",
     "peft lora bf16",
@@ -52,7 +52,7 @@ PROVIDERS = (
 )
 ROUNDED = secura("none", "triton", "secura none stochastic", stochastic_rounding=True)
 """W' rounded stochastically: the one of ``PROVIDERS`` that the catalogue has not."""
-SHAPES = {"q+o": Shape(8192, 4096, 4096, 128), "gate+up": Shape(8192, 14336, 4096, 128)}
+SHAPES = {"q+o": Shape(8192, 4096, 4096, M), "gate+up": Shape(8192, 14336, 4096, M)}
 LANDING = (1e-3, 3e-4)
 """‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""
 
@@ -84,7 +84,7 @@ class Asker:
     def problem(self, shape: Shape) -> Problem:
         """A layer's random tensors, for the providers."""
         t, n, k, m, _ = self.shape(shape)
-        case = LayerCase("triage", "linear", 1, t, n, k, m, min(16, m))
+        case = LayerCase("triage", "linear", 1, t, n, k, m, min(R, m))
         return Problem(case, self.device, self.dtype)
 
     def provider(self, name: str) -> Provider:
@@ -150,7 +150,7 @@ def _layer(name: str, asker: Asker) -> dict[str, Any]:
 
 def _host(name: str, asker: Asker) -> dict[str, Any]:
     """One layer on few tokens, so that its time is the host's."""
-    runner = Runner(asker.provider(name), asker.problem(Shape(16, 4096, 4096, 128)))
+    runner = Runner(asker.provider(name), asker.problem(Shape(16, 4096, 4096, M)))
     with runner.provider.running():
         return {
             "eager forward_us": asker.host_us(runner.forward),
@@ -173,7 +173,7 @@ def _op(op: Op, shape: Shape, ceilings: dict[str, float], asker: Asker) -> dict[
 
 def _lands(name: str, asker: Asker) -> dict[str, Any]:
     """The share of a small update's exact effect that a layer's output shows."""
-    problem, figures = asker.problem(Shape(1024, 4096, 4096, 128)), {}
+    problem, figures = asker.problem(Shape(1024, 4096, 4096, M)), {}
     ranks, provider = Ranks(problem.case.m, problem.case.r), asker.provider(name)
     for change in LANDING:
         found = shares(provider, problem.weight, problem.x.detach(), ranks, change)
@@ -217,7 +217,7 @@ def answer(question: Question, asker: Asker) -> Row:
     except Exception as error:  # one question's failure must not end the others
         row.fail(*excuse(error))
         if measure.is_lost(asker.device):
-            row.note += f"; {LOST}"
+            row.note += f"; {DEVICE_LOST}"
     return row
 
 
@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> int:
     preset = "dry_run" if options.dry_run else "full"
     result = new_result("triage", preset, asker.device, asker.dtype, {}, options.commit)
     recorder = Recorder(result, options.out / "triage.json", resume=options.resume)
-    result.rows = [row for row in result.rows if row.status == "ok" or LOST in row.note]
+    result.rows = [row for row in result.rows if row.status == "ok" or DEVICE_LOST in row.note]
     print(json.dumps([result.machine, result.versions, result.commit]), flush=True)
     if not options.dry_run and not result.rows:
         warmed(options.out, min(WARM_S, options.budget_s / 2), options.only)
@@ -290,7 +290,7 @@ def run(options: argparse.Namespace) -> int:
         }
         line = [question.name, row.status, row.note, f"{time.monotonic() - start:.0f} s", shown]
         print(json.dumps(line, ensure_ascii=False), flush=True)
-        if LOST in row.note:
+        if DEVICE_LOST in row.note:
             begin_again(options.budget_s - (time.monotonic() - start))
     recorder.close()
     print("\n".join(table(result.rows, result.ceilings)))

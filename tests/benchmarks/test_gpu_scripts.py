@@ -165,9 +165,13 @@ def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatc
 
     cpu = triage.Asker("cpu")
     row = triage.answer(triage.Question("a", bad), cpu)
-    assert row.status == "failed" and "no such kernel" in row.note and triage.LOST not in row.note
+    assert (
+        row.status == "failed"
+        and "no such kernel" in row.note
+        and triage.DEVICE_LOST not in row.note
+    )
     monkeypatch.setattr(measure, "is_lost", lambda device: True)
-    assert triage.LOST in triage.answer(triage.Question("a", bad), cpu).note
+    assert triage.DEVICE_LOST in triage.answer(triage.Question("a", bad), cpu).note
     assert triage.answer(triage.Question("b", lambda asker: {"x": 1.0}), cpu).figures == {"x": 1.0}
 
 

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import scale
 from benchmarks.measure import saved_mib
 from benchmarks.registry import Ranks, catalogue, choose, frozen_linear
+from benchmarks.shapes import M, R
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def provider(request):
 def test_what_is_kept_is_what_autograd_keeps(provider):
     method, one = provider
     base = frozen_linear(torch.randn(192, 256, dtype=torch.bfloat16))
-    layer = one.build(base, Ranks(scale.M, scale.R))
+    layer = one.build(base, Ranks(M, R))
     x = torch.randn(scale.TOKENS, 256, dtype=torch.bfloat16, requires_grad=True)
     known = [*layer.parameters(), *layer.buffers()]
     with one.running():
