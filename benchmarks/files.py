@@ -22,6 +22,12 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file, empty lines left out."""
     with path.open(encoding="utf-8") as lines:
@@ -30,4 +36,4 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-__all__ = ["json_lines", "replacing"]
+__all__ = ["json_lines", "replacing", "write_text"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .files import replacing
+from .files import write_text
 from .machine import commit, describe, dtype_name, package_versions
 
 SCHEMA = 1
@@ -83,8 +83,7 @@ class Result:
     def save(self, path: Path) -> None:
         """Write the file at once or not at all."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        with replacing(path) as scratch:
-            scratch.write_text(text + "\n", encoding="utf-8")
+        write_text(path, f"{text}\n")
 
     @classmethod
     def load(cls, path: Path) -> Result:

@@ -29,6 +29,7 @@ from benchmarks.asset_table import ASSETS
 from benchmarks.board import Board
 from benchmarks.demo import report
 from benchmarks.demo.merge import ANSWER_TOKENS, merge_and_check
+from benchmarks.files import write_text
 from benchmarks.retention import data, record
 from benchmarks.retention.build import build
 from benchmarks.retention.cells import TARGETS, Cell, Settings
@@ -109,7 +110,7 @@ def run(
         with Board(console) as board:
             results = _measure(output_dir, asked, board)
         report.draw(results, output_dir / "curves.png")
-        (output_dir / "report.md").write_text(report.markdown(results, "curves.png"), "utf-8")
+        write_text(output_dir / "report.md", report.markdown(results, "curves.png"))
         _write(finished, results)
     results = _read(finished)
     table = Table(header_style="bold")
@@ -278,8 +279,7 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, content: Any) -> None:
-    with record.replacing(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1))
 
 
 __all__ = ["FILES", "FOLDERS", "METHODS", "Asked", "run"]

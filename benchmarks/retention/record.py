@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import replacing
+from benchmarks.files import write_text
 from benchmarks.retention.cells import Cell, Settings
 
 FORMAT = 2
@@ -179,8 +179,7 @@ def write(path: Path, record: Record) -> None:
     """Writes a record, a line for each of its fields."""
     content = record.to_json()
     lines = (f"{json.dumps(key)}: {json.dumps(content[key], allow_nan=False)}" for key in content)
-    with replacing(path) as scratch:
-        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
