@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,6 +74,18 @@ class Child:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+def end_by(children: Sequence[Child], until: float) -> None:
+    """Wait for children until a ``time.monotonic()``, then end those that still run together."""
+    try:
+        for child in children:
+            child.wait(until - time.monotonic())
+    finally:
+        for child in children:
+            child.ask_to_end()
+        for child in children:
+            child.end()
 
 
 def exit_when_asked() -> None:

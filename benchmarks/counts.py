@@ -34,6 +34,7 @@ from .count_tables import BEFORE, counts_table
 from .launches import Launch, counting
 from .registry import SPACES, Ranks, catalogue, frozen_linear
 from .schema import Result, Row, new_result
+from .session import add_recording
 from .shapes import LAYER_PRESETS, TOKENS_OF_COUNTS, LayerCase, layer_preset, sibling_cases
 
 KEEPERS = ("none", "channel", "weight")
@@ -180,10 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--preset", default="block", choices=LAYER_PRESETS)
     flags.add_argument("--together", action="store_true", help="Llama-3-8B's block, inputs shared")
-    flags.add_argument("--out", type=Path, help="where the result goes")
+    add_recording(flags)
     flags.add_argument("--before", type=Path, help="an earlier result, to stand beside this one")
     flags.add_argument("--measured", type=Path, help="of benchmarks.layer, to hold the count to")
-    flags.add_argument("--commit", help="the code's name, where git does not know it")
     options = flags.parse_args(arguments)
     try:
         earlier = [path and Result.load(path) for path in (options.before, options.measured)]

@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 
-from .children import Child, exit_when_asked, last_line
+from .children import Child, end_by, exit_when_asked, last_line
 from .machine import ROOT
 from .ops import every_op_once
 from .schema import Recorder, Row, new_result
+from .session import gpu_parser, lacks_gpu
 
 TESTS = "tests/ops/test_gpu.py"
 FIRST = (
@@ -118,12 +119,7 @@ def run_tests(names: Sequence[str], processes: int, until: float, log: Path) -> 
             )
             for part, own in zip(parts, logs, strict=True)
         ]
-        for child in children:
-            child.wait(until - time.monotonic())
-        for child in children:
-            child.ask_to_end()
-        for child in children:
-            child.end()
+        end_by(children, until)
         texts = [own.read_text(encoding="utf-8", errors="replace") for own in logs]
         ends = {
             name: last_line(own) for part, own in zip(parts, logs, strict=True) for name in part
@@ -205,19 +201,13 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; see the module's docstring for the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.gpu_tests", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what it writes")
-    parser.add_argument("--budget_s", type=float, default=200.0, help="seconds for everything")
-    parser.add_argument("--resume", action="store_true", help="run what has not passed there yet")
-    parser.add_argument("--commit", help="what to record where there is no git")
-    parser.add_argument("--dry_run", action="store_true", help="on a CPU, to try the script")
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    flags = gpu_parser("gpu_tests", __doc__, 200.0)
+    flags.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    options = flags.parse_args(arguments)
     if options.small:
         every_op_once()
         return 0
-    if not torch.cuda.is_available() and not options.dry_run:
-        print("no GPU: torch sees no CUDA device, so there is nothing to test (try --dry_run)")
+    if lacks_gpu(options):
         return 2
     exit_when_asked()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import argparse
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .count_tables import memory_table
 from .measure import MIB
 from .registry import Provider, Ranks, choose, excuse, for_models
 from .schema import Recorder, Result, Row, new_result
-from .session import command
+from .session import add_recording, command
 from .shapes import MODELS, M, ModelShape, R
 from .training import adapted, random_model, set_checkpointing, target_layers
 
@@ -192,8 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", default=f"{SMALL},{LARGE}", help="default: %(default)s")
     parser.add_argument("--providers", default=SHOWN, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="where to keep the figures, as JSON")
-    parser.add_argument("--commit", help="what to record where git cannot say it")
+    add_recording(parser)
     return command(parser, arguments, run, memory_table)
 
 

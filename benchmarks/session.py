@@ -20,6 +20,31 @@ from .schema import LOST, SPENT, Recorder, Result, Row, new_result
 CUDA_BUDGET_S, CPU_BUDGET_S = 480.0, 120.0
 
 
+def add_recording(made: argparse.ArgumentParser, *, folder: bool = False) -> None:
+    """Add ``--out``, a file or a ``folder`` that has to be given, and ``--commit``."""
+    what = "folder for what it writes" if folder else "where to keep the figures, as JSON"
+    made.add_argument("--out", type=Path, required=folder, help=what)
+    made.add_argument("--commit", help="what to record where git cannot say it")
+
+
+def gpu_parser(name: str, doc: str | None, budget_s: float) -> argparse.ArgumentParser:
+    """The flags of the two scripts for a GPU: a module's name, its docstring, its usual budget."""
+    made = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=doc)
+    add_recording(made, folder=True)
+    made.add_argument("--budget_s", type=float, default=budget_s, help="seconds to end within")
+    made.add_argument("--resume", action="store_true", help="do what is not done there yet")
+    made.add_argument("--dry_run", action="store_true", help="on a CPU, to try the script")
+    return made
+
+
+def lacks_gpu(options: argparse.Namespace) -> bool:
+    """Whether a script that is no dry run finds no GPU; it then says so."""
+    lacking = not torch.cuda.is_available() and not options.dry_run
+    if lacking:
+        print("no GPU: torch sees no CUDA device, so there is nothing to run (try --dry_run)")
+    return lacking
+
+
 def parser(doc: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """The flags of every benchmark."""
     made = argparse.ArgumentParser(description=doc.partition("\n")[0])
@@ -32,11 +57,10 @@ def parser(doc: str, presets: Sequence[str]) -> argparse.ArgumentParser:
         help="nothing new is begun later; default 480 on cuda, 120 elsewhere",
     )
     made.add_argument("--providers", help="only those called, or holding, one of these: lora,dora")
-    made.add_argument("--out", type=Path, help="where to keep the figures, as JSON")
+    add_recording(made)
     made.add_argument(
         "--resume", action="store_true", help="go on from --out: finished cases are not run again"
     )
-    made.add_argument("--commit", help="what to record where git cannot say it")
     made.add_argument("--seed", type=int, default=0)
     return made
 

@@ -29,12 +29,13 @@ import torch
 from secura_kernels.plan import Shape
 
 from . import graphs, measure
-from .children import Child, exit_when_asked
+from .children import Child, end_by, exit_when_asked
 from .landing import shares
 from .layer import PHASES, Problem, Runner
 from .ops import OPS, Op, Tensors, allowed_ratio
 from .registry import Provider, Ranks, catalogue, choose, excuse, secura
 from .schema import SPENT, Recorder, Row, new_result
+from .session import gpu_parser, lacks_gpu
 from .shapes import LayerCase, M, R
 
 WARMERS, WARM_S = 10, 50.0
@@ -199,14 +200,7 @@ def warmed(out: Path, seconds: float, only: str) -> None:
         Child([*command, "--warm", f"{part}/{WARMERS}"], out / "warm.log")
         for part in range(WARMERS)
     ]
-    try:
-        for child in children:
-            child.wait(end - time.monotonic())
-    finally:
-        for child in children:
-            child.ask_to_end()
-        for child in children:
-            child.end()
+    end_by(children, end)
 
 
 def answer(question: Question, asker: Asker) -> Row:
@@ -299,17 +293,11 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; see the module's docstring for the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.triage", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what it writes")
-    parser.add_argument("--budget_s", type=float, default=130.0, help="nothing is begun later")
-    parser.add_argument("--resume", action="store_true", help="ask what has no answer there yet")
-    parser.add_argument("--only", default="", help="those that begin so: layer,host,op")
-    parser.add_argument("--commit", help="what to record where there is no git")
-    parser.add_argument("--dry_run", action="store_true", help="on a CPU, to try the script")
-    parser.add_argument("--warm", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not options.dry_run:
-        print("no GPU: torch sees no CUDA device, so there is nothing to measure (try --dry_run)")
+    flags = gpu_parser("triage", __doc__, 130.0)
+    flags.add_argument("--only", default="", help="those that begin so: layer,host,op")
+    flags.add_argument("--warm", help=argparse.SUPPRESS)
+    options = flags.parse_args(arguments)
+    if lacks_gpu(options):
         return 2
     exit_when_asked()
     if options.warm:
