@@ -17,37 +17,21 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from secura import SecuraConfig, anchor
 
 from . import measure
-from .assets import load_model
 from .schema import SPENT, Result, Row
 from .session import Session, command, parser
 from .shapes import MLP
 from .tables import anchor_table
+from .training import packaged_or_tiny
 
 BATCH, LENGTH = 4, 128
 ROUNDS = 40
 """Steps of each kind at most."""
 TOKENS = {"quick": 8192, "tiny": 256}
 PLAIN, ANCHORED = "step, core='u'", "step, anchored"
-
-
-def base_model(preset: str, dtype: torch.dtype) -> Any:
-    """The model of a preset."""
-    if preset == "quick":
-        return load_model("smollm2-135m", dtype)[0]
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def adapted(base: nn.Module, m: int) -> Any:
@@ -79,7 +63,7 @@ def run(options: Any) -> Result:
     session = Session("anchor", options, {})
     device, recorder = session.device, session.recorder
     quick = options.preset == "quick"
-    base = base_model(options.preset, session.dtype).to(device)
+    base = packaged_or_tiny(options.preset, session.dtype).to(device)
     m = 64 if quick else 8
     case = {"model": "smollm2-135m" if quick else "tiny", "m": m}
     model, tokens = adapted(base, m), TOKENS[options.preset]

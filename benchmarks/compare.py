@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .markdown import table
 from .registry import SPACES
 from .schema import Result, Row
-from .tables import groups, headline_t, setting, summed
+from .tables import groups, headline_t, setting, sums
 
 TIMES = {"graph time": "both_graph", "eager time": "both"}
 """The figures a time is judged by and the phases they are of, the one preferred first."""
@@ -105,9 +105,7 @@ def figures_of(result: Result) -> dict[str, Figures]:
         for (model, t, m, r), providers in groups(replace(result, rows=result.finished())).items():
             parts = ", ".join(row.case["projection"] for row in next(iter(providers.values())))
             found[f"{model}, T={t}, m={m}, r={r}: {parts}"] = {
-                name: _of_layers(rows)
-                for name, rows in providers.items()
-                if all(row.status == "ok" for row in rows)
+                name: _of_layers(whole) for name, whole in sums(providers).items()
             }
         return found
     for row in result.rows:
@@ -117,11 +115,10 @@ def figures_of(result: Result) -> dict[str, Figures]:
     return found
 
 
-def _of_layers(rows: list[Row]) -> dict[str, float]:
-    sums = summed(rows)
-    times = {name: sums["time"].get(phase) for name, phase in TIMES.items()}
+def _of_layers(whole: dict[str, Any]) -> dict[str, float]:
+    times = {name: whole["time"].get(phase) for name, phase in TIMES.items()}
     found = {name: time["median"] for name, time in times.items() if time}
-    return found | {"saved": sums["saved_mib"], "peak": sums["peak_mib"]}
+    return found | {"saved": whole["saved_mib"], "peak": whole["peak_mib"]}
 
 
 def _of_row(row: Row) -> dict[str, float]:

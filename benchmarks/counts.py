@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -143,7 +143,7 @@ def count_together(model: str, tokens: Sequence[int]) -> list[Row]:
             names, n = "+".join(case.projection for case in cases), sum(case.N for case in cases)
             whole = replace(cases[0], projection=names, N=n)
             for name, count in counters.items():
-                rows.append(Row(whole.as_dict(), name, figures=figures(*count(*cases))))
+                rows.append(Row(asdict(whole), name, figures=figures(*count(*cases))))
     return rows
 
 
@@ -160,7 +160,7 @@ def count_all(preset: str, before: Result | None, measured: Result | None) -> li
     counters |= {f"secura {space}, W' kept": ours(space, "always") for space in KEEPERS}
     counters |= {name: rival(name) for name in RIVALS}
     found = [
-        Row(case.as_dict(), name, figures=figures(*count(case)))
+        Row(asdict(case), name, figures=figures(*count(case)))
         for case in layer_preset(preset).cases
         for name, count in counters.items()
     ]

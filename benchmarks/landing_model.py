@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from secura import SecuraConfig
 
@@ -29,6 +28,7 @@ from .landing import wide_products
 from .retention.data import load_task
 from .schema import SPENT, Result, Row
 from .session import Session, command, parser
+from .training import packaged_or_tiny
 
 SEEDS = 3
 PLANS = {
@@ -49,21 +49,6 @@ def runs() -> Iterator[tuple[int, str, str]]:
         for name in ADAPTERS:
             for arithmetic in ARITHMETICS[: 2 if name == "peft lora" else 3]:
                 yield seed, name, arithmetic
-
-
-def base_model(preset: str) -> Any:
-    """The model of a preset in bf16."""
-    if preset == "quick":
-        return load_model("smollm2-135m", torch.bfloat16)[0]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return LlamaForCausalLM(config).bfloat16()
 
 
 def tokens(preset: str, plan: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -88,7 +73,7 @@ def learn(preset: str, name: str, arithmetic: str, seed: int) -> dict[str, float
         settings = settings | {"stochastic_rounding": True}
     if preset == "tiny":
         settings = settings | {"r": 4}
-    base = base_model(preset)
+    base = packaged_or_tiny(preset, torch.bfloat16)
     base = base.float() if arithmetic == "fp32" else base
     model = get_peft_model(base, config(target_modules="all-linear", **settings)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,7 +98,7 @@ def learn(preset: str, name: str, arithmetic: str, seed: int) -> dict[str, float
 @cache
 def before_training(preset: str) -> dict[str, float]:
     """Held-out losses of the base model, which a fresh adapter leaves as they are."""
-    base, (_, held_out) = base_model(preset), tokens(preset, PLANS[preset])
+    base, (_, held_out) = packaged_or_tiny(preset, torch.bfloat16), tokens(preset, PLANS[preset])
     return {"bf16": loss(base, held_out), "fp32": loss(base.float(), held_out)}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def run_case(
                 row.figures[f"{phase}_moved_mib"] = least[phase].bytes / measure.MIB
 
     return in_turns(
-        case.as_dict(),
+        asdict(case),
         providers,
         prepare,
         finish,
@@ -211,7 +212,7 @@ def run(options: argparse.Namespace) -> Result:
 
     named = [
         (
-            case.as_dict(),
+            asdict(case),
             f"{case.model} {case.projection} T={case.T} {case.K}→{case.N}",
             float(case.T * case.N * case.K),
         )

@@ -47,10 +47,6 @@ class StepCase:
     m: int = M
     r: int = R
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a result's row."""
-        return asdict(self)
-
 
 def model_preset(name: str) -> list[StepCase]:
     """The cases of one of ``PRESETS``, the most important first.
@@ -177,7 +173,7 @@ def run_case(
         row.figures |= rates(times["step"], case, ceilings)
 
     return in_turns(
-        case.as_dict(),
+        asdict(case),
         providers,
         prepare,
         finish,
@@ -222,7 +218,7 @@ def run(options: argparse.Namespace) -> Result:
         return run_case(built[key], case, providers, ceilings, steps=options.steps, turn=turn)
 
     cases = model_preset(options.preset)[: options.cases]
-    named = [(case.as_dict(), f"{case.model}, adapters on {case.targets}", 1.0) for case in cases]
+    named = [(asdict(case), f"{case.model}, adapters on {case.targets}", 1.0) for case in cases]
     return session.run(named, providers, rows_of)
 
 

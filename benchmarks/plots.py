@@ -13,7 +13,7 @@ from typing import Any
 from secura._extras import how_to_install
 
 from .schema import Result
-from .tables import groups, headline_t, summed
+from .tables import groups, headline_t, sums
 
 KINDS = {"layer": ("speed", "memory"), "landing": ("share",)}
 """Of the benchmarks whose plots stand below their tables."""
@@ -99,7 +99,7 @@ def _over_frozen(result: Result, phase: str) -> dict[str, dict[int, float]]:
     model = result.rows[0].case["model"] if result.rows else None
     curves: dict[str, dict[int, float]] = {}
     for (of, t, _, _), providers in groups(result).items():
-        good = {name: summed(rows)["time"] for name, rows in providers.items() if _measured(rows)}
+        good = {name: whole["time"] for name, whole in sums(providers).items()}
         if of != model or phase not in good.get("frozen", {}):
             continue
         floor = good["frozen"][phase]["median"]
@@ -160,9 +160,7 @@ def memory(result: Result) -> Any:
     bars: dict[str, float] = {}
     for (_, t, _, _), providers in groups(result).items():
         if t == headline_t(result) and not bars:
-            for name, rows in providers.items():
-                if _measured(rows):
-                    bars[name] = summed(rows)["saved_mib"]
+            bars = {name: whole["saved_mib"] for name, whole in sums(providers).items()}
     if not bars:
         return None
     figure, (axes,) = _figure("Saved for the backward pass, MiB", result)
@@ -196,10 +194,6 @@ def share(result: Result) -> Any:
     axes.set_ylim(0, 1.15)
     _legend(axes)
     return figure
-
-
-def _measured(rows: list) -> bool:
-    return all(row.status == "ok" for row in rows)
 
 
 def _colour(name: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 QV = ("q_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -80,10 +80,6 @@ class LayerCase:
     K: int
     m: int
     r: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a result's row."""
-        return asdict(self)
 
 
 class LayerPreset(NamedTuple):

@@ -53,12 +53,21 @@ def summed(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def shares(sums: dict[str, Any], ceilings: dict[str, float]) -> tuple[float, float]:
+def sums(providers: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
+    """What :func:`summed` gives of each provider all of whose rows are ok."""
+    return {
+        name: summed(rows)
+        for name, rows in providers.items()
+        if all(row.status == "ok" for row in rows)
+    }
+
+
+def shares(whole: dict[str, Any], ceilings: dict[str, float]) -> tuple[float, float]:
     """How much of the measured matrix rate and copy bandwidth the forward + backward used."""
-    seconds = sums["time"]["both"]["median"] / 1e3
+    seconds = whole["time"]["both"]["median"] / 1e3
     return (
-        sums["gflop"] / 1e3 / seconds / ceilings["gemm_tflop_s"],
-        sums["moved_mib"] * 2**20 / 1e9 / seconds / ceilings["copy_gb_s"],
+        whole["gflop"] / 1e3 / seconds / ceilings["gemm_tflop_s"],
+        whole["moved_mib"] * 2**20 / 1e9 / seconds / ceilings["copy_gb_s"],
     )
 
 
@@ -90,14 +99,10 @@ def layer_table(result: Result) -> str:
 
 
 def _layer_group(result: Result, model: str, t: int, providers: dict[str, list[Row]]) -> str:
-    good = {
-        provider: summed(rows)
-        for provider, rows in providers.items()
-        if all(row.status == "ok" for row in rows)
-    }
+    good = sums(providers)
     base = baseline(list(good), result.dtype)
     first = next(iter(providers.values()))
-    graphs = any("both_graph" in sums["time"] for sums in good.values())
+    graphs = any("both_graph" in whole["time"] for whole in good.values())
     heads = [
         shape_of(model, t, first),
         "forward, ms",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .assets import load_model
 from .shapes import ALL, QV, ModelShape
 
 TARGETS = {"q,v": QV, "all": ALL}
@@ -48,6 +49,24 @@ def random_model(
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.requires_grad_(False).train()
+
+
+def packaged_or_tiny(preset: str, dtype: torch.dtype) -> Any:
+    """SmolLM2-135M for ``quick``, else a model of two small layers, random and always the same."""
+    if preset == "quick":
+        return load_model("smollm2-135m", dtype)[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(dtype)
 
 
 def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Linear]:

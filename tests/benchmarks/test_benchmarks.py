@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def run_layer(path, *flags) -> Result:
 
 
 def test_a_result_survives_its_file(tmp_path):
-    row = Row(TINY.as_dict(), "frozen", figures={"both_ms": measure.timing([1.0, 2.0, 4.0])})
+    row = Row(asdict(TINY), "frozen", figures={"both_ms": measure.timing([1.0, 2.0, 4.0])})
     result = Result("layer", "quick", "cmd", "abc", "now", "fp32", {}, {}, rows=[row])
     result.save(tmp_path / "deep" / "r.json")
     assert Result.load(tmp_path / "deep" / "r.json") == result
@@ -150,7 +151,7 @@ def test_a_provider_that_breaks_does_not_end_the_run():
 def test_a_missing_provider_is_shown_as_missing(tiny_preset, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
     result = run_layer(tmp_path / "r.json", "--providers", "frozen,peft lora,triton,compiled")
-    status = {row.provider: row.status for row in result.rows if row.case == TINY.as_dict()}
+    status = {row.provider: row.status for row in result.rows if row.case == asdict(TINY)}
     assert status["peft lora fp32"] == "missing" and status["frozen"] == "ok"
     table = tables.layer_table(result)
     for name in ("PEFT LoRA fp32, r=3", "SECURA channel compiled, m=6", "PEFT is not installed"):
