@@ -22,8 +22,8 @@ from . import markdown, scale
 from .count_tables import counts_table, landing_model_table, landing_table, memory_table
 from .machine import ROOT
 from .plots import draw_all, plots_of
+from .retention.front_report import brief_table, main_table
 from .retention.record import read_all
-from .retention.report import brief_table, main_table
 from .retention.summary import Front
 from .schema import Result
 from .tables import NOT_YET, anchor_table, layer_table, model_table, startup_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,26 @@ def read_all(folder: Path) -> list[Record]:
     return found
 
 
+def provenance(records: Iterable[Record]) -> dict[str, str]:
+    """Model, machines, commits, torch and arithmetic of records, each once."""
+    environments = [record.environment for record in records]
+    return {
+        key: ", ".join(sorted({str(_dig(each, key)) for each in environments}))
+        for key in ("model", "machine.name", "commit", "torch", "bf16")
+    }
+
+
 def write(path: Path, record: Record) -> None:
     """Writes a record, a line for each of its fields."""
     content = record.to_json()
     lines = (f"{json.dumps(key)}: {json.dumps(content[key], allow_nan=False)}" for key in content)
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _dig(content: dict, key: str) -> object:
+    for part in key.split("."):
+        content = content.get(part, {})
+    return content
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +218,7 @@ __all__ = [
     "Record",
     "Score",
     "measure_from",
+    "provenance",
     "read",
     "read_all",
     "write",

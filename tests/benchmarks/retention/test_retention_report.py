@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from retention_records import made
 
-from benchmarks.retention import plots, report
+from benchmarks.retention import front_report, plots, report
 from benchmarks.retention import record as records
 from benchmarks.retention.grid import STAGES
 from benchmarks.retention.summary import (
@@ -58,7 +58,7 @@ def test_what_is_read_off_a_run_that_learned_more_is_marked():
     ours = [made("anchored-self", seed=seed, path=((0.3, 0.01), (0.7, 0.02))) for seed in (0, 1)]
     low = made("anchored-self", rate=1e-4, seed=1, path=((0.1, 0.01), (0.2, 0.01)))
     for some, marked in (([*ours, low], True), ([*ours, low, replace_seed(low, 0)], False)):
-        table = report.main_table(Front([*plain, *some], "mlp"))
+        table = front_report.main_table(Front([*plain, *some], "mlp"))
         row = next(line for line in table.splitlines() if line.startswith("| anchored core |"))
         assert ("†" in row) is marked and ("all its runs of a seed end above" in table) is marked
 
@@ -112,7 +112,11 @@ def test_ends_stand_beside_the_references_next_below_and_above():
     found = Front([*plain, *ours, *ewc], "mlp")
     ((rate, other, more, kl),) = found.around("anchored-self", "ewc-self")
     assert (rate, other) == (5e-4, 1e-3) and (more.mean, kl.mean) == pytest.approx((0.01, 0.5))
-    rows = [row for row in report._ends(found)[0].splitlines() if row.startswith("| anchored")]
+    rows = [
+        row
+        for row in front_report.ends_table(found)[0].splitlines()
+        if row.startswith("| anchored")
+    ]
     assert [row.split(" | ")[2] for row in rows] == ["LoRA", "LoRA", "LoRA + EWC of own samples"]
 
 
@@ -130,7 +134,7 @@ def test_a_multiple_is_read_where_the_reference_learned_as_much_and_nowhere_beyo
     found = Front([*plain, *within, *beyond, *below, *white], "mlp")
     assert found.multiples("anchored-self") == {1e-3: pytest.approx(dict.fromkeys((0, 1, 2), 0.25))}
     assert found.multiples("lora-whitened") == {1e-3: pytest.approx(dict.fromkeys((0, 1, 2), 0.25))}
-    rows = report._multiples(found)[0].splitlines()[2:]
+    rows = front_report.multiples_table(found)[0].splitlines()[2:]
     ends = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(row[0], row[2], row[5]) for row in ends] == [
         ("anchored core", "LoRA", "0.250 [0.250, 0.250]"),
@@ -165,7 +169,7 @@ def test_a_stage_of_one_method_has_its_cells_alone(tmp_path):
 def test_what_not_every_seed_reaches_says_so_and_is_never_bold():
     plain = [made(seed=seed, path=((0.6, 0.04 + 0.001 * seed),)) for seed in (0, 1, 2)]
     short = [made("er", seed=seed, path=((0.7, 0.02 + 0.001 * seed),)) for seed in (0, 1)]
-    row = report.main_table(Front([*plain, *short], "mlp")).splitlines()[3]
+    row = front_report.main_table(Front([*plain, *short], "mlp")).splitlines()[3]
     assert row.startswith("| LoRA + replay of earlier tasks | 1k | 0.700")
     assert row.count("(2 of 3)") == 7 and "**" not in row
 
@@ -180,7 +184,7 @@ def test_a_table_says_where_its_figures_were_made_and_what_lora_is():
         made(environment=where("an H100", "abc")),
         made(seed=1, environment=where("an H200", "def")),
     ]
-    table = report.main_table(Front(records, "mlp"))
+    table = front_report.main_table(Front(records, "mlp"))
     assert table.splitlines()[2].startswith("| LoRA, rank=4 | 1k |")
     assert "LoRA's is 4 (alpha 8)" in table and "an H100, an H200, torch 2.11" in table
     assert "a model in 4 bits; adapters on mlp, 2 steps of batch 4, bf16 autocast" in table
@@ -193,21 +197,21 @@ def test_a_table_shows_every_method_and_explains_the_marks_it_uses_alone():
 
     names = ("dora", "core-u", "cabr", "full", "er", "ewc", "cur-lora", "i-lora", "released-m1")
     records = runs("lora", 0.6, 0.04) + [each for name in names for each in runs(name, 0.6, 0.04)]
-    table = report.main_table(Front(records, "mlp"))
+    table = front_report.main_table(Front(records, "mlp"))
     assert table.count("\n|") == len(names) + 2
     for note in ("Bold:", "–: it does", "on which the level is reached", "given news"):
         assert note not in table
     records += runs("anchored-self", 0.7, 0.01) + runs("ewc-self", 0.7, 0.01, (0, 1))
     records += runs("anchored-text", 0.2, 0.01)
-    table = report.main_table(Front(records, "mlp"))
+    table = front_report.main_table(Front(records, "mlp"))
     assert "Bold: the interval excludes 1" in table and "–: it does not learn as much" in table
     assert "(2 of 3): of the seeds" in table and "given news has seen" in table
-    brief = report.brief_table(Front(records, "mlp"))
-    assert brief.count("\n|") == report.BRIEF + 1 and "drift at 98% | drift at 96%" in brief
+    brief = front_report.brief_table(Front(records, "mlp"))
+    assert brief.count("\n|") == front_report.BRIEF + 1 and "drift at 98% | drift at 96%" in brief
 
 
 def test_the_questions_own_error_stands_beside_the_seeds():
-    assert "over its 50 questions, 39% to 39% of it, is not in it" in report.main_table(
+    assert "over its 50 questions, 39% to 39% of it, is not in it" in front_report.main_table(
         Front([made()], "mlp")
     )
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from retention_records import made, score
 
-from benchmarks.retention import report
 from benchmarks.retention.cells import Cell
 from benchmarks.retention.record import Measure
+from benchmarks.retention.sequence_report import sequence_table
 from benchmarks.retention.summary import (
     SCALED,
     Front,
@@ -142,10 +142,10 @@ def test_a_sequence_has_its_paired_difference_from_two_seeds_on():
         return [in_turn(n, loss + seed, loss, method, seed) for seed in seeds for n in (1, 2)]
 
     plain, kept = records("lora", (0, 1, 2), 1.0), records("er", (0, 1), 0.5)
-    row = report.sequence_table([*plain, *kept]).splitlines()[3]
+    row = sequence_table([*plain, *kept]).splitlines()[3]
     assert row.startswith("| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 2 | 0.750")
     assert "| -0.50 [-0.50, -0.50] |" in row
-    row = report.sequence_table([*plain, *kept[:2]]).splitlines()[3]
+    row = sequence_table([*plain, *kept[:2]]).splitlines()[3]
     assert row == (
         "| LoRA + replay of earlier tasks | mlp | 0.001 | 2 | 1 | 0.500 | – | 0.000 | – | 0.080 "
         "| – |"
@@ -158,13 +158,13 @@ def test_a_sequence_is_compared_with_replay_and_ewc_too():
         return [in_turn(n, rise + seed, loss, method, seed) for seed in (0, 1) for n, rise in rises]
 
     both = [*records("er", 0.5), *records("ewc", 0.7)]
-    table = report.sequence_table([*records("lora", 1.0), *both])
+    table = sequence_table([*records("lora", 1.0), *both])
     loss, forgetting = "0.21 [0.21, 0.21]", "0.02 [0.02, 0.02]"
     row = "| LoRA + EWC of earlier tasks | mlp | 0.001 | 2 |"
     assert f"{row} {loss} | {forgetting} | 1.00 [1.00, 1.00] |" in table.splitlines()
     row, forgetting = row.replace("EWC", "replay"), "-0.02 [-0.02, -0.02]"
     assert f"{row} -{loss.replace('[', '[-').replace(', ', ', -')} | {forgetting} | 1.00" in table
-    alone = report.sequence_table(records("ewc", 0.7))
+    alone = sequence_table(records("ewc", 0.7))
     assert "Against replay" in table and "Against EWC" in table and "Against" not in alone
 
 
@@ -177,7 +177,7 @@ def test_a_sequence_says_what_it_drifted_after_each_task():
             record = in_turn(count, 1.0, 1.0, method, seed)
             texts = {name: replace(of, kl=kl) for name, of in record.end.texts.items()}
             runs.append(replace(record, measures=[replace(record.end, texts=texts)]))
-    table = report.sequence_table(runs)
+    table = sequence_table(runs)
     assert "KL over that of LoRA after each task" in table
     row = "| LoRA + replay of earlier tasks | mlp | 0.001 | 2 |"
     assert f"{row} 2.00 [2.00, 2.00] | 0.50 [0.50, 0.50] |" in table.splitlines()
