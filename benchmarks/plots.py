@@ -63,6 +63,19 @@ def draw_all(results: Path) -> list[Path]:
     return drawn
 
 
+def plain(axes: Any, *, grid: bool = True) -> None:
+    """Leave out the upper and the right edge of axes; draw a pale grid behind what they show."""
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def write_png(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG; the same figure gives the same bytes."""
+    figure.savefig(path, metadata={"Software": None})
+
+
 def speed(result: Result) -> Any:
     """Forward + backward against the frozen layer, by T; None where only one T was measured.
 
@@ -212,9 +225,7 @@ def _figure(title: str, result: Result, panels: int = 1) -> tuple[Any, list[Any]
     where = f"{result.machine['name']}, {result.dtype}, commit {result.commit}"
     figure.suptitle(f"{title}\n{where}", fontsize=10)
     for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
+        plain(axes)
     return figure, all_axes
 
 

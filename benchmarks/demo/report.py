@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.markdown import table
+from benchmarks.plots import plain, write_png
 
 COLUMNS = (
     "",
@@ -132,9 +133,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     for axes in (curves, plane):
         axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-    figure.savefig(path, metadata={"Software": None})
+        plain(axes)
+    write_png(figure, path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.plots import plain
 from benchmarks.retention.grid import BEST, GROWING
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.summary import REFERENCE, SCALED, Front, InTurn, kl_of, learned, unseen
@@ -90,7 +90,7 @@ def draw_front(front: Front, title: str) -> Any:
     seeds = "" if len({*runs}) == 1 else f"; means over {min(runs)} to {max(runs)} seeds"
     for axes, more in ((whole, seeds), (near, "")):
         axes.set_xlabel(f"learned: fall of the held-out loss, nats a token{more}")
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes, grid=False)
     whole.legend(frameon=False, fontsize=8)
     return figure
 
@@ -120,8 +120,8 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
     figure_class = require("matplotlib.figure", "bench").Figure
     figure = figure_class(figsize=(11, 4.8), dpi=150, layout="constrained")
     whole, near = figure.subplots(1, 2)
-    plain = [fmean(run.kl.values()) for run in runs if run.method == REFERENCE]
-    edge = min(plain, default=math.inf) / 2
+    reference = [fmean(run.kl.values()) for run in runs if run.method == REFERENCE]
+    edge = min(reference, default=math.inf) / 2
     methods: dict[tuple, list[InTurn]] = {}
     for run in sorted(runs, key=_how_hard):
         weaker = _STRENGTH.sub("", run.method).rstrip("@,")
@@ -145,11 +145,11 @@ def draw_sequence(runs: Sequence[InTurn], title: str) -> Any:
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     means = "one seed" if seeds == {1} else f"means over {count} seeds"
     whole.set(title=title, ylabel=f"held-out loss of all tasks, {means}")
-    if plain:
+    if reference:
         near.set(title="less than half of LoRA's KL")
     for axes in (whole, near):
         axes.set(xscale="log", xlabel="KL(base ‖ tuned) on old texts, nats a token")
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes, grid=False)
     whole.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
@@ -170,16 +170,6 @@ def _draw_strengths(axes: Any, runs: Sequence[InTurn], **look: Any) -> None:
         axes.plot(*zip(*means, strict=True), **look)
 
 
-def write_sequence(runs: Sequence[InTurn], path: Path, title: str) -> None:
-    """Writes the picture as a PNG; the same runs give the same bytes."""
-    draw_sequence(runs, title).savefig(path, metadata={"Software": None})
-
-
-def write_front(front: Front, path: Path, title: str) -> None:
-    """Writes the picture as a PNG; the same records give the same bytes."""
-    draw_front(front, title).savefig(path, metadata={"Software": None})
-
-
 def _alike(front: Front, method: str) -> dict[tuple[float, float], list[Any]]:
     """Records of several seeds by rate and scale."""
     found: dict[tuple[float, float], list[Any]] = {}
@@ -196,4 +186,4 @@ def _top(front: Front, kinds: list[str]) -> float:
     return 2 * worst
 
 
-__all__ = ["draw_front", "draw_sequence", "write_front", "write_sequence"]
+__all__ = ["draw_front", "draw_sequence"]

@@ -8,9 +8,10 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.markdown import table
+from benchmarks.plots import write_png
 from benchmarks.retention.front_report import ends_table, levels_table, main_table, multiples_table
 from benchmarks.retention.grid import STAGES
-from benchmarks.retention.plots import write_front, write_sequence
+from benchmarks.retention.plots import draw_front, draw_sequence
 from benchmarks.retention.record import Record, provenance, read_all
 from benchmarks.retention.sequence_report import sequence_table
 from benchmarks.retention.summary import REFERENCE, Front, learned, sequences
@@ -54,7 +55,7 @@ def _sequences(stage: str, records: Sequence[Record], folder: Path) -> list[str]
     """A picture and the tables of a stage of tasks in turn; the tables alone where one was run."""
     parts, runs = [], sequences(records)
     if len(runs) > 1:
-        write_sequence(runs, folder / f"{stage}.png", f"{stage}: tasks in turn")
+        write_png(draw_sequence(runs, f"{stage}: tasks in turn"), folder / f"{stage}.png")
         parts += [f"![Learned and drifted, tasks in turn]({stage}.png)", ""]
     return [*parts, sequence_table(records), ""]
 
@@ -71,7 +72,7 @@ def _fronts(stage: str, records: Sequence[Record], folder: Path) -> list[str]:
         front = Front(some, targets)
         if REFERENCE in front.runs:
             picture = f"{stage}-{targets}{f'-{task}-{steps}' * (len(alike) > 1)}.png"
-            write_front(front, folder / picture, f"{stage}: adapters on {targets}")
+            write_png(draw_front(front, f"{stage}: adapters on {targets}"), folder / picture)
             parts += [f"![Learned and drifted, {targets}]({picture})", ""]
             parts += [main_table(front), "", *levels_table(front), "", *ends_table(front), ""]
             parts += [*multiples_table(front), ""]
