@@ -41,7 +41,7 @@ def adapted(base: nn.Module, m: int) -> Any:
 
 
 def steps_of(model: nn.Module, seed: int) -> measure.Task:
-    """Training steps on random tokens, one already taken, which the optimizer's state outlasts."""
+    """Training steps on random tokens; a first one is taken here, which makes AdamW's state."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     device = trained[0].device

@@ -2,7 +2,7 @@
 
 | name                            | what it is                                                 |
 |---------------------------------|------------------------------------------------------------|
-| ``frozen``                      | the layer alone: the floor everyone pays                   |
+| ``frozen``                      | the layer alone: the least time of every layer             |
 | ``secura SPACE triton``         | our kernels                                                |
 | ``secura SPACE reference``      | our ops in plain torch                                     |
 | ``secura SPACE compiled``       | the same under ``torch.compile``                           |

@@ -13,7 +13,7 @@ number, m SECURA's rank, r LoRA's and T tokens:
 | TP, N  | 2 all-reduces of T m s, one of 4 m² bytes   | one of T r s      |
 | TP, K  | nothing                                     | one of T r s      |
 
-FSDP2's all-gathers ride with those of the frozen block; its reduce-scatter is the adapter's own.
+FSDP2's all-gathers are sent together with the frozen block's; its reduce-scatter is the adapter's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Collective(NamedTuple):
     Attributes:
         kind: ``"all-reduce"``, ``"all-gather"`` or ``"reduce-scatter"``.
         bytes: of the whole tensor, which is reduced, gathered or scattered.
-        calls: how often; 0 where it rides with one that the frozen model has as well.
+        calls: how often; 0 where it is sent together with one of the frozen model.
         times: how often those bytes are sent.
     """
 
@@ -248,7 +248,7 @@ _CAPTION = (
     f"decoder, beyond the frozen model, each GPU and step; bf16, {TOKENS} tokens a GPU (under TP a "
     "node), AdamW, no checkpointing. *Sent* by rings, of whose 8 links in a node of 8 GPUs one "
     "goes to another node. *Collectives* are those that the frozen model has not; FSDP2's "
-    "all-gathers ride with its. "
+    "all-gathers are sent together with its. "
     "*Launches* are those of the layers alone, by a layer of 256 × 256 at m = 32; at these sizes "
     "`channel` starts about 12 a layer where 11 are counted here. *Through memory*: as PEFT and "
     "our kernels run."

@@ -2,13 +2,13 @@
 
     python -m benchmarks.triage --out DIR [--budget_s 130] [--resume]
 
-One process measures, after ``WARMERS`` others have compiled what it will run. It asks, and prints
-one JSON line a question: each provider's layer (errors, eager and graph time, memory), what it
-costs the host, how much of a small update reaches its output, and every op beside its floor
+One process measures, after ``WARMERS`` others have compiled what it will run. It prints one JSON
+line a measurement: each provider's layer (errors, eager and graph time, memory), what it costs the
+host, how much of a small update reaches its output, and every op beside its floor
 (:mod:`benchmarks.ops`). Times are in microseconds (``*_us``). ``triage.json`` keeps them as they
-come, a table is printed last. ``--resume`` asks only what has no answer there yet. ``--dry_run``
-goes through all of it on a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing.
-Exit status: 0 all asked and answered, 1 not, 2 no GPU.
+come, a table is printed last. ``--resume`` measures what is not there yet. ``--dry_run`` goes
+through all of it on a CPU, in Triton's interpreter with tiny shapes: its figures mean nothing.
+Exit status: 0 all measured, 1 not, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ LANDING = (1e-3, 3e-4)
 """‖ΔW‖ / ‖W‖ of the small updates whose way to the output is measured."""
 
 
-class Asker:
-    """Where the questions are asked, and the clock they are timed by.
+class Setup:
+    """A device, the tensors and providers that are measured on it, and the times of calls.
 
     Args:
         device: ``"cuda"``, or ``"cpu"`` for a dry run in the interpreter.
@@ -117,65 +117,69 @@ class Asker:
         return (time.perf_counter() - start) / 100 * 1e6
 
 
-class Question(NamedTuple):
+class Measurement(NamedTuple):
     """A name and what finds its figures."""
 
     name: str
-    ask: Callable[[Asker], dict[str, Any]]
+    run: Callable[[Setup], dict[str, Any]]
 
 
-def questions(ceilings: dict[str, float], only: str = "") -> list[Question]:
+def measurements(ceilings: dict[str, float], only: str = "") -> list[Measurement]:
     """Those whose names begin with a part of ``only``, the most important first."""
-    found = [Question(f"layer: {name}", functools.partial(_layer, name)) for name in PROVIDERS]
-    found += [Question(f"host: {name}", functools.partial(_host, name)) for name in PROVIDERS[:-1]]
+    found = [Measurement(f"layer: {name}", functools.partial(_layer, name)) for name in PROVIDERS]
+    found += [
+        Measurement(f"host: {name}", functools.partial(_host, name)) for name in PROVIDERS[:-1]
+    ]
     for label, shape in SHAPES.items():
         for op in OPS:
-            ask = functools.partial(_op, op, shape, ceilings)
-            found.append(Question(f"op: {op.name}, {label}", ask))
-    found += [Question(f"lands: {name}", functools.partial(_lands, name)) for name in PROVIDERS[1:]]
+            run = functools.partial(_op, op, shape, ceilings)
+            found.append(Measurement(f"op: {op.name}, {label}", run))
+    found += [
+        Measurement(f"lands: {name}", functools.partial(_lands, name)) for name in PROVIDERS[1:]
+    ]
     return [one for one in found if one.name.startswith(tuple(only.split(",")))]
 
 
-def _layer(name: str, asker: Asker) -> dict[str, Any]:
+def _layer(name: str, setup: Setup) -> dict[str, Any]:
     """A provider's layer: errors against fp64, memory, and forward, backward and graph."""
-    runner = Runner(asker.provider(name), asker.problem(SHAPES["q+o"]))
+    runner = Runner(setup.provider(name), setup.problem(SHAPES["q+o"]))
     figures = dict(runner.figures)
     with runner.provider.running():
         for phase in PHASES:
             call = getattr(runner, f"{phase}_call")()
-            figures[f"{phase}_eager_us"] = asker.us(call, eager=True)
+            figures[f"{phase}_eager_us"] = setup.us(call, eager=True)
             del call
-        figures["both_graph_us"] = asker.us(runner.both)
+        figures["both_graph_us"] = setup.us(runner.both)
     return figures
 
 
-def _host(name: str, asker: Asker) -> dict[str, Any]:
+def _host(name: str, setup: Setup) -> dict[str, Any]:
     """One layer on few tokens, so that its time is the host's."""
-    runner = Runner(asker.provider(name), asker.problem(Shape(16, 4096, 4096, M)))
+    runner = Runner(setup.provider(name), setup.problem(Shape(16, 4096, 4096, M)))
     with runner.provider.running():
         return {
-            "eager forward_us": asker.host_us(runner.forward),
-            "eager_us": asker.host_us(runner.both),
-            "graph_us": asker.us(runner.both),
+            "eager forward_us": setup.host_us(runner.forward),
+            "eager_us": setup.host_us(runner.both),
+            "graph_us": setup.us(runner.both),
         }
 
 
-def _op(op: Op, shape: Shape, ceilings: dict[str, float], asker: Asker) -> dict[str, Any]:
+def _op(op: Op, shape: Shape, ceilings: dict[str, float], setup: Setup) -> dict[str, Any]:
     """An op's times, their floors by bytes and operations, and the shares that are of them."""
-    data, figures = asker.tensors(shape), dict[str, Any]()
+    data, figures = setup.tensors(shape), dict[str, Any]()
     calls = op.calls(data, "triton")
     floors = op.floors_us(calls, data, ceilings) if ceilings else {}
     for name, call in calls.items():
-        figures[f"{name}_us"] = found = asker.us(call)
+        figures[f"{name}_us"] = found = setup.us(call)
         if found is not None:
             figures |= {f"{name}_floor_us": floors[name], f"{name}_share": floors[name] / found}
     return figures
 
 
-def _lands(name: str, asker: Asker) -> dict[str, Any]:
+def _lands(name: str, setup: Setup) -> dict[str, Any]:
     """The share of a small update's exact effect that a layer's output shows."""
-    problem, figures = asker.problem(Shape(1024, 4096, 4096, M)), {}
-    ranks, provider = Ranks(problem.case.m, problem.case.r), asker.provider(name)
+    problem, figures = setup.problem(Shape(1024, 4096, 4096, M)), {}
+    ranks, provider = Ranks(problem.case.m, problem.case.r), setup.provider(name)
     for change in LANDING:
         found = shares(provider, problem.weight, problem.x.detach(), ranks, change)
         figures[f"share at {change:g}"] = found["share"]
@@ -183,13 +187,13 @@ def _lands(name: str, asker: Asker) -> dict[str, Any]:
 
 
 def warm(part: int, parts: int, only: str) -> None:
-    """Run every ``parts``-th question once, so that its kernels are in Triton's cache."""
-    asker = Asker("cuda", warming=True)
-    for question in questions({}, only)[part::parts]:
+    """Run every ``parts``-th measurement once, so that its kernels are in Triton's cache."""
+    setup = Setup("cuda", warming=True)
+    for one in measurements({}, only)[part::parts]:
         try:
-            question.ask(asker)
-        except Exception as error:  # it will be asked again, and its failure kept
-            print(f"{question.name}: {error!r}"[:300], flush=True)
+            one.run(setup)
+        except Exception as error:  # it will run again, and its failure be kept
+            print(f"{one.name}: {error!r}"[:300], flush=True)
 
 
 def warmed(out: Path, seconds: float, only: str) -> None:
@@ -203,20 +207,20 @@ def warmed(out: Path, seconds: float, only: str) -> None:
     end_by(children, end)
 
 
-def answer(question: Question, asker: Asker) -> Row:
-    """A question's row."""
-    row = Row({"question": question.name}, "triage")
+def measured(one: Measurement, setup: Setup) -> Row:
+    """The row of a measurement; one that fails says why."""
+    row = Row({"question": one.name}, "triage")
     try:
-        row.figures = question.ask(asker)
-    except Exception as error:  # one question's failure must not end the others
+        row.figures = one.run(setup)
+    except Exception as error:  # one failure must not end the others
         row.fail(*excuse(error))
-        if measure.is_lost(asker.device):
+        if measure.is_lost(setup.device):
             row.note += f"; {DEVICE_LOST}"
     return row
 
 
 def begin_again(seconds: float) -> None:
-    """Put a new process in the place of this one, whose device is lost, for the other questions."""
+    """Put a new process in the place of this one, whose device is lost, for what is left."""
     kept = [word for word in sys.argv[1:] if word != "--resume"]
     again = ["-m", "benchmarks.triage", *kept, "--resume", "--budget_s", f"{seconds:.0f}"]
     sys.stdout.flush()
@@ -256,33 +260,33 @@ def table(rows: list[Row], ceilings: dict[str, float]) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask; the exit status."""
+    """Measure; the exit status."""
     start = time.monotonic()
-    asker = Asker("cpu" if options.dry_run else "cuda")
+    setup = Setup("cpu" if options.dry_run else "cuda")
     preset = "dry_run" if options.dry_run else "full"
-    result = new_result("triage", preset, asker.device, asker.dtype, {}, options.commit)
+    result = new_result("triage", preset, setup.device, setup.dtype, {}, options.commit)
     recorder = Recorder(result, options.out / "triage.json", resume=options.resume)
     result.rows = [row for row in result.rows if row.status == "ok" or DEVICE_LOST in row.note]
     print(json.dumps([result.machine, result.versions, result.commit]), flush=True)
     if not options.dry_run and not result.rows:
         warmed(options.out, min(WARM_S, options.budget_s / 2), options.only)
         print(f"compiled: {time.monotonic() - start:.0f} s", flush=True)
-    result.ceilings = result.ceilings or ceilings_of(asker.device, asker.dtype)
+    result.ceilings = result.ceilings or ceilings_of(setup.device, setup.dtype)
     print(json.dumps(result.ceilings), flush=True)
     known = {row.case["question"] for row in result.rows}
-    for question in questions(result.ceilings, options.only):
-        if question.name in known:
+    for one in measurements(result.ceilings, options.only):
+        if one.name in known:
             continue
         if time.monotonic() - start > options.budget_s:
-            recorder.add([Row({"question": question.name}, "triage", "skipped", SPENT)])
+            recorder.add([Row({"question": one.name}, "triage", "skipped", SPENT)])
             continue
-        row = answer(question, asker)
+        row = measured(one, setup)
         recorder.add([row])
         shown = {
             key: float(f"{of:.4g}") if isinstance(of, float) else of
             for key, of in row.figures.items()
         }
-        line = [question.name, row.status, row.note, f"{time.monotonic() - start:.0f} s", shown]
+        line = [one.name, row.status, row.note, f"{time.monotonic() - start:.0f} s", shown]
         print(json.dumps(line, ensure_ascii=False), flush=True)
         if DEVICE_LOST in row.note:
             begin_again(options.budget_s - (time.monotonic() - start))

@@ -119,7 +119,10 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"the state is another model's: {', '.join(unexpected[:3])}")
+        raise ValueError(
+            f"the state is another model's ({', '.join(unexpected[:3])}): remove the cell's folder "
+            "and run it again"
+        )
 
 
 def gradient_norms(model: nn.Module, targets: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ def plus_minus(found: Estimate, *, sign: bool = False) -> str:
 
 
 def percent(found: Estimate) -> str:
-    """The same in percent."""
+    """A mean and half its interval in percent; the mean alone where there is none."""
     mean = f"{found.mean:.0%}"
     return mean if math.isnan(found.low) else f"{mean} ± {found.high - found.mean:.0%}"
 

@@ -79,7 +79,10 @@ class Material:
             self.folder, dtype=torch.float32, attn_implementation="sdpa"
         )
         if getattr(model.config, "final_logit_softcapping", None):
-            raise ValueError(f"{self.settings.model} caps its logits, which scoring does not do")
+            raise ValueError(
+                f"{self.settings.model} caps its logits, which scoring does not do: give another "
+                "with --set model=NAME"
+            )
         return model.to(self.device).requires_grad_(False).eval()
 
     def fresh_model(self) -> Any:
@@ -116,7 +119,7 @@ class Material:
         if len(short) < size:
             raise ValueError(
                 f"task {task!r} has {len(short)} examples of at most {self.settings.max_tokens} "
-                "tokens, fewer than a batch"
+                "tokens, fewer than a batch: give more with --set max_tokens=NUMBER"
             )
         epoch = 0
         while len(rows) < wanted:
@@ -247,7 +250,10 @@ class Material:
             if len(found) == count:
                 break
         if not found:
-            raise ValueError(f"no example has at most max_tokens={self.settings.max_tokens} tokens")
+            raise ValueError(
+                f"no example has at most max_tokens={self.settings.max_tokens} tokens: give more "
+                "with --set max_tokens=NUMBER"
+            )
         return found
 
     def _states(self, rows: list[Row]) -> Tensor:

@@ -60,9 +60,9 @@ def draw_front(front: Front, title: str) -> Any:
     """A figure of a method's ends at each rate, means over seeds.
 
     The KL is over the kinds of old text that none of the drawn methods has seen the source of.
-    On the left all of it, with a dotted line from the untouched model at the origin, between which
-    and the first end no run ended; on the right, with the KL on a logarithmic scale, where
-    most was learned. Of variations there are those with a look.
+    On the left all ends of a method are joined, the first by a dotted line to the untouched model
+    at the origin. On the right is the part where most was learned, the KL on a logarithmic scale.
+    Variations of a method are drawn where ``_LOOKS`` names them.
     """
     figure_class = require("matplotlib.figure", "bench").Figure
     figure = figure_class(figsize=(11, 4.6), dpi=150, layout="constrained")

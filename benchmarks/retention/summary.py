@@ -1,9 +1,8 @@
 """Figures out of records: what is kept where as much is learned, and how sure that is.
 
 A method's curve at a seed joins the ends of its rates, the KL in logarithms. Runs that have not
-ended are no part of it: their rate has not decayed yet. What a method pays for a level of learning
-is the least KL on the curve where it has learned that much or more, so that it grows with the
-level.
+ended are no part of it: their rate has not decayed yet. A method's KL at a level of learning is the
+least on the curve where it has learned that much or more, so that it grows with the level.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def unseen(record: Record) -> tuple[str, ...]:
 
 
 class Front:
-    """What methods learn and pay in records of one stage and one place, first task alone.
+    """What methods learn of one task and how far they drift, in records of one stage and place.
 
     All scales of a method that is scaled down after training are one method: a curve for each rate,
     by scale, 1 at the end.
@@ -154,25 +153,25 @@ class Front:
     def above(self, method: str, level: float) -> bool:
         """Whether all of a method's runs end above a level, at one seed or more.
 
-        What it pays there is then read off a run that learned more, and may be too much.
+        Its KL there is then read off a run that learned more, and may be too large.
         """
         return any(
             all(learned(record.end, record.task) > level for record in found)
             for found in self.runs[method].values()
         )
 
-    def paid(self, method: str, level: float, value: Value) -> dict[int, float]:
+    def kl_at(self, method: str, level: float, value: Value) -> dict[int, float]:
         """The least value where a method has learned `level` or more, by seed that reached it."""
         found = {seed: least(self.lines(method, seed, value), level) for seed in self.runs[method]}
-        return {seed: paid for seed, paid in found.items() if paid is not None}
+        return {seed: kl for seed, kl in found.items() if kl is not None}
 
     def ratio(self, method: str, level: float, *kinds: str) -> Estimate | None:
-        """The KL a method pays for a level over what the reference pays, see :func:`kl_of`.
+        """A method's KL at a level over the reference's there, see :func:`kl_of`.
 
         Over all kinds of text where none is given, but for those an anchor's statistics saw.
         """
         value = kl_of(*(kinds or unseen(self.some(method))))
-        return ratio(self.paid(method, level, value), self.paid(REFERENCE, level, value))
+        return ratio(self.kl_at(method, level, value), self.kl_at(REFERENCE, level, value))
 
     def around(
         self, method: str, reference: str = REFERENCE

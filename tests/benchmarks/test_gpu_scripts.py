@@ -125,54 +125,52 @@ COMMAND = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", "/", "
 
 
 @pytest.mark.skipif(interpreter_broken() is not None, reason=str(interpreter_broken()))
-def test_every_question_is_answered_in_the_interpreter(tmp_path):
+def test_every_measurement_runs_in_the_interpreter(tmp_path):
     flags = ("--dry_run", "--out", tmp_path, "--commit", "abc", "--budget_s", 250)
     done = run_module("triage", *flags, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = Result.load(tmp_path / "triage.json")
     assert [row.note for row in result.rows if row.status != "ok"] == [] and result.complete
-    names = [question.name for question in triage.questions({})]
+    names = [one.name for one in triage.measurements({})]
     assert [row.case["question"] for row in result.rows] == names and len(set(names)) == len(names)
 
 
-def test_resuming_asks_what_has_no_answer_yet(tmp_path, no_handler, monkeypatch):
-    asked = []
+def test_resuming_measures_what_is_not_there_yet(tmp_path, no_handler, monkeypatch):
+    ran = []
 
-    def fails_once(name, asker):
-        asked.append(name)
-        if asked.count("broken") == 1 and name == "broken":
+    def fails_once(name, setup):
+        ran.append(name)
+        if ran.count("broken") == 1 and name == "broken":
             raise RuntimeError("no such kernel")
         return {"x": 1.0}
 
-    def questions(ceilings, only):
+    def measurements(ceilings, only):
         names = [name for name in ("good", "broken", "late") if name.startswith(only)]
-        return [triage.Question(name, partial(fails_once, name)) for name in names]
+        return [triage.Measurement(name, partial(fails_once, name)) for name in names]
 
-    monkeypatch.setattr(triage, "questions", questions)
+    monkeypatch.setattr(triage, "measurements", measurements)
     monkeypatch.setattr(triage, "ceilings_of", lambda device, dtype: {"copy_gb_s": 1.0})
     flags = ["--dry_run", "--out", str(tmp_path), "--commit", "abc"]
     assert triage.main([*flags, "--only", "good"]) == 0
     assert triage.main([*flags, "--resume"]) == 1
     assert triage.main([*flags, "--resume"]) == 0
-    assert asked == ["good", "broken", "late", "broken"]
+    assert ran == ["good", "broken", "late", "broken"]
     rows = Result.load(tmp_path / "triage.json").rows
     assert [row.case["question"] for row in rows] == ["good", "late", "broken"]
 
 
-def test_a_question_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
-    def bad(asker):
+def test_a_measurement_that_raises_fails_alone_and_a_lost_device_is_said(monkeypatch):
+    def bad(setup):
         raise RuntimeError("no such kernel")
 
-    cpu = triage.Asker("cpu")
-    row = triage.answer(triage.Question("a", bad), cpu)
-    assert (
-        row.status == "failed"
-        and "no such kernel" in row.note
-        and triage.DEVICE_LOST not in row.note
-    )
+    cpu = triage.Setup("cpu")
+    row = triage.measured(triage.Measurement("a", bad), cpu)
+    assert row.status == "failed" and "no such kernel" in row.note
+    assert triage.DEVICE_LOST not in row.note
     monkeypatch.setattr(measure, "is_lost", lambda device: True)
-    assert triage.DEVICE_LOST in triage.answer(triage.Question("a", bad), cpu).note
-    assert triage.answer(triage.Question("b", lambda asker: {"x": 1.0}), cpu).figures == {"x": 1.0}
+    assert triage.DEVICE_LOST in triage.measured(triage.Measurement("a", bad), cpu).note
+    good = triage.Measurement("b", lambda setup: {"x": 1.0})
+    assert triage.measured(good, cpu).figures == {"x": 1.0}
 
 
 def test_the_ceilings_allow_what_the_bytes_and_products_come_to():

@@ -36,9 +36,9 @@ def test_the_least_on_a_line_is_interpolated_in_logarithms_and_grows_with_the_le
 
 def test_a_front_joins_the_ends_of_rates_and_no_run_that_has_not_ended():
     front = Front([made(), made(rate=3e-3, path=((0.7, 0.001), (0.8, 0.16)))], "mlp")
-    assert front.paid("lora", 0.7, kl_of("news")) == {0: pytest.approx(0.08)}
-    assert front.paid("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.04)}
-    assert front.paid("lora", 0.9, kl_of("news")) == {}
+    assert front.kl_at("lora", 0.7, kl_of("news")) == {0: pytest.approx(0.08)}
+    assert front.kl_at("lora", 0.15, kl_of("news")) == {0: pytest.approx(0.04)}
+    assert front.kl_at("lora", 0.9, kl_of("news")) == {}
     assert front.levels() == pytest.approx([0.768, 0.784, 0.8])
     less = made(seed=1, path=((0.3, 0.01), (0.5, 0.04)))
     assert Front([made(), less], "mlp").levels() == pytest.approx([0.48, 0.49, 0.5])
@@ -57,7 +57,7 @@ def test_the_scales_of_a_rate_are_one_curve_that_ends_in_the_whole():
     assert front.methods == ["lora", scaled] and front.title(scaled) == "LoRA" + SCALED
     (line,) = front.lines(scaled, 0, kl_of("news"))
     assert [y for _, y in line] == pytest.approx([0.03, 0.04, 0.16])
-    assert front.paid(scaled, 0.6, kl_of("news")) == {0: pytest.approx(0.08)}
+    assert front.kl_at(scaled, 0.6, kl_of("news")) == {0: pytest.approx(0.08)}
     assert [len(line) for line in front.lines("lora", 0, kl_of("news"))] == [2]
 
 
@@ -75,7 +75,7 @@ def test_kl_over_kinds_is_the_geometric_mean_of_unseen_ones():
     lora, text = made(path=((0.5, 0.02),)), made("anchored-text", path=((0.5, 0.01),))
     front = Front([lora, text], "mlp")
     assert front.ratio("anchored-text", 0.5).mean == pytest.approx(0.5)  # on code alone
-    assert front.paid("anchored-text", 0.5, kl_of("code")) == {0: pytest.approx(0.02)}
+    assert front.kl_at("anchored-text", 0.5, kl_of("code")) == {0: pytest.approx(0.02)}
 
 
 def test_intervals_are_students():
