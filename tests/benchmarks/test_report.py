@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from benchmarks import report
+from benchmarks import markdown, report
 from benchmarks.measure import timing
 from benchmarks.schema import Result, Row
 from benchmarks.tables import NOT_YET
@@ -38,6 +38,12 @@ def test_the_cpu_layer_result_has_what_the_page_promises():
     assert result.dtype == "fp32"
     for provider in ("peft lora fp32", "secura none reference", "secura channel reference"):
         assert status[provider] == "ok"
+
+
+def test_a_table_has_its_figures_to_the_right_and_one_space_in_an_empty_cell():
+    assert markdown.table(["", "on", "KL"], [["a", "q", "1"], ["b", "", ""]], labels=2) == (
+        "| | on | KL |\n| --- | --- | ---: |\n| a | q | 1 |\n| b | | |"
+    )
 
 
 def layer_result(time_ms: float) -> Result:
