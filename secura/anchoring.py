@@ -8,10 +8,11 @@ are ``[m, m]`` in their span, of tensors the layer has at hand:
     S = (Σ + λ tr Σ/m)^−½     L = (Γ + λ tr Γ/m)^−½     U = κ L Ũ S,   Ũ trained, 0 at first
 
 To second order, and as far as K-FAC's product of Γ and Σ is the Fisher matrix, a change U of one
-layer costs ``½ tr(Γ U Σ Uᵀ) = ½ κ² ‖Ũ‖²`` on old text (λ aside): every direction of Ũ the same. κ
-makes ``‖C κL‖ ‖S R‖ = ‖C‖ ‖R‖``, so that one learning rate serves all layers. Weight decay on Ũ is
-then a penalty against leaving old knowledge, of strength 1 / κ² in each layer, see
-:class:`secura.continual.AnchorDecayCallback`.
+layer costs ``½ tr(Γ U Σ Uᵀ)`` on old text, and κ of a layer makes that ``½ c² ‖Ũ‖²`` with one c for
+the model (λ aside): every direction of Ũ the same, in every layer. So weight decay on Ũ is a
+penalty against leaving old knowledge, see :class:`secura.continual.AnchorDecayCallback`. c is such
+that a step moves the layers' weights as far as one on U does, in their geometric mean
+(:mod:`secura.whitening`).
 
 Each set of texts counts the same: Σ and Γ are divided by their mean eigenvalue before they are
 added up. ``κ L`` and S are kept (2 m² numbers a layer), from which both sums follow.
@@ -31,11 +32,11 @@ from torch import Tensor, nn
 
 from .cabr import CABR
 from .config import check_damping
-from .curvature import Statistics, curvature
+from .curvature import curvature
 from .layers import active_adapters, evaluating
 from .sharding import gathered, reshard, unit_by_unit
-from .state import in_digits
 from .texts import BATCH_SIZE, LENGTH, TOKENS, Texts, listed
+from .whitening import Roots, roots_of, scales, sums_of
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,23 @@ def anchor(
             "know: give texts that reach them, or leave them out with exclude_modules",
             stacklevel=2,
         )
+    for name in names.values():
+        if not all(bool(torch.isfinite(one).all()) for one in sums[name]):
+            raise ValueError(
+                f"{name}: the statistics of old text hold NaN or inf: nothing was anchored; load "
+                "the model in fp32 or bf16"
+            )
+    dampings = {
+        adapter: adapter.config.anchor_damping if damping is None else float(damping)
+        for adapter in names
+    }
+    roots = {
+        adapter: roots_of(sums[name], dampings[adapter], sums_of(adapter) if add else None)
+        for adapter, name in names.items()
+    }
+    kappa = scales(roots)
     made = {
-        adapter: _solve(names[adapter], adapter, sums[names[adapter]], damping, add)
+        adapter: (*_solve(adapter, kappa[adapter], roots[adapter]), dampings[adapter])
         for group in unit_by_unit(model, names)
         for adapter in group
     }
@@ -250,61 +266,22 @@ def _still(model: nn.Module, adapters: dict[str, tuple[CABR, Any]]) -> Iterator[
         reshard(model)
 
 
-def _solve(
-    name: str,
-    adapter: CABR,
-    sums: Statistics,
-    damping: float | None,
-    add: bool,
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """``(κ L, S, Ũ, λ)`` of one layer, all ``[m, m]`` but λ; Ũ computes what U did."""
-    if not all(bool(torch.isfinite(one).all()) for one in (sums.sigma, sums.gamma)):
-        raise ValueError(
-            f"{name}: the statistics of old text hold NaN or inf: nothing was anchored"
-        )
-    lam = adapter.config.anchor_damping if damping is None else float(damping)
-    before = _summed(adapter) if add else None
-    left, right = _sides(sums, lam, before)
+def _solve(adapter: CABR, kappa: float, roots: Roots) -> tuple[Tensor, Tensor, Tensor]:
+    """``(κ L, S, Ũ)`` of one layer, ``[m, m]`` each; Ũ computes what U did."""
+    left, right = kappa * roots.left, roots.right
     u = gathered(adapter.U).detach().double()
     if adapter.left is not None and adapter.right is not None:
         u = adapter.left.double() @ u @ adapter.right.double()
     if bool(u.any()):
-        check_precision(name, adapter)
+        check_precision(adapter.name, adapter)
         u = torch.linalg.solve(left, torch.linalg.solve(right, u.t()).t())
     for tensor in (left, right, u):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"{name}: the anchor would hold NaN or inf: nothing was "
+                f"{adapter.name}: the anchor would hold NaN or inf: nothing was "
                 "anchored; try a larger damping"
             )
-    return left.float(), right.float(), u, lam
-
-
-def _sides(
-    sums: Statistics, lam: float, before: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """κ L and S, fp64 ``[m, m]``, of new sums and those of ``before``; of nothing the identity."""
-    if not sums.seen:
-        return _identity(sums.gamma.double()), _identity(sums.sigma.double())
-    sigma, gamma = (
-        one / one.diagonal().mean() for one in (sums.sigma.double(), sums.gamma.double())
-    )
-    if before is not None:
-        sigma, gamma = sigma + before[0], gamma + before[1]
-    right, left = _root(sigma, lam), _root(gamma, lam)
-    ratio = _stretch(sums.columns, left) * _stretch(sums.rows, right)
-    return left / ratio if ratio > 0 else left, right
-
-
-def _summed(adapter: CABR) -> tuple[Tensor, Tensor] | None:
-    """The sums Σ and Γ, fp64 ``[m, m]``, of an adapter's anchor; None where it is of no text."""
-    if adapter.left is None or adapter.right is None or adapter.damping is None:
-        return None
-    if all(torch.equal(side, _identity(side)) for side in (adapter.left, adapter.right)):
-        return None
-    lam = in_digits(adapter.damping)
-    sigma = _undamped(adapter.right, lam)
-    return sigma, _undamped(adapter.left, lam, mean=sigma.diagonal().mean())
+    return left.float(), right.float(), u
 
 
 def check_precision(name: str, adapter: CABR) -> None:
@@ -316,34 +293,6 @@ def check_precision(name: str, adapter: CABR) -> None:
             "change what the model computes by percents in an anchor's coordinates: fold what was "
             "learned first, secura.fold(model), or train U in fp32"
         )
-
-
-def _stretch(gram: Tensor, root: Tensor) -> Tensor:
-    """``‖X root‖ / ‖X‖`` from the gram matrix XᵀX; 0 where that is 0."""
-    wide = gram.double()
-    return ((root @ wide @ root).trace() / wide.trace().clamp_min(1e-300)).clamp_min(0).sqrt()
-
-
-def _root(matrix: Tensor, damping: float) -> Tensor:
-    """``(matrix + λ tr/m)^−½`` of a symmetric ``[m, m]``, fp64."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(0) + damping * matrix.diagonal().mean()
-    return (vectors * values.rsqrt()) @ vectors.t()
-
-
-def _undamped(root: Tensor, damping: float, mean: Tensor | None = None) -> Tensor:
-    """The matrix that :func:`_root` was given, brought to the mean eigenvalue ``mean`` if given."""
-    wide = root.double()
-    inverse = torch.linalg.inv(wide @ wide)
-    if mean is not None:
-        inverse *= mean * (1 + damping) / inverse.diagonal().mean()
-    share = inverse.diagonal().mean() * damping / (1 + damping)
-    return inverse - share * _identity(wide)
-
-
-def _identity(like: Tensor) -> Tensor:
-    """The identity of a square matrix's size, dtype and device."""
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 __all__ = [

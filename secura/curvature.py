@@ -21,19 +21,21 @@ from .texts import batches, draw, pieces_of, sample
 
 
 class Statistics(NamedTuple):
-    """What one layer's tokens sum up to, and its own C and R, ``[m, m]`` each, fp32.
+    """What one layer's tokens sum up to, and its own C and R, fp32, ``[m, m]`` but for a count.
 
     Attributes:
         sigma: the sum of z zᵀ.
         gamma: the sum of h hᵀ.
         columns: CᵀC.
         rows: R Rᵀ.
+        tokens: how many there were, one number.
     """
 
     sigma: Tensor
     gamma: Tensor
     columns: Tensor
     rows: Tensor
+    tokens: Tensor
 
     @property
     def seen(self) -> bool:
@@ -82,7 +84,7 @@ def curvature(
     sums, handles, watches = {}, [], []
     try:
         for name, (adapter, layer) in adapters.items():
-            sums[name] = Statistics(*(torch.zeros_like(adapter.core) for _ in range(4)))
+            sums[name] = _nothing(adapter.core)
             watches.append(_Watch(adapter, sums[name]))
             handles.append(layer.register_forward_hook(watches[-1]))
         # all processes read as often, for sharded ones wait for one another, and fail together
@@ -103,6 +105,12 @@ def curvature(
         for one in sums.values():
             _add_up(one)
     return sums, int(read)
+
+
+def _nothing(like: Tensor) -> Statistics:
+    """Sums of no token, each ``[m, m]`` as ``like``."""
+    sigma, gamma, columns, rows = (torch.zeros_like(like) for _ in range(4))
+    return Statistics(sigma, gamma, columns, rows, like.new_zeros(()))
 
 
 def _check_finite(finite: bool, device: torch.device) -> None:
@@ -165,6 +173,7 @@ class _Watch:
                 h = (_flat(gradient).to(columns.dtype) @ columns).float()
                 self.sums.sigma.add_(squares)
                 self.sums.gamma.add_(h.t() @ h)
+                self.sums.tokens.add_(len(h))
 
         out.register_hook(add)
 

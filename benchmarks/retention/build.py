@@ -78,9 +78,23 @@ def _anchor(model: nn.Module, method: Method, texts: list[Tensor], **more: Any) 
         tokens=sum(len(text) for text in texts),
         **more,
     )
+    if method.kappa == "layer":
+        _move_alike(model)
     if method.sides != "both":
         _keep_side(model, method.sides)
     return {"layers": report.layers, "tokens": report.tokens, "unseen": len(report.unseen)}
+
+
+@torch.no_grad()
+def _move_alike(model: nn.Module) -> None:
+    """Scales every anchor so that a step moves its layer's weight as far as one on U does."""
+    for layer in secura_layers(model).values():
+        for adapter in layer.acting_adapters():
+            weight = layer.get_base_layer().weight
+            c, r = weight[:, adapter.cols], weight[adapter.rows]
+            alike = c.norm() / (c @ adapter.left).norm() * r.norm() / (adapter.right @ r).norm()
+            adapter.left.mul_(alike)
+            adapter.U.div_(alike)
 
 
 @torch.no_grad()

@@ -138,6 +138,12 @@ _TAKEN_BACK: Tried = {
     # Decided after two seeds of those: whitening with its decay learned too little to be compared.
     "lora-whitened@decay=2.5": (6e-3,),
 }
+# Decided after those and a first look at another seed: one price in all layers.
+_ONE_PRICE: Tried = {
+    f"{BEST},kappa=model": BEST_RATES[:1],
+    f"{BEST.replace('decay=30', 'decay=60')},kappa=model": (2.5e-4,),
+    "anchored-self@rank=192,decay=120,kappa=model": (1.25e-4,),
+}
 # In sequence: replay stores data, the anchor 2 m² numbers a layer, and nothing keeps plain LoRA.
 _DECIDING = {"lora": 3e-3, BEST: BEST_RATES[0], "er": 3e-3}
 _BESIDE = {
@@ -204,7 +210,12 @@ STAGES: dict[str, Stage] = {
     # A decay of one part in e over the run for each method; three seeds on a CPU, no probes.
     "confirm-decay": Stage(
         replace(_MEASURED, part=0.25, probe_questions=0),
-        tuple(cell for seed in (0, 1, 2) for cell in front(_TAKEN_BACK, "mlp", (seed,))),
+        tuple(
+            cell
+            for tried in (_TAKEN_BACK, _ONE_PRICE)
+            for seed in (0, 1, 2)
+            for cell in front(tried, "mlp", (seed,))
+        ),
     ),
     # 512 steps, three seeds.
     "long": Stage(

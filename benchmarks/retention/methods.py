@@ -38,6 +38,8 @@ class Method:
         anchor: what anchors the core: the model's own samples (``"self"``), given news
             (``"text"``), or nothing.
         damping: of the anchor.
+        kappa: of the anchor: ``"model"`` as it is, so that a unit of Ũ costs the same in all
+            layers, or ``"layer"``, so that a step moves every layer's weight alike.
         sides: of the anchor: ``"both"``, ``"in"`` or ``"out"``.
         against: what is done against forgetting beside the adapter, a key of
             ``benchmarks.retention.strategies.STRATEGIES``.
@@ -58,6 +60,7 @@ class Method:
     grows: bool = False
     anchor: str = ""
     damping: float = 1e-2
+    kappa: str = "layer"
     sides: str = "both"
     against: str = ""
     strength: float = 0.0
@@ -212,6 +215,7 @@ _TAKEN = {
     "adapter": ("lora", "dora", "secura", "full"),
     "optimizer": ("adamw", "muon"),
     "anchor": ("", "self", "text"),
+    "kappa": ("layer", "model"),
     "sides": ("both", "in", "out"),
     "against": tuple({"", *(method.against for method in METHODS.values())}),
     "fold": ("never", "task", "step"),

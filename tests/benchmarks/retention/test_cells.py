@@ -19,6 +19,7 @@ from benchmarks.retention.build import make_optimizer
 from benchmarks.retention.cells import Cell
 from benchmarks.retention.methods import METHODS, get_method
 from benchmarks.retention.record import Record
+from secura.layers import secura_layers
 
 RANKS = {"secura": "rank=4", "lora": "rank=2", "dora": "rank=2"}
 
@@ -369,3 +370,21 @@ def test_whitened_inputs_are_white(runner):
     values = torch.linalg.eigvalsh(covariance)
     assert values[-1] / values[len(values) // 2] < 1.1
     assert factor.norm() == pytest.approx(8**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("kappa", ["layer", "model"])
+def test_an_anchors_scale_is_the_layers_own_or_the_models(kappa, runner):
+    """``layer``: a step moves C κL and S R as far as C and R; ``model``: only in the mean."""
+    from benchmarks.retention.build import build
+
+    method = get_method(f"anchored-self@rank=4,kappa={kappa}")
+    cell = Cell(method.name, "mlp", 1e-3, 0, ("sums",), 2)
+    model, _ = build(cell, method, runner().material, {}, None)
+    moved = []
+    for layer in secura_layers(model).values():
+        weight, part = layer.get_base_layer().weight, layer.secura_adapter["default"]
+        c, r = weight[:, part.cols], weight[part.rows]
+        moved.append((c @ part.left).norm() * (part.right @ r).norm() / (c.norm() * r.norm()))
+    found = torch.stack(moved).detach()
+    torch.testing.assert_close(found.log().mean().exp(), torch.ones(()))
+    assert torch.allclose(found, torch.ones(()), atol=1e-3) is (kappa == "layer")

@@ -1,0 +1,117 @@
+"""The coordinates of an anchor: roots of both sums, one price in all layers, and sums of sums."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from tiny import TEXTS, cored
+
+from secura import anchor, whitening
+
+
+def statistics(model, texts):
+    """Σ and Γ of every adapted layer by their definition: one text at a time, autograd alone."""
+    generator = torch.Generator().manual_seed(0)
+    found = [[torch.zeros(4, 4), torch.zeros(4, 4)] for _ in tiny.parts(model)]
+    for text in texts:
+        seen, hooks = [], []
+        for layer in tiny.layers(model).values():
+            watch = partial(lambda seen, _, x, y: seen.append((x[0][0], y)), seen)
+            hooks.append(layer.register_forward_hook(watch))
+        logits = model(input_ids=text[None]).logits
+        labels = torch.multinomial(logits[0].softmax(-1), 1, generator=generator)
+        loss = -logits[0].log_softmax(-1).gather(1, labels).sum()
+        gradients = torch.autograd.grad(loss, [y for _, y in seen])
+        for hook in hooks:
+            hook.remove()
+        pairs = zip(found, seen, gradients, tiny.layers(model).values(), strict=True)
+        for (sigma, gamma), (x, _), g, layer in pairs:
+            weight, part = layer.base_layer.weight.detach(), layer.secura_adapter["default"]
+            z, h = x @ weight[part.rows].t(), g[0] @ weight[:, part.cols]
+            sigma += (z.t() @ z).detach()
+            gamma += (h.t() @ h).detach()
+    return found
+
+
+@pytest.mark.parametrize("damping", [1e-2, 0.5])
+def test_left_and_right_are_the_roots_of_both_statistics(damping):
+    model = cored()
+    expected = statistics(model, TEXTS)
+    report = anchor(model, TEXTS, damping=damping, length=64, batch_size=1)
+    assert (report.layers, report.tokens, report.sampled) == (4, sum(map(len, TEXTS)), False)
+    prices, moved = [], []
+    for (sigma, gamma), part, layer in zip(
+        expected, tiny.parts(model), tiny.layers(model).values(), strict=True
+    ):
+        eye = torch.eye(4, dtype=torch.float64)
+        for matrix, root in ((sigma, part.right), (gamma, part.left)):
+            matrix = matrix.double() / matrix.diagonal().double().mean()
+            product = root.double() @ (matrix + damping * eye) @ root.double()
+            scale = product.diagonal().mean()
+            torch.testing.assert_close(product / scale, eye, rtol=0, atol=2e-4)
+        prices.append(price(part.left, gamma) * price(part.right, sigma))
+        weight = layer.base_layer.weight.detach()
+        c, r = weight[:, part.cols], weight[part.rows]
+        moved.append((c @ part.left).norm() * (part.right @ r).norm() / (c.norm() * r.norm()))
+    assert_alike(prices)
+    torch.testing.assert_close(torch.stack(moved).log().mean().exp(), torch.ones(()))
+    assert max(moved) > 1.1 * min(moved)
+
+
+def price(root, matrix):
+    """What a unit of Ũ costs on one side, in the mean over directions."""
+    return float((root @ matrix @ root).diagonal().mean())
+
+
+def assert_alike(values):
+    torch.testing.assert_close(torch.tensor(values), torch.full((len(values),), values[0]))
+
+
+@pytest.mark.parametrize("dampings", [(0.01, 0.01), (0.5, 0.01), (0.01, 0.02, 0.01)], ids=str)
+def test_added_statistics_are_those_of_all_texts_at_equal_weight(dampings):
+    """Whatever each anchor was damped with, which is taken out again before the next."""
+    model, sums = cored(), []
+    for text, damping in zip(TEXTS, dampings, strict=False):
+        found = statistics(model, [text])
+        sums.append([[t / t.diagonal().mean() for t in pair] for pair in found])
+        anchor(model, [text], length=64, add=len(sums) > 1, damping=damping)
+    for parts, part in zip(zip(*sums, strict=True), tiny.parts(model), strict=True):
+        for matrices, root in zip(zip(*parts, strict=True), (part.right, part.left), strict=True):
+            total = sum(matrices).double()
+            damped = total + dampings[-1] * total.diagonal().mean() * torch.eye(4)
+            product = root.double() @ damped @ root.double()
+            torch.testing.assert_close(
+                product / product.diagonal().mean(), torch.eye(4).double(), rtol=0, atol=2e-3
+            )
+
+
+def test_prices_of_added_texts_are_averaged():
+    """Each set's are relative to their geometric mean over the layers."""
+    model, alone = cored(), []
+    for text in TEXTS[:2]:
+        single = cored()
+        anchor(single, [text], length=64)
+        alone.append(torch.tensor([1 / kappa(part) ** 2 for part in tiny.parts(single)]))
+    anchor(model, [TEXTS[0]], length=64)
+    anchor(model, [TEXTS[1]], length=64, add=True)
+    relative = [prices / prices.log().mean().exp() for prices in alone]
+    found = torch.tensor([1 / kappa(part) ** 2 for part in tiny.parts(model)])
+    # the second set's price is of roots of both sets
+    torch.testing.assert_close(
+        found / found.log().mean().exp(), sum(relative) / 2, rtol=0.1, atol=0
+    )
+    same = cored()
+    anchor(same, [TEXTS[0]], length=64)
+    once = [part.left.clone() for part in tiny.parts(same)]
+    sides = [part.right.clone() for part in tiny.parts(same)]
+    anchor(same, [TEXTS[0]], length=64, add=True)
+    for part, left, right in zip(tiny.parts(same), once, sides, strict=True):
+        torch.testing.assert_close(part.right * 2**0.5, right, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(part.left, left * 2**0.5, rtol=1e-3, atol=1e-3)
+
+
+def kappa(part):
+    return whitening.sums_of(part).price ** -0.5
