@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import naive
 from .autograd import SPACES, SecuraFunction
-from .checks import check_call, check_trained
+from .checks import check_call, check_trained, check_whole
 from .dispatch import (
     FLOATS,
     SETTLED,
@@ -77,7 +77,8 @@ def secura_linear(
         reach x, a, b and delta_bias, once differentiable.
 
     Raises:
-        TypeError: for operands of other dtypes than fp16, bf16, fp32 and fp64.
+        TypeError: for operands of other dtypes than fp16, bf16, fp32 and fp64, DTensors, indices
+            that are no int64, and options of another class.
         ValueError: where shapes do not fit, or for an unknown form, combination, ``save`` or
             ``impl``; for numbers of the norm that are out of range; for ``channel`` without
             ``gram`` and ``base_norms``; for ``weight`` with ``z_scale``; for a ``rounding_seed``
@@ -132,9 +133,6 @@ def secura_add(
             ``weight`` or a ``rounding_seed``, which multiply by another weight and cannot use y0,
             for a layer with neither weight nor columns, and a z that requires a gradient.
     """
-    if layer.replaces_product:
-        what = "stochastic rounding" if layer.options.norm != "weight" else "the space 'weight'"
-        raise ValueError(f"{what} multiplies by W' itself: call secura_linear")
     if layer.weight is None and layer.columns is None:
         raise ValueError("the layer has neither weight nor columns, of which P is made")
     if y0.dim() == 0:
@@ -254,6 +252,9 @@ def _run(
     """Check, flatten, choose the implementation, and run the layer in ``dtype``."""
     lead = x.shape[:-1]
     check_call(x, n, lead, layer, a, b, delta_bias, z_scale, z)
+    if given and layer.replaces_product:
+        what = "stochastic rounding" if layer.options.norm != "weight" else "the space 'weight'"
+        raise ValueError(f"{what} multiplies by W' itself: call secura_linear")
     w, bias, columns = layer.weight, layer.bias, layer.columns
     trained = (w is not None and w.requires_grad) or (bias is not None and bias.requires_grad)
     trained = trained or (columns is not None and columns.requires_grad)
@@ -284,6 +285,8 @@ def _run(
         x, total = shared(x, dtype)
     elif x.dtype != dtype:
         x = x.to(dtype)
+    if watched and not torch.compiler.is_compiling():
+        check_whole(x, a, b, delta_bias, z_scale, z, *of_layer)
     if not watched:
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
         impl = SETTLED if impl == "triton" else impl

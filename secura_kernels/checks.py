@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dispatch import FLOATS
 from .layer import Layer
-from .norm import SAVES
+from .norm import SAVES, NormOptions
 
 
 def check_call(
@@ -25,9 +25,16 @@ def check_call(
 ) -> None:
     """Raise ``ValueError`` for what does not fit a layer of N outputs and x of ``lead`` tokens.
 
-    ``TypeError`` for operands that are none of :data:`secura_kernels.dispatch.FLOATS`.
+    ``TypeError`` for operands that are none of :data:`secura_kernels.dispatch.FLOATS`, for indices
+    that are no int64, and options of another class.
     """
     rows, cols, columns = layer.rows, layer.cols, layer.columns
+    if not isinstance(layer.options, NormOptions):
+        raise TypeError(f"options={layer.options!r} must be NormOptions, NormOptions('none') say")
+    for name, index in (("rows", rows), ("cols", cols)):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"{name} is {kind}, and must be a tensor [m] of torch.int64")
     if rows.dim() != 1 or rows.shape != cols.shape:
         raise ValueError(f"rows {list(rows.shape)} and cols {list(cols.shape)} must be [m]")
     m = rows.shape[0]
@@ -115,4 +122,13 @@ def check_trained(layer: Layer, given: bool) -> None:
         raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
 
 
-__all__ = ["check_call", "check_trained"]
+def check_whole(*tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` for a DTensor, of which the ops see a part."""
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
+        raise TypeError(
+            "the ops take whole tensors, no DTensor: give its full_tensor(), or, where each "
+            "process has a part that is a layer of its own, its to_local()"
+        )
+
+
+__all__ = ["check_call", "check_trained", "check_whole"]

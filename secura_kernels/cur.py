@@ -69,6 +69,8 @@ class RankError(ValueError):
 
 def check_fits(m: int, n: int, k: int) -> None:
     """Raise :class:`RankError` where a weight ``[n, k]`` has no CUR decomposition of rank ``m``."""
+    if isinstance(m, bool) or not isinstance(m, int):
+        raise RankError(f"r={m!r} (an op's m) must be an integer")
     if not 1 <= m <= min(n, k):
         raise RankError(
             f"r={m} (an op's m) must lie between 1 and min(N, K)={min(n, k)} of the [{n}, {k}] "

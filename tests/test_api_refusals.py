@@ -18,6 +18,7 @@ from secura_kernels import (
     secura_linear,
     select,
 )
+from secura_kernels.cur import RankError
 from secura_kernels.inspection.examples import Case
 
 WIDE = {"dtype": torch.float64, "n": 13, "k": 11, "m": 4, "t": 7}
@@ -241,3 +242,44 @@ def test_numbers_out_of_range_are_refused(options, restraint, message, given):
         layer = layer._replace(restrain=Restrain(important, **restraint))
     with pytest.raises(ValueError, match=message):
         example._replace(layer=layer).output()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": "channel"}, "options='channel' must be NormOptions"),
+        ({"options": None}, "options=None must be NormOptions"),
+        ({"rows": [1, 2, 3, 4]}, "rows is list, and must be a tensor"),
+        ({"cols": torch.arange(4, dtype=torch.int32)}, r"cols is torch.int32, .* torch.int64"),
+        ({"rows": torch.ones(4, dtype=torch.bool)}, "rows is torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_parts_of_another_kind_are_named(change, message, given):
+    example = Case(NormOptions("none"), **WIDE, given=given).draw()
+    with pytest.raises(TypeError, match=message):
+        example._replace(layer=example.layer._replace(**change)).output()
+
+
+@pytest.mark.parametrize("m", [4.0, True, "4"])
+def test_a_rank_that_is_no_integer_is_refused(m):
+    weight = torch.randn(13, 11)
+    for run in (lambda: select(weight, m), lambda: init_a(weight, m, 4)):
+        with pytest.raises(RankError, match="must be an integer"):
+            run()
+
+
+@pytest.mark.parametrize("name", ["x", "a", "weight"])
+def test_a_dtensor_is_refused_and_told_how_to_be_given(name):
+    class Whole(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    example = Case(NormOptions("none"), **WIDE).draw()
+    if name == "weight":
+        weight = example.layer.weight.as_subclass(Whole)
+        example = example._replace(layer=example.layer._replace(weight=weight))
+    else:
+        example = example._replace(**{name: getattr(example, name).as_subclass(Whole)})
+    with pytest.raises(TypeError, match=r"no DTensor: give its full_tensor\(\)"):
+        example.output()

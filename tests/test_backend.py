@@ -31,8 +31,11 @@ sys.modules.update(dict.fromkeys(absent))
 """
 
 
-def test_the_page_runs_with_torch_alone(tmp_path):
-    (block,) = BLOCK.findall((ROOT / "docs" / "backend.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("number", [0, 1], ids=["functions", "module"])
+def test_the_page_runs_with_torch_alone(number, tmp_path):
+    blocks = BLOCK.findall((ROOT / "docs" / "backend.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 2
+    block = blocks[number]
     shutil.copytree(SOURCE, tmp_path / SOURCE.name)
     done = subprocess.run(
         [sys.executable, "-c", ALONE + block], cwd=tmp_path, capture_output=True, text=True

@@ -10,6 +10,7 @@ import torch
 from tiny import TEXTS, cored
 
 from secura import anchor, whitening
+from secura.curvature import Statistics
 
 
 def statistics(model, texts):
@@ -88,30 +89,57 @@ def test_added_statistics_are_those_of_all_texts_at_equal_weight(dampings):
             )
 
 
+def statistics_of(sigma, gamma, tokens=1.0, size=3):
+    """Sums of a layer whose directions are all alike, and of C and R of norm 1 a direction."""
+    eye = torch.eye(size)
+    return Statistics(sigma * eye, gamma * eye, eye, eye, torch.tensor(tokens))
+
+
+def anchored(**layers):
+    """κ of layers given as ``(Σ, Γ, tokens, Σ and Γ before or None, price before)``."""
+    eye, roots = torch.eye(3).double(), {}
+    for name, (sigma, gamma, tokens, sets, price) in layers.items():
+        before = whitening.Sums(sets * eye, sets * eye, price) if sets else None
+        roots[name] = whitening.roots_of(statistics_of(sigma, gamma, tokens), 0.5, before)
+    return whitening.scales(roots), roots
+
+
+def test_kappa_is_one_over_the_root_of_the_price_of_a_token():
+    found, roots = anchored(a=(2, 3, 10.0, 0, 0), b=(8, 3, 10.0, 0, 0), c=(8, 3, 40.0, 0, 0))
+    assert found["a"] / found["b"] == pytest.approx(2)
+    assert found["a"] / found["c"] == pytest.approx(1)
+    moved = [found[name] * float(one.left[0, 0] * one.right[0, 0]) for name, one in roots.items()]
+    assert torch.tensor(moved).log().mean().item() == pytest.approx(0, abs=1e-6)
+
+
 def test_prices_of_added_texts_are_averaged():
-    """Each set's are relative to their geometric mean over the layers."""
-    model, alone = cored(), []
-    for text in TEXTS[:2]:
-        single = cored()
-        anchor(single, [text], length=64)
-        alone.append(torch.tensor([1 / kappa(part) ** 2 for part in tiny.parts(single)]))
-    anchor(model, [TEXTS[0]], length=64)
-    anchor(model, [TEXTS[1]], length=64, add=True)
-    relative = [prices / prices.log().mean().exp() for prices in alone]
-    found = torch.tensor([1 / kappa(part) ** 2 for part in tiny.parts(model)])
-    # the second set's price is of roots of both sets
-    torch.testing.assert_close(
-        found / found.log().mean().exp(), sum(relative) / 2, rtol=0.1, atol=0
-    )
-    same = cored()
-    anchor(same, [TEXTS[0]], length=64)
-    once = [part.left.clone() for part in tiny.parts(same)]
-    sides = [part.right.clone() for part in tiny.parts(same)]
-    anchor(same, [TEXTS[0]], length=64, add=True)
-    for part, left, right in zip(tiny.parts(same), once, sides, strict=True):
+    """Each relative to its geometric mean over the layers that have both, by the number of sets."""
+    found, _ = anchored(a=(1, 1, 1.0, 2, 9.0), b=(4, 1, 1.0, 2, 1.0))
+    prices = [(1 / 2 + 2 * 3) / 3, (2 + 2 / 3) / 3]
+    assert (found["b"] / found["a"]) ** 2 == pytest.approx(prices[0] / prices[1])
+    found, roots = anchored(a=(1, 1, 1.0, 1, 5.0), b=(4, 1, 1.0, 1, 5.0), c=(16, 1, 1.0, 0, 0))
+    prices = {"a": (1 / 2 + 1) / 2, "b": (2 + 1) / 2, "c": 8.0}
+    whole = {
+        name: found[name] * float(one.left[0, 0] * one.right[0, 0]) for name, one in roots.items()
+    }
+    for name, price in prices.items():
+        assert (whole["a"] / whole[name]) ** 2 == pytest.approx(price / prices["a"]), name
+
+
+def test_what_no_text_reached_keeps_its_scale():
+    found, roots = anchored(a=(0, 1, 1.0, 0, 0), b=(4, 1, 1.0, 0, 0))
+    assert found["a"] == 1 and torch.equal(roots["a"].left, torch.eye(3).double())
+    assert whitening.scales({}) == {}
+
+
+def test_an_anchor_is_read_back_as_it_was_made():
+    model = cored()
+    anchor(model, TEXTS, length=64)
+    once = {part: (part.left.clone(), part.right.clone()) for part in tiny.parts(model)}
+    prices = [whitening.sums_of(part).price for part in once]
+    assert max(prices) > 1.2 * min(prices)
+    anchor(model, TEXTS, length=64, add=True)  # the same again: both roots shrink by √2
+    for part, (left, right) in once.items():
         torch.testing.assert_close(part.right * 2**0.5, right, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(part.left, left * 2**0.5, rtol=1e-3, atol=1e-3)
-
-
-def kappa(part):
-    return whitening.sums_of(part).price ** -0.5
+        assert whitening.sums_of(part).sets == pytest.approx(2, rel=1e-3)
