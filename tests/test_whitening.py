@@ -9,8 +9,8 @@ import tiny
 import torch
 from tiny import TEXTS, cored
 
-from secura import anchor, whitening
-from secura.curvature import Statistics
+from secura import anchor, anchoring, whitening
+from secura.curvature import Statistics, curvature
 
 
 def statistics(model, texts):
@@ -143,3 +143,11 @@ def test_an_anchor_is_read_back_as_it_was_made():
         torch.testing.assert_close(part.right * 2**0.5, right, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(part.left, left * 2**0.5, rtol=1e-3, atol=1e-3)
         assert whitening.sums_of(part).sets == pytest.approx(2, rel=1e-3)
+
+
+def test_every_token_that_reached_a_layer_counts():
+    model = cored()
+    adapters = anchoring.u_adapters(model)
+    how = {"tokens": 1000, "length": 64, "batch_size": 2, "seed": 0}
+    sums, read = curvature(model, adapters, list(TEXTS), None, **how)
+    assert {int(one.tokens) for one in sums.values()} == {read} == {sum(map(len, TEXTS))}
