@@ -7,9 +7,11 @@ import math
 import pytest
 import tiny
 import torch
+import trainer_runs
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from trainer_runs import losses
+from transformers import TrainerCallback, TrainerState
 
 from secura import FoldCallback, fold
 from secura.cli.callbacks import DivergedError, FiniteCallback, trained_tensors
@@ -37,20 +39,9 @@ def data(count: int = 24) -> Dataset:
 LEARNS = {"r": 8, "target_modules": "all-linear", "train_bias": True}
 
 
-def trainer(folder, model, callbacks=(), **settings) -> Trainer:
-    arguments = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4,
-        "learning_rate": 3e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "seed": 3,
-    }  # fmt: skip
-    return Trainer(
-        model=model, args=TrainingArguments(**(arguments | settings)), train_dataset=data(),
-        eval_dataset=data(4), callbacks=list(callbacks),
-    )  # fmt: skip
-
-
-def losses(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+def trainer(folder, model, callbacks=(), **settings):
+    settings = {"max_steps": STEPS, "learning_rate": 3e-2} | settings
+    return trainer_runs.trainer(folder, model, data(), data(4), callbacks, **settings)
 
 
 @pytest.mark.parametrize(

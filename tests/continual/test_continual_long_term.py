@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from continual_runs import ADAPTERS, adapted, begun, losses, pad, parameters, rows, trainer
+from continual_runs import ADAPTERS, adapted, begun, pad, parameters, rows, trainer
 from tokenizers import Tokenizer, models
+from trainer_runs import losses
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,

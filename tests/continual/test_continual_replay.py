@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from continual_runs import adapted, losses, pad, parameters, rows, trainer
+from continual_runs import adapted, pad, parameters, rows, trainer
+from trainer_runs import losses
 
 from secura.continual import ReplayBuffer, ReplayCollator
 

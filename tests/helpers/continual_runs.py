@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import tiny
 import torch
+import trainer_runs
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
 
 from secura.continual import LongTermMemory
 
@@ -61,21 +61,10 @@ def pad(features) -> dict[str, torch.Tensor]:
     }
 
 
-def trainer(folder, model, callbacks=(), *, collator=pad, **settings) -> Trainer:
-    arguments = {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "seed": 3,
-    }  # fmt: skip
-    return Trainer(
-        model=model, args=TrainingArguments(**(arguments | settings)),
-        train_dataset=Dataset.from_list(rows()), eval_dataset=Dataset.from_list(rows(4)),
-        data_collator=collator, callbacks=list(callbacks),
-    )  # fmt: skip
-
-
-def losses(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+def trainer(folder, model, callbacks=(), *, collator=pad, **settings):
+    settings = {"max_steps": 4, "learning_rate": 1e-2} | settings
+    both = Dataset.from_list(rows()), Dataset.from_list(rows(4))
+    return trainer_runs.trainer(folder, model, *both, callbacks, collator, **settings)
 
 
 def begun(model, *, weight: float = 1.0, **settings) -> LongTermMemory:
