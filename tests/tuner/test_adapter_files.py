@@ -8,17 +8,14 @@ import math
 import pytest
 import tiny
 import torch
+from adapter_files import CONFIG, FIRST, LAYER, WEIGHTS, edit, rewrite
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import secura
 from secura import SecuraConfig, choosing, state
 from secura.integrity import checksum, file_checksum
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LAYER = "model.layers.0.self_attn.q_proj"
-FIRST = f"base_model.model.{LAYER}.secura_adapter."
 
 
 @pytest.fixture
@@ -28,25 +25,19 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def rewrite(folder, change, *, fix_checksum=False) -> None:
-    """Change the tensors of a saved adapter, and its checksums with them if asked."""
-    state = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    change(state)
-    if fix_checksum:
+def rewrite_with_checksums(folder, change) -> None:
+    """Change the tensors of a saved adapter, and its checksums with them."""
+
+    def changed(state):
+        change(state)
         own = {n.removeprefix(FIRST): t for n, t in state.items() if n.startswith(FIRST)}
         own.pop("checksum")
         settings = SecuraConfig.from_pretrained(folder).checksum_settings(bool(own["core"].any()))
         settings += f" of {list(tiny.llama().get_submodule(LAYER).weight.shape)}"
         state[FIRST + "checksum"] = checksum(own, settings)
         edit(folder, checksum=file_checksum(state.values()))
-    (folder / WEIGHTS).unlink()
-    save_file(state, folder / WEIGHTS)
 
-
-def edit(folder, **changes) -> None:
-    """Change entries of a saved adapter's config."""
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
+    rewrite(folder, changed)
 
 
 def refused(folder, message: str, *, error: type[Exception] = ValueError) -> None:
@@ -267,7 +258,7 @@ def test_indices_out_of_range_or_repeated(folder, name, value):
         index = state[FIRST + name]
         index[1] = index[0] if value == "repeated" else value
 
-    rewrite(folder, change, fix_checksum=True)
+    rewrite_with_checksums(folder, change)
     refused(folder, rf"q_proj.*{name} must be distinct integers in \[0, 24\)")
 
 
@@ -277,7 +268,7 @@ def test_values_that_are_no_numbers(folder, name, value):
     def change(state):
         state[FIRST + name].view(-1)[0] = value
 
-    rewrite(folder, change, fix_checksum=True)
+    rewrite_with_checksums(folder, change)
     refused(folder, rf"q_proj.*{name} holds NaN or inf")
 
 
@@ -285,7 +276,7 @@ def test_another_shape(folder):
     def change(state):
         state[FIRST + "A"] = state[FIRST + "A"][:, :-1].clone()
 
-    rewrite(folder, change, fix_checksum=True)
+    rewrite_with_checksums(folder, change)
     refused(folder, r"the file has A \[4, 7\], this layer takes A \[4, 8\]: .*inner_r")
 
 
@@ -309,29 +300,25 @@ def test_another_format(version, advice, folder):
 
 @pytest.mark.parametrize("value", ["1", None, 1.5, True, 0])
 def test_a_format_that_is_no_version(folder, value):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"format_version": value}))
+    edit(folder, format_version=value)
     with pytest.raises(ValueError, match="format"):
         SecuraConfig.from_pretrained(folder)
 
 
 def test_a_setting_that_was_tampered_with(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"norm": "nosuch"}))
+    edit(folder, norm="nosuch")
     with pytest.raises(ValueError, match="nosuch"):
         PeftModel.from_pretrained(tiny.llama(), folder)
 
 
 def test_another_rank_in_the_config(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"r": 5}))
+    edit(folder, r=5)
     with pytest.raises(ValueError, match=r"q_proj.*A \[4, 8\].*this layer takes A \[5, 10\]"):
         PeftModel.from_pretrained(tiny.llama(), folder)
 
 
 def test_a_bias_the_config_does_not_mention(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"train_bias": False}))
+    edit(folder, train_bias=False)
     with pytest.raises(ValueError, match=r"q_proj.*adapter_config\.json"):
         PeftModel.from_pretrained(tiny.llama(), folder)
 

@@ -9,20 +9,18 @@ import sys
 import pytest
 import tiny
 import torch
+from adapter_files import CONFIG, FIRST, WEIGHTS, edit, rewrite
 from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
 )
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import secura
 from secura import SecuraConfig
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj.secura_adapter."
 
 
 @pytest.fixture
@@ -30,18 +28,6 @@ def folder(tmp_path):
     """A saved adapter."""
     tiny.adapted(norm="channel").save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def edit(folder, **changes) -> None:
-    """Change entries of a saved adapter's config."""
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
-
-
-def rewrite(folder, change) -> None:
-    """Change the tensors of a saved adapter."""
-    state = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    save_file(change(state) or state, folder / WEIGHTS)
 
 
 def transformers_way(folder):
@@ -169,7 +155,7 @@ def test_sound_files_load(folder, load):
 @pytest.mark.parametrize("name", ["A", "B", "rows", "core"])
 def test_a_damaged_tensor(folder, load, name):
     def change(state):
-        state[Q0 + name].view(-1)[0] += 1
+        state[FIRST + name].view(-1)[0] += 1
 
     rewrite(folder, change)
     with pytest.raises(ValueError, match="checksum"):

@@ -7,9 +7,9 @@ import json
 import pytest
 import tiny
 import torch
+from adapter_files import CONFIG, WEIGHTS, edit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_peft_contract import CONFIG, WEIGHTS, edit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura import export_lora
