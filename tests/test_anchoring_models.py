@@ -9,24 +9,12 @@ from peft import get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
-    BertForMaskedLM,
     LlamaForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from secura import anchor
 
 TEXTS = [torch.arange(3, 25)]
-
-
-def vit():
-    config = ViTConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        image_size=16, patch_size=8, num_labels=8,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
 
 
 def bart():
@@ -37,14 +25,6 @@ def bart():
         **sizes, **heads, **tokens, forced_eos_token_id=2, max_position_embeddings=64
     )
     return BartForConditionalGeneration(config)
-
-
-def bert():
-    config = BertConfig(
-        vocab_size=tiny.VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=48, bos_token_id=1,
-    )  # fmt: skip
-    return BertForMaskedLM(config)
 
 
 def reward():
@@ -65,13 +45,18 @@ def tuples():
     [
         (tiny.t5, ["q", "v"], TEXTS, "T5ForConditionalGeneration says You must specify"),
         (
-            vit,
+            tiny.vit,
             "all-linear",
             TEXTS,
             "take input_ids alone.*: ViTForImageClassification reads pixel_values",
         ),
         (tiny.classifier, ["q_proj"], None, "cannot sample: .* a classifier's are; give texts"),
-        (bert, ["query"], None, "cannot sample: a BertForMaskedLM writes no text .*; give texts"),
+        (
+            tiny.bert,
+            ["query"],
+            None,
+            "cannot sample: a BertForMaskedLM writes no text .*; give texts",
+        ),
         (bart, ["q_proj"], None, "cannot sample: a BartForConditionalGeneration writes no text"),
         (reward, ["q_proj"], TEXTS, "LlamaForSequenceClassification gives one number, a reward"),
         (tuples, ["q_proj"], TEXTS, "LlamaForCausalLM gives a tuple without"),

@@ -61,13 +61,9 @@ def gpt_oss():
     return GptOssForCausalLM(config)
 
 
-def llama():
-    return tiny.llama(hidden=64, bias=False)
-
-
 FORMATS = {
     "mxfp4": (gpt_oss, mxfp4, EXPERTS, {}),
-    "fp8": (llama, fp8, ["proj.weight"], {"weight_block_size": [32, 32]}),
+    "fp8": (tiny.wide, fp8, ["proj.weight"], {"weight_block_size": [32, 32]}),
 }
 
 
@@ -109,7 +105,7 @@ def test_trains_as_dense_and_loads_again_before_and_after_a_merge(checkpoint, no
     kind, path = checkpoint
     base = loaded(path).float()
     assert getattr(base.config, "quantization_config", None) is None
-    twin = (gpt_oss if kind == "mxfp4" else llama)().eval()
+    twin = FORMATS[kind][0]().eval()
     twin.load_state_dict(base.state_dict())
     config = {"r": 4, "norm": norm, **targets(kind, norm)}
     model, exact = (get_peft_model(one, SecuraConfig(**config)) for one in (base, twin))

@@ -20,7 +20,7 @@ import tiny
 import torch
 import yaml
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 import secura
 
@@ -90,12 +90,6 @@ def stand_in(monkeypatch, framework: str, **modules) -> types.ModuleType:
     return importlib.import_module(name)
 
 
-def mixtral() -> MixtralForCausalLM:
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=32, **sizes, **heads))
-
-
 def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
     """By the signatures of 4.6.0."""
     tuners, callbacks = {}, {}
@@ -122,7 +116,7 @@ def test_the_ms_swift_plugin_without_ms_swift(monkeypatch):
     assert isinstance(callbacks["secura"](None, None), secura.FoldCallback)
     args = types.SimpleNamespace(**vars(args) | {"target_parameters": ["experts.down_proj"]})
     args.task_type = "generative_reranker"
-    config = tuners["secura"].prepare_model(args, mixtral()).peft_config["default"]
+    config = tuners["secura"].prepare_model(args, tiny.mixtral()).peft_config["default"]
     assert (config.task_type, config.target_parameters) == ("CAUSAL_LM", ["experts.down_proj"])
     plugin.register(norm="none", r=2)
     args = types.SimpleNamespace(

@@ -10,7 +10,6 @@ import tiny
 import torch
 from peft import get_peft_model
 from test_bases import DoubledWeight
-from test_experts import mixtral
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -201,8 +200,8 @@ def test_a_base_that_tensor_parallelism_split_is_refused():
 
 
 def test_experts_that_are_trained_themselves_are_refused():
-    torch.manual_seed(0)
-    model = get_peft_model(mixtral(), SecuraConfig(r=4, target_parameters=["experts.down_proj"]))
+    config = SecuraConfig(r=4, target_parameters=["experts.down_proj"])
+    model = get_peft_model(tiny.mixtral(), config)
     for name, value in model.named_parameters():
         value.requires_grad_("down_proj" in name)
     with pytest.raises(ValueError, match="experts' weights are trained themselves"):
@@ -211,8 +210,8 @@ def test_experts_that_are_trained_themselves_are_refused():
 
 
 def test_frozen_experts_are_not_taken_for_trained_where_fsdp1_shows_views(monkeypatch):
-    torch.manual_seed(0)
-    model = get_peft_model(mixtral(), SecuraConfig(r=4, target_parameters=["experts.down_proj"]))
+    config = SecuraConfig(r=4, target_parameters=["experts.down_proj"])
+    model = get_peft_model(tiny.mixtral(), config)
     stored = bases.Stack.weight.fget
     view = property(lambda self: stored(self).detach().requires_grad_() * 1)
     monkeypatch.setattr(bases.Stack, "weight", view)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from continual_runs import adapted, begun, pad, rows
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from secura.continual import LongTermMemory
@@ -64,23 +64,13 @@ def test_trainers_that_make_a_loss_of_their_own_are_refused(kind, tmp_path):
     assert not model._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_models_that_score_other_positions_are_refused(kind):
-    model = {"t5": t5, "bert": bert}[kind]()
+@pytest.mark.parametrize("make", [tiny.t5, tiny.bert])
+def test_models_that_score_other_positions_are_refused(make):
+    model = make()
     with pytest.raises(ValueError, match="is for causal language models"):
         begun(model)
     begun(model, weight=0)
     assert not model._forward_hooks
-
-
-def t5():
-    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return T5ForConditionalGeneration(config)
-
-
-def bert():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForMaskedLM(BertConfig(vocab_size=32, intermediate_size=16, **sizes))
 
 
 def test_forwards_it_cannot_add_to_are_refused():

@@ -6,14 +6,20 @@ import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from secura import SecuraConfig
@@ -68,6 +74,36 @@ def t5():
         tie_word_embeddings=False,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
+
+
+def bert():
+    """An encoder of one block, which fills in masked tokens."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, bos_token_id=1,
+    )  # fmt: skip
+    return BertForMaskedLM(config).eval()
+
+
+def vit():
+    """An encoder of one block that names images, its position embeddings of three dimensions."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=8, num_labels=8,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
+
+
+def mixtral():
+    """One decoder layer, whose four experts' weights are stacked."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
 
 
 def classifier(labels: int = 3):

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from sharded_runs import TARGETS, TEXTS, adapted, fsdp1, gap, train, whole_state
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import secura
@@ -78,28 +78,20 @@ def anchors_under_fsdp1(folder):
     return [max(moved), equal([part.core for part in tiny.parts(policy)])]
 
 
-def mixtral(**how):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    whole = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
-    if not how:
-        return whole
-    state = whole.state_dict()
-    return MixtralForCausalLM.from_pretrained(None, config=whole.config, state_dict=state, **how)
-
-
 def experts_of_a_plan(folder):
     """The adapter is put on a model whose experts are shared out."""
-    model = mixtral(distributed_config=DistributedConfig(tp_plan="auto", tp_size=2))
+    whole, plan = tiny.mixtral(), DistributedConfig(tp_plan="auto", tp_size=2)
+    model = type(whole).from_pretrained(
+        None, config=whole.config, state_dict=whole.state_dict(), distributed_config=plan
+    )
     get_peft_model(model, tiny.config(**EXPERTS))
 
 
 def merges_experts(folder):
     """How far a merge into shards that are still gathered is from one in one process."""
-    one = get_peft_model(mixtral(), tiny.config(**EXPERTS)).eval()
+    one = get_peft_model(tiny.mixtral(), tiny.config(**EXPERTS)).eval()
     tiny.perturb(one)
-    model = get_peft_model(mixtral(), tiny.config(**EXPERTS)).eval()
+    model = get_peft_model(tiny.mixtral(), tiny.config(**EXPERTS)).eval()
     tiny.perturb(model)
     expected = one.merge_and_unload().state_dict()[STACK]
     fully_shard(model)

@@ -21,16 +21,12 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     MobileBertConfig,
     MobileBertForMaskedLM,
     ReformerConfig,
     ReformerModelWithLMHead,
     RwkvConfig,
     RwkvForCausalLM,
-    ViTConfig,
-    ViTModel,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
@@ -245,16 +241,8 @@ def test_layers_that_are_not_rescaled_are_adapted():
 
 
 def experts(**settings):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=60, **sizes))
-    return get_peft_model(model, SecuraConfig(r=4, target_modules="all-linear", **settings))
-
-
-def vit():
-    """Its position embeddings have three dimensions."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return ViTModel(ViTConfig(**sizes, intermediate_size=16, image_size=16, patch_size=8))
+    config = SecuraConfig(r=4, target_modules="all-linear", **settings)
+    return get_peft_model(tiny.mixtral(), config)
 
 
 def test_all_linear_tells_of_fused_experts():
@@ -269,7 +257,7 @@ def test_all_linear_tells_of_fused_experts():
         model = experts(target_parameters=names)
         assert len(tiny.layers(model)) > 4
         model.add_adapter("more", SecuraConfig(r=4, target_modules="all-linear"))
-        for plain in (tiny.llama(), convolution, vit()):
+        for plain in (tiny.llama(), convolution, tiny.vit()):
             get_peft_model(plain, SecuraConfig(r=4, target_modules="all-linear"))
 
 
