@@ -13,23 +13,15 @@ import pytest
 import tiny
 import torch
 from cli_fixtures import base, data, fails, train_flags  # noqa: F401
-from continual_runs import rows, trainer
+from continual_runs import cored, rows, trainer
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerState, get_cosine_schedule_with_warmup
 
 import secura
-from secura import anchor
 from secura.cli import adapter_flags, arguments, main
 from secura.cli import anchoring as commands
 from secura.continual import AnchorCallback, AnchorDecayCallback
-
-
-def cored():
-    torch.manual_seed(0)
-    model = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
-    anchor(model, tokens=64, length=16)
-    return model
 
 
 def test_a_task_ends_with_a_fold_and_its_statistics(tmp_path):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from continual_runs import adapted, pad, parameters, rows, trainer
-from peft import get_peft_model
+from continual_runs import adapted, cored, pad, parameters, rows, trainer
 
 import secura
 from secura import FoldCallback
@@ -21,11 +20,6 @@ from secura.continual import (
 BATCHES = [pad([row]) for row in rows(5)]
 
 
-def cored(**settings):
-    torch.manual_seed(0)
-    return get_peft_model(tiny.llama(), tiny.config(core="u", norm="none", **settings))
-
-
 def ewc(model):
     return EWCCallback(Fisher.estimate(model, BATCHES), 1.0)
 
@@ -34,7 +28,7 @@ def ewc(model):
     "watching", [ewc, lambda model: LongTermMemory(), lambda model: AnchorDecayCallback(1.0)]
 )
 def test_a_fold_while_they_train_ends_the_run(watching, tmp_path):
-    model = cored()
+    model = cored(anchored=False)
     callbacks = [FoldCallback(1), watching(model)]
     with pytest.raises(ValueError, match="was folded while training"):
         trainer(tmp_path, model, callbacks, max_steps=3).train()
@@ -42,7 +36,7 @@ def test_a_fold_while_they_train_ends_the_run(watching, tmp_path):
 
 def test_a_decay_beside_folds_is_refused_before_the_first_step(tmp_path):
     """It would pull on U alone, and what was learned would be in the core."""
-    model = cored(fold_every=1)
+    model = cored(anchored=False, fold_every=1)
     before = parameters(model)
     with pytest.raises(ValueError, match="fold_every=0"):
         trainer(tmp_path, model, [FoldCallback(), AnchorDecayCallback(1.0)]).train()
@@ -77,7 +71,6 @@ def test_values_from_before_a_fold_are_refused(tmp_path):
 def test_values_from_before_another_anchor_are_refused(tmp_path):
     """They came back in the new coordinates, as another model."""
     model, memory = cored(), LongTermMemory()
-    secura.anchor(model, tokens=64, length=16)
     trainer(tmp_path, model, [memory, AnchorCallback(fold=False)], max_steps=2).train()
     with pytest.raises(ValueError, match="anchored anew"), memory.applied(model):
         pass
@@ -103,7 +96,7 @@ class ScheduleFree(torch.optim.SGD):
 )
 def test_an_optimizer_with_a_second_copy_is_refused_before_the_first_step(callback, what, tmp_path):
     """It would go on from that copy, in which nothing was folded and nothing decayed."""
-    run = trainer(tmp_path, cored(), [callback])
+    run = trainer(tmp_path, cored(anchored=False), [callback])
     run.optimizer = ScheduleFree([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match=f"{what} does not reach the second copy that a Schedule"):
         run.train()
@@ -111,7 +104,7 @@ def test_an_optimizer_with_a_second_copy_is_refused_before_the_first_step(callba
 
 
 def test_an_optimizer_with_a_second_copy_trains_where_nothing_is_folded(tmp_path):
-    run = trainer(tmp_path, cored(), [FoldCallback(0), AnchorDecayCallback(0.0)])
+    run = trainer(tmp_path, cored(anchored=False), [FoldCallback(0), AnchorDecayCallback(0.0)])
     run.optimizer = ScheduleFree([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
     run.train()
     assert run.state.global_step == 4

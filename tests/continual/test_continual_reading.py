@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from continual_runs import pad, rows, trainer
-from peft import get_peft_model
+from continual_runs import cored, pad, rows, trainer
 
-from secura import anchor
 from secura.continual import AnchorCallback, anchoring
-
-
-def cored(*, anchored: bool = True):
-    torch.manual_seed(0)
-    model = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none"))
-    if anchored:
-        anchor(model, tokens=64, length=16)
-    return model
 
 
 def test_a_stream_of_rows_is_trained_on_and_anchored(tmp_path):

@@ -10,6 +10,7 @@ import trainer_runs
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from secura import anchor
 from secura.continual import LongTermMemory
 
 ADAPTERS = ("lora", "secura")
@@ -30,6 +31,14 @@ def adapted(kind: str = "lora", *, dropout: float = 0.0):
             if value.requires_grad:
                 noise = torch.randn(value.shape, generator=generator)
                 value.add_(noise, alpha=0.1 if kind == "lora" else 0.7)
+    return model
+
+
+def cored(*, anchored: bool = True, **settings):
+    """A tiny Llama with ``core="u"``, U still zero, anchored by text that it samples."""
+    model = get_peft_model(tiny.llama(), tiny.config(core="u", norm="none", **settings))
+    if anchored:
+        anchor(model, tokens=64, length=16)
     return model
 
 
