@@ -252,11 +252,4 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}: choose one of {known}")
 
 
-__all__ = [
-    "CORES",
-    "AdapterConfig",
-    "check_damping",
-    "check_period",
-    "check_rank",
-    "check_switch",
-]
+__all__ = ["AdapterConfig", "check_damping", "check_period", "check_rank", "check_switch"]

@@ -174,4 +174,4 @@ def _data(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
-__all__ = ["Experts", "check_settings"]
+__all__ = ["Experts"]

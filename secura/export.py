@@ -199,4 +199,4 @@ def _ends_like(name: str, targets: set[str]) -> bool:
     return any(name[dot.end() :] in targets for dot in re.finditer(r"\.", name))
 
 
-__all__ = ["DTYPES", "VLLM_RANKS", "check_exportable", "export_lora", "vllm_rank"]
+__all__ = ["VLLM_RANKS", "check_exportable", "export_lora", "vllm_rank"]

@@ -244,7 +244,6 @@ def _signs(count: int, salt: int, device: torch.device) -> Tensor:
 
 __all__ = [
     "FINGERPRINT_SIZE",
-    "TOLERANCE",
     "check_file",
     "check_state",
     "checksum",

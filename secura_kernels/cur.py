@@ -196,5 +196,4 @@ __all__ = [
     "important_channels",
     "init_a",
     "select",
-    "squared_norms",
 ]

@@ -244,7 +244,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 __all__ = [
     "FLOATS",
-    "IMPLS",
     "SETTLED",
     "absent",
     "alone",

@@ -237,7 +237,6 @@ __all__ = [
     "linear",
     "magnitude_gain",
     "relative_change",
-    "restrain_factor",
     "secura_add",
     "secura_linear",
     "weight_gain",

@@ -314,15 +314,9 @@ def _shapes(file: Path | None) -> dict[str, tuple[int, ...]]:
 
 __all__ = [
     "base_of",
-    "class_of",
-    "fit_vocabulary",
     "has_tokenizer",
     "load",
-    "load_adapted",
     "load_adapter_config",
     "refuse_left_out",
-    "settle_tokens",
-    "tokenizer_for",
     "undeclared",
-    "weights_file",
 ]

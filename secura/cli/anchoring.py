@@ -158,4 +158,4 @@ def read_texts(name: str) -> list[str]:
     return found
 
 
-__all__ = ["SELF", "anchor", "announce", "begin", "check", "expect", "read_texts"]
+__all__ = ["SELF", "anchor", "begin", "check"]

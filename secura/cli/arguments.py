@@ -313,17 +313,4 @@ def settle(parsed: Any) -> None:
         parsed.gradient_checkpointing = not parsed.use_cpu
 
 
-__all__ = [
-    "ANCHORED",
-    "COMMON_TRAINER_FLAGS",
-    "LEARNING_RATE",
-    "PROG",
-    "REQUIRED",
-    "AnchorArguments",
-    "DataArguments",
-    "ModelArguments",
-    "make_parser",
-    "parse",
-    "print_help",
-    "settle",
-]
+__all__ = ["make_parser", "parse", "print_help"]

@@ -233,12 +233,4 @@ def _as_text(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": f"{row['question']}\n", "completion": row["answer"]}
 
 
-__all__ = [
-    "FORMATS",
-    "QUESTIONS",
-    "SHAPES",
-    "TEMPLATES",
-    "WANTED",
-    "load_split",
-    "to_training_columns",
-]
+__all__ = ["FORMATS", "load_split", "to_training_columns"]

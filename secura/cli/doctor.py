@@ -265,17 +265,4 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-__all__ = [
-    "ANCHOR_LIMIT",
-    "PACKAGES",
-    "anchor_error",
-    "devices",
-    "layer_plan",
-    "main",
-    "make_parser",
-    "print_kernels",
-    "print_table",
-    "run_checks",
-    "settle",
-    "versions",
-]
+__all__ = ["ANCHOR_LIMIT", "anchor_error", "main"]

@@ -35,9 +35,4 @@ def one_line(error: BaseException) -> str:
     return text
 
 
-__all__ = [
-    "EXTRAS",
-    "USER_ERRORS",
-    "UserError",
-    "one_line",
-]
+__all__ = ["USER_ERRORS", "UserError", "one_line"]

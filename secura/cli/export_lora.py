@@ -73,4 +73,4 @@ def _for_vllm(output: Path, config: Any) -> str:
     return f"vLLM takes it with --max-lora-rank {needed}"
 
 
-__all__ = ["export", "main", "make_parser"]
+__all__ = ["main"]

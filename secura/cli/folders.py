@@ -194,7 +194,6 @@ __all__ = [
     "checkpoints",
     "fresh_folder",
     "record_sums",
-    "refuse_no_folder",
     "refuse_written_over",
     "sole_use",
     "why_incomplete",

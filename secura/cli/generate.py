@@ -200,4 +200,4 @@ def compare(model: Any, tokenizer: Any, prompts: list[str], args: Any) -> None:
     require("rich.console", "train").Console().print(table)
 
 
-__all__ = ["answer", "check", "compare", "load", "main", "make_parser", "read_stdin", "settle"]
+__all__ = ["answer", "main", "make_parser", "read_stdin", "settle"]

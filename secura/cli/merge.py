@@ -123,12 +123,4 @@ def refuse_lost_biases(model: Any, adapter: str) -> None:
         )
 
 
-__all__ = [
-    "allow_inexact",
-    "main",
-    "make_parser",
-    "merge",
-    "processor_files",
-    "refuse_generation_config",
-    "refuse_lost_biases",
-]
+__all__ = ["main"]

@@ -121,4 +121,4 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", feature))
 
 
-__all__ = ["blank_rows", "check_filled", "check_rows", "check_turns", "holds_turns", "listed"]
+__all__ = ["blank_rows", "check_filled", "check_rows", "holds_turns", "listed"]

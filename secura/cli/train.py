@@ -359,18 +359,4 @@ def save(trainer: Any) -> None:
     move_out(scratch, output, replaces=_PUBLISHED)
 
 
-__all__ = [
-    "callbacks",
-    "closed_progress",
-    "describe",
-    "gather_to_save",
-    "load_data",
-    "load_rows",
-    "main",
-    "make_trainer",
-    "run",
-    "save",
-    "send_buffers",
-    "sum_checkpoints",
-    "train",
-]
+__all__ = ["gather_to_save", "main", "make_trainer", "save", "sum_checkpoints", "train"]

@@ -135,4 +135,4 @@ def _columns(features: Features) -> str:
     return ", ".join(sorted(features))
 
 
-__all__ = ["Features", "ReplayBuffer", "ReplayCollator"]
+__all__ = ["ReplayBuffer", "ReplayCollator"]

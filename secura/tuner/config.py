@@ -284,4 +284,4 @@ def describe_loading(card: Path, core: str) -> None:
     )
 
 
-__all__ = ["FORMAT", "SecuraConfig", "describe_loading"]
+__all__ = ["SecuraConfig"]

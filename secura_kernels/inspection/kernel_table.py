@@ -60,4 +60,4 @@ def kernel_table(rows: Iterable[Row]) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-__all__ = ["COLUMNS", "Row", "kernel_reports", "kernel_table"]
+__all__ = ["COLUMNS", "kernel_reports", "kernel_table"]

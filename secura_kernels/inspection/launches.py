@@ -197,4 +197,4 @@ def rule(launch: Launch, of: Recorded) -> Rule:
     return Rule()
 
 
-__all__ = ["RECORDED", "Recorded", "launches", "problems", "rule"]
+__all__ = ["RECORDED", "Recorded", "launches", "problems"]
