@@ -197,7 +197,7 @@ class AdapterConfig:
         """The settings that the checksum covers, as text: those that decide the result.
 
         Args:
-            folded: whether the adapter has a core, which the norm's reference is about.
+            folded: whether anything was folded, which the norm's reference is about.
         """
         parts: list[Any] = [self.scaling, self.norm]
         if self.norm != "none":

@@ -20,8 +20,8 @@ from .state import AdapterState, factors
 class WeightVersion(tuple[int, int, int]):
     """What :func:`secura.bases.mark` says of a weight; a copy matches none.
 
-    It holds a weak reference to the storage, whose number is not given to another one then, though
-    its memory is freed; where the mark has no storage, a weak reference to the weight.
+    Keeps a weak reference to the storage, so that no new storage gets its number while this object
+    lives; without a storage, one to the weight.
     """
 
     _storage: StorageWeakRef | None = None
@@ -44,7 +44,7 @@ class WeightVersion(tuple[int, int, int]):
         return found
 
     def is_gone(self) -> bool:
-        """Whether it was of a weight whose number may be another's by now."""
+        """Return whether the weight was freed, so that a new one may have its number."""
         return self._weight is not None and self._weight() is None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ def layers_with(model: nn.Module, adapter: str) -> dict[str, Any]:
 def embeddings(model: Any) -> tuple[Any, Any]:
     """The layers that embed a model's tokens and that give its logits; None for one it has not.
 
-    What embeds patches of an image or sound has no weight a token, and is none.
+    An embedding of image or sound patches has no row for each token, and counts as None.
     """
     found: list[Any] = [None, None]
     for place, name in enumerate(("get_input_embeddings", "get_output_embeddings")):

@@ -29,7 +29,7 @@ class Held:
             the same, whatever the parameters are by then.
 
     Attributes:
-        layers: how many different layers it was of, as :meth:`of` tells them apart.
+        layers: how often :meth:`of` was given another layer.
     """
 
     __slots__ = (
@@ -120,7 +120,10 @@ class Held:
         self._known, self._remembers = {}, True
 
     def close(self) -> None:
-        """Forget everything, and hold nothing of a graph that is left: its passes are all last."""
+        """Forget everything and hold nothing from now on.
+
+        Every later backward pass counts as the last.
+        """
         self.drop()
         self._is_last, self._remembers, self._tensors = None, False, ()
 

@@ -53,7 +53,7 @@ class Total:
 
 
 class _Entrance(torch.autograd.Function):
-    """x in the layers' dtype; its gradient is the total, of whose parts autograd sees none."""
+    """Give x in the layers' dtype; its gradient is the total, which autograd does not add up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, total: Total) -> Tensor:

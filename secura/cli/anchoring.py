@@ -33,7 +33,7 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
 
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"
-        raise UserError(f"{flag} acts on a core that is trained itself: it wants --core u")
+        raise UserError(f"{flag} acts on a core that is trained itself: give --core u")
     if arguments.anchor is None:
         usual = type(config).anchor_damping
         for flag, given in (

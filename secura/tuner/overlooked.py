@@ -57,8 +57,8 @@ _READ: dict[str, tuple[str, ...]] = {
         ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     ),
 }
-"""Layers that torch's or transformers' module of such a class hands on as weights, always or in its
-fast path."""
+"""By a module's class, its layers whose weight it reads without calling them, always or in its fast
+path."""
 _RESCALED = {"RwkvSelfAttention": "output", "RwkvFeedForward": "value"}
 """Layers whose weight ``RwkvModel`` multiplies wherever it goes from training to evaluation."""
 
