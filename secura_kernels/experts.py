@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dispatch import as_dtype, wide, without_autocast
 from .norm import (
+    NO_WEIGHT,
     Norm,
     NormOptions,
     coefficients,
@@ -53,7 +54,7 @@ def expert_weights(
         ValueError: for ``norm="activation"``.
     """
     if options.norm == "activation":
-        raise ValueError("norm='activation' is not linear in x: no expert's weight computes it")
+        raise ValueError(NO_WEIGHT)
     norm = unpack(pack(options))
     _, n, k = weight.shape
     dtype = wide(weight.dtype)

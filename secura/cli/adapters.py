@@ -57,7 +57,10 @@ def load_adapter_config(adapter: str, *, check_base: bool = True) -> Any:
             "a finished training run, or one of its checkpoint folders"
         )
     if path.is_dir() and not any(path.glob("adapter_model.*")):
-        raise UserError(f"adapter {adapter!r}: the folder has no {ADAPTER_WEIGHTS}")
+        raise UserError(
+            f"adapter {adapter!r}: the folder has no {ADAPTER_WEIGHTS}; give the --output_dir of a "
+            "finished training run"
+        )
     try:
         config = peft.PeftConfig.from_pretrained(_place(adapter))
     except (*_MISFITS, ValueError) as error:
@@ -153,7 +156,10 @@ def class_of(config: Any) -> str:
     if config.task_type is not None:
         kind = CLASSES.get(plain(config.task_type))
         if kind is None:
-            raise UserError(f"an adapter of task_type {config.task_type} is not known here")
+            raise UserError(
+                f"an adapter of task_type {config.task_type} is not known here, only of "
+                f"{', '.join(CLASSES)}: load it with peft.PeftModel.from_pretrained"
+            )
         return kind
     own = (config.auto_mapping or {}).get("base_model_class")
     known = isinstance(own, str) and hasattr(require("transformers", "train"), own)

@@ -154,7 +154,7 @@ def read_texts(name: str) -> list[str]:
         texts = re.split(r"\n\s*\n", content)
     found = [text for text in texts if text.strip()]
     if not found:
-        raise UserError(f"--anchor {name} holds no text")
+        raise UserError(f"--anchor {name} holds no text: name another file, or {SELF}")
     return found
 
 

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     check(args)
     prompts = [read_stdin() if prompt == "-" else prompt for prompt in args.prompt]
     if not all(prompt.strip() for prompt in prompts):
-        raise UserError("--prompt is empty")
+        raise UserError("--prompt is empty: give a question")
     model, tokenizer = load(args)
     if args.compare:
         compare(model, tokenizer, prompts, args)

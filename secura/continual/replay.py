@@ -92,7 +92,7 @@ class ReplayCollator:
         if not 0 < share < 1:
             raise ValueError(f"share={share} must be above 0 and below 1")
         if not len(memory):
-            raise ValueError("there is nothing to replay: the memory is empty")
+            raise ValueError("there is nothing to replay, the memory is empty: give it examples")
         self.collator = collator
         self.memory = memory
         self.share = share

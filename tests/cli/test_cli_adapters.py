@@ -307,7 +307,7 @@ def test_an_adapter_config_of_no_sense_is_one_line(trained, tmp_path, capfd):
     (folder / "tokenizer.json").write_text('{"version": "1.0", "post_processor": {"type": "No"}}')
     fails(argv("merge", folder, *out), capfd, str(folder))
     (folder / "adapter_model.safetensors").unlink()
-    fails(argv("merge", folder, *out), capfd, "the folder has no adapter_model.safetensors")
+    fails(argv("merge", folder, *out), capfd, "the folder has no adapter_model.safetensors; give")
     assert not (tmp_path / "merged").exists()
 
 

@@ -247,7 +247,7 @@ def test_sampling_is_seeded(base, capfd):
         ("--prompt hi", "--model_name_or_path"),
         ("--model {base} --prompt hi --compare", "--compare needs"),
         ("--model {base}", "--prompt"),
-        ("--model {base} --prompt=", "--prompt is empty"),
+        ("--model {base} --prompt=", "--prompt is empty: give a question"),
         ("--model {base} --prompt hi --max_new_tokens 0", "--max_new_tokens"),
         ("--model {base} --prompt hi --temperature -1", "--temperature"),
         ("--model {base} --prompt hi --device hyper", "--device hyper: torch cannot use it here"),

@@ -341,7 +341,7 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("old.txt", "\n\n", "holds no text"),
+        ("old.txt", "\n\n", "holds no text: name another file, or self"),
         ("old.jsonl", '{"text": null}\n{"text": "a"}\n', "1 of 2 rows have no 'text' (row 1)"),
         ("OLD.JSONL", '{"words": "a"}\n', "wanted a column text"),
     ],

@@ -47,7 +47,7 @@ def test_memories_that_make_no_sense():
             ReplayBuffer(nothing, size=4)
     with pytest.raises(ValueError, match="columns input_ids cannot"):
         ReplayBuffer([task(0, 3), [{"input_ids": [1]}]], size=4)
-    with pytest.raises(ValueError, match="memory is empty"):
+    with pytest.raises(ValueError, match="memory is empty: give it examples"):
         ReplayCollator(pad, [])
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="share="):
