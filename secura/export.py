@@ -20,6 +20,7 @@ from ._extras import require
 from .config import AdapterConfig
 from .folders import complete_folder
 from .layers import layers_with
+from .merging import check_unmerged
 from .names import PREFIX, bare, is_own, without_wrappers
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -76,8 +77,7 @@ def export_lora(
     config = model.peft_config[adapter_name]
     check_exportable(config)
     layers = {bare(name): layer for name, layer in layers_with(model, adapter_name).items()}
-    if any(layer.merged for layer in layers.values()):
-        raise RuntimeError("an adapter is merged into the base weight: unmerge it to export it")
+    check_unmerged(layers.values(), "export it")
     adapters: dict[str, Any] = {
         name: layer.secura_adapter[adapter_name] for name, layer in layers.items()
     }

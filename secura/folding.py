@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .layers import active_adapters, secura_layers
+from .merging import check_unmerged
 from .sharding import reshard, unit_by_unit
 
 
@@ -31,8 +32,7 @@ def fold(model: nn.Module) -> int:
             one has a norm; nothing is folded then.
     """
     layers = check_foldable(model)
-    if any(layer.merged for layer in layers):
-        raise RuntimeError("an adapter is merged into the base weight: unmerge it to fold")
+    check_unmerged(layers, "fold")
     active = [layer for layer in layers if layer.acting_adapters()]
     for layer in active:
         for adapter in layer.acting_adapters():

@@ -103,8 +103,7 @@ class SECURALinear(CABR):
         Raises:
             RuntimeError: while merged, or where U_acc was cast to 16 bits.
         """
-        if self.merged:
-            raise RuntimeError("the adapter is merged into the base weight: unmerge() it to fold")
+        self._check_unmerged()
         self.fold_core()
 
     def delta_weight(self) -> Tensor:

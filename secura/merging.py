@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +126,12 @@ def check_not_training(module: nn.Module) -> None:
         )
 
 
+def check_unmerged(layers: Iterable[Any], purpose: str) -> None:
+    """Raise ``RuntimeError`` where one of the layers is merged: "unmerge it to ``purpose``"."""
+    if any(layer.merged for layer in layers):
+        raise RuntimeError(f"an adapter is merged into the base weight: unmerge it to {purpose}")
+
+
 def refuse_merged(state_dict: Any, prefix: str, layer: str, *, merged: bool) -> None:
     """Raise ``ValueError`` where a merged layer's state is loaded, or one into a merged layer."""
     if prefix + MERGED in state_dict:
@@ -145,6 +152,7 @@ __all__ = [
     "check_finite",
     "check_mergeable",
     "check_not_training",
+    "check_unmerged",
     "refuse_merged",
     "weight_before",
 ]

@@ -92,10 +92,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
             RuntimeError: while an adapter is merged.
             ValueError: for a rank that does not fit, or a weight that cannot be decomposed.
         """
-        if self.merged:
-            raise RuntimeError(
-                "an adapter is merged into the base weight: unmerge it to add another"
-            )
+        merging.check_unmerged([self], "add another")
         base = self.adapted
         dense = bases.dense_weight(base)
         comes = config.checksum is not None  # from a file, whose A and B transformers would round
@@ -251,8 +248,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: while merged.
         """
-        if self.merged:
-            raise RuntimeError("the adapter is merged into the base weight: unmerge it to fold")
+        merging.check_unmerged([self], "fold")
         for adapter in self.acting_adapters():
             adapter.fold_core()
 
