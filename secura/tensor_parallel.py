@@ -32,13 +32,12 @@ from secura_kernels.norm import (
     Norm,
     coefficients,
     combined,
+    complete,
     gain,
     largest,
-    pack,
     relative_change,
     resolve_norm,
     scale_of_base,
-    unpack,
 )
 
 from . import bases, products
@@ -165,7 +164,7 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
     assert columns is not None
     r = w.index_select(0, adapter.rows) if r is None else r
     layer = adapter.kernel_layer(base, None)
-    norm = unpack(pack(layer.options))
+    norm = complete(layer.options)
     with without_autocast(w.device.type):
         u, u_base = cores(layer, core, None)
         p_base = None if u_base is None else columns.to(u.dtype) @ u_base

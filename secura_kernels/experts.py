@@ -22,11 +22,10 @@ from .norm import (
     NormOptions,
     coefficients,
     combined,
+    complete,
     gain,
-    pack,
     relative_change,
     scale_of_base,
-    unpack,
 )
 from .ops.channel.op import delta_norms
 
@@ -55,7 +54,7 @@ def expert_weights(
     """
     if options.norm == "activation":
         raise ValueError(NO_WEIGHT)
-    norm = unpack(pack(options))
+    norm = complete(options)
     _, n, k = weight.shape
     dtype = wide(weight.dtype)
     with without_autocast(weight.device.type):

@@ -212,6 +212,11 @@ def unpack(text: str) -> Norm:
     return Norm(**ast.literal_eval(text))
 
 
+def complete(options: NormOptions, restrain: Restrain | None = None) -> Norm:
+    """Return the norm with every choice made, checked as in :func:`pack`."""
+    return unpack(pack(options, restrain))
+
+
 def effective_eps(base: Tensor, norm: Norm) -> Tensor:
     """ε as a 0-dim tensor: ``eps``, or ``eps`` times the root mean square of ``base``."""
     dtype = wide(base.dtype)
@@ -316,6 +321,7 @@ __all__ = [
     "Restrain",
     "coefficients",
     "combined",
+    "complete",
     "effective_eps",
     "gain",
     "largest",

@@ -15,10 +15,9 @@ from secura_kernels.norm import (
     FORMS,
     Restrain,
     coefficients,
+    complete,
     gain,
-    pack,
     restrain_factor,
-    unpack,
 )
 
 # W [3, 4], rows [0, 2], P [3, 2], x [2, 4]: small enough to check with a pencil
@@ -336,7 +335,7 @@ def test_bad_inits():
 def test_the_restraint_acts_above_its_share_of_gains_up_to_the_edge(percent):
     """Not at it: with a share of 1 never. A gain that is the edge is small."""
     important = torch.tensor([True, False])
-    norm = unpack(pack(NormOptions("weight"), Restrain(important, percent, 1.5, 0.5)))
+    norm = complete(NormOptions("weight"), Restrain(important, percent, 1.5, 0.5))
     small = round(percent * 10)
     for count, factor in ((small, 1.0), (min(10, small + 1), 1.0 if percent == 1 else 0.5)):
         gains = torch.full((10,), 1.75).masked_fill(torch.arange(10) < count, 1.5)
@@ -344,7 +343,7 @@ def test_the_restraint_acts_above_its_share_of_gains_up_to_the_edge(percent):
 
 
 def test_the_papers_gain_is_the_same_however_small_all_changes_are():
-    norm = unpack(pack(NormOptions("weight", "paper")))
+    norm = complete(NormOptions("weight", "paper"))
     rho = torch.rand(50)
     whole, tiny = (gain(r, *coefficients(norm, r.max(), r), norm) for r in (rho, rho * 1e-20))
     torch.testing.assert_close(tiny, whole)

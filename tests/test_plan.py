@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from secura_kernels import NormOptions, plan
-from secura_kernels.norm import pack, unpack
+from secura_kernels.norm import complete
 from secura_kernels.plan import CEILINGS, Ceilings, Cost, Shape
 
 
 def norm_of(combine: str = "gated"):
-    return unpack(pack(NormOptions("activation", combine=combine)))
+    return complete(NormOptions("activation", combine=combine))
 
 
 def test_time_is_of_bytes_or_of_operations():

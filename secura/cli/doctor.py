@@ -153,7 +153,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     """
     from secura_kernels import NormOptions, kept_weight, plan
     from secura_kernels.inspection.costs import choices, layer_costs, over_frozen
-    from secura_kernels.norm import NORMS, pack, unpack
+    from secura_kernels.norm import NORMS, complete
 
     sizes = re.fullmatch(r"(\d+)x(\d+)", options.layer)
     if sizes is None or min(options.tokens, options.r, *map(int, sizes.groups())) < 1:
@@ -175,7 +175,7 @@ def layer_plan(options: Namespace) -> dict[str, Any]:
     if options.r > min(n, k):
         raise UserError(f"--r {options.r} must be at most {min(n, k)} on --layer {options.layer}")
     shape = plan.Shape(options.tokens, n, k, options.r)
-    norm, kept = unpack(pack(NormOptions(options.norm))), kept_weight.keeps_weight()
+    norm, kept = complete(NormOptions(options.norm)), kept_weight.keeps_weight()
     passes = dict(zip(("forward", "backward"), layer_costs(shape, norm, kept, chip), strict=True))
     return {
         "norm": options.norm,

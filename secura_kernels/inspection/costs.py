@@ -98,7 +98,7 @@ def layer_costs(
 
     Args:
         shape: the layer's; its ``itemsize`` is of 16 bits.
-        norm: of :func:`secura_kernels.norm.unpack`.
+        norm: of :func:`secura_kernels.norm.complete`.
         kept: whether W' is kept (:func:`secura_kernels.kept_weight.keeps_weight`).
         ceilings: the chip's.
     """

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura_kernels import NormOptions, plan
 from secura_kernels.gpu import H100, assume
-from secura_kernels.norm import COMBINES, SAVES, pack, unpack
+from secura_kernels.norm import COMBINES, SAVES, complete
 from secura_kernels.ops.activation import triton as kernels
 from secura_kernels.ops.common import Measured, Terms
 
@@ -105,7 +105,7 @@ def test_backward_through_h_makes_no_tensor_of_all_tokens_and_outputs(needs, m, 
     t, n = 200, 500
     g, z, p = (torch.ones(size, dtype=torch.bfloat16) for size in ((t, n), (t, m), (n, m)))
     found = Measured(torch.empty(0), torch.empty(0))
-    rows, norm = torch.arange(m), unpack(pack(GATED))
+    rows, norm = torch.arange(m), complete(GATED)
     with Largest() as seen:
         h, dp, dbias = kernels.backward(
             g, g, z, rows, Terms(p), found, norm, needs, h_alone=needs[0]

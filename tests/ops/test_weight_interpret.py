@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secura_kernels import NormOptions, effective_weight, naive, plan
-from secura_kernels.norm import COMBINES, FORMS, coefficients, pack, unpack
+from secura_kernels.norm import COMBINES, FORMS, coefficients, complete, pack
 from secura_kernels.ops.common import noise, noise_key, round_stochastically
 from secura_kernels.ops.triton import gain_scalars
 from secura_kernels.ops.weight import plain
@@ -86,7 +86,7 @@ def test_nothing_moves_nothing_changes(form):
 def test_slope_and_offset_come_from_all_maxima(form, largest):
     peaks, scalars = torch.zeros(1037), torch.full((3,), 0.25)
     peaks[[5, 1036]] = torch.tensor([largest / 2, largest])
-    norm = unpack(pack(NormOptions("weight", form)))
+    norm = complete(NormOptions("weight", form))
     gain_scalars(peaks, scalars, norm)
     expected = torch.stack([scalars[0], *coefficients(norm, peaks.amax(), peaks)])
     torch.testing.assert_close(scalars, expected)
