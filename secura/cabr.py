@@ -150,7 +150,7 @@ class CABR(Core):
         casts = not self.config.replaces_product and not products.multiplies_input(base)
         self._check_input(None if casts else dense, x)
         if y0 is None and bases.is_computed(base) and not self.config.replaces_product:
-            y0 = products.product(base, x, self.name)  # which may be what makes the weight
+            y0 = products.base_output(base, x, self.name)  # which may be what makes the weight
         self.refresh_beside(base)
         trained: Any = {"delta_bias": self.bias, "z_scale": self.dropout_mask(x)}
         if self.columns is None and bases.is_elsewhere(base):
@@ -158,7 +158,7 @@ class CABR(Core):
         weight = bases.weight(base, values=False) if self.columns is None else None
         held = self.held and self._holding(bases.weight_between(base))
         if not self.config.replaces_product:
-            y0 = products.product(base, x, self.name) if y0 is None else y0
+            y0 = products.base_output(base, x, self.name) if y0 is None else y0
             layer = self.kernel_layer(base, weight, held)
             if self._base_trained and torch.is_grad_enabled():
                 layer = layer._replace(**products.trained_tensors(base, self.name))

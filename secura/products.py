@@ -199,7 +199,7 @@ def _hooks(base: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def product(base: nn.Module, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+def base_output(base: nn.Module, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
     """The output ``[..., N]`` that ``base``, the layer ``name``, itself makes of ``x [..., K]``.
 
     ``args`` and ``kwargs`` are what else the layer is called with.
@@ -239,12 +239,12 @@ def _is_derived(base: Any, y0: Tensor, x: Tensor) -> bool:
 
 
 __all__ = [
+    "base_output",
     "check_forward",
     "is_another_function",
     "is_trained",
     "multiplies_input",
     "only_places",
-    "product",
     "product_weight",
     "trained_tensors",
     "why_not_product",

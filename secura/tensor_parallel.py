@@ -66,13 +66,13 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         adapter.derive(base)
     if adapter.config.norm_options.replaces_product:
         return _by_weight(adapter, base, x)
-    group, core = _group(base), update(*adapter.factors(), 1.0)
+    group, u = _group(base), update(*adapter.factors(), 1.0)
     delta_bias: Tensor | None = adapter.bias
     laid: Any = base(x) if y0 is None else y0
     y0 = _local(laid)
     whole, some_tokens = _extent(adapter, x, y0)
     if not whole or some_tokens:
-        core = _SumOfGradients.apply(core, group)
+        u = _SumOfGradients.apply(u, group)
         delta_bias = None if delta_bias is None else _SumOfGradients.apply(delta_bias, group)
     if whole != (adapter.here is None):
         adapter.wants_whole = whole
@@ -87,17 +87,17 @@ def forward(adapter: CABR, base: nn.Module, x: Tensor, y0: Tensor | None = None)
         bias = bias.full_tensor() if whole else bias.to_local()
     if whole:
         layer = adapter.kernel_layer(base, None)._replace(bias=bias)
-        out = secura_add(y0, layer, core, delta_bias=delta_bias, z_scale=mask)
+        out = secura_add(y0, layer, u, delta_bias=delta_bias, z_scale=mask)
     else:
-        out = _added_to_part(adapter, base, y0, bias, core, delta_bias, mask, group)
+        out = _added_to_part(adapter, base, y0, bias, u, delta_bias, mask, group)
     return _laid_as(laid, out)
 
 
 def _by_weight(adapter: CABR, base: nn.Module, x: Tensor) -> Tensor:
     """What the base makes of x with this process's part of W' in the place of its part of W."""
     group, delta_bias = _group(base), adapter.bias
-    core = _SumOfGradients.apply(update(*adapter.factors(), 1.0), group)
-    with _weight_of(adapter, base, core, group):
+    u = _SumOfGradients.apply(update(*adapter.factors(), 1.0), group)
+    with _weight_of(adapter, base, u, group):
         laid = base(x)
     if delta_bias is None:
         return laid
@@ -114,7 +114,7 @@ def _added_to_part(
     base: nn.Module,
     y0: Tensor,
     bias: Tensor | None,
-    core: Tensor,
+    u: Tensor,
     delta_bias: Tensor | None,
     mask: Tensor | None,
     group: Any,
@@ -131,7 +131,7 @@ def _added_to_part(
     )
     beside_z = _BesideZ.apply(y0.reshape(-1, n), bias, adapter.here, m, group)
     mask = None if mask is None else mask.reshape(-1, m)
-    out = secura_add(beside_z, layer, core, delta_bias=delta_bias, z_scale=mask)
+    out = secura_add(beside_z, layer, u, delta_bias=delta_bias, z_scale=mask)
     return out[:, :n].reshape(y0.shape)
 
 
@@ -155,7 +155,7 @@ def _laid_as(laid: Any, out: Tensor) -> Tensor:
 
 
 @contextmanager
-def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iterator[None]:
+def _weight_of(adapter: CABR, base: nn.Module, u: Tensor, group: Any) -> Iterator[None]:
     """Within, the weight of ``base`` is this process's part of W' of the space ``weight``."""
     stored: Any = base._parameters["weight"]
     dense: Any = bases.dense_weight(base)
@@ -166,7 +166,7 @@ def _weight_of(adapter: CABR, base: nn.Module, core: Tensor, group: Any) -> Iter
     layer = adapter.kernel_layer(base, None)
     norm = complete(layer.options)
     with without_autocast(w.device.type):
-        u, u_base = cores(layer, core, None)
+        u, u_base = cores(layer, u, None)
         p_base = None if u_base is None else columns.to(u.dtype) @ u_base
         part = _NormedWeight.apply(columns.to(u.dtype) @ u, p_base, w, r, norm, group)
     own: dict[str, Any] = base._parameters

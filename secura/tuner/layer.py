@@ -148,7 +148,7 @@ class SecuraLayer(nn.Module, BaseTunerLayer):
                     f"{active[0].name} is called with more than its input, which norm='weight', "
                     "stochastic_rounding and several adapters at once do not hand on to the base"
                 )
-            y0 = products.product(base, x, active[0].name, *args, **kwargs)
+            y0 = products.base_output(base, x, active[0].name, *args, **kwargs)
             return active[0].beside(base, x, y0)
         if names is not None:
             return several.by_row(self, x, names)

@@ -57,7 +57,7 @@ def forward_sum(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
             f"{adapters[0].name}: several adapters are active together, which a tensor parallel "
             "base does not take: activate one with set_adapter()"
         )
-    core = torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters))
+    u = torch.block_diag(*(adapter.core_and_update(base) for adapter in adapters))
     masks = [adapter.dropout_mask(x) for adapter in adapters]
     if any(mask is not None for mask in masks):
         shapes = [(*x.shape[:-1], adapter.rows.numel()) for adapter in adapters]
@@ -75,13 +75,13 @@ def forward_sum(base: Any, adapters: list[CABR], x: Tensor) -> Tensor:
     )
     if adapters[0]._base_trained and torch.is_grad_enabled():
         layer = layer._replace(**products.trained_tensors(base, adapters[0].name))
-    y0 = products.product(base, x, adapters[0].name)
+    y0 = products.base_output(base, x, adapters[0].name)
     of_each = [adapter.own_z(base, x, y0) for adapter in adapters]
     own_z = None if of_each[0] is None else torch.cat(cast(list[Tensor], of_each), dim=-1)
     return secura_add(
         y0,
         layer,
-        core,
+        u,
         delta_bias=sum_biases(adapters),
         z_scale=None if masks[0] is None else torch.cat(cast(list[Tensor], masks), dim=-1),
         z=own_z,
