@@ -278,6 +278,8 @@ STAGES: dict[str, Stage] = {
             *in_sequence({GROWING: BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
             # EWC at the rate at which LoRA learns most of one task.
             *in_sequence({HARD_EWC: 6e-3}, "mlp", (0, 1, 2), 64),
+            # The rule's decay, at one price in all layers.
+            *in_sequence({f"{BY_LENGTH},kappa=model": BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
         ),
     ),
 }
