@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secura_kernels import NormOptions, kept_weight, plan
 from secura_kernels.inspection.costs import channel_norm, over_frozen, projection
 from secura_kernels.inspection.examples import Case
-from secura_kernels.norm import pack, unpack
+from secura_kernels.norm import complete, pack
 from secura_kernels.ops.activation.op import activation, activation_backward
 from secura_kernels.ops.channel.op import channel
 from secura_kernels.ops.common import Terms
@@ -214,7 +214,7 @@ def allowed_ratio(name: str, shape: Shape, ceilings: dict[str, float]) -> float 
     if space is None:
         return None
     chip = plan.Ceilings(ceilings["copy_gb_s"] * 1e9, ceilings["gemm_tflop_s"] * 1e12)
-    norm = unpack(pack(NormOptions(space)))
+    norm = complete(NormOptions(space))
     return over_frozen(shape, norm, kept_weight.keeps_weight(), chip)
 
 

@@ -8,7 +8,7 @@ from benchmarks.shapes import LayerCase
 from secura_kernels import Layer, NormOptions, plan, secura_linear
 from secura_kernels.dispatch import interpreting
 from secura_kernels.inspection.costs import layer_costs
-from secura_kernels.norm import pack, unpack
+from secura_kernels.norm import complete
 from secura_kernels.plan import DEFAULT, Shape
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are interpreted, not recorded")
@@ -106,7 +106,7 @@ def test_a_micro_batch_between_others(space):
 @pytest.mark.parametrize("space", counts.SPACES)
 def test_the_plan_is_what_is_launched(space, keeps):
     """Each pass's bytes and time as :func:`layer_costs` has them, within 5%."""
-    norm = unpack(pack(NormOptions(space)))
+    norm = complete(NormOptions(space))
     for t, n, k in SHAPES:
         found, first = counts.ours(space, keeps)(case(t, n, k))
         planned = layer_costs(Shape(t, n, k, 128), norm, keeps == "always")
