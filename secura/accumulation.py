@@ -51,7 +51,7 @@ class Accumulation:
         self._last = value
 
     def drop(self) -> None:
-        """Forget what is held, as ``zero_grad()`` of the optimizer and of the model do too."""
+        """Forget what is held, as ``zero_grad()`` of the optimizer and of ``model`` do too."""
         for one in self._held.values():
             one.drop()
 
@@ -128,9 +128,9 @@ def accumulate(
 
     Args:
         model: anything that holds :class:`secura.SECURALinear` or PEFT-wrapped SECURA layers.
-        optimizer: that of the adapters, accelerate's too. Its ``zero_grad()`` and the model's
-            forget what is held; ``parameter.grad = None`` does not: call
-            :meth:`Accumulation.drop` with that.
+        optimizer: that of the adapters, accelerate's too. Its ``zero_grad()`` and that of
+            ``model`` itself forget what is held; a wrapper's and ``parameter.grad = None`` do not:
+            call :meth:`Accumulation.drop` with these.
         is_last: whether the backward pass that asks is the step's last; None asks
             :attr:`Accumulation.last`.
 

@@ -133,15 +133,13 @@ def anchor(
             seed=seed,
         )
     unseen = tuple(name for name, one in sums.items() if not one.seen)
-    names = {
-        adapter: name
-        for name, (adapter, _) in adapters.items()
-        if not (add and name in unseen and adapter.left is not None)  # it says nothing new of these
-    }
-    if without := [name for name in unseen if name in names.values()]:
+    names = {adapter: name for name, (adapter, _) in adapters.items()}
+    before = {adapter: sums_of(adapter) if add else None for adapter in names}
+    alone = [name for adapter, name in names.items() if name in unseen and not before[adapter]]
+    if alone:
         warnings.warn(
-            f"{len(without)} of {len(sums)} layers saw none of the old text ({without[0]} first: "
-            "an expert, or a tower that reads images or sound), so nothing holds them to what they "
+            f"{len(alone)} of {len(sums)} layers saw none of the old text ({alone[0]} first: an "
+            "expert, or a tower that reads images or sound), so nothing holds them to what they "
             "know: give texts that reach them, or leave them out with exclude_modules",
             stacklevel=2,
         )
@@ -156,7 +154,7 @@ def anchor(
         for adapter in names
     }
     roots = {
-        adapter: roots_of(sums[name], dampings[adapter], sums_of(adapter) if add else None)
+        adapter: roots_of(sums[name], dampings[adapter], before[adapter])
         for adapter, name in names.items()
     }
     kappa = scales(roots)
@@ -168,7 +166,9 @@ def anchor(
     for group in unit_by_unit(model, made):
         for adapter in group:
             adapter.set_anchor(*made[adapter])
-    return AnchorReport(len(made), read, time.perf_counter() - start, texts is None, unseen)
+    kept = sum(name in unseen and before[adapter] is not None for adapter, name in names.items())
+    seconds = time.perf_counter() - start
+    return AnchorReport(len(made) - kept, read, seconds, texts is None, unseen)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -232,7 +231,7 @@ def mark(base: Any) -> tuple[int, int, int] | None:
     if stored.is_meta or stored.is_inference():
         return None
     if not isinstance(stored, nn.Parameter):  # torch.func.functional_call's, or a view of FSDP1's
-        return None if stored._is_view() and torch.distributed.is_initialized() else UNKNOWN
+        return None if getattr(stored._base, "_is_flat_param", False) else UNKNOWN
     plain = innermost(stored)
     if plain is stored and dense_weight(base) is None:  # which bitsandbytes may pack in place
         return stored._version, id(stored), 0

@@ -29,7 +29,7 @@ from secura_kernels.shared import stream_of
 from . import bases, products, tensor_parallel
 from .choosing import choose
 from .config import AdapterConfig
-from .core import Core, WeightVersion
+from .core import OF_NO_WEIGHT, Core, WeightVersion
 from .integrity import FINGERPRINT_SIZE, no_checksum, version
 from .sharding import on_rank_0_alone
 
@@ -176,18 +176,22 @@ class CABR(Core):
     def own_z(self, base: nn.Module, x: Tensor, y0: Tensor) -> Tensor | None:
         """``z = x Rᵀ [..., m]`` in y0's dtype, or None where it is to be read off ``y0 [..., N]``.
 
-        A y0 in 16 bits has lost as many bits of z as its bias is larger; where something may have
-        changed x on its way into the base, y0 alone knows.
+        A y0 in 16 bits has lost as many bits of z as its bias is larger, and that of a quantised
+        base may have been computed in 16; where something may have changed x on its way into the
+        base, y0 alone knows.
         """
-        if y0.dtype.itemsize > 2 or getattr(base, "bias", None) is None:
+        if getattr(base, "bias", None) is None or not products.multiplies_input(base):
             return None
-        if not products.multiplies_input(base):
+        r, dense = self.kept_rows, bases.dense_weight(base)
+        if dense is not None and y0.dtype.itemsize > 2:
             return None
-        if self.kept_rows is None and bases.is_elsewhere(base):
-            self._keep_rows(bases.weight(base))
-        r = self.kept_rows
         if r is None:
-            r = bases.weight(base, values=False).index_select(0, self.rows)
+            if dense is None or bases.is_elsewhere(base):
+                r = self._keep_rows(bases.weight(base))
+            elif dense.is_meta:  # offloaded between its forwards
+                return None
+            else:
+                r = bases.weight(base, values=False).index_select(0, self.rows)
         with torch.no_grad(), without_autocast(r.device.type):
             return x.to(r.device, y0.dtype) @ r.to(y0.dtype).t()
 
@@ -324,9 +328,10 @@ class CABR(Core):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _keep_rows(self, weight: Tensor) -> None:
+    def _keep_rows(self, weight: Tensor) -> Tensor:
         """Keep R of ``weight [N, K]``, which is not at hand in every forward."""
         self.kept_rows = weight.index_select(0, self.rows)
+        return self.kept_rows
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -345,7 +350,7 @@ class CABR(Core):
             return
         # a graph asks for no version, so the next pass outside of one forms these anew
         compiling = torch.compiler.is_compiling()
-        self._derived_from = bases.UNKNOWN if compiling else WeightVersion.of(base)
+        self._derived_from = OF_NO_WEIGHT if compiling else WeightVersion.of(base)
         weight = bases.weight(base, values=False)
         columns = weight.index_select(1, self.cols) if needs_columns else None
         if config.restrain:
@@ -354,7 +359,8 @@ class CABR(Core):
             layer = with_norms(self.kernel_layer(base, weight)._replace(columns=columns))
             self.gram, self.base_norms = layer.gram, layer.base_norms
         self.columns, self.kept_rows = columns, None
-        if bases.dense_weight(base) is None and bases.bias(base) is not None:
+        reads_z = not config.replaces_product and products.multiplies_input(base)
+        if bases.dense_weight(base) is None and bases.bias(base) is not None and reads_z:
             self._keep_rows(weight)
         if split:
             tensor_parallel.keep_rows(self, base, weight)

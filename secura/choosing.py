@@ -53,18 +53,17 @@ def choose_late(adapter: Core, base: nn.Module) -> None:
             "set_model_state_dict) after the adapter was put on the model"
         )
     if _were_written(adapter):
-        # a state_dict holds fingerprint and sum anew, so that no copy reached those that are here
-        adapter.fingerprint = fingerprint(bases.weight(base))
-        adapter.checksum = no_checksum(adapter.fingerprint)
-        adapter.waits, adapter.assigned = False, True
+        adapter.waits, adapter.assigned = False, True  # to be checked as a file's are
         return
     choose(adapter, base)
 
 
 def _were_written(adapter: Core) -> bool:
-    """Whether indices were copied in place, as torch.distributed.checkpoint loads them."""
+    """Whether all tensors were copied in place, as torch.distributed.checkpoint loads them."""
+    if not all(map(version, adapter.state_tensors().values())):
+        return False
     return all(
-        version(index) and 0 <= int(index.min()) <= int(index.max()) < limit and _distinct(index)
+        0 <= int(index.min()) <= int(index.max()) < limit and _distinct(index)
         for index, limit in (
             (adapter.rows, adapter.out_features),
             (adapter.cols, adapter.in_features),

@@ -51,6 +51,9 @@ class WeightVersion(tuple[int, int, int]):
         return WeightVersion, (bases.UNKNOWN,)
 
 
+OF_NO_WEIGHT = WeightVersion(bases.UNKNOWN)
+
+
 class Core(AdapterState):
     """``U_acc + s · U [m, m]`` between C and R, whatever they are columns and rows of.
 
@@ -62,7 +65,7 @@ class Core(AdapterState):
     """
 
     folds = False
-    _derived_from: tuple[int, int, int] | None = None
+    _derived_from: WeightVersion | None = None
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """``(A, B)``, ``(U, None)``, or with an anchor ``(left · U, right)``."""
@@ -184,8 +187,7 @@ class Core(AdapterState):
                 elif not weight.is_inference():
                     # bases.mark(base), without the calls
                     now = weight._version, weight.data_ptr(), weight.untyped_storage()._cdata
-                gone = isinstance(known, WeightVersion) and known.is_gone()
-                if now is not None and (gone or now != known or now == bases.UNKNOWN):
+                if now is not None and (now != known or now == bases.UNKNOWN or known.is_gone()):
                     self.stale = True
         if self.stale:
             self.derive(base)
@@ -203,4 +205,4 @@ class Core(AdapterState):
         raise NotImplementedError
 
 
-__all__ = ["Core", "WeightVersion"]
+__all__ = ["OF_NO_WEIGHT", "Core", "WeightVersion"]

@@ -55,7 +55,7 @@ def placeholders(model: Any) -> list[int]:
     config = getattr(model, "config", None)
     names = (f"{kind}_token_{what}" for kind in _MEDIA for what in ("id", "index"))
     found = [getattr(config, name, None) for name in names]
-    return [token for token in found if type(token) is int]
+    return [token for token in found if type(token) is int and token >= 0]
 
 
 @torch.no_grad()

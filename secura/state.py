@@ -190,7 +190,8 @@ class AdapterState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._FIXED if self._before_meta else ():  # they come back by themselves
             destination.pop(prefix + name, None)
-        self._add_checksum(destination, prefix)
+        if not self.waits:  # else what is here is what a copy in place is to reach
+            self._add_checksum(destination, prefix)
 
     def _come_back(self, loaded: Collection[str]) -> None:
         """Put in place again what the move to the meta device took, but for what was ``loaded``."""
@@ -201,7 +202,7 @@ class AdapterState(nn.Module):
 
     def renew(self, state_dict: Any, prefix: str, weight: Tensor | None) -> None:
         """Replace fingerprint and checksum of a saved state by those for ``weight [N, K]``."""
-        if prefix + "fingerprint" not in state_dict:
+        if self.waits or prefix + "fingerprint" not in state_dict:
             return
         if weight is not None:
             state_dict[prefix + "fingerprint"] = fingerprint(weight)

@@ -70,8 +70,10 @@ def pieces_of(
             raise ValueError(
                 f"text {number} is neither a string nor token ids (a list or 1-D tensor)"
             )
-        if len(media):
-            text = text[~torch.isin(text, media.to(text))]
+        places = torch.isin(text, media.to(text))
+        if bool(places.any()) and (~places).sum() < 2:
+            continue  # an image and no word
+        text = text[~places]
         if pad is not None:
             places = (text != pad).nonzero().flatten()
             first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1 - kept)
@@ -88,6 +90,8 @@ def pieces_of(
                 "in fewer than two"
             )
         ids.append(text.long().cpu())
+    if not ids:
+        raise ValueError("the texts are places of images or sound alone: give some with words")
     pieces, left = [], tokens
     for begin in range(0, max(text.numel() for text in ids), length):
         for text in ids:
@@ -168,11 +172,13 @@ def draw(logits: Tensor, generator: Any, without: Sequence[int] = ()) -> tuple[T
     Returns:
         The tokens, and whether the logits are finite.
     """
-    shares = logits.float().softmax(-1)
-    if not bool(torch.isfinite(shares).all()):
+    logits = logits.float()
+    finite = bool(torch.isfinite(logits.softmax(-1)).all())
+    if banned := [token for token in without if token < logits.shape[-1]]:
+        logits[..., banned] = -torch.inf
+    shares = logits.softmax(-1)
+    if not finite or not bool(torch.isfinite(shares).all()):
         return shares.new_zeros(logits.shape[:-1], dtype=torch.int64), False
-    if without:
-        shares[..., list(without)] = 0
     flat = shares.flatten(0, -2)
     return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1]), True
 

@@ -2,9 +2,10 @@
 
     L = (Γ + λ tr Γ/m)^−½     S = (Σ + λ tr Σ/m)^−½     U = κ L Ũ S
 
-of Γ and Σ ``[m, m]``, see :mod:`secura.anchoring`. κ is 1 / √price of a layer, price being what a
-unit of Ũ costs there in the mean over directions if κ is 1, times one number for all layers: with
-it the geometric mean of ``‖C κL‖ ‖S R‖ / (‖C‖ ‖R‖)`` over the layers is 1.
+of Γ and Σ ``[m, m]``, see :mod:`secura.anchoring`. A layer's price is what a unit of Ũ costs there
+if κ is 1, in the mean over directions and tokens, relative to the layers' mean. κ is
+1 / √max(price, λ), times one number for all layers: with it the geometric mean of
+``‖C κL‖ ‖S R‖ / (‖C‖ ‖R‖)`` over the layers is 1.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ class Sums(NamedTuple):
         sigma: ``Σ [m, m]``, fp64; each set of texts counts 1 in its mean eigenvalue.
         gamma: ``Γ [m, m]``, likewise.
         price: of the layer, up to a number that is the same in all layers.
+        damping: λ.
     """
 
     sigma: Tensor
     gamma: Tensor
     price: float
+    damping: float
 
     @property
     def sets(self) -> float:
@@ -44,61 +47,79 @@ class Roots(NamedTuple):
     """Both roots of one layer, fp64 ``[m, m]``, and what its κ follows from.
 
     Attributes:
-        left: L; the identity where no old text reached the layer.
+        left: L; the identity where no text ever reached the layer, whose κ is 1.
         right: S, likewise.
-        sets: of texts that were added up; 0 where none reached the layer, whose κ is 1.
-        price: of the new texts; 0 with no sets.
-        before: the price of those that were anchored by before, None without.
-        stretch: ``‖C L‖ ‖S R‖ / (‖C‖ ‖R‖)``.
+        damping: λ.
+        sets: of texts that were added up; 0 where none reached the layer.
+        price: of the new texts, None where they did not reach the layer.
+        before: the price of those that it was anchored by before, None without.
+        stretch: ``‖C L‖ ‖S R‖ / (‖C‖ ‖R‖)``; 0 where it is not known, or C or R are 0.
     """
 
     left: Tensor
     right: Tensor
+    damping: float
     sets: float = 0.0
-    price: float = 0.0
+    price: float | None = None
     before: float | None = None
     stretch: float = 0.0
 
 
 def roots_of(new: Statistics, damping: float, before: Sums | None) -> Roots:
     """Make the roots of new sums and those of ``before``, which count as they were added up."""
-    if not new.seen:
-        return Roots(_identity(new.gamma.double()), _identity(new.sigma.double()))
-    sigma, gamma = (one / one.diagonal().mean() for one in (new.sigma.double(), new.gamma.double()))
+    if not new.seen and before is None:
+        return Roots(_identity(new.gamma.double()), _identity(new.sigma.double()), damping)
+    sigma, gamma = new.sigma.double(), new.gamma.double()
+    if new.seen:
+        sigma, gamma = (one / one.diagonal().mean() for one in (sigma, gamma))
     if before is not None:
         sigma, gamma = sigma + before.sigma, gamma + before.gamma
     left, right = _root(gamma, damping), _root(sigma, damping)
-    sets = float(sigma.diagonal().mean())
-    cost = _mean_cost(left, new.gamma) * _mean_cost(right, new.sigma) / float(new.tokens)
-    return Roots(
-        left,
-        right,
-        sets,
-        sets**2 * cost,  # as of roots of the sets' mean
-        None if before is None else before.price,
-        float(_stretch(new.columns, left) * _stretch(new.rows, right)),
-    )
+    sets, price, price_before = float(sigma.diagonal().mean()), None, None
+    if new.seen:
+        price = sets**2 * _cost(left, right, new.gamma, new.sigma) / float(new.tokens)
+    if before is not None:  # measured in the new coordinates
+        old = _root(before.gamma, before.damping), _root(before.sigma, before.damping)
+        now = sets**2 * _cost(left, right, before.gamma, before.sigma)
+        price_before = (
+            before.price * now / (before.sets**2 * _cost(*old, before.gamma, before.sigma))
+        )
+    stretch = float(_stretch(new.columns, left) * _stretch(new.rows, right))
+    return Roots(left, right, damping, sets, price, price_before, stretch)
 
 
 def scales(roots: Mapping[Any, Roots]) -> dict[Any, float]:
-    """Compute κ of every layer; 1 where no old text reached it, or nothing is moved by it.
+    """Compute κ of every layer; 1 where no text ever reached it.
 
-    Prices of new texts and of those before are each divided by their geometric mean over the
-    layers that have both, and then averaged by the number of sets.
+    Prices of the new texts and of those before are relative to their mean over the layers that have
+    both, and are averaged by the number of sets: in whatever order sets come, all count the same.
     """
-    moving = {key: one for key, one in roots.items() if one.sets and one.price and one.stretch}
-    if not moving:
-        return dict.fromkeys(roots, 1.0)
-    both = [one for one in moving.values() if one.before] or list(moving.values())
-    new, old = _mean_log(one.price for one in both), _mean_log(one.before or 1.0 for one in both)
-    found = {}
-    for key, one in moving.items():
-        price = one.price / math.exp(new)
-        if one.before:
-            price = (price + (one.sets - 1) * one.before / math.exp(old)) / one.sets
-        found[key] = one.sets / math.sqrt(price)
-    level = math.exp(_mean_log(found[key] * one.stretch for key, one in moving.items()))
+    reached = {key: one for key, one in roots.items() if one.sets}
+    prices = dict(zip(reached, _prices(list(reached.values())), strict=True))
+    mean = _mean(prices.values())
+    found = {
+        key: one.sets / math.sqrt(max(prices[key], one.damping * mean))
+        for key, one in reached.items()
+    }
+    moved = [math.log(found[key] * one.stretch) for key, one in reached.items() if one.stretch]
+    level = math.exp(sum(moved) / len(moved)) if moved else 1.0
     return {key: found[key] / level if key in found else 1.0 for key in roots}
+
+
+def _prices(layers: list[Roots]) -> list[float]:
+    """What a unit costs in each layer, the mean over all sets of texts that reached it."""
+    both = [one for one in layers if one.price is not None and one.before is not None]
+    new = _mean(one.price for one in both or layers)
+    old = _mean(one.before for one in both or layers)
+    found = []
+    for one in layers:
+        parts = []
+        if one.price is not None:
+            parts.append((1.0, one.price / new))
+        if one.before is not None:
+            parts.append((one.sets - len(parts), one.before / old))
+        found.append(sum(sets * price for sets, price in parts) / sum(sets for sets, _ in parts))
+    return found
 
 
 def sums_of(adapter: CABR) -> Sums | None:
@@ -114,17 +135,22 @@ def sums_of(adapter: CABR) -> Sums | None:
     # κ⁻² (Γ + λ tr Γ/m), of which Γ's mean eigenvalue is the number of sets
     price = float(torch.linalg.inv(whole @ whole).diagonal().mean()) * sets / (1 + damping)
     gamma = _undamped(whole * (price / sets**2) ** 0.5, damping)
-    return Sums(sigma, gamma, price)
+    return Sums(sigma, gamma, price, damping)
 
 
-def _mean_log(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return sum(logs) / len(logs)
+def _mean(values: Iterable[float | None]) -> float:
+    """The mean of those that are there; 1 without any, or of zeros."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) or 1.0 if there else 1.0
 
 
-def _mean_cost(root: Tensor, matrix: Tensor) -> float:
-    """``tr(root matrix root) / m``."""
-    return float((root @ matrix.double() @ root).diagonal().mean())
+def _cost(left: Tensor, right: Tensor, gamma: Tensor, sigma: Tensor) -> float:
+    """``tr(L Γ L) tr(S Σ S) / m²``: what a unit of Ũ costs in the mean over directions."""
+    costs = (
+        float((root @ matrix.double() @ root).diagonal().mean())
+        for root, matrix in ((left, gamma), (right, sigma))
+    )
+    return math.prod(costs)
 
 
 def _stretch(gram: Tensor, root: Tensor) -> Tensor:

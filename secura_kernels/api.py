@@ -28,11 +28,10 @@ from torch import Tensor
 
 from . import naive
 from .autograd import SPACES, SecuraFunction
-from .checks import check_call, check_trained, check_whole
+from .checks import check_call, check_trained
 from .dispatch import (
     FLOATS,
     SETTLED,
-    as_dtype,
     compute_dtype,
     is_watched,
     resolve,
@@ -138,7 +137,6 @@ def secura_add(
     if y0.dim() == 0:
         raise ValueError("y0 [] must be [..., N]")
     n = y0.shape[-1]
-    z = as_dtype(z, y0.dtype)
     return _run(y0, n, y0.dtype, layer, a, b, delta_bias, z_scale, impl, z=z, given=True)
 
 
@@ -280,13 +278,12 @@ def _run(
         return out.to(dtype)
     of_layer = w, bias, layer.rows, layer.cols, layer.core, columns, layer.gram, layer.base_norms
     watched = is_watched(x, a, b, delta_bias, z_scale, z, *of_layer, layer.restrain)
+    z = z if z is None or z.dtype == dtype else z.to(dtype)
     total = None
     if layer.shares_input and not given:
         x, total = shared(x, dtype)
     elif x.dtype != dtype:
         x = x.to(dtype)
-    if watched and not torch.compiler.is_compiling():
-        check_whole(x, a, b, delta_bias, z_scale, z, *of_layer)
     if not watched:
         impl = supported(impl, x, layer.weight, layer.columns, a, b)
         impl = SETTLED if impl == "triton" else impl

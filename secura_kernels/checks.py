@@ -25,8 +25,8 @@ def check_call(
 ) -> None:
     """Raise ``ValueError`` for what does not fit a layer of N outputs and x of ``lead`` tokens.
 
-    ``TypeError`` for operands that are none of :data:`secura_kernels.dispatch.FLOATS`, for indices
-    that are no int64, and options of another class.
+    ``TypeError`` for operands that are none of :data:`secura_kernels.dispatch.FLOATS` or DTensors,
+    for indices that are no int64, and options of another class.
     """
     rows, cols, columns = layer.rows, layer.cols, layer.columns
     if not isinstance(layer.options, NormOptions):
@@ -71,10 +71,17 @@ def check_call(
         ("z_scale", z_scale),
         ("z", z),
     ):
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name} is {tensor.dtype}: the ops take floating numbers, in fp16, bf16, fp32 or "
                 "fp64"
+            )
+        if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor, of which the ops would see a part: give its full_tensor(), "
+                "or, where each process's part is a layer of its own, its to_local()"
             )
     if important is not None and important.dtype != torch.bool:
         raise ValueError(f"important is {important.dtype}, and must be bool")
@@ -122,13 +129,4 @@ def check_trained(layer: Layer, given: bool) -> None:
         raise ValueError("the space 'channel' takes norms of a weight that is trained: give it")
 
 
-def check_whole(*tensors: Tensor | None) -> None:
-    """Raise ``TypeError`` for a DTensor, of which the ops see a part."""
-    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
-        raise TypeError(
-            "the ops take whole tensors, no DTensor: give its full_tensor(), or, where each "
-            "process has a part that is a layer of its own, its to_local()"
-        )
-
-
-__all__ = ["check_call", "check_trained", "check_whole"]
+__all__ = ["check_call", "check_trained"]

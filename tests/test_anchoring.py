@@ -158,8 +158,11 @@ def test_added_text_leaves_the_anchor_of_a_layer_that_it_does_not_reach():
     with warnings.catch_warnings(action="error"):  # its anchor holds it
         report = anchor(model, TEXTS, add=True)
     assert report.layers + len(report.unseen) == len(tiny.parts(model)) > report.layers
-    assert torch.equal(part.left, left) and torch.equal(part.right, right)
-    assert not torch.equal(tiny.parts(model)[1].left, left)
+    torch.testing.assert_close(part.right, right, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        part.left / part.left.norm(), left / left.norm(), rtol=1e-3, atol=1e-4
+    )
+    assert not torch.allclose(tiny.parts(model)[1].right, right, rtol=0.1)
     with pytest.warns(UserWarning, match="saw none"):
         anchor(model, TEXTS)
     assert is_plain(part)

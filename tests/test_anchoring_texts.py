@@ -170,3 +170,27 @@ def test_a_model_that_reads_no_text_is_named_by_what_it_reads():
     )
     with pytest.raises(ValueError, match="SimpleNamespace reads pixel_values"):
         language_models.check_reads(model)
+
+
+def test_places_outside_of_the_logits_are_none():
+    """Llava's config names one token more than its language model knows; an old one -200."""
+    model = cored()
+    model.config.image_token_index = model.config.vocab_size
+    model.config.video_token_id = -200
+    assert anchor(model, tokens=40, length=20).tokens == 40
+    logits = torch.full((1, 1, 8), -50.0)
+    logits[..., 3] = 50
+    for seed in range(5):
+        drawn, finite = texts.draw(logits, torch.Generator().manual_seed(seed), without=[3])
+        assert finite and int(drawn) != 3
+
+
+def test_a_text_of_images_alone_is_passed_over():
+    model, fresh = cored(), cored()
+    model.config.image_token_id = 5
+    images = torch.full((6,), 5)
+    report = anchor(model, [images, TEXTS[0][TEXTS[0] != 5]])
+    anchor(fresh, [TEXTS[0][TEXTS[0] != 5]])
+    assert report.tokens == int((TEXTS[0] != 5).sum())
+    with pytest.raises(ValueError, match="images or sound alone"):
+        anchor(model, [images])

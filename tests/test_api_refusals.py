@@ -281,5 +281,15 @@ def test_a_dtensor_is_refused_and_told_how_to_be_given(name):
         example = example._replace(layer=example.layer._replace(weight=weight))
     else:
         example = example._replace(**{name: getattr(example, name).as_subclass(Whole)})
-    with pytest.raises(TypeError, match=r"no DTensor: give its full_tensor\(\)"):
+    with pytest.raises(TypeError, match=r"is a DTensor, .* give its full_tensor\(\)"):
         example.output()
+    if name != "x":
+        with pytest.raises(TypeError, match="is a DTensor"):
+            effective_weight(example.layer, example.a)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_z_that_is_no_floating_number_is_refused(dtype):
+    example = Case(NormOptions("none"), **WIDE, given=True).draw()
+    with pytest.raises(TypeError, match=f"z is {dtype}"):
+        secura_add(example.x, example.layer, example.a, z=torch.ones(7, 4, dtype=dtype))

@@ -101,7 +101,8 @@ def test_no_row_is_kept_and_no_product_made_where_nothing_is_lost(batch):
     layer = adapted(four_bits(), "none")
     assert layer.kept_rows.shape == (8, K)
     x = batch[0].float()
-    assert layer.own_z(layer.base, x, x.new_zeros(T, N)) is None
+    plain = adapted(moved().float(), "none")
+    assert plain.own_z(plain.base, x, x.new_zeros(T, N)) is None
     layer.base.bias = None
     layer.derive(layer.base)
     assert layer.kept_rows is None and layer.own_z(layer.base, *batch) is None
@@ -158,6 +159,43 @@ class Alone:
 
     def __call__(self, x):
         return self.forward(self.base, x)
+
+
+@pytest.mark.parametrize("norm", ["weight", "none"])
+def test_rows_are_kept_where_they_are_read(norm):
+    base = four_bits()
+    if norm == "none":
+        base.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    assert adapted(base, norm).kept_rows is None
+
+
+def test_an_offloaded_base_goes_on_with_its_output(batch):
+    layer = adapted(linear(), "none", keep_columns=True)
+    add_hook_to_module(layer.base, AlignDevicesHook("cpu", offload=True))
+    assert layer.base.weight.is_meta
+    assert torch.isfinite(layer(batch[0])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [moved, four_bits])
+def test_under_autocast_and_with_dropout(make, dtype, batch):
+    """x in fp32; the mask is applied to z once."""
+    x, g = (one.float() for one in batch)
+    layer = adapted(make().float() if make is moved else make(), "none", dropout=0.5)
+    masks = []
+    layer.dropout_mask = lambda given: masks[0]
+    torch.manual_seed(3)
+    masks.append(nn.functional.dropout(torch.ones(T, 8), 0.5).to(dtype))
+    with torch.autocast("cpu", dtype):
+        found = torch.autograd.grad(layer(x), layer.A, g.to(dtype))[0]
+    weight, bias = bases.weight(layer.base).double(), bases.bias(layer.base).double()
+    frozen = layer.kernel_layer(layer.base, weight)._replace(columns=None, bias=bias)
+    a = layer.A.detach().double().requires_grad_()
+    exact = naive.secura_linear(
+        x.double(), frozen, a, layer.B.detach().double(), z_scale=masks[0].double()
+    )
+    expected = torch.autograd.grad(exact, a, g.double())[0]
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_compiled_it_is_the_same(batch):

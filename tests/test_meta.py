@@ -159,7 +159,7 @@ def test_tensors_that_are_copied_in_place_are_taken_over(core, damaged):
         layer.core[0, 0] += torch.nan if damaged else 0
     x = torch.randn(3, 8)
     if damaged:
-        with pytest.raises(ValueError, match="core holds NaN"):
+        with pytest.raises(ValueError, match="do not match their checksum"):
             layer(x)
     else:
         assert torch.equal(layer(x), trained(x)) and torch.equal(layer.rows, trained.rows)
@@ -174,3 +174,33 @@ def test_an_emptied_layer_chooses_where_nothing_was_copied():
         index.copy_(torch.zeros(4, dtype=torch.int64))
     layer(torch.randn(3, 8))
     assert layer.rows.unique().numel() == layer.cols.unique().numel() == 4 and not layer.B.any()
+
+
+@pytest.mark.parametrize("lacking", ["A", "core", "fingerprint"])
+def test_a_part_of_the_tensors_is_not_taken_for_all(lacking):
+    config = AdapterConfig(r=4, norm="channel")
+    trained = SECURALinear(nn.Linear(8, 6), config)
+    nn.init.normal_(trained.B)
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 6), config)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if name != lacking:
+                tensor.copy_(trained.state_dict()[name])
+    layer(torch.randn(3, 8))
+    assert not layer.B.any() and not layer.core.any()
+
+
+def test_a_copy_for_another_base_is_refused():
+    config = AdapterConfig(r=4, norm="channel")
+    trained = SECURALinear(nn.Linear(8, 6), config)
+    with torch.device("meta"):
+        layer = SECURALinear(nn.Linear(8, 6), config)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            tensor.copy_(trained.state_dict()[name])
+        layer.base.weight.normal_()
+    with pytest.raises(ValueError, match="trained on another base weight"):
+        layer(torch.randn(3, 8))
