@@ -9,10 +9,10 @@ are ``[m, m]`` in their span, of tensors the layer has at hand:
 
 To second order, and as far as K-FAC's product of Γ and Σ is the Fisher matrix, a change U of one
 layer costs ``½ tr(Γ U Σ Uᵀ)`` on old text, and κ of a layer makes that ``½ c² ‖Ũ‖²`` with one c for
-the model (λ aside): every direction of Ũ the same, in every layer. So weight decay on Ũ is a
-penalty against leaving old knowledge, see :class:`secura.continual.AnchorDecayCallback`. c is such
-that a step moves the layers' weights as far as one on U does, in their geometric mean
-(:mod:`secura.whitening`).
+the model (λ aside, in the mean over directions): every direction of Ũ the same, in every layer. So
+weight decay on Ũ is a penalty against leaving old knowledge, see
+:class:`secura.continual.AnchorDecayCallback`. c is such that a step moves the layers' weights as
+far as one on U does, in their geometric mean (:mod:`secura.whitening`).
 
 Each set of texts counts the same: Σ and Γ are divided by their mean eigenvalue before they are
 added up. ``κ L`` and S are kept (2 m² numbers a layer), from which both sums follow.

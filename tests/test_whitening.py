@@ -201,3 +201,19 @@ def test_every_token_that_reached_a_layer_counts():
     how = {"tokens": 1000, "length": 64, "batch_size": 2, "seed": 0}
     sums, read = curvature(model, adapters, list(TEXTS), None, **how)
     assert {int(one.tokens) for one in sums.values()} == {read} == {sum(map(len, TEXTS))}
+
+
+def test_an_earlier_price_is_measured_anew_in_other_coordinates():
+    """By a smaller λ directions that hardly matter cost more: of layers with such, the price."""
+    spectra = {"even": (1.0, 1.0, 1.0), "steep": (3.0, 1e-3, 1e-3)}
+    nothing = Statistics(*(torch.zeros(3, 3) for _ in range(4)), torch.tensor(0.0))
+    prices = {}
+    for name, values in spectra.items():
+        matrix = torch.diag(torch.tensor(values))
+        own = Statistics(matrix, matrix, torch.eye(3), torch.eye(3), torch.tensor(1.0))
+        first, last = (whitening.roots_of(own, damping, None) for damping in (1.0, 1e-3))
+        before = whitening.Sums(matrix.double(), matrix.double(), first.price, 1.0)
+        again = whitening.roots_of(nothing, 1e-3, before)
+        prices[name] = first.price, last.price, again.before
+    old, new, found = (prices["steep"][i] / prices["even"][i] for i in range(3))
+    assert found == pytest.approx(new) and abs(found / old - 1) > 0.2

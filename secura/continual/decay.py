@@ -27,11 +27,11 @@ TrainerCallback = require("transformers", "train").TrainerCallback
 class AnchorDecayCallback(TrainerCallback):  # type: ignore[misc, valid-type]
     """Before every optimizer step, ``U ← (1 − learning rate · anchor_decay) U``.
 
-    On an anchored core that is, layer by layer, a K-FAC penalty against leaving old knowledge,
-    decoupled as AdamW's decay is, whatever the optimizer; other parameters and cores that are
-    frozen are left alone, and a ``weight_decay`` comes on top. Without an anchor it is plain weight
-    decay on U. A U in bf16, which TRL makes of every adapter on a quantised base, is rounded
-    stochastically, so that it decays in the mean.
+    On an anchored core that is a K-FAC penalty against leaving old knowledge, of one strength for
+    all layers, decoupled as AdamW's decay is, whatever the optimizer; other parameters and cores
+    that are frozen are left alone, and a ``weight_decay`` comes on top. Without an anchor it is
+    plain weight decay on U. A U in bf16, which TRL makes of every adapter on a quantised base, is
+    rounded stochastically, so that it decays in the mean.
 
     Args:
         anchor_decay: 0 or more; over 300 steps at a rate of 1e-3, 1 takes a quarter off a U that
