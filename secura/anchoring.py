@@ -34,7 +34,7 @@ from .cabr import CABR
 from .config import check_damping
 from .curvature import curvature
 from .layers import active_adapters, evaluating
-from .sharding import gathered, reshard, unit_by_unit
+from .sharding import gathered, processes, reshard, unit_by_unit
 from .texts import BATCH_SIZE, LENGTH, TOKENS, Texts, listed
 from .whitening import Roots, roots_of, scales, sums_of
 
@@ -136,7 +136,7 @@ def anchor(
     names = {adapter: name for name, (adapter, _) in adapters.items()}
     before = {adapter: sums_of(adapter) if add else None for adapter in names}
     alone = [name for adapter, name in names.items() if name in unseen and not before[adapter]]
-    if alone:
+    if alone and processes()[0] == 0:
         warnings.warn(
             f"{len(alone)} of {len(sums)} layers saw none of the old text ({alone[0]} first: an "
             "expert, or a tower that reads images or sound), so nothing holds them to what they "

@@ -143,32 +143,46 @@ def test_another_default_dtype_changes_no_adapter(norm, dtype):
         assert tensor is None or tensor.dtype == expected, name
 
 
-@pytest.mark.parametrize("core", ["ab", "u"])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_tensors_that_are_copied_in_place_are_taken_over(core, damaged):
-    """As torch.distributed.checkpoint loads a layer that was emptied, without load_state_dict."""
-    config = AdapterConfig(r=4, norm="channel", core=core)
-    trained = SECURALinear(nn.Linear(8, 6), config)
-    nn.init.normal_(trained.trained)
+def emptied():
     with torch.device("meta"):
-        layer = SECURALinear(nn.Linear(8, 6), config)
-    layer.to_empty(device="cpu")
+        layer = SECURALinear(nn.Linear(8, 6), AdapterConfig(r=4, norm="channel"))
+    return layer.to_empty(device="cpu")
+
+
+def copied(lacking=""):
+    """A trained layer, and an emptied one into which its tensors were copied in place.
+
+    As torch.distributed.checkpoint loads, without load_state_dict.
+    """
+    trained, layer = SECURALinear(nn.Linear(8, 6), AdapterConfig(r=4, norm="channel")), emptied()
+    nn.init.normal_(trained.B)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
-            tensor.copy_(trained.state_dict()[name])
-        layer.core[0, 0] += torch.nan if damaged else 0
+            if name != lacking:
+                tensor.copy_(trained.state_dict()[name])
+    return trained, layer
+
+
+def test_tensors_that_are_copied_in_place_are_taken_over():
+    trained, layer = copied()
     x = torch.randn(3, 8)
-    if damaged:
-        with pytest.raises(ValueError, match="do not match their checksum"):
-            layer(x)
-    else:
-        assert torch.equal(layer(x), trained(x)) and torch.equal(layer.rows, trained.rows)
+    assert torch.equal(layer(x), trained(x)) and torch.equal(layer.rows, trained.rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("core", "do not match their checksum"), ("base.weight", "trained on another base weight")],
+)
+def test_a_copy_that_is_damaged_or_for_another_base_is_refused(name, message):
+    _, layer = copied()
+    with torch.no_grad():
+        layer.get_parameter(name).add_(1) if "." in name else layer.core.add_(1)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(3, 8))
 
 
 def test_an_emptied_layer_chooses_where_nothing_was_copied():
-    with torch.device("meta"):
-        layer = SECURALinear(nn.Linear(8, 6), AdapterConfig(r=4, norm="channel"))
-    layer.to_empty(device="cpu")
+    layer = emptied()
     layer.base.reset_parameters()
     for index in (layer.rows, layer.cols):  # what DistributedDataParallel sends at random
         index.copy_(torch.zeros(4, dtype=torch.int64))
@@ -178,29 +192,6 @@ def test_an_emptied_layer_chooses_where_nothing_was_copied():
 
 @pytest.mark.parametrize("lacking", ["A", "core", "fingerprint"])
 def test_a_part_of_the_tensors_is_not_taken_for_all(lacking):
-    config = AdapterConfig(r=4, norm="channel")
-    trained = SECURALinear(nn.Linear(8, 6), config)
-    nn.init.normal_(trained.B)
-    with torch.device("meta"):
-        layer = SECURALinear(nn.Linear(8, 6), config)
-    layer.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, tensor in layer.state_dict().items():
-            if name != lacking:
-                tensor.copy_(trained.state_dict()[name])
+    _, layer = copied(lacking)
     layer(torch.randn(3, 8))
     assert not layer.B.any() and not layer.core.any()
-
-
-def test_a_copy_for_another_base_is_refused():
-    config = AdapterConfig(r=4, norm="channel")
-    trained = SECURALinear(nn.Linear(8, 6), config)
-    with torch.device("meta"):
-        layer = SECURALinear(nn.Linear(8, 6), config)
-    layer.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, tensor in layer.state_dict().items():
-            tensor.copy_(trained.state_dict()[name])
-        layer.base.weight.normal_()
-    with pytest.raises(ValueError, match="trained on another base weight"):
-        layer(torch.randn(3, 8))
