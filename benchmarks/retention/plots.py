@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.plots import plain
-from benchmarks.retention.grid import BEST, GROWING
+from benchmarks.retention.grid import BEST, BY_LENGTH, GROWING
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.summary import REFERENCE, SCALED, Front, InTurn, kl_of, learned, unseen
 from secura._extras import require
@@ -43,6 +43,7 @@ _LOOKS: dict[str, tuple[str, str]] = {
     "lora-whitened@decay=2.5": ("#A66FD0", "*"),
     "lora-whitened@decay=5": ("#A66FD0", "P"),
     GROWING: ("#3F7FBF", "*"),
+    f"{BY_LENGTH},kappa=model": ("#D81B60", "s"),
     "lora@rank=8": ("#F2B75C", "o"),
     "anchored-text": ("#1F6FB2", "<"),
     "anchored-channel": ("#2E94D6", ">"),
