@@ -135,7 +135,8 @@ def anchor(
     unseen = tuple(name for name, one in sums.items() if not one.seen)
     names = {adapter: name for name, (adapter, _) in adapters.items()}
     before = {adapter: sums_of(adapter) if add else None for adapter in names}
-    alone = [name for adapter, name in names.items() if name in unseen and not before[adapter]]
+    known = {adapter: name for adapter, name in names.items() if before[adapter] is not None}
+    alone = [name for name in unseen if name not in known.values()]
     if alone and processes()[0] == 0:
         warnings.warn(
             f"{len(alone)} of {len(sums)} layers saw none of the old text ({alone[0]} first: an "
@@ -166,7 +167,7 @@ def anchor(
     for group in unit_by_unit(model, made):
         for adapter in group:
             adapter.set_anchor(*made[adapter])
-    kept = sum(name in unseen and before[adapter] is not None for adapter, name in names.items())
+    kept = len(unseen) - len(alone)
     seconds = time.perf_counter() - start
     return AnchorReport(len(made) - kept, read, seconds, texts is None, unseen)
 

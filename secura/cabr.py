@@ -147,8 +147,8 @@ class CABR(Core):
         if bases.is_split(base):
             return tensor_parallel.forward(self, base, x, y0)
         dense = bases.dense_weight(base)
-        casts = not self.config.replaces_product and not products.multiplies_input(base)
-        self._check_input(None if casts else dense, x)
+        makes = not self.config.replaces_product and not products.multiplies_input(base)
+        self._check_input(None if makes and products.may_cast(base) else dense, x)
         if y0 is None and bases.is_computed(base) and not self.config.replaces_product:
             y0 = products.base_output(base, x, self.name)  # which may be what makes the weight
         self.refresh_beside(base)

@@ -60,7 +60,7 @@ def choose_late(adapter: Core, base: nn.Module) -> None:
 
 def _were_written(adapter: Core) -> bool:
     """Whether all tensors were copied in place, as torch.distributed.checkpoint loads them."""
-    if not all(map(version, adapter.state_tensors().values())):
+    if adapter.rows.is_meta or not all(map(version, adapter.state_tensors().values())):
         return False
     return all(
         0 <= int(index.min()) <= int(index.max()) < limit and _distinct(index)

@@ -149,6 +149,12 @@ def multiplies_input(base: nn.Module) -> bool:
     return _is_of_class(base, own) if quantised_here else _is_product(base, own)
 
 
+def may_cast(base: nn.Module) -> bool:
+    """Whether a forward of its own, or a hook before it, may cast what ``base`` is called with."""
+    own = base.__dict__.get("forward")
+    return bool(base._forward_pre_hooks) or not _is_product(base, own)
+
+
 def _moves(hook: Any) -> bool:
     """Whether a hook of accelerate's brings x and weight to a device, and does no more."""
     return type(hook).__name__ == "AlignDevicesHook"
@@ -243,6 +249,7 @@ __all__ = [
     "check_forward",
     "is_another_function",
     "is_trained",
+    "may_cast",
     "multiplies_input",
     "only_places",
     "product_weight",
