@@ -6,19 +6,14 @@ import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
-    GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
     T5ForConditionalGeneration,
-    ViTConfig,
     ViTForImageClassification,
 )
 
@@ -55,55 +50,56 @@ def wide():
     return llama(hidden=WIDE, bias=False)
 
 
+def drawn(kind, **settings):
+    """A model of a class of transformers' with random weights, always the same."""
+    torch.manual_seed(0)
+    return kind(kind.config_class(**settings)).eval()
+
+
 def gpt2():
     """Two blocks whose linear layers are transformers' ``Conv1D``."""
-    torch.manual_seed(0)
-    config = GPT2Config(
+    return drawn(
+        GPT2LMHeadModel,
         vocab_size=VOCAB, n_positions=64, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
         eos_token_id=2, pad_token_id=0, initializer_range=0.1,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 def t5():
     """An encoder and a decoder of one block each."""
-    torch.manual_seed(0)
-    config = T5Config(
+    return drawn(
+        T5ForConditionalGeneration,
         vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=48, num_layers=1, num_heads=4,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, initializer_factor=2.0,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return T5ForConditionalGeneration(config).eval()
 
 
 def bert():
     """An encoder of one block, which fills in masked tokens."""
-    torch.manual_seed(0)
-    config = BertConfig(
+    return drawn(
+        BertForMaskedLM,
         vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
         intermediate_size=48, bos_token_id=1,
     )  # fmt: skip
-    return BertForMaskedLM(config).eval()
 
 
 def vit():
     """An encoder of one block that names images, its position embeddings of three dimensions."""
-    torch.manual_seed(0)
-    config = ViTConfig(
+    return drawn(
+        ViTForImageClassification,
         hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
         image_size=16, patch_size=8, num_labels=8,
     )  # fmt: skip
-    return ViTForImageClassification(config).eval()
 
 
 def mixtral():
     """One decoder layer, whose four experts' weights are stacked."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return drawn(
+        MixtralForCausalLM,
         vocab_size=VOCAB, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
 
 
 def classifier(labels: int = 3):
