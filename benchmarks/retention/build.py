@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import peft
@@ -47,7 +46,8 @@ def build(
     else:
         model = peft.get_peft_model(model, config)
     if method.whiten:
-        whiten(model, material.samples(cell.seed), bf16=material.bf16)
+        earlier = [_rows_of(task, cell, material) for task in cell.tasks[:-1]]
+        whiten(model, [material.samples(cell.seed), *earlier], bf16=material.bf16)
     report: dict[str, Any] = {}
     if resumed is not None:
         load_adapter(model, resumed)
@@ -55,14 +55,21 @@ def build(
         load_adapter(model, before)
         if method.fold == "task":
             secura.fold(model)
+        if method.whiten:
+            rewhiten(model)
         if method.anchor:
-            batches = material.batches(cell.tasks[-2], cell.seed, cell.steps)
-            rows = [row for batch in batches for row in batch][: material.settings.samples]
-            texts = [torch.tensor([*row.prompt, *row.completions[0]]) for row in rows]
+            texts = _rows_of(cell.tasks[-2], cell, material)
             report = _anchor(model, method, texts, add=True)
     elif method.anchor:
         report = _anchor(model, method, _anchor_texts(method, material, cell.seed))
     return model, report
+
+
+def _rows_of(task: str, cell: Cell, material: Material) -> list[Tensor]:
+    """The first rows `[T]` that a task trains on, as many as there are samples."""
+    rows = [row for batch in material.batches(task, cell.seed, cell.steps) for row in batch]
+    texts = rows[: material.settings.samples]
+    return [torch.tensor([*row.prompt, *row.completions[0]]) for row in texts]
 
 
 def _anchor_texts(method: Method, material: Material, seed: int) -> list[Tensor]:
@@ -174,22 +181,22 @@ def scale_update(model: nn.Module, factor: float) -> None:
 
 
 class Whitening(nn.Module):
-    """A parametrization: A = Ã (Cov(x) + λ)^−½, scaled to leave a random Ã's norm alone.
+    """A parametrization: A = Ã F, F = (Cov(x) + λ)^−½, scaled to leave a random Ã's norm alone.
 
     Args:
-        covariance: `[K, K]` of the layer's inputs.
+        covariances: `[K, K]` of the layer's inputs, one for each set of texts; each counts 1 in
+            its mean eigenvalue, as the sums of an anchor do.
     """
 
     factor: Tensor
+    change: Tensor
 
-    def __init__(self, covariance: Tensor) -> None:
+    def __init__(self, *covariances: Tensor) -> None:
         super().__init__()
-        size = covariance.shape[0]
-        values, vectors = torch.linalg.eigh(covariance.double())
-        values = values.clamp(min=0) + _WHITENING_DAMPING * values.mean()
-        factor = (vectors * values.rsqrt()) @ vectors.T
-        factor *= math.sqrt(size) / torch.linalg.matrix_norm(factor)
-        self.register_buffer("factor", factor.to(covariance.dtype), persistent=False)
+        factor, inverse = _root(covariances)
+        before, _ = _root(covariances[:-1]) if covariances[1:] else (factor, inverse)
+        for name, value in (("factor", factor), ("change", before @ inverse)):
+            self.register_buffer(name, value.to(covariances[0].dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """A `[r, K]` of Ã `[r, K]`."""
@@ -197,10 +204,38 @@ class Whitening(nn.Module):
             return weight @ self.factor
 
 
+def _root(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """F `[K, K]` and its inverse, fp64."""
+    total = sum(one.double() / one.diagonal().double().mean() for one in covariances)
+    values, vectors = torch.linalg.eigh(total)
+    values = values.clamp(min=0) + _WHITENING_DAMPING * values.mean()
+    scale = values.rsqrt().square().mean().sqrt()
+    return vectors * (values.rsqrt() / scale) @ vectors.T, vectors * (
+        values.sqrt() * scale
+    ) @ vectors.T
+
+
 @torch.no_grad()
-def whiten(model: nn.Module, texts: list[Tensor], *, bf16: bool) -> None:
-    """Reparametrises every LoRA A by the covariance of its layer's inputs on texts `[T]`."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+def whiten(model: nn.Module, sets: Iterable[list[Tensor]], *, bf16: bool) -> None:
+    """Reparametrises every LoRA A by the covariances of its layer's inputs on sets of texts `[T]`.
+
+    A base model's inputs, so that a cell that goes on needs no file of them.
+    """
+    found = [_covariances(model, texts, bf16) for texts in sets]
+    for layer, adapter in _adapters(model):
+        whitening = Whitening(*(one[layer] for one in found))
+        parametrize.register_parametrization(adapter, "weight", whitening)
+
+
+@torch.no_grad()
+def rewhiten(model: nn.Module) -> None:
+    """Puts every Ã that was trained before the last set of texts counted into today's terms."""
+    for _, adapter in _adapters(model):
+        kept: Any = adapter.parametrizations
+        kept.weight.original.copy_(kept.weight.original @ kept.weight[0].change)
+
+
+def _covariances(model: nn.Module, texts: list[Tensor], bf16: bool) -> dict[nn.Module, Tensor]:
     sums: dict[nn.Module, Tensor] = {}
 
     def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -208,6 +243,7 @@ def whiten(model: nn.Module, texts: list[Tensor], *, bf16: bool) -> None:
         with autocast(x.device, bf16=False):
             sums[module] = sums.get(module, 0) + x.T @ x
 
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
     handles = [layer.register_forward_pre_hook(collect) for layer in layers]
     device = next(model.parameters()).device
     with evaluating(model), autocast(device, bf16):
@@ -216,11 +252,11 @@ def whiten(model: nn.Module, texts: list[Tensor], *, bf16: bool) -> None:
     for handle in handles:
         handle.remove()
     tokens = sum(len(text) for text in texts)
-    for layer, adapter in _adapters(layers):
-        parametrize.register_parametrization(adapter, "weight", Whitening(sums[layer] / tokens))
+    return {layer: total / tokens for layer, total in sums.items()}
 
 
-def _adapters(layers: list[Any]) -> Iterator[tuple[Any, nn.Module]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         for adapter in layer.lora_A.values():
             yield layer, adapter
@@ -233,6 +269,7 @@ __all__ = [
     "gradient_norms",
     "load_adapter",
     "make_optimizer",
+    "rewhiten",
     "scale_update",
     "whiten",
 ]

@@ -177,6 +177,15 @@ _ON_GEMMA: Tried = {
 }
 # Decided after those: the core's next rate, and the controls that could do as well.
 _ON_GEMMA_BESIDE: Tried = {_HELD_LESS: (2e-3,), "ewc-self": (1e-3,), "lora-whitened": (3e-3,)}
+# Decided after one price had kept more on SmolLM2: at the rate that lies beyond EWC, as it was
+# run, and with the decay that the callback's rule takes there.
+_ON_GEMMA_ONE_PRICE: tuple[Tried, ...] = (
+    {f"{_HELD_LESS},kappa=model": (2e-3,)},
+    {f"{BEST.replace('decay=30', 'decay=7.5')},kappa=model": (2e-3,)},
+)
+# Decided after those: whitening in a sequence, the rates' decays by the rule, its covariances
+# added up as an anchor's sums are.
+_WHITENED: dict[str, float] = {"lora-whitened@decay=4.9": 6e-3, "lora-whitened@decay=9.8": 3e-3}
 # Decided after I-LoRA had learned less of the first task: higher rates there, and then a lower one.
 _ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2, 1.5e-3)}
 _SEEDS = (0, 1, 2, 3, 4)
@@ -255,6 +264,7 @@ STAGES: dict[str, Stage] = {
             *front({_HELD_LESS: (1e-3,), "lora": (3e-4,)}, "mlp", (1, 2)),
             *front({"lora": (1e-3,)}, "mlp", (2,)),
             *front(_ON_GEMMA_BESIDE, "mlp", (0, 1, 2)),
+            *(cell for tried in _ON_GEMMA_ONE_PRICE for cell in front(tried, "mlp", (0, 1, 2))),
         ),
         shown_in="gemma",
     ),
@@ -280,6 +290,10 @@ STAGES: dict[str, Stage] = {
             *in_sequence({HARD_EWC: 6e-3}, "mlp", (0, 1, 2), 64),
             # The rule's decay, at one price in all layers.
             *in_sequence({f"{BY_LENGTH},kappa=model": BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
+            *chain.from_iterable(
+                in_sequence({method: rate}, "mlp", (0, 1, 2), 64)
+                for method, rate in _WHITENED.items()
+            ),
         ),
     ),
 }

@@ -372,6 +372,43 @@ def test_whitened_inputs_are_white(runner):
     assert factor.norm() == pytest.approx(8**0.5, rel=1e-5)
 
 
+def test_whitening_counts_every_earlier_task_and_leaves_what_was_learned(runner, monkeypatch):
+    """The second task starts at the first one's A, in terms of both covariances, 1 each."""
+    from benchmarks.retention import build as building
+
+    one = runner()
+    before = retention_models.cell(short("lora-whitened"), steps=2)
+    after = replace(before, tasks=retention_models.TASKS)
+    one.run([before])
+    folder = (one.root / "try" / before.path).with_suffix("")
+    state, _ = train.read_state(folder / train.TRAINED)
+    sums: list[dict] = []
+
+    def covariances(*args):
+        sums.append(found := whole(*args))
+        return found
+
+    whole = building._covariances
+    monkeypatch.setattr(building, "_covariances", covariances)
+    method = get_method(before.method)
+    first, _ = building.build(before, method, one.material, {}, state["adapter"])
+    second, _ = building.build(after, method, one.material, state["adapter"])
+    pairs = [
+        (ours, theirs)
+        for (_, ours), (_, theirs) in zip(
+            building._adapters(second), building._adapters(first), strict=True
+        )
+    ]
+    assert len(pairs) == 4
+    for (ours, theirs), own, task in zip(pairs, *map(dict.values, sums[1:]), strict=True):
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        factor = ours.parametrizations.weight[0].factor
+        assert not torch.allclose(factor, theirs.parametrizations.weight[0].factor, rtol=1e-3)
+        both = own / own.diagonal().mean() + task / task.diagonal().mean()
+        values = torch.linalg.eigvalsh(factor @ both @ factor)
+        assert values[-1] / values[len(values) // 2] < 1.2
+
+
 @pytest.mark.parametrize("kappa", ["layer", "model"])
 def test_an_anchors_scale_is_the_layers_own_or_the_models(kappa, runner):
     """``layer``: a step moves C κL and S R as far as C and R; ``model``: only in the mean."""
