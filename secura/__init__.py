@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .folding import fold
     from .linear import SECURALinear
+    from .rates import learning_rate
     from .tuner import SecuraConfig, SecuraModel, from_pretrained
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _LAZY = {
     "export_lora": "secura.export",
     "fold": "secura.folding",
     "from_pretrained": "secura.tuner",
+    "learning_rate": "secura.rates",
     "unanchor": "secura.anchoring",
 }
 
@@ -61,5 +63,6 @@ __all__ = [
     "export_lora",
     "fold",
     "from_pretrained",
+    "learning_rate",
     "unanchor",
 ]

@@ -183,6 +183,12 @@ _ON_GEMMA_ONE_PRICE: tuple[Tried, ...] = (
     {f"{_HELD_LESS},kappa=model": (2e-3,)},
     {f"{BEST.replace('decay=30', 'decay=7.5')},kappa=model": (2e-3,)},
 )
+# Decided before most of those had run: the rate that the weights give (``secura.learning_rate``) and
+# the callback's decay there, and A B at SmolLM2's best rate and at that of the weights.
+_ON_GEMMA_BY_WEIGHTS: tuple[tuple[Tried, tuple[int, ...]], ...] = (
+    ({f"{BEST.replace('decay=30', 'decay=3.8')},kappa=model": (3.9e-3,)}, (0, 1, 2)),
+    ({"cabr": (3e-4, 2.3e-3)}, (0,)),
+)
 # Decided after those: whitening in a sequence, the rates' decays by the rule, its covariances
 # added up as an anchor's sums are.
 _WHITENED: dict[str, float] = {"lora-whitened@decay=4.9": 6e-3, "lora-whitened@decay=9.8": 3e-3}
@@ -265,6 +271,7 @@ STAGES: dict[str, Stage] = {
             *front({"lora": (1e-3,)}, "mlp", (2,)),
             *front(_ON_GEMMA_BESIDE, "mlp", (0, 1, 2)),
             *(cell for tried in _ON_GEMMA_ONE_PRICE for cell in front(tried, "mlp", (0, 1, 2))),
+            *(cell for tried, of in _ON_GEMMA_BY_WEIGHTS for cell in front(tried, "mlp", of)),
         ),
         shown_in="gemma",
     ),
