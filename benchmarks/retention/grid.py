@@ -183,8 +183,8 @@ _ON_GEMMA_ONE_PRICE: tuple[Tried, ...] = (
     {f"{_HELD_LESS},kappa=model": (2e-3,)},
     {f"{BEST.replace('decay=30', 'decay=7.5')},kappa=model": (2e-3,)},
 )
-# Decided before most of those had run: the rate that the weights give (``secura.learning_rate``) and
-# the callback's decay there, and A B at SmolLM2's best rate and at that of the weights.
+# Decided before most of those had run: the rate of the weights (``secura.learning_rate``) with the
+# callback's decay there, and A B at SmolLM2's best rate and at that of the weights.
 _ON_GEMMA_BY_WEIGHTS: tuple[tuple[Tried, tuple[int, ...]], ...] = (
     ({f"{BEST.replace('decay=30', 'decay=3.8')},kappa=model": (3.9e-3,)}, (0, 1, 2)),
     ({"cabr": (3e-4, 2.3e-3)}, (0,)),
