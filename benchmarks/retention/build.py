@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -45,18 +46,24 @@ def build(
         model.requires_grad_(True)
     else:
         model = peft.get_peft_model(model, config)
+    report: dict[str, Any] = {}
     if method.whiten:
         earlier = [_rows_of(task, cell, material) for task in cell.tasks[:-1]]
-        whiten(model, [material.samples(cell.seed), *earlier], bf16=material.bf16)
-    report: dict[str, Any] = {}
-    if resumed is not None:
+        sets = [material.samples(cell.seed), *earlier]
+        found = [_covariances(model, texts, material.bf16) for texts in sets]
+        if before and resumed is None:
+            whiten(model, found[:-1])
+            load_adapter(model, before)
+            fold_lora(model)
+        whiten(model, found)
+        if resumed is not None:
+            load_adapter(model, resumed)
+    elif resumed is not None:
         load_adapter(model, resumed)
     elif before:
         load_adapter(model, before)
         if method.fold == "task":
             secura.fold(model)
-        if method.whiten:
-            rewhiten(model)
         if method.anchor:
             texts = _rows_of(cell.tasks[-2], cell, material)
             report = _anchor(model, method, texts, add=True)
@@ -122,13 +129,16 @@ def _keep_side(model: nn.Module, side: str) -> None:
                 adapter.set_anchor(left, eye, torch.zeros_like(adapter.core), damping)
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what training changes: trained parameters, and the buffers of SECURA's adapters."""
-    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+def adapter_state(model: nn.Module, *, base: bool = False) -> dict[str, Tensor]:
+    """Copies of what training changes: trained parameters, and the buffers of SECURA's adapters.
+
+    With ``base`` also the adapted layers' own weights, which earlier tasks were folded into.
+    """
+    kept = {name for name, value in model.named_parameters() if value.requires_grad}
     return {
         name: value.detach().cpu().clone()
         for name, value in model.state_dict().items()
-        if name in trained or ".secura_adapter." in name
+        if name in kept or ".secura_adapter." in name or (base and ".base_layer." in name)
     }
 
 
@@ -181,7 +191,7 @@ def scale_update(model: nn.Module, factor: float) -> None:
 
 
 class Whitening(nn.Module):
-    """A parametrization: A = Ã F, F = (Cov(x) + λ)^−½, scaled to leave a random Ã's norm alone.
+    """A parametrization: A = Ã (Cov(x) + λ)^−½, scaled to leave a random Ã's norm alone.
 
     Args:
         covariances: `[K, K]` of the layer's inputs, one for each set of texts; each counts 1 in
@@ -189,14 +199,15 @@ class Whitening(nn.Module):
     """
 
     factor: Tensor
-    change: Tensor
 
     def __init__(self, *covariances: Tensor) -> None:
         super().__init__()
-        factor, inverse = _root(covariances)
-        before, _ = _root(covariances[:-1]) if covariances[1:] else (factor, inverse)
-        for name, value in (("factor", factor), ("change", before @ inverse)):
-            self.register_buffer(name, value.to(covariances[0].dtype), persistent=False)
+        total = sum(one.double() / one.diagonal().double().mean() for one in covariances)
+        values, vectors = torch.linalg.eigh(total)
+        values = values.clamp(min=0) + _WHITENING_DAMPING * values.mean()
+        factor = (vectors * values.rsqrt()) @ vectors.T
+        factor *= math.sqrt(len(factor)) / torch.linalg.matrix_norm(factor)
+        self.register_buffer("factor", factor.to(covariances[0].dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """A `[r, K]` of Ã `[r, K]`."""
@@ -204,38 +215,26 @@ class Whitening(nn.Module):
             return weight @ self.factor
 
 
-def _root(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """F `[K, K]` and its inverse, fp64."""
-    total = sum(one.double() / one.diagonal().double().mean() for one in covariances)
-    values, vectors = torch.linalg.eigh(total)
-    values = values.clamp(min=0) + _WHITENING_DAMPING * values.mean()
-    scale = values.rsqrt().square().mean().sqrt()
-    return vectors * (values.rsqrt() / scale) @ vectors.T, vectors * (
-        values.sqrt() * scale
-    ) @ vectors.T
+@torch.no_grad()
+def whiten(model: nn.Module, covariances: Sequence[dict[nn.Module, Tensor]]) -> None:
+    """Reparametrises every LoRA A by the covariances of its layer's inputs on sets of texts."""
+    for layer in _lora_layers(model):
+        for adapter in layer.lora_A.values():
+            whitening = Whitening(*(one[layer] for one in covariances))
+            parametrize.register_parametrization(adapter, "weight", whitening)
 
 
 @torch.no_grad()
-def whiten(model: nn.Module, sets: Iterable[list[Tensor]], *, bf16: bool) -> None:
-    """Reparametrises every LoRA A by the covariances of its layer's inputs on sets of texts `[T]`.
-
-    A base model's inputs, so that a cell that goes on needs no file of them.
-    """
-    found = [_covariances(model, texts, bf16) for texts in sets]
-    for layer, adapter in _adapters(model):
-        whitening = Whitening(*(one[layer] for one in found))
-        parametrize.register_parametrization(adapter, "weight", whitening)
-
-
-@torch.no_grad()
-def rewhiten(model: nn.Module) -> None:
-    """Puts every Ã that was trained before the last set of texts counted into today's terms."""
-    for _, adapter in _adapters(model):
-        kept: Any = adapter.parametrizations
-        kept.weight.original.copy_(kept.weight.original @ kept.weight[0].change)
+def fold_lora(model: nn.Module) -> None:
+    """Adds what whitened LoRAs learned to their base weights, and starts them anew, B = 0."""
+    for layer in _lora_layers(model):
+        layer.base_layer.weight.add_(layer.get_delta_weight("default"))
+        parametrize.remove_parametrizations(layer.lora_A["default"], "weight")
+        layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def _covariances(model: nn.Module, texts: list[Tensor], bf16: bool) -> dict[nn.Module, Tensor]:
+    """`[K, K]` of every LoRA layer's inputs on texts `[T]`."""
     sums: dict[nn.Module, Tensor] = {}
 
     def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -243,10 +242,9 @@ def _covariances(model: nn.Module, texts: list[Tensor], bf16: bool) -> dict[nn.M
         with autocast(x.device, bf16=False):
             sums[module] = sums.get(module, 0) + x.T @ x
 
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    handles = [layer.register_forward_pre_hook(collect) for layer in layers]
+    handles = [layer.register_forward_pre_hook(collect) for layer in _lora_layers(model)]
     device = next(model.parameters()).device
-    with evaluating(model), autocast(device, bf16):
+    with torch.no_grad(), evaluating(model), autocast(device, bf16):
         for text in texts:
             causal(model).get_decoder()(input_ids=text[None].to(device), use_cache=False)
     for handle in handles:
@@ -255,21 +253,18 @@ def _covariances(model: nn.Module, texts: list[Tensor], bf16: bool) -> dict[nn.M
     return {layer: total / tokens for layer, total in sums.items()}
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
-    for layer in layers:
-        for adapter in layer.lora_A.values():
-            yield layer, adapter
+def _lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
 __all__ = [
     "Whitening",
     "adapter_state",
     "build",
+    "fold_lora",
     "gradient_norms",
     "load_adapter",
     "make_optimizer",
-    "rewhiten",
     "scale_update",
     "whiten",
 ]

@@ -45,7 +45,8 @@ class Method:
             ``benchmarks.retention.strategies.STRATEGIES``.
         strength: of that: EWC's λ, or the share of a batch that is replayed.
         scale: of what was trained, after training; below 1 takes a part of it back.
-        whiten: whether LoRA's A is trained in coordinates in which its inputs are white.
+        whiten: whether LoRA's A is trained in coordinates in which its inputs are white; before
+            each next task it is then folded into the base weight.
         fold: when what was learned is folded into the frozen core: ``"never"``, before each next
             ``"task"``, or after each ``"step"``.
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 import secura
 from benchmarks.files import replacing
@@ -145,7 +146,7 @@ class _Run:
         if self.method.adapter != "full" and self.method.scale == 1:
             parts = self.strategy.state().items()
             strategy = {f"strategy.{part}": values for part, values in parts}
-            write_state(self.folder / TRAINED, {"adapter": adapter_state(self.model), **strategy})
+            write_state(self.folder / TRAINED, {"adapter": self._adapter(), **strategy})
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _take(self, rows: list[Any]) -> None:
@@ -185,6 +186,10 @@ class _Run:
             finally:
                 self.model.unmerge_adapter()
 
+    def _adapter(self) -> dict[str, Tensor]:
+        folds_base = self.method.whiten and self.cell.parent is not None
+        return adapter_state(self.model, base=folds_base)
+
     def total(self) -> float:
         """Seconds that the cell took up to now, those before a checkpoint among them."""
         return self.record.seconds.get("total", 0.0) + time.perf_counter() - self.began
@@ -198,7 +203,7 @@ class _Run:
         kept["seconds"] = kept["seconds"] | {"total": self.total()}
         moments = self.optimizer.state_dict()["state"]
         state = {
-            "adapter": adapter_state(self.model),
+            "adapter": self._adapter(),
             **{f"optimizer.{index}": values for index, values in moments.items()},
             **{f"strategy.{part}": values for part, values in self.strategy.state().items()},
         }

@@ -372,41 +372,59 @@ def test_whitened_inputs_are_white(runner):
     assert factor.norm() == pytest.approx(8**0.5, rel=1e-5)
 
 
-def test_whitening_counts_every_earlier_task_and_leaves_what_was_learned(runner, monkeypatch):
-    """The second task starts at the first one's A, in terms of both covariances, 1 each."""
+def test_whitening_folds_and_counts_every_earlier_task(runner, tmp_path):
+    """The second task starts where the first ended, B = 0; a stopped third goes on from there."""
     from benchmarks.retention import build as building
 
-    one = runner()
-    before = retention_models.cell(short("lora-whitened"), steps=2)
-    after = replace(before, tasks=retention_models.TASKS)
-    one.run([before])
-    folder = (one.root / "try" / before.path).with_suffix("")
-    state, _ = train.read_state(folder / train.TRAINED)
-    sums: list[dict] = []
-
-    def covariances(*args):
-        sums.append(found := whole(*args))
-        return found
-
-    whole = building._covariances
-    monkeypatch.setattr(building, "_covariances", covariances)
-    method = get_method(before.method)
-    first, _ = building.build(before, method, one.material, {}, state["adapter"])
-    second, _ = building.build(after, method, one.material, state["adapter"])
-    pairs = [
-        (ours, theirs)
-        for (_, ours), (_, theirs) in zip(
-            building._adapters(second), building._adapters(first), strict=True
-        )
+    tasks = (*retention_models.TASKS, "sums")
+    cells = [
+        replace(retention_models.cell(short("lora-whitened"), steps=4), tasks=tasks[:count])
+        for count in (1, 2, 3)
     ]
-    assert len(pairs) == 4
-    for (ours, theirs), own, task in zip(pairs, *map(dict.values, sums[1:]), strict=True):
-        torch.testing.assert_close(ours.weight, theirs.weight)
-        factor = ours.parametrizations.weight[0].factor
-        assert not torch.allclose(factor, theirs.parametrizations.weight[0].factor, rtol=1e-3)
-        both = own / own.diagonal().mean() + task / task.diagonal().mean()
-        values = torch.linalg.eigvalsh(factor @ both @ factor)
-        assert values[-1] / values[len(values) // 2] < 1.2
+    one, method = runner(save_every=2), get_method(cells[0].method)
+    one.run(cells[:2])
+    before = [
+        train.read_state((one.root / "try" / cell.path).with_suffix("") / train.TRAINED)[0]
+        for cell in cells[:2]
+    ]
+    first, _ = building.build(cells[0], method, one.material, {}, before[0]["adapter"])
+    second, _ = building.build(cells[1], method, one.material, before[0]["adapter"])
+    for ours, theirs in zip(*map(building._lora_layers, (second, first)), strict=True):
+        whole = theirs.base_layer.weight + theirs.get_delta_weight("default")
+        torch.testing.assert_close(ours.base_layer.weight, whole)
+        assert not ours.lora_B["default"].weight.any()
+        factors = [
+            layer.lora_A["default"].parametrizations.weight[0].factor for layer in (ours, theirs)
+        ]
+        assert not torch.allclose(*factors, rtol=1e-3)
+    ids = torch.arange(5, 15)[None]
+    ended, _ = building.build(cells[1], method, one.material, {}, before[1]["adapter"])
+    third, _ = building.build(cells[2], method, one.material, before[1]["adapter"])
+    torch.testing.assert_close(third(input_ids=ids).logits, ended(input_ids=ids).logits)
+
+
+def test_a_stopped_whitened_cell_goes_on_as_if_it_had_not(runner, tmp_path, monkeypatch):
+    cell = retention_models.cell(short("lora-whitened"), steps=6)
+    cells = [cell, replace(cell, tasks=retention_models.TASKS)]
+    whole, parts = (
+        runner(tmp_path / "whole", save_every=2),
+        runner(tmp_path / "parts", save_every=2),
+    )
+    whole.run(cells)
+    parts.run(cells[:1])
+    with monkeypatch.context() as patch:
+        take = train._Run._take
+
+        def stop(self, rows):
+            if self.step == 4:
+                raise KeyboardInterrupt
+            take(self, rows)
+
+        patch.setattr(train._Run, "_take", stop)
+        with pytest.raises(KeyboardInterrupt):
+            parts.run(cells[1:])
+    parts.run(cells[1:])
+    assert figures(read(parts, cells[1])) == figures(read(whole, cells[1]))
 
 
 @pytest.mark.parametrize("kappa", ["layer", "model"])
