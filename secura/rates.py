@@ -25,7 +25,7 @@ from secura_kernels.dispatch import without_autocast
 
 from . import bases
 from .layers import active_adapters
-from .sharding import gathered
+from .sharding import from_rank_0, gathered, number_of_rank_0
 
 SHARE = 0.134
 """What a step at the peak moves: that of the anchored core that was measured most (5e-4 at r = 128
@@ -63,6 +63,15 @@ def learning_rate(model: nn.Module, steps: int) -> float:
         raise TypeError(f"steps={steps!r} must be an integer")
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more")
+    found = from_rank_0(
+        lambda: {"mean": _mean_log(model, steps)}, {"mean": torch.zeros((), dtype=torch.float64)}
+    )
+    mean = number_of_rank_0(float(found["mean"]))  # else a last bit might round otherwise there
+    return float(f"{math.exp(mean):.1e}")
+
+
+def _mean_log(model: nn.Module, steps: int) -> Tensor:
+    """The mean logarithm of the layers' rates, 0-dim fp64."""
     logs = [
         math.log(rate)
         for adapter, layer in active_adapters(model).values()
@@ -73,7 +82,15 @@ def learning_rate(model: nn.Module, steps: int) -> float:
             "no active adapter of the model is trained, or what it acts on is 0: put one on with "
             "get_peft_model, or load it with is_trainable=True"
         )
-    return float(f"{math.exp(sum(logs) / len(logs)):.1e}")
+    return torch.tensor(logs, dtype=torch.float64).mean()
+
+
+def trains_others(model: nn.Module) -> bool:
+    """Return whether more is trained than adapters: whole weights, which take lower rates."""
+    own = {
+        id(part) for adapter, _ in active_adapters(model).values() for part in adapter.parameters()
+    }
+    return any(part.requires_grad and id(part) not in own for part in model.parameters())
 
 
 def _rates(adapter: Any, layer: Any, count: float) -> Iterator[float]:
@@ -125,4 +142,4 @@ def _norm(stack: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stack, dim=(1, 2), dtype=torch.float32)
 
 
-__all__ = ["SHARE", "learning_rate"]
+__all__ = ["SHARE", "learning_rate", "trains_others"]

@@ -141,8 +141,7 @@ def from_rank_0(make: Callable[[], dict[str, Tensor]], like: Mapping[str, Tensor
     """
     if not on_rank_0_alone():
         return make()
-    made, error = {}, None
-    device: Any = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    made, error, device = {}, None, _device_of_messages()
     if dist.get_rank() == 0:
         try:
             made = make()
@@ -151,13 +150,27 @@ def from_rank_0(make: Callable[[], dict[str, Tensor]], like: Mapping[str, Tensor
     failed = torch.tensor(int(error is not None), device=device)
     dist.broadcast(failed, 0)
     if failed:
-        raise error or ValueError("the first process could not choose rows and columns: see there")
+        raise error or ValueError("the first process met an error: see there")
     sent = {}
     for name, own in sorted(like.items()):
         value = made.get(name, own).to(device, own.dtype, copy=True)
         dist.broadcast(value, 0)
         sent[name] = value.to(own.device)
     return sent
+
+
+def number_of_rank_0(number: float) -> float:
+    """``number`` as the first process has it, on every process, each of which calls this."""
+    if not is_distributed():
+        return number
+    sent = torch.tensor(number, dtype=torch.float64, device=_device_of_messages())
+    dist.broadcast(sent, 0)
+    return float(sent)
+
+
+def _device_of_messages() -> Any:
+    """The device whose tensors processes send each other."""
+    return "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
 
 
 def reshard(model: nn.Module) -> None:
@@ -202,6 +215,7 @@ __all__ = [
     "is_partitioned",
     "is_zero3",
     "largest",
+    "number_of_rank_0",
     "on_rank_0_alone",
     "part_of",
     "processes",

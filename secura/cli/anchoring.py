@@ -29,8 +29,6 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
         UserError: there is no core to anchor or to pull back, it would be pulled too hard, or by
             rates that are not known, or there is no such file.
     """
-    from secura.continual.decay import check_decay
-
     if (arguments.anchor or arguments.anchor_decay) and config.core != "u":
         flag = "--anchor" if arguments.anchor else "--anchor_decay"
         raise UserError(f"{flag} acts on a core that is trained itself: give --core u")
@@ -70,8 +68,20 @@ def check(arguments: Any, config: Any, training: Any, *, resumes: bool) -> None:
         raise UserError(
             f"--anchor {arguments.anchor}: no such file; name one of old text, or give self"
         )
+    if training.learning_rate is not None:
+        check_pull(arguments, training.learning_rate)
+
+
+def check_pull(arguments: Any, rate: float) -> None:
+    """Refuse an `--anchor_decay` that would turn U's sign at the peak rate.
+
+    Raises:
+        UserError: it would.
+    """
+    from secura.continual.decay import check_decay
+
     try:
-        check_decay(decay or 0.0, training.learning_rate)
+        check_decay(arguments.anchor_decay or 0.0, rate)
     except ValueError as error:
         raise UserError(f"--{error}") from error
 
@@ -158,4 +168,4 @@ def read_texts(name: str) -> list[str]:
     return found
 
 
-__all__ = ["SELF", "anchor", "begin", "check"]
+__all__ = ["SELF", "anchor", "begin", "check", "check_pull"]

@@ -19,14 +19,11 @@ from secura.cli.models import DTYPES
 from secura.cli.parser import Parser, refuse_repeated, refuse_unknown
 
 PROG = "secura train"
-LEARNING_RATE = 2e-4
-"""Unless set; `SFTConfig`'s own 2e-5 is meant for training every weight."""
 ANCHORED: dict[str, Any] = {
     "core": "u",
     "norm": "none",
     "r": 128,
     "target_modules": [r".*\.(mlp|feed_forward)\.(\w+_proj|c_fc|fc\d|dense_\w+)"],
-    "learning_rate": 5e-4,
 }
 """Defaults with `--anchor`: those that kept most in docs/results.md."""
 
@@ -174,7 +171,9 @@ def print_help() -> None:
         help="Go on from this checkpoint folder, or without a value from the last complete one.",
     )
     general.add_argument(
-        "--learning_rate", metavar="FLOAT", help=f"Peak learning rate. [{LEARNING_RATE:g}]"
+        "--learning_rate",
+        metavar="FLOAT",
+        help="Peak learning rate. [by the weights: a step moves them by 13%% of their size]",
     )
     groups = (
         ("model", ModelArguments),
@@ -233,7 +232,7 @@ def make_parser() -> Any:
             action.nargs, action.const = "?", "true"
         elif _takes_bool(action) and action.nargs is None:
             action.nargs, action.const = "?", True  # such as --bf16, which TRL wants a value for
-    parser.set_defaults(learning_rate=LEARNING_RATE)
+    parser.set_defaults(learning_rate=None)  # for `steps.choose_rate`, once there are weights
     parser.set_defaults(logging_nan_inf_filter=False)  # a loss of NaN is to be seen
     parser.set_defaults(ddp_broadcast_buffers=False)  # each step; `send_buffers` does it once
     parser.set_defaults(hub_strategy="end")

@@ -79,6 +79,7 @@ class SettingsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, 
 
         The best checkpoint's path is put right too, where the folder was moved.
         """
+        self.settings["learning_rate"] = args.learning_rate  # which the weights may have said
         state.stateful_callbacks[type(self).__name__] = self.state()
         state.compute_steps(args, state.max_steps)
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")

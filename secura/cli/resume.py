@@ -189,6 +189,15 @@ def _change(name: str, before: Any, now: Any) -> str:
     return f"{name} was {before!r} and is now {now!r}"
 
 
+def saved_rate(checkpoint: str) -> float | None:
+    """The peak rate that the run of a checkpoint had; None where none is recorded."""
+    from secura.cli.callbacks import recorded_settings
+
+    state = (Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8")
+    rate = recorded_settings(json.loads(state)).get("learning_rate")
+    return rate if isinstance(rate, float) else None
+
+
 def saved_step(folder: Path) -> int:
     """The step at which the adapter in a folder was saved; -1 where there is none."""
     try:
@@ -198,4 +207,12 @@ def saved_step(folder: Path) -> int:
         return -1
 
 
-__all__ = ["check_settings", "digest", "is_of", "resume_point", "saved_step", "settings"]
+__all__ = [
+    "check_settings",
+    "digest",
+    "is_of",
+    "resume_point",
+    "saved_rate",
+    "saved_step",
+    "settings",
+]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from secura._extras import require
 from secura.cli.errors import UserError, one_line
 from secura.wording import plain
 
+_BESIDE_WEIGHTS = 2e-4
+"""The rate where whole weights are trained too, which one for adapters would move too far."""
 _INFINITY = float("inf")
 _LAYERWISE = "_layerwise"
 _AT_LEAST = {
@@ -33,8 +36,9 @@ def check_numbers(parsed: Any) -> None:
         )
     if parsed.num_train_epochs <= 0 and parsed.max_steps < 0:
         raise UserError(f"--num_train_epochs {parsed.num_train_epochs:g} must be above 0")
-    if not 0 < parsed.learning_rate < _INFINITY:
-        raise UserError(f"--learning_rate {parsed.learning_rate} must be above 0, and finite")
+    rate = parsed.learning_rate
+    if rate is not None and not 0 < rate < _INFINITY:
+        raise UserError(f"--learning_rate {rate} must be above 0, and finite")
     for name, least in _AT_LEAST.items():
         value = getattr(parsed, name)
         if value is not None and not least <= value < _INFINITY:
@@ -43,6 +47,43 @@ def check_numbers(parsed: Any) -> None:
         raise UserError(
             f"--label_smoothing_factor {parsed.label_smoothing_factor} must be from 0 to below 1"
         )
+
+
+def check_rate_asked(training: Any) -> None:
+    """Refuse a DeepSpeed file that takes the rate from the flags, where none says it.
+
+    Raises:
+        UserError: it does, before the weights are there that would say it.
+    """
+    read = getattr(training, "hf_deepspeed_config", None)
+    places = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
+    if read is not None and any(read.get_value(place, 0) is None for place in places):
+        raise UserError("--deepspeed asks for the rate before the model is there: --learning_rate")
+
+
+def choose_rate(trainer: Any) -> str:
+    """Set the rate by the weights, where no flag does, and say so in one line.
+
+    Raises:
+        UserError: the weights do not say one.
+    """
+    from secura.rates import SHARE, learning_rate, trains_others
+
+    args = trainer.args
+    if trains_others(trainer.model):
+        args.learning_rate = _BESIDE_WEIGHTS
+        return f"secura: learning rate {_BESIDE_WEIGHTS:g}, since whole weights are trained too"
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epoch = max(1, math.ceil(len(trainer.train_dataset) / batch))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    try:
+        args.learning_rate = learning_rate(trainer.model, steps)
+    except ValueError as error:
+        raise UserError(f"{one_line(error)}; or give --learning_rate") from error
+    return (
+        f"secura: learning rate {args.learning_rate:g}, at which a step moves the weights by "
+        f"{SHARE:.0%} of their size"
+    )
 
 
 def check_batches(trainer: Any) -> None:
@@ -149,4 +190,11 @@ def _numbers(trainer: Any, args: Any) -> Any:
     return kind, {**settings, "params": groups}
 
 
-__all__ = ["check_batches", "check_numbers", "check_optimizer", "unread_settings"]
+__all__ = [
+    "check_batches",
+    "check_numbers",
+    "check_optimizer",
+    "check_rate_asked",
+    "choose_rate",
+    "unread_settings",
+]

@@ -68,7 +68,11 @@ def run(
         "--anchor": anchor_args.anchor,
     }
     refuse_written_over(Path(training.output_dir), named)
+    if training.learning_rate is None:
+        steps.check_rate_asked(training)
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
+    if training.learning_rate is None and resume is not None:
+        training.learning_rate = resuming.saved_rate(resume)
     config = adapter_flags.to_secura_config(adapter_args, training.seed)
     anchoring.check(anchor_args, config, training, resumes=resume is not None)
     if model_args.model_revision != "main":
@@ -103,10 +107,14 @@ def run(
     holding = model_args.hold_gradients
     notes = checks.notes(trainer, train_set, eval_set, config=config, holding=holding)
     steps.check_batches(trainer)
+    chosen = steps.choose_rate(trainer) if trainer.args.learning_rate is None else None
+    anchoring.check_pull(anchor_args, trainer.args.learning_rate)
     steps.check_optimizer(trainer)
     for note in filter(None, (unread, *notes, *steps.unread_settings(trainer))):
         trainer.accelerator.print(f"secura: note: {note}")
     trainer.accelerator.print(describe(trainer, config))
+    if chosen is not None:
+        trainer.accelerator.print(chosen)
     for line in anchoring.begin(trainer, anchor_args, config, training.seed, resumed=bool(resume)):
         trainer.accelerator.print(line)
     output = Path(training.output_dir)

@@ -173,6 +173,21 @@ def anchors_by_a_stream(folder):
     return [callback.report.tokens > 0, same]
 
 
+def takes_one_rate(folder):
+    """The rate of parts of FSDP2's, as a share of one process's, and where weights differ."""
+    one = secura.learning_rate(adapted("none"), 100)
+    shared = secura.learning_rate(fully_shard(adapted("none")), 100)
+    model = adapted("none")
+    for layer in tiny.layers(model).values():
+        layer.base_layer.weight.data.mul_(1 + dist.get_rank())
+    rate = secura.learning_rate(model, 100)
+    return [shared / one, rate / one, equal([torch.tensor([rate])])]
+
+
+def takes_no_rate(folder):
+    secura.learning_rate(fsdp1("none"), 100)
+
+
 def cases():
     """What both processes run."""
     return {
@@ -188,6 +203,8 @@ def cases():
             anchors_by_samples,
             fails_on_one_process,
             anchors_by_a_stream,
+            takes_one_rate,
+            takes_no_rate,
         )
     }
 
@@ -243,3 +260,8 @@ def test_processes_fail_together(found):
 
 def test_a_stream_is_read_by_both_to_the_same_batch(found):
     assert found["anchors_by_a_stream"] == [True, True]
+
+
+def test_processes_take_the_rate_of_whole_weights_and_one_together(found):
+    assert found["takes_one_rate"] == [1, 1, True]
+    assert "a part of FSDP1's" in found["takes_no_rate"]

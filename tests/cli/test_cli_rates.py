@@ -1,0 +1,107 @@
+"""`secura train` without `--learning_rate`: the rate by the weights, printed, kept, resumed."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from cli_fixtures import fails, train_flags
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import secura
+from secura.cli import main, steps
+from secura.cli.callbacks import recorded_settings
+from secura.cli.errors import UserError
+
+
+def unrated(base, data, output, *more):
+    """The flags of a run that leaves the rate open."""
+    argv = train_flags(base, data, output, *more)
+    at = argv.index("--learning_rate")
+    return argv[:at] + argv[at + 2 :]
+
+
+def state(folder) -> dict:
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def expected(base, count, **settings) -> float:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = secura.SecuraConfig(r=4, seed=42, target_modules="all-linear", **settings)
+    return secura.learning_rate(get_peft_model(model, config), count)
+
+
+def test_a_run_takes_the_rate_of_its_weights_and_goes_on_with_it(base, data, tmp_path, capfd):
+    output = tmp_path / "out"
+    flags = ("--save_steps", 2, "--logging_steps", 1, "--lr_scheduler_type", "constant")
+    assert main(unrated(base, data, output, *flags)) == 0
+    rate = expected(base, 4)
+    line = f"secura: learning rate {rate:g}, at which a step moves the weights by 13% of their size"
+    assert line in capfd.readouterr().out
+    assert {log["learning_rate"] for log in state(output)["log_history"][:4]} == {rate}
+    assert recorded_settings(state(output))["learning_rate"] == rate
+    longer = unrated(base, data, output, *flags, "--resume_from_checkpoint", "--max_steps", 400)
+    del longer[longer.index("--max_steps") : longer.index("--max_steps") + 2]
+    longer[longer.index("400")] = "6"
+    assert expected(base, 400) < rate
+    assert main(longer) == 0
+    assert "learning rate" not in capfd.readouterr().out  # it is the run's own
+    assert state(output)["global_step"] == 6
+    assert {log["learning_rate"] for log in state(output)["log_history"][:6]} == {rate}
+    other = train_flags(base, data, output, *flags, "--resume_from_checkpoint")
+    fails(other, capfd, f"learning_rate was {rate!r} and is now 0.05")
+
+
+def test_of_epochs_the_steps_are_counted(base, data, tmp_path, capfd):
+    argv = unrated(base, data, tmp_path / "out", "--num_train_epochs", 3, "--save_strategy", "no")
+    at = argv.index("--max_steps")
+    argv = argv[:at] + argv[at + 2 :]
+    assert main([*argv, "--gradient_accumulation_steps", "2"]) == 0  # 16 rows by 8, three times
+    assert f"learning rate {expected(base, 6):g}," in capfd.readouterr().out
+
+
+def test_an_anchored_core_has_its_own(base, data, tmp_path, capfd):
+    flags = ("--anchor", "--anchor_tokens", 64, "--target_modules", "all-linear")
+    argv = unrated(base, data, tmp_path / "out", *flags, "--save_strategy", "no")
+    assert main(argv) == 0
+    rate = expected(base, 4, core="u", norm="none")
+    assert f"learning rate {rate:g}," in capfd.readouterr().out
+    too_much = f"anchor_decay={1e9:g} at a learning rate of {rate:g}"
+    fails([*argv, "--anchor_decay", 1e9, "--overwrite_output_dir"], capfd, too_much)
+
+
+def test_whole_weights_beside_an_adapter_keep_a_low_one(base, data, tmp_path, capfd):
+    argv = unrated(base, data, tmp_path / "out", "--modules_to_save", "lm_head", "--norm", "none")
+    assert main([*argv, "--target_modules", "q_proj", "--save_strategy", "no"]) == 0
+    said = "secura: learning rate 0.0002, since whole weights are trained too"
+    assert said in capfd.readouterr().out
+
+
+def test_a_rate_that_is_given_is_taken(base, data, tmp_path, capfd):
+    flags = ("--logging_steps", 1, "--lr_scheduler_type", "constant", "--save_strategy", "no")
+    output = tmp_path / "out"
+    assert main(train_flags(base, data, output, *flags)) == 0
+    assert "learning rate" not in capfd.readouterr().out
+    assert recorded_settings(state(output))["learning_rate"] == 0.05
+
+
+def test_weights_that_say_none_are_told(base, data, tmp_path, capfd, monkeypatch):
+    def no_rate(*_):
+        raise ValueError("the base weight is on the meta device: load the weights first")
+
+    monkeypatch.setattr("secura.rates.learning_rate", no_rate)
+    argv = unrated(base, data, tmp_path / "out")
+    fails(argv, capfd, "load the weights first; or give --learning_rate")
+
+
+@pytest.mark.parametrize("place", ["optimizer.params.lr", "scheduler.params.warmup_max_lr"])
+def test_a_deepspeed_file_that_asks_for_the_rate_gets_it_from_a_flag(place):
+    found = {place: None}
+    read = SimpleNamespace(get_value=lambda name, default=None: found.get(name, default))
+    with pytest.raises(UserError, match="--deepspeed asks for the rate"):
+        steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=read))
+    found[place] = 1e-3
+    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=read))
+    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=None))
