@@ -22,6 +22,7 @@ from . import markdown, scale
 from .count_tables import counts_table, landing_model_table, landing_table, memory_table
 from .machine import ROOT
 from .plots import draw_all, plots_of
+from .rates import rates_table
 from .retention.front_report import brief_table, main_table
 from .retention.record import read_all
 from .retention.summary import Front
@@ -43,6 +44,7 @@ TABLES = {
     "counts": counts_table,
     "landing": landing_table,
     "landing_model": landing_model_table,
+    "rates": rates_table,
 }
 """By the benchmark whose result they show."""
 
