@@ -13,7 +13,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from secura import SecuraConfig
+from secura import SecuraConfig, learning_rate
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--norm", default="channel", help="weight, channel or none: all merge")
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--learning_rate", type=float, help="by the weights, unless given")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--use_cpu", action="store_true")
     args = parser.parse_args(argv)
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         model=model,
         args=SFTConfig(
             output_dir=str(args.output_dir / "checkpoints"),
-            learning_rate=args.learning_rate,
             max_steps=args.max_steps,
             per_device_train_batch_size=4,
             use_cpu=args.use_cpu,
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         processing_class=AutoTokenizer.from_pretrained(args.model),
         peft_config=SecuraConfig(r=args.r, norm=args.norm, target_modules="all-linear"),
     )
+    # before the optimizer is made; unlike LoRA's, it goes by the weights
+    trainer.args.learning_rate = args.learning_rate or learning_rate(trainer.model, args.max_steps)
     trainer.train()
     trainer.save_model(str(args.output_dir / "adapter"))
     trainer.model.merge_and_unload().save_pretrained(args.output_dir / "merged")

@@ -16,11 +16,14 @@ from secura.cli.callbacks import recorded_settings
 from secura.cli.errors import UserError
 
 
+def without(argv: list[str], flag: str) -> list[str]:
+    at = argv.index(flag)
+    return argv[:at] + argv[at + 2 :]
+
+
 def unrated(base, data, output, *more):
     """The flags of a run that leaves the rate open."""
-    argv = train_flags(base, data, output, *more)
-    at = argv.index("--learning_rate")
-    return argv[:at] + argv[at + 2 :]
+    return without(train_flags(base, data, output, *more), "--learning_rate")
 
 
 def state(folder) -> dict:
@@ -42,32 +45,29 @@ def test_a_run_takes_the_rate_of_its_weights_and_goes_on_with_it(base, data, tmp
     assert line in capfd.readouterr().out
     assert {log["learning_rate"] for log in state(output)["log_history"][:4]} == {rate}
     assert recorded_settings(state(output))["learning_rate"] == rate
-    longer = unrated(base, data, output, *flags, "--resume_from_checkpoint", "--max_steps", 400)
-    del longer[longer.index("--max_steps") : longer.index("--max_steps") + 2]
-    longer[longer.index("400")] = "6"
-    assert expected(base, 400) < rate
-    assert main(longer) == 0
+    assert expected(base, 40) < rate
+    longer = without(unrated(base, data, output, *flags), "--max_steps")
+    assert main([*longer, "--max_steps", "40", "--resume_from_checkpoint"]) == 0
     assert "learning rate" not in capfd.readouterr().out  # it is the run's own
-    assert state(output)["global_step"] == 6
-    assert {log["learning_rate"] for log in state(output)["log_history"][:6]} == {rate}
+    assert {log["learning_rate"] for log in state(output)["log_history"][:40]} == {rate}
     other = train_flags(base, data, output, *flags, "--resume_from_checkpoint")
     fails(other, capfd, f"learning_rate was {rate!r} and is now 0.05")
 
 
 def test_of_epochs_the_steps_are_counted(base, data, tmp_path, capfd):
     argv = unrated(base, data, tmp_path / "out", "--num_train_epochs", 3, "--save_strategy", "no")
-    at = argv.index("--max_steps")
-    argv = argv[:at] + argv[at + 2 :]
+    argv = without(argv, "--max_steps")
     assert main([*argv, "--gradient_accumulation_steps", "2"]) == 0  # 16 rows by 8, three times
     assert f"learning rate {expected(base, 6):g}," in capfd.readouterr().out
 
 
-def test_an_anchored_core_has_its_own(base, data, tmp_path, capfd):
+def test_an_anchored_core_has_its_own(base, data, tmp_path, capfd, monkeypatch):
     flags = ("--anchor", "--anchor_tokens", 64, "--target_modules", "all-linear")
     argv = unrated(base, data, tmp_path / "out", *flags, "--save_strategy", "no")
     assert main(argv) == 0
     rate = expected(base, 4, core="u", norm="none")
     assert f"learning rate {rate:g}," in capfd.readouterr().out
+    monkeypatch.setattr("secura.cli.anchoring.anchor", None)  # to be called is an error
     too_much = f"anchor_decay={1e9:g} at a learning rate of {rate:g}"
     fails([*argv, "--anchor_decay", 1e9, "--overwrite_output_dir"], capfd, too_much)
 
