@@ -10,7 +10,7 @@ model, for tests.
 from __future__ import annotations
 
 from collections import defaultdict
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .markdown import table
 from .retention.cells import Cell
 from .retention.methods import CUR_RANK, METHODS, get_method
 from .retention.record import read_all
-from .retention.summary import learned
+from .retention.summary import kl_of, learned
 from .schema import Result, Row
 from .session import Session, command, parser
 from .shapes import MLP
@@ -38,22 +38,24 @@ _ADAPTERS = ("anchored-self", "core-u", "cabr", "secura-weight")
 _HELD = {"decay", "kappa"}
 """Variations that a rate does not go by; of theirs the one counts that learned most."""
 
-Found = dict[tuple[str, str, str], dict[float, float]]
-"""What was learned at each rate, nats a token, by model, place and adapter."""
+Found = dict[tuple[str, str, str], dict[str, list[float]]]
+"""Nats learned and the drift (KL) at each rate, by model, place and adapter."""
 
 
 def tried() -> Found:
-    """What the committed cells learned, the mean over seeds."""
-    runs: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    """What the committed cells learned, the mean over seeds, and how far they drifted."""
+    runs: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
     for record in read_all(CELLS):
         cell = record.cell
         if record.status == "done" and _counts(cell):
             key = (record.settings.model, cell.targets, _plain(cell.method), cell.rate, cell.method)
-            runs[key].append(learned(record.end, record.task))
+            drift = kl_of()(record.end)
+            runs[key].append((learned(record.end, record.task), drift))
     found: Found = defaultdict(dict)
-    for (model, targets, adapter, rate, _), losses in sorted(runs.items()):
-        at = found[model, targets, adapter]
-        at[rate] = max(at.get(rate, -float("inf")), fmean(losses))
+    for (model, targets, adapter, rate, _), ends in sorted(runs.items()):
+        nats, drifts = zip(*ends, strict=True)
+        at, own = found[model, targets, adapter], [fmean(nats), geometric_mean(drifts)]
+        at[f"{rate:g}"] = max(at.get(f"{rate:g}", own), own)
     return found
 
 
@@ -92,14 +94,13 @@ def run(options: Any) -> Result:
     return session.result
 
 
-def _row(place: tuple[str, str, str], model: Any, config: Any, at: dict[float, float]) -> Row:
+def _row(place: tuple[str, str, str], model: Any, config: Any, at: dict[str, list[float]]) -> Row:
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
     rate = secura.learning_rate(adapted, STEPS)
     adapted.unload()
     case = dict(zip(("model", "targets", "method"), place, strict=True))
-    figures = {"rate": rate, "learned": {f"{one:g}": nats for one, nats in at.items()}}
-    return Row(case, "weights", figures=figures)
+    return Row(case, "weights", figures={"rate": rate, "tried": at})
 
 
 def rates_table(result: Result) -> str:
@@ -108,19 +109,19 @@ def rates_table(result: Result) -> str:
     for row in result.rows:
         base, _, text = row.case["method"].partition("@rank=")
         adapter = f"{METHODS[base].title}, r = {text or CUR_RANK}"
-        at = row.figures["learned"]
-        best = max(at.values(), default=0.0)
+        at = row.figures["tried"]
+        best = max((nats for nats, _ in at.values()), default=0.0)
         shown = [
-            f"{float(rate):g}: {'**' * (nats == best)}{nats:.3f}{'**' * (nats == best)}"
-            for rate, nats in sorted(at.items(), key=lambda pair: float(pair[0]))
+            f"{rate}: {'**' * (nats == best)}{nats:.3f}{'**' * (nats == best)} at {drift:.3f}"
+            for rate, (nats, drift) in sorted(at.items(), key=lambda pair: float(pair[0]))
         ]
         where = [row.case["model"], adapter, row.case["targets"]]
         lines.append([*where, f"{row.figures['rate']:g}", ", ".join(shown)])
-    head = ["model", "adapter", "on", "rate of the weights", "learned at the rates that were run"]
+    head = ["model", "adapter", "on", "rate of the weights", "learned, at a drift of, by rate run"]
     caption = (
-        f"Nats a token of GSM8K's held-out loss after {STEPS} steps, the mean over the seeds of "
-        "the retention experiment's cells, of several decays the one that learned most; bold: the "
-        f"most of a row. {provenance(result)}."
+        f"Nats a token of GSM8K's held-out loss after {STEPS} steps, and KL on old text (geometric "
+        "mean over its kinds), means over the seeds of the retention experiment's cells, of "
+        f"several decays the one that learned most; bold: the most of a row. {provenance(result)}."
     )
     return f"{table(head, lines, 3)}\n\n{caption}\n"
 
