@@ -191,6 +191,8 @@ _ON_GEMMA_BY_WEIGHTS: tuple[tuple[Tried, tuple[int, ...]], ...] = (
 )
 # Decided after those: whitening in a sequence, the rates' decays by the rule, its covariances
 # added up as an anchor's sums are.
+# After one seed of which the core's next rate was decided, with its decay.
+_LOWER = f"{BEST.replace('decay=30', 'decay=118')},kappa=model"
 _WHITENED: dict[str, float] = {"lora-whitened@decay=4.9": 6e-3, "lora-whitened@decay=9.8": 3e-3}
 # Decided after I-LoRA had learned less of the first task: higher rates there, and then a lower one.
 _ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2, 1.5e-3)}
@@ -299,7 +301,7 @@ STAGES: dict[str, Stage] = {
             *in_sequence({f"{BY_LENGTH},kappa=model": BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
             *chain.from_iterable(
                 in_sequence({method: rate}, "mlp", (0, 1, 2), 64)
-                for method, rate in _WHITENED.items()
+                for method, rate in (_WHITENED | {_LOWER: 2.5e-4}).items()
             ),
         ),
     ),

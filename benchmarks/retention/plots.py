@@ -33,6 +33,8 @@ _LOOKS: dict[str, tuple[str, str]] = {
     BEST.replace("decay=30", "decay=10"): ("#3F7FBF", "X"),
     BEST.replace("decay=30", "decay=7.5"): ("#0B2F57", "^"),
     BEST.replace("decay=30", "decay=3"): ("#19A0A0", "D"),
+    f"{BEST.replace('decay=30', 'decay=3')},kappa=model": ("#F06292", "D"),
+    f"{BEST.replace('decay=30', 'decay=3.8')},kappa=model": ("#D81B60", "s"),
     BEST.replace("decay=30", "decay=60"): ("#3F7FBF", "s"),
     "anchored-self@rank=192,decay=60": ("#00875F", "D"),
     "anchored-self@rank=192,decay=120": ("#00875F", "d"),
