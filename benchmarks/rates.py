@@ -9,7 +9,6 @@ model, for tests.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from statistics import fmean, geometric_mean
 from typing import Any
 
@@ -23,7 +22,7 @@ from .assets import load_model
 from .machine import ROOT
 from .markdown import table
 from .retention.cells import Cell
-from .retention.methods import CUR_RANK, METHODS, get_method
+from .retention.methods import CUR_RANK, get_method
 from .retention.record import read_all
 from .retention.summary import kl_of, learned
 from .schema import Result, Row
@@ -33,29 +32,42 @@ from .tables import provenance
 from .training import packaged_or_tiny
 
 CELLS = ROOT / "benchmarks" / "results" / "retention"
-STEPS = 128
+STEPS, SMALL = 128, "smollm2-135m"
 _ADAPTERS = ("anchored-self", "core-u", "cabr", "secura-weight")
-_HELD = {"decay", "kappa"}
-"""Variations that a rate does not go by; of theirs the one counts that learned most."""
+_VARIED = {"rank", "decay", "kappa"}
 
-Found = dict[tuple[str, str, str], dict[str, list[float]]]
-"""Nats learned and the drift (KL) at each rate, by model, place and adapter."""
+Place = tuple[str, str, str, str]
+"""Stage, model, place and method."""
+Found = dict[Place, dict[str, list[float]]]
+"""Nats learned and the drift (KL) at each rate, and how many seeds they are the mean of."""
 
 
 def tried() -> Found:
-    """What the committed cells learned, the mean over seeds, and how far they drifted."""
-    runs: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+    """What the committed cells learned at each rate, and how far they drifted.
+
+    Of each adapter in the stage that ran it most; the mean over the seeds that ran at all rates.
+    """
+    runs: dict[Place, dict[str, dict[int, tuple[float, float]]]] = {}
     for record in read_all(CELLS):
         cell = record.cell
         if record.status == "done" and _counts(cell):
-            key = (record.settings.model, cell.targets, _plain(cell.method), cell.rate, cell.method)
-            drift = kl_of()(record.end)
-            runs[key].append((learned(record.end, record.task), drift))
-    found: Found = defaultdict(dict)
-    for (model, targets, adapter, rate, _), ends in sorted(runs.items()):
-        nats, drifts = zip(*ends, strict=True)
-        at, own = found[model, targets, adapter], [fmean(nats), geometric_mean(drifts)]
-        at[f"{rate:g}"] = max(at.get(f"{rate:g}", own), own)
+            place = record.stage, record.settings.model, cell.targets, cell.method
+            ends = runs.setdefault(place, {}).setdefault(f"{cell.rate:g}", {})
+            ends[cell.seed] = learned(record.end, record.task), kl_of()(record.end)
+    most: dict[tuple[str, ...], Place] = {}
+    for place in sorted(runs):
+        before = most.setdefault(place[1:], place)
+        if sum(map(len, runs[place].values())) > sum(map(len, runs[before].values())):
+            most[place[1:]] = place
+    found: Found = {}
+    for place in most.values():
+        rates = runs[place]
+        seeds = set.intersection(*map(set, rates.values()))
+        if seeds and (len(rates) > 1 or place[1] != SMALL):
+            found[place] = {}
+            for rate in sorted(rates, key=float):
+                nats, drifts = zip(*(rates[rate][seed] for seed in seeds), strict=True)
+                found[place][rate] = [fmean(nats), geometric_mean(drifts), len(seeds)]
     return found
 
 
@@ -63,15 +75,8 @@ def _counts(cell: Cell) -> bool:
     """Whether a cell is of one task, and of an adapter that the rate is compared for."""
     base, _, text = cell.method.partition("@")
     changed = {part.partition("=")[0] for part in text.split(",") if part}
-    plain = base in _ADAPTERS and changed <= _HELD | {"rank"}
+    plain = base in _ADAPTERS and changed <= _VARIED and changed != {"decay"}
     return plain and len(cell.tasks) == 1 and cell.steps == STEPS
-
-
-def _plain(method: str) -> str:
-    """A method without how it is held."""
-    base, _, text = method.partition("@")
-    kept = [part for part in text.split(",") if part.partition("=")[0] == "rank"]
-    return "@".join([base, *kept])
 
 
 def run(options: Any) -> Result:
@@ -80,12 +85,12 @@ def run(options: Any) -> Result:
     if options.preset == "tiny":
         model = packaged_or_tiny("tiny", torch.float32)
         config = secura.SecuraConfig(core="u", norm="none", r=8, target_modules=list(MLP))
-        session.recorder.add([_row(("tiny", "mlp", "core-u@rank=8"), model, config, {})])
+        session.recorder.add([_row(("", "tiny", "mlp", "core-u@rank=8"), model, config, {})])
         session.recorder.close()
         return session.result
     loaded: dict[str, Any] = {}
-    for place, at in tried().items():
-        name, targets, method = place
+    for place, at in sorted(tried().items(), key=lambda pair: pair[0][1:]):
+        _, name, targets, method = place
         if name not in loaded:
             loaded = {name: load_model(name, torch.float32)[0]}
         config = get_method(method).make_config(targets, options.seed)
@@ -94,12 +99,12 @@ def run(options: Any) -> Result:
     return session.result
 
 
-def _row(place: tuple[str, str, str], model: Any, config: Any, at: dict[str, list[float]]) -> Row:
+def _row(place: Place, model: Any, config: Any, at: dict[str, list[float]]) -> Row:
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
     rate = secura.learning_rate(adapted, STEPS)
     adapted.unload()
-    case = dict(zip(("model", "targets", "method"), place, strict=True))
+    case = dict(zip(("stage", "model", "targets", "method"), place, strict=True))
     return Row(case, "weights", figures={"rate": rate, "tried": at})
 
 
@@ -107,23 +112,24 @@ def rates_table(result: Result) -> str:
     """The rates of the weights, and what was learned at those that were tried."""
     lines = []
     for row in result.rows:
-        base, _, text = row.case["method"].partition("@rank=")
-        adapter = f"{METHODS[base].title}, r = {text or CUR_RANK}"
-        at = row.figures["tried"]
-        best = max((nats for nats, _ in at.values()), default=0.0)
+        at, title = row.figures["tried"], get_method(row.case["method"]).title
+        title += "" if "rank=" in title else f", rank={CUR_RANK}"
+        best = max((nats for nats, *_ in at.values()), default=0.0)
         shown = [
             f"{rate}: {'**' * (nats == best)}{nats:.3f}{'**' * (nats == best)} at {drift:.3f}"
-            for rate, (nats, drift) in sorted(at.items(), key=lambda pair: float(pair[0]))
+            for rate, (nats, drift, _) in at.items()
         ]
-        where = [row.case["model"], adapter, row.case["targets"]]
-        lines.append([*where, f"{row.figures['rate']:g}", ", ".join(shown)])
+        seeds = {str(count) for *_, count in at.values()}
+        where = [row.case["model"], title, row.case["targets"]]
+        own = [f"{row.figures['rate']:g}", ", ".join(shown), "".join(seeds)]
+        lines.append([*where, *own])
     head = ["model", "adapter", "on", "rate of the weights", "learned, at a drift of, by rate run"]
     caption = (
         f"Nats a token of GSM8K's held-out loss after {STEPS} steps, and KL on old text (geometric "
-        "mean over its kinds), means over the seeds of the retention experiment's cells, of "
-        f"several decays the one that learned most; bold: the most of a row. {provenance(result)}."
+        "mean over its kinds), means over the seeds that ran at all rates of a row; bold: the most "
+        f"of it. {provenance(result)}."
     )
-    return f"{table(head, lines, 3)}\n\n{caption}\n"
+    return f"{table([*head, 'seeds'], lines, 3)}\n\n{caption}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

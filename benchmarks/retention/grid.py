@@ -193,7 +193,8 @@ _ON_GEMMA_BY_WEIGHTS: tuple[tuple[Tried, tuple[int, ...]], ...] = (
 # added up as an anchor's sums are.
 # After one seed of which the core's next rate was decided, with its decay.
 _LOWER = f"{BEST.replace('decay=30', 'decay=118')},kappa=model"
-_WHITENED: dict[str, float] = {"lora-whitened@decay=4.9": 6e-3, "lora-whitened@decay=9.8": 3e-3}
+WHITENED = "lora-whitened@decay=4.9"
+_WHITENED: dict[str, float] = {WHITENED: 6e-3, "lora-whitened@decay=9.8": 3e-3}
 # Decided after I-LoRA had learned less of the first task: higher rates there, and then a lower one.
 _ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2, 1.5e-3)}
 _SEEDS = (0, 1, 2, 3, 4)
@@ -317,6 +318,7 @@ __all__ = [
     "HARD_EWC",
     "SEQUENCE",
     "STAGES",
+    "WHITENED",
     "Stage",
     "front",
     "in_sequence",

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks.markdown import table
 from benchmarks.retention.figures import NOTHING, interval, plus_minus
-from benchmarks.retention.grid import BEST, BY_LENGTH, HARD, HARD_EWC
+from benchmarks.retention.grid import BEST, BY_LENGTH, HARD, HARD_EWC, WHITENED
 from benchmarks.retention.methods import get_method
 from benchmarks.retention.record import Record
 from benchmarks.retention.summary import (
@@ -32,6 +32,7 @@ _BESIDE = {
     "replay-self": "replay of the model's own samples too, which it stores",
     "ewc-self": "EWC of the model's own samples too",
     HARD_EWC: "the same EWC held harder",
+    WHITENED: "whitened LoRA with its rule's decay, which stores K² numbers a layer",
 }
 """Methods that others are set against in a sequence, beside LoRA, and what they keep."""
 _NO_PAIRS = (NOTHING,) * 3
@@ -65,7 +66,7 @@ def sequence_table(records: Iterable[Record]) -> str:
         stored = [[*_what(run), *paired] for run, paired in beside if paired != _NO_PAIRS]
         if stored:
             parts += [f"Against {keeps}, the same:", table(head, stored)]
-    for reference in (REFERENCE, RIVAL, BEST, BY_LENGTH, _M1):
+    for reference in (REFERENCE, RIVAL, BEST, BY_LENGTH, WHITENED, _M1):
         parts += _after_each(found, reference)
     return "\n\n".join(parts)
 

@@ -173,7 +173,7 @@ def print_help() -> None:
     general.add_argument(
         "--learning_rate",
         metavar="FLOAT",
-        help="Peak learning rate. [by the weights: a step moves them by 13%% of their size]",
+        help="Peak learning rate. [by the weights that are adapted]",
     )
     groups = (
         ("model", ModelArguments),

@@ -189,13 +189,19 @@ def _change(name: str, before: Any, now: Any) -> str:
     return f"{name} was {before!r} and is now {now!r}"
 
 
-def saved_rate(checkpoint: str) -> float | None:
-    """The peak rate that the run of a checkpoint had; None where none is recorded."""
+def saved_rate(checkpoint: str) -> float:
+    """The peak rate that the run of a checkpoint had.
+
+    Raises:
+        UserError: none is recorded.
+    """
     from secura.cli.callbacks import recorded_settings
 
     state = (Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8")
     rate = recorded_settings(json.loads(state)).get("learning_rate")
-    return rate if isinstance(rate, float) else None
+    if not isinstance(rate, float):
+        raise UserError(f"{checkpoint} does not say at which rate it was trained: --learning_rate")
+    return rate
 
 
 def saved_step(folder: Path) -> int:

@@ -10,8 +10,10 @@ from secura._extras import require
 from secura.cli.errors import UserError, one_line
 from secura.wording import plain
 
-_BESIDE_WEIGHTS = 2e-4
-"""The rate where whole weights are trained too, which one for adapters would move too far."""
+_RATE_OF_WEIGHTS = 2e-4
+"""Taken where weights themselves are trained too, which the rate of adapters might move too far."""
+_MOVE_BY_THE_RATE = ("adam", "adem", "lion")
+"""Stand in the names of those of transformers' optimizers that move every entry by the rate."""
 _INFINITY = float("inf")
 _LAYERWISE = "_layerwise"
 _AT_LEAST = {
@@ -50,15 +52,25 @@ def check_numbers(parsed: Any) -> None:
 
 
 def check_rate_asked(training: Any) -> None:
-    """Refuse a DeepSpeed file that takes the rate from the flags, where none says it.
+    """Refuse what needs the rate before there are weights to say it, where no flag does.
 
     Raises:
-        UserError: it does, before the weights are there that would say it.
+        UserError: a DeepSpeed file that gives or asks for it, or an optimizer whose steps are not
+            as long as the rate, as those of Adam and its kin are.
     """
-    read = getattr(training, "hf_deepspeed_config", None)
-    places = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
-    if read is not None and any(read.get_value(place, 0) is None for place in places):
-        raise UserError("--deepspeed asks for the rate before the model is there: --learning_rate")
+    read, missing = getattr(training, "hf_deepspeed_config", None), object()
+    for place in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
+        if read is not None and read.get_value(place, missing) is not missing:
+            raise UserError(
+                f"--deepspeed: its file's {place} wants the rate before the model is there: give "
+                "--learning_rate"
+            )
+    name = plain(training.optim)
+    if not any(kin in name for kin in _MOVE_BY_THE_RATE):
+        raise UserError(
+            f"--optim {name}: the rate that the weights give is for Adam and its kin: give "
+            "--learning_rate"
+        )
 
 
 def choose_rate(trainer: Any) -> str:
@@ -67,23 +79,31 @@ def choose_rate(trainer: Any) -> str:
     Raises:
         UserError: the weights do not say one.
     """
-    from secura.rates import SHARE, learning_rate, trains_others
+    from secura.rates import learning_rate
 
     args = trainer.args
-    if trains_others(trainer.model):
-        args.learning_rate = _BESIDE_WEIGHTS
-        return f"secura: learning rate {_BESIDE_WEIGHTS:g}, since whole weights are trained too"
+    if _trains_others(trainer.model):
+        args.learning_rate = _RATE_OF_WEIGHTS
+        return f"secura: learning rate {_RATE_OF_WEIGHTS:g}, since not adapters alone are trained"
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     epoch = max(1, math.ceil(len(trainer.train_dataset) / batch))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    constant = plain(args.lr_scheduler_type).startswith("constant")
     try:
-        args.learning_rate = learning_rate(trainer.model, steps)
+        args.learning_rate = learning_rate(trainer.model, 2 * steps if constant else steps)
     except ValueError as error:
         raise UserError(f"{one_line(error)}; or give --learning_rate") from error
-    return (
-        f"secura: learning rate {args.learning_rate:g}, at which a step moves the weights by "
-        f"{SHARE:.0%} of their size"
-    )
+    return f"secura: learning rate {args.learning_rate:g}, by the weights that are adapted"
+
+
+def _trains_others(model: Any) -> bool:
+    """Whether more than adapters is trained: weights themselves, which take lower rates."""
+    from secura.layers import active_adapters
+
+    own = {
+        id(part) for adapter, _ in active_adapters(model).values() for part in adapter.parameters()
+    }
+    return any(part.requires_grad and id(part) not in own for part in model.parameters())
 
 
 def check_batches(trainer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -40,12 +41,13 @@ def test_a_run_takes_the_rate_of_its_weights_and_goes_on_with_it(base, data, tmp
     output = tmp_path / "out"
     flags = ("--save_steps", 2, "--logging_steps", 1, "--lr_scheduler_type", "constant")
     assert main(unrated(base, data, output, *flags)) == 0
-    rate = expected(base, 4)
-    line = f"secura: learning rate {rate:g}, at which a step moves the weights by 13% of their size"
+    rate = expected(base, 8)
+    line = f"secura: learning rate {rate:g}, by the weights that are adapted"
     assert line in capfd.readouterr().out
     assert {log["learning_rate"] for log in state(output)["log_history"][:4]} == {rate}
+    assert rate == expected(base, 8) != expected(base, 4)  # a constant one counts twice
     assert recorded_settings(state(output))["learning_rate"] == rate
-    assert expected(base, 40) < rate
+    assert expected(base, 80) < rate
     longer = without(unrated(base, data, output, *flags), "--max_steps")
     assert main([*longer, "--max_steps", "40", "--resume_from_checkpoint"]) == 0
     assert "learning rate" not in capfd.readouterr().out  # it is the run's own
@@ -75,7 +77,7 @@ def test_an_anchored_core_has_its_own(base, data, tmp_path, capfd, monkeypatch):
 def test_whole_weights_beside_an_adapter_keep_a_low_one(base, data, tmp_path, capfd):
     argv = unrated(base, data, tmp_path / "out", "--modules_to_save", "lm_head", "--norm", "none")
     assert main([*argv, "--target_modules", "q_proj", "--save_strategy", "no"]) == 0
-    said = "secura: learning rate 0.0002, since whole weights are trained too"
+    said = "secura: learning rate 0.0002, since not adapters alone are trained"
     assert said in capfd.readouterr().out
 
 
@@ -98,10 +100,35 @@ def test_weights_that_say_none_are_told(base, data, tmp_path, capfd, monkeypatch
 
 @pytest.mark.parametrize("place", ["optimizer.params.lr", "scheduler.params.warmup_max_lr"])
 def test_a_deepspeed_file_that_asks_for_the_rate_gets_it_from_a_flag(place):
-    found = {place: None}
+    found = {place: None}  # "auto", as transformers fills it in
     read = SimpleNamespace(get_value=lambda name, default=None: found.get(name, default))
-    with pytest.raises(UserError, match="--deepspeed asks for the rate"):
-        steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=read))
-    found[place] = 1e-3
-    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=read))
-    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=None))
+    training = SimpleNamespace(hf_deepspeed_config=read, optim="adamw_torch")
+    for value in (None, 1e-3):  # beside which transformers wants the same of the flag
+        found[place] = value
+        with pytest.raises(UserError, match=f"{place} wants the rate .* give --learning_rate"):
+            steps.check_rate_asked(training)
+    found.clear()
+    steps.check_rate_asked(training)
+    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=None, optim="adamw_torch"))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor", "rmsprop", "schedule_free_sgd"])
+def test_an_optimizer_of_another_kind_is_given_its_rate(name, base, data, tmp_path, capfd):
+    argv = unrated(base, data, tmp_path / "out", "--optim", name)
+    fails(argv, capfd, f"--optim {name}: the rate that the weights give is for Adam")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_says_no_rate_asks_for_it(trained, base, data, tmp_path, capfd):
+    output = tmp_path / "out"
+    shutil.copytree(trained / "checkpoint-2", output / "checkpoint-2")
+    path = output / "checkpoint-2" / "trainer_state.json"
+    kept = state(path.parent)
+    del kept["stateful_callbacks"]["SettingsCallback"]
+    path.write_text(json.dumps(kept))
+    (path.parent / "checksums.json").unlink()
+    argv = unrated(base, data, output, "--resume_from_checkpoint")
+    fails(argv, capfd, "does not say at which rate it was trained: --learning_rate")
+    rated = train_flags(base, data, output, "--resume_from_checkpoint", "--logging_steps", 1)
+    assert main(rated) == 0
+    assert recorded_settings(state(output))["learning_rate"] == 0.05
