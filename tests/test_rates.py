@@ -94,6 +94,13 @@ def test_what_is_frozen_does_not_move():
     with pytest.raises(ValueError, match="no active adapter of the model is trained"):
         secura.learning_rate(one, 1000)  # B is 0
     nn.init.constant_(one.B, 0.3)
+    one.A.requires_grad_(False)
+    with pytest.raises(ValueError, match="no active adapter of the model is trained"):
+        secura.learning_rate(one, 1000)
+    one.B.requires_grad_(True)
+    assert secura.learning_rate(one, 1000) == only_b
+    one.B.requires_grad_(False)
+    one.A.requires_grad_(True)
     only_a = SHARE * size(weight) / float(c.norm() * (one.B.double() @ r).norm())
     assert secura.learning_rate(one, 1000) == rounded(only_a)
 
@@ -105,7 +112,7 @@ def test_a_larger_weight_takes_a_lower_rate():
 
 
 def test_the_root_mean_square_of_the_layers_shares_decides():
-    small, large = layer(0.02, core="u"), layer(0.03, core="u")
+    small, large = layer(0.02, core="u"), layer(0.04, core="u")
     rates = [secura.learning_rate(one, 10) for one in (small, large)]
     both = secura.learning_rate(nn.ModuleList([small, large, nn.Linear(2, 2)]), 10)
     expected = math.sqrt(2 / sum(rate**-2 for rate in rates))
