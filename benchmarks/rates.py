@@ -114,7 +114,7 @@ def rates_table(result: Result) -> str:
     for row in result.rows:
         at, title = row.figures["tried"], get_method(row.case["method"]).title
         title += "" if "rank=" in title else f", rank={CUR_RANK}"
-        best = max((nats for nats, *_ in at.values()), default=0.0)
+        best = max(nats for nats, *_ in at.values()) if len(at) > 1 else None
         shown = [
             f"{rate}: {'**' * (nats == best)}{nats:.3f}{'**' * (nats == best)} at {drift:.3f}"
             for rate, (nats, drift, _) in at.items()

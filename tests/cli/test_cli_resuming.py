@@ -218,7 +218,8 @@ def test_a_best_checkpoint_is_looked_for_in_the_runs_folder(recorded, there, tmp
     state = TrainerState(best_global_step=2, best_model_checkpoint=recorded)
     if recorded == "here":
         state.best_model_checkpoint = str(tmp_path)
-    args = SimpleNamespace(output_dir=tmp_path, logging_steps=1, eval_steps=1, save_steps=1)
+    numbers = {"logging_steps": 1, "eval_steps": 1, "save_steps": 1, "learning_rate": 1e-3}
+    args = SimpleNamespace(output_dir=tmp_path, **numbers)
     SettingsCallback().on_train_begin(args, state, None)
     expected = str(tmp_path) if recorded == "here" else str(best) if there else None
     assert state.best_model_checkpoint == expected
