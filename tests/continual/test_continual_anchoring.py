@@ -326,7 +326,7 @@ def test_anchor_sets_other_defaults_where_no_flag_does(way, base, data, tmp_path
     flags = ["--model", str(base), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
     training, _, _, adapter, anchor = arguments.parse([*flags, *given, "--r", "16"])
     assert (adapter.core, adapter.norm, adapter.r) == ("u", "none", 16)
-    assert (training.learning_rate, anchor.anchor, anchor.decays) == (5e-4, "self", True)
+    assert (training.learning_rate, anchor.anchor, anchor.decays) == (None, "self", True)
     assert not arguments.parse([*flags, *given, "--anchor_decay", "0"])[-1].decays
     config = adapter_flags.to_secura_config(adapter, 0)
     layers = "model.layers.0.mlp.gate_proj", "gpt_neox.layers.3.mlp.dense_h_to_4h", "h.1.mlp.c_fc"
