@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -145,6 +146,21 @@ def test_a_part_of_what_was_trained_moves_less(runner):
     assert not half.losses and half.trained == full.trained
 
 
+@contextmanager
+def stopping(monkeypatch, at: int):
+    """Within it, a cell is interrupted before the step after ``at``."""
+    take = train._Run._take
+
+    def stop(run, rows):
+        if run.step == at:
+            raise KeyboardInterrupt
+        take(run, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "_take", stop)
+        yield
+
+
 @pytest.mark.parametrize(
     "name",
     ["lora", "anchored-self", "secura-weight", "released-m1", "replay-self", "ewc-self", "i-lora"],
@@ -157,18 +173,9 @@ def test_a_stopped_cell_goes_on_bit_equal(runner, tmp_path, monkeypatch, name):
     assert wanted.status == "done", wanted.error
 
     other = runner(out=tmp_path / "other")
-    take = train._Run._take
-
-    def stop(run, rows):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        take(run, rows)
-
-    monkeypatch.setattr(train._Run, "_take", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping(monkeypatch, 3):
         other.run([cell])
     assert (other.root / "try" / cell.path).with_suffix("").joinpath(train.CHECKPOINT).is_file()
-    monkeypatch.setattr(train._Run, "_take", take)
     other.run([cell])
     assert figures(read(other, cell)) == figures(wanted)
     seconds = read(other, cell).seconds  # those before the stop among them
@@ -412,17 +419,8 @@ def test_a_stopped_whitened_cell_goes_on_as_if_it_had_not(runner, tmp_path, monk
     )
     whole.run(cells)
     parts.run(cells[:1])
-    with monkeypatch.context() as patch:
-        take = train._Run._take
-
-        def stop(self, rows):
-            if self.step == 4:
-                raise KeyboardInterrupt
-            take(self, rows)
-
-        patch.setattr(train._Run, "_take", stop)
-        with pytest.raises(KeyboardInterrupt):
-            parts.run(cells[1:])
+    with stopping(monkeypatch, 4):
+        parts.run(cells[1:])
     parts.run(cells[1:])
     assert figures(read(parts, cells[1])) == figures(read(whole, cells[1]))
 
