@@ -189,12 +189,14 @@ _ON_GEMMA_BY_WEIGHTS: tuple[tuple[Tried, tuple[int, ...]], ...] = (
     ({f"{BEST.replace('decay=30', 'decay=3.8')},kappa=model": (3.9e-3,)}, (0, 1, 2)),
     ({"cabr": (3e-4, 2.3e-3)}, (0,)),
 )
-# Decided after those: whitening in a sequence, the rates' decays by the rule, its covariances
-# added up as an anchor's sums are.
-# After one seed of which the core's next rate was decided, with its decay.
-_LOWER = f"{BEST.replace('decay=30', 'decay=118')},kappa=model"
+# Decided after those: whitening in a sequence, with the decays of the rule, its covariances added
+# up as an anchor's sums are; and after one seed of that the core's next rate, with its decay.
 WHITENED = "lora-whitened@decay=4.9"
-_WHITENED: dict[str, float] = {WHITENED: 6e-3, "lora-whitened@decay=9.8": 3e-3}
+_BESIDE_WHITENING = {
+    WHITENED: 6e-3,
+    "lora-whitened@decay=9.8": 3e-3,
+    f"{BEST.replace('decay=30', 'decay=118')},kappa=model": 2.5e-4,
+}
 # Decided after I-LoRA had learned less of the first task: higher rates there, and then a lower one.
 _ON_FIRST_TASK: Tried = {"i-lora": (6e-3, 1e-2, 1.5e-3)}
 _SEEDS = (0, 1, 2, 3, 4)
@@ -302,7 +304,7 @@ STAGES: dict[str, Stage] = {
             *in_sequence({f"{BY_LENGTH},kappa=model": BEST_RATES[0]}, "mlp", (0, 1, 2), 64),
             *chain.from_iterable(
                 in_sequence({method: rate}, "mlp", (0, 1, 2), 64)
-                for method, rate in (_WHITENED | {_LOWER: 2.5e-4}).items()
+                for method, rate in _BESIDE_WHITENING.items()
             ),
         ),
     ),

@@ -200,7 +200,7 @@ def saved_rate(checkpoint: str) -> float:
     state = (Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8")
     rate = recorded_settings(json.loads(state)).get("learning_rate")
     if not isinstance(rate, float):
-        raise UserError(f"{checkpoint} does not say at which rate it was trained: --learning_rate")
+        raise UserError(f"{checkpoint} does not say its rate: give --learning_rate")
     return rate
 
 

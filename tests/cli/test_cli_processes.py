@@ -46,6 +46,8 @@ def trains(name, environment, folder, *more):
     secura.choosing.select, command.make_trainer = chosen, kept
     try:
         flags = train_flags(folder / "base", folder / "rows.jsonl", folder / name, "--use_cpu")
+        at = flags.index("--learning_rate")  # without: the rate of the weights
+        del flags[at : at + 2]
         assert main([*flags, "--save_steps", "2", *more]) == 0
     finally:
         secura.choosing.select, command.make_trainer = select, make
@@ -54,13 +56,15 @@ def trains(name, environment, folder, *more):
 
 
 def ddp(folder):
-    """Whether buffers are sent each step, and how many differ at the end."""
+    """Whether buffers are sent each step, how many differ at the end, and the processes' rates."""
     trainer, differ = trains("ddp", {}, folder), 0
+    rates = [None, None]
+    dist.all_gather_object(rates, trainer.args.learning_rate)
     for buffer in trainer.model.buffers():
         both = [torch.empty_like(buffer) for _ in range(2)]
         dist.all_gather(both, buffer)
         differ += not torch.equal(*both)
-    return [trainer.model_wrapped.broadcast_buffers, differ]
+    return [trainer.model_wrapped.broadcast_buffers, differ, rates]
 
 
 def fsdp2(folder):
@@ -99,7 +103,12 @@ def ran(base, data, tmp_path_factory):
 
 
 def test_ddp_sends_the_adapters_buffers_once(ran):
-    assert ran[1]["ddp"] == [False, 0]
+    assert ran[1]["ddp"][:2] == [False, 0]
+
+
+def test_processes_train_at_one_rate_of_the_weights(ran):
+    first, second = ran[1]["ddp"][2]
+    assert first == second != 0.05  # that of the other tests
 
 
 def test_fsdp2_publishes_what_ddp_does(ran):

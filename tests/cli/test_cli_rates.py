@@ -128,7 +128,7 @@ def test_a_checkpoint_that_says_no_rate_asks_for_it(trained, base, data, tmp_pat
     path.write_text(json.dumps(kept))
     (path.parent / "checksums.json").unlink()
     argv = unrated(base, data, output, "--resume_from_checkpoint")
-    fails(argv, capfd, "does not say at which rate it was trained: --learning_rate")
+    fails(argv, capfd, "does not say its rate: give --learning_rate")
     rated = train_flags(base, data, output, "--resume_from_checkpoint", "--logging_steps", 1)
     assert main(rated) == 0
     assert recorded_settings(state(output))["learning_rate"] == 0.05
