@@ -16,6 +16,7 @@ import torch
 from peft import get_peft_model
 
 import secura
+from secura.layers import secura_layers
 from secura.rates import SHARE
 
 from .assets import load_model
@@ -103,10 +104,19 @@ def run(options: Any) -> Result:
 def _row(place: Place, model: Any, config: Any, at: dict[str, list[float]]) -> Row:
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
-    rate = secura.learning_rate(adapted, STEPS)
+    rate, sigmas = secura.learning_rate(adapted, STEPS), _sigmas(adapted)
     adapted.unload()
     case = dict(zip(("stage", "model", "targets", "method"), place, strict=True))
-    return Row(case, "weights", figures={"rate": rate, "tried": at})
+    return Row(case, "weights", figures={"rate": rate, "sigma": sigmas, "tried": at})
+
+
+def _sigmas(adapted: Any) -> dict[str, float]:
+    """The root mean square of the weights' entries, by the layers' last names."""
+    found: dict[str, list[float]] = {}
+    for name, layer in secura_layers(adapted).items():
+        square = layer.get_base_layer().weight.detach().square().mean()
+        found.setdefault(name.rpartition(".")[2], []).append(float(square.sqrt()))
+    return {kind: round(fmean(values), 4) for kind, values in found.items()}
 
 
 def rates_table(result: Result) -> str:
@@ -122,15 +132,18 @@ def rates_table(result: Result) -> str:
         ]
         seeds = {str(count) for *_, count in at.values()}
         where = [row.case["model"], title, row.case["targets"]]
-        own = [f"{row.figures['rate']:g}", ", ".join(shown), "".join(seeds)]
+        ends = {f"{of(row.figures['sigma'].values()):.2g}": None for of in (min, max)}
+        own = [" to ".join(ends), f"{row.figures['rate']:g}", ", ".join(shown), "".join(seeds)]
         lines.append([*where, *own])
-    head = ["model", "adapter", "on", "rate of the weights", "learned, at a drift of, by rate run"]
+    head = ["model", "adapter", "on", "σ", "rate of the weights"]
+    head += ["learned, at a drift of, by rate run", "seeds"]
     caption = (
         f"Nats a token of GSM8K's held-out loss after {STEPS} steps, and KL on old text (geometric "
         "mean over its kinds), means over the seeds that ran at all rates of a row; bold: the most "
-        f"of it. {provenance(result)}."
+        "of it. σ: root mean square of the weights' entries, over the kinds of layers. "
+        f"{provenance(result)}."
     )
-    return f"{table([*head, 'seeds'], lines, 3)}\n\n{caption}\n"
+    return f"{table(head, lines, 3)}\n\n{caption}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

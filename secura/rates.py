@@ -12,9 +12,9 @@ size is the one that W would have if its entries were random, ``σ (√N + √K)
 square: a step's share of it tells what it does to the layer's output (Yang, Simon, Bernstein,
 arXiv 2310.17813).
 
-C and R are pieces of W, so at one rate the share goes with σ and m, and between models of like size
-it differs by ten times. The rate is that at which the root mean square of the layers' shares is
-``SHARE``, so that the layers that move most decide.
+C and R are pieces of W, so at one rate the share goes with σ and m, and one rate means other steps
+in models of like size (docs/results.md, "Rates"). The rate is that at which the root mean square of
+the layers' shares is ``SHARE``, so that the layers that move most decide.
 """
 
 from __future__ import annotations
