@@ -51,8 +51,10 @@ def check_numbers(parsed: Any) -> None:
         )
 
 
-def check_rate_asked(training: Any) -> None:
+def check_rate_asked(training: Any, *, resumes: bool) -> None:
     """Refuse what needs the rate before there are weights to say it, where no flag does.
+
+    A run that ``resumes`` goes on with its own, whatever the optimizer.
 
     Raises:
         UserError: a DeepSpeed file that gives or asks for it, or an optimizer whose steps are not
@@ -66,7 +68,7 @@ def check_rate_asked(training: Any) -> None:
                 "--learning_rate"
             )
     name = plain(training.optim)
-    if not any(kin in name for kin in _MOVE_BY_THE_RATE):
+    if not resumes and not any(kin in name for kin in _MOVE_BY_THE_RATE):
         raise UserError(
             f"--optim {name}: the rate that the weights give is for Adam and its kin: give "
             "--learning_rate"

@@ -69,10 +69,9 @@ def run(
     }
     refuse_written_over(Path(training.output_dir), named)
     resume = resume_point(training, overwrite=data_args.overwrite_output_dir)
-    if training.learning_rate is None and resume is not None:
-        training.learning_rate = resuming.saved_rate(resume)
-    elif training.learning_rate is None:
-        steps.check_rate_asked(training)
+    if training.learning_rate is None:
+        steps.check_rate_asked(training, resumes=resume is not None)
+        training.learning_rate = None if resume is None else resuming.saved_rate(resume)
     config = adapter_flags.to_secura_config(adapter_args, training.seed)
     anchoring.check(anchor_args, config, training, resumes=resume is not None)
     if model_args.model_revision != "main":

@@ -98,18 +98,20 @@ def test_weights_that_say_none_are_told(base, data, tmp_path, capfd, monkeypatch
     fails(argv, capfd, "load the weights first; or give --learning_rate")
 
 
+@pytest.mark.parametrize("resumes", [False, True])
 @pytest.mark.parametrize("place", ["optimizer.params.lr", "scheduler.params.warmup_max_lr"])
-def test_a_deepspeed_file_that_asks_for_the_rate_gets_it_from_a_flag(place):
+def test_a_deepspeed_file_that_asks_for_the_rate_gets_it_from_a_flag(place, resumes):
     found = {place: None}  # "auto", as transformers fills it in
     read = SimpleNamespace(get_value=lambda name, default=None: found.get(name, default))
     training = SimpleNamespace(hf_deepspeed_config=read, optim="adamw_torch")
     for value in (None, 1e-3):  # beside which transformers wants the same of the flag
         found[place] = value
         with pytest.raises(UserError, match=f"{place} wants the rate .* give --learning_rate"):
-            steps.check_rate_asked(training)
+            steps.check_rate_asked(training, resumes=resumes)
     found.clear()
-    steps.check_rate_asked(training)
-    steps.check_rate_asked(SimpleNamespace(hf_deepspeed_config=None, optim="adamw_torch"))
+    steps.check_rate_asked(training, resumes=resumes)
+    training.hf_deepspeed_config = None
+    steps.check_rate_asked(training, resumes=resumes)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adafactor", "rmsprop", "schedule_free_sgd"])
@@ -131,4 +133,12 @@ def test_a_checkpoint_that_says_no_rate_asks_for_it(trained, base, data, tmp_pat
     fails(argv, capfd, "does not say its rate: give --learning_rate")
     rated = train_flags(base, data, output, "--resume_from_checkpoint", "--logging_steps", 1)
     assert main(rated) == 0
+    assert recorded_settings(state(output))["learning_rate"] == 0.05
+
+
+def test_a_resumed_run_of_another_optimizer_has_its_own_rate(base, data, tmp_path):
+    output, flags = tmp_path / "out", ("--optim", "sgd", "--save_steps", 2, "--logging_steps", 1)
+    assert main(train_flags(base, data, output, *flags)) == 0
+    argv = without(unrated(base, data, output, *flags), "--max_steps")
+    assert main([*argv, "--max_steps", "6", "--resume_from_checkpoint"]) == 0
     assert recorded_settings(state(output))["learning_rate"] == 0.05
